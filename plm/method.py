@@ -1,0 +1,271 @@
+"""PersonalizationMethod: the protocol every method follows. No maths lives here."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, final
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+CHECKPOINT_KEY = "plm"
+"""Where a checkpoint keeps what is not a weight: class path, format version, seen user ids."""
+
+
+class PersonalizationMethod(L.LightningModule, ABC):
+    """A preference model that knows each of its users.
+
+    A subclass writes ``loss``, ``_score``, ``_adapt``, ``user_states`` and ``population_state``; steps, logging, guards
+    and checkpoints are written here once. Rewards are comparable within one user only.
+
+    Args:
+        num_users: Number of seen users; linked from the data in recipes.
+        feature_dim: Width D of the features; linked from the data in recipes.
+        backbone: What makes the features, as ``{class_path, init_args}``; linked from the data, kept in the checkpoint
+            so that a loaded method can score text.
+        lr: Learning rate of the shared parameters.
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]]
+    uses_context: ClassVar[bool] = False
+    user_tables: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters and buffers with one row per seen user: copied by user id when a checkpoint is loaded."""
+
+    def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None, lr: float) -> None:
+        """See the class."""
+        super().__init__()
+        self.save_hyperparameters()
+        self.num_users = num_users
+        self.feature_dim = feature_dim
+        self.lr = lr
+        self.user_ids: list[str] = [str(index) for index in range(num_users)]
+        self.encode: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None
+        self.find_users: Callable[[Sequence[str]], UserState] | None = None
+        self.num_train_pairs = 1
+        self.reference: Tensor
+        self.feature_scale: Tensor
+        self.register_buffer("reference", torch.zeros(feature_dim))
+        self.register_buffer("feature_scale", torch.ones(()))
+
+    # ------------------------------------------------------------------ what a method writes
+    @abstractmethod
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Return ``"loss"`` (a scalar to minimise) plus scalars to log."""
+
+    @abstractmethod
+    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
+        """Reward of each response for the user in the same row: ``(B, D), U=B -> (B,)``."""
+
+    @abstractmethod
+    def _adapt(self, context: Context) -> UserState:
+        """States of unseen users from their pairs alone; called with gradients enabled and inputs cloned."""
+
+    @abstractmethod
+    def user_states(self, user_index: Tensor) -> UserState:
+        """States of seen users: ``(B,)`` -> leading axis B."""
+
+    @abstractmethod
+    def population_state(self, num_users: int) -> UserState:
+        """The state at zero shots: the same finite prior for everybody."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer; default: everything trainable at ``lr``."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": self.lr}]
+
+    def refresh_users(self) -> None:
+        """Bring what is solved rather than trained up to date; called before every validation of a fit and at its end.
+
+        ``train_pass`` and ``val_pass`` give the pairs.
+        """
+
+    # ------------------------------------------------------------------ what users call
+    @final
+    def adapt(self, context: Context) -> UserState:
+        """Fit the states of unseen users with all shared weights fixed; the module is left as it was.
+
+        Args:
+            context: Support pairs of U users, padded; a user without pairs gets the population state.
+
+        Returns:
+            Detached states, one row per user of ``context``, in order.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            # trainer.test runs under inference mode, whose tensors can never enter autograd: leave it and clone.
+            with torch.inference_mode(False), torch.enable_grad():
+                given = {name: value.clone() for name, value in context._asdict().items() if value is not None}
+                return self._adapt(Context(**given)).detach()
+        finally:
+            self.train(was_training)
+
+    @final
+    def score(
+        self,
+        responses: Tensor | Tokens | Sequence[str],
+        users: UserState | None = None,
+        *,
+        user_id: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str] = "",
+    ) -> Tensor:
+        """Reward of each response for its user.
+
+        Args:
+            responses: Features ``(B, D)``, tokens, or texts (then the method must come from ``load_method``, which
+                attaches the encoder).
+            users: States with one row per response; instead of ``user_id``.
+            user_id: One id for all texts or one per text; an unknown id gets the population reward and a warning.
+            prompts: The prompt of each text, or one for all.
+
+        Returns:
+            ``(B,)`` rewards, comparable within one user only.
+
+        Raises:
+            ValueError: If texts are given to a method without an encoder.
+        """
+        if not isinstance(responses, Tensor | Tokens):
+            texts = list(responses)
+            if self.encode is None or self.find_users is None:
+                raise ValueError("score got texts, but this method has no encoder; load it with plm.load_method(path)")
+            ids = [user_id] * len(texts) if isinstance(user_id, str) else list(user_id or [])
+            if users is None:
+                users = self.find_users(ids) if ids else self.population_state(len(texts))
+            responses = self.encode([prompts] * len(texts) if isinstance(prompts, str) else list(prompts), texts)
+        num_responses = responses.input_ids.shape[0] if isinstance(responses, Tokens) else responses.shape[0]
+        if users is None:
+            users = self.population_state(num_responses)
+        if users.num_users != num_responses:
+            raise ValueError(
+                f"expected one user per response, got {users.num_users} users for {num_responses} responses"
+            )
+        if isinstance(responses, Tensor) and responses.shape[-1] != self.feature_dim:
+            raise ValueError(
+                f"{type(self).__name__} expects features of width {self.feature_dim}, got {responses.shape[-1]}; "
+                "encode with the backbone it was trained with"
+            )
+        return self._score(responses, users)
+
+    def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
+        """Reward of chosen minus reward of rejected, ``(B,)``; ``users`` default to those of the batch."""
+        users = self.batch_states(batch) if users is None else users
+        return self._score(batch.chosen, users) - self._score(batch.rejected, users)
+
+    @final
+    def batch_states(self, batch: PreferenceBatch) -> UserState:
+        """States in row order: adapted where the batch carries a context, else looked up."""
+        if batch.context is not None and batch.context_row is not None:
+            return self.adapt(batch.context).take(batch.context_row)
+        return self.user_states(batch.user_index)
+
+    # ------------------------------------------------------------------ Lightning
+    def setup(self, stage: str) -> None:
+        """Take user ids and the reference head from the datamodule and check that its view fits."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        if data.view != self.view:
+            raise ValueError(f"{type(self).__name__} reads {self.view!r} batches, the data give {data.view!r}")
+        if len(data.user_ids) == self.num_users:
+            self.user_ids = list(data.user_ids)
+        if data.reference_head is not None:
+            self.reference.copy_(data.reference_head)
+
+    def on_train_start(self) -> None:
+        """Count the training pairs and measure ``feature_scale``, the root mean square length of their differences."""
+        count = self.reference.new_zeros(2, dtype=torch.float64)
+        for batch in self.train_pass():
+            count[0] += batch.num_pairs
+            if isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor):
+                count[1] += (batch.chosen - batch.rejected).square().sum()
+        num_pairs, length = self.sum_over_processes(count).tolist()
+        self.num_train_pairs = int(num_pairs)
+        if self.trainer.global_step == 0 and length > 0:
+            self.feature_scale.fill_((length / num_pairs) ** 0.5)
+
+    def train_pass(self) -> Iterator[PreferenceBatch]:
+        """Every training pair of this process once; a user's pairs are never spread over batches."""
+        return self._pass(self.trainer.train_dataloader)
+
+    def val_pass(self) -> Iterator[PreferenceBatch]:
+        """Every validation pair of this process once."""
+        for loader in self.trainer.val_dataloaders or []:
+            yield from self._pass(loader)
+
+    def _pass(self, loader: Iterable[PreferenceBatch] | None) -> Iterator[PreferenceBatch]:
+        for batch in loader or []:
+            yield self.trainer.strategy.batch_to_device(batch, self.device)
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Sum a tensor over the processes of a distributed run."""
+        total: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")
+        return total
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Log every scalar of ``loss`` under ``train/`` and return the loss."""
+        out = self.loss(batch)
+        self.log_dict({f"train/{key}": value.detach() for key, value in out.items()}, batch_size=batch.num_pairs)
+        return out["loss"]
+
+    def on_validation_epoch_start(self) -> None:
+        """Refresh before the validation of a fit."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.refresh_users()
+
+    def on_train_end(self) -> None:
+        """Refresh once more, for a fit without validation."""
+        self.refresh_users()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return the facts of ``evaluate``; callbacks turn them into metrics."""
+        return self.evaluate(batch)
+
+    test_step = predict_step = validation_step
+
+    def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Margins ``(B,)`` of the personal model and, outside the few-shot curve, of its two controls."""
+        if batch.context is not None and batch.context_row is not None:
+            states = self.adapt(batch.context)
+            own, other = states.take(batch.context_row), batch.other_row
+            other_states = None if other is None else states.take(other)
+        else:
+            own, other = self.user_states(batch.user_index), batch.other_index
+            other_states = None if other is None else self.user_states(other)
+        facts = {"margin": self.margin(batch, own)}
+        if batch.num_shots is None:
+            facts["population_margin"] = self.margin(batch, self.population_state(batch.num_pairs))
+        if other_states is not None:
+            facts["other_margin"] = self.margin(batch, other_states)
+        return facts
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam over ``param_groups()``."""
+        return torch.optim.Adam(self.param_groups(), lr=self.lr)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the class path and the seen user ids beside the weights."""
+        cls = type(self)
+        about = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "user_ids": list(self.user_ids)}
+        checkpoint[CHECKPOINT_KEY] = about
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Copy rows of user tables by user id, never by position."""
+        saved: list[str] | None = checkpoint.get(CHECKPOINT_KEY, {}).get("user_ids")
+        if saved is None or saved == self.user_ids or not self.user_tables:
+            return
+        row_of = {user_id: row for row, user_id in enumerate(saved)}
+        here = [row for row, user_id in enumerate(self.user_ids) if user_id in row_of]
+        there = [row_of[self.user_ids[row]] for row in here]
+        if len(here) < self.num_users:
+            missing = self.num_users - len(here)
+            warnings.warn(f"{missing} of {self.num_users} users are not in the checkpoint: prior state", stacklevel=2)
+        own = self.state_dict()
+        for name in self.user_tables:
+            rows = own[name].clone()
+            rows[here] = checkpoint["state_dict"][name][there].to(rows)
+            checkpoint["state_dict"][name] = rows

@@ -1,0 +1,122 @@
+"""All that crosses a module border: tokens, contexts, user states and batches.
+
+Axes: B pairs in a batch, T tokens, U users, S support pairs of one user (padded), D feature width.
+
+Batches are NamedTuples because Lightning refuses frozen dataclasses and pinned memory ignores dataclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """Token ids of rendered (prompt, response) texts."""
+
+    input_ids: Tensor
+    """``(B, T)`` int64."""
+    attention_mask: Tensor
+    """``(B, T)`` bool, True = a real token."""
+    completion_mask: Tensor
+    """``(B, T)`` bool, True = a token of the response."""
+
+
+class Context(NamedTuple):
+    """The pairs from which unseen users are adapted, padded to the longest user."""
+
+    chosen: Tensor
+    """``(U, S, D)`` features of the preferred responses; padding rows hold zeros."""
+    rejected: Tensor
+    """``(U, S, D)`` features of the other responses."""
+    mask: Tensor
+    """``(U, S)`` bool, True = a real pair."""
+    weight: Tensor
+    """``(U, S)`` non-negative pair weights; 1 where the corpus gives none."""
+    prompt: Tensor | None = None
+    """``(U, S, D)`` features of the prompts, for methods that read them."""
+    tie: Tensor | None = None
+    """``(U, S)`` bool, True = the user found both responses equally good."""
+
+    @property
+    def num_users(self) -> int:
+        """Number of users, U."""
+        return self.mask.shape[0]
+
+
+class UserState(NamedTuple):
+    """What a method knows about U users: named tensors with a leading user axis."""
+
+    tensors: dict[str, Tensor]
+    """name -> ``(U, ...)``; empty for a method without a personal part."""
+    num_pairs: Tensor
+    """``(U,)`` int64, how many pairs the state was fitted on; 0 for the population."""
+
+    @property
+    def num_users(self) -> int:
+        """Number of users, U."""
+        return self.num_pairs.shape[0]
+
+    def take(self, rows: Tensor) -> UserState:
+        """Gather rows: ``(B,)`` int64 -> a state whose leading axis is B."""
+        return UserState({name: value[rows] for name, value in self.tensors.items()}, self.num_pairs[rows])
+
+    def detach(self) -> UserState:
+        """Cut every tensor from the autograd graph."""
+        return UserState({name: value.detach() for name, value in self.tensors.items()}, self.num_pairs.detach())
+
+    def to(self, device: torch.device | str) -> UserState:
+        """Move every tensor to ``device``."""
+        return UserState({name: value.to(device) for name, value in self.tensors.items()}, self.num_pairs.to(device))
+
+    @staticmethod
+    def cat(states: Sequence[UserState]) -> UserState:
+        """Stack the users of several states of one method."""
+        names = states[0].tensors
+        return UserState(
+            {name: torch.cat([state.tensors[name] for state in states]) for name in names},
+            torch.cat([state.num_pairs for state in states]),
+        )
+
+
+class PreferenceBatch(NamedTuple):
+    """B preference pairs, each with the user who stated it."""
+
+    chosen: Tensor | Tokens
+    """``(B, D)`` features, or tokens, of the preferred response together with its prompt."""
+    rejected: Tensor | Tokens
+    """The same for the other response."""
+    user_index: Tensor
+    """``(B,)`` int64 row of a *seen* user in the training table, -1 if unseen."""
+    weight: Tensor
+    """``(B,)`` loss weights, of mean one over the whole split."""
+    tie: Tensor
+    """``(B,)`` bool, True = the user found both responses equally good."""
+    prompt: Tensor | Tokens | None = None
+    """``(B, D)`` features of the prompt alone, only when the datamodule is asked for them."""
+    chosen_score: Tensor | None = None
+    """``(B,)`` graded score of the preferred response where the corpus has one, else nan."""
+    rejected_score: Tensor | None = None
+    """``(B,)`` graded score of the other response."""
+    user_row: Tensor | None = None
+    """``(B,)`` int64 row among *all* users of the datamodule, seen or not: the key of per-user metrics."""
+    context: Context | None = None
+    """Support pairs of the unseen users of this batch (and of their other-user controls)."""
+    context_row: Tensor | None = None
+    """``(B,)`` int64 row inside ``context``."""
+    other_index: Tensor | None = None
+    """``(B,)`` int64 row of a random other seen user, for the other-user control."""
+    other_row: Tensor | None = None
+    """``(B,)`` int64 row inside ``context`` of a random other unseen user."""
+    num_shots: Tensor | None = None
+    """``(B,)`` int64, requested support pairs per user: set on batches of the few-shot curve only."""
+    repeat: Tensor | None = None
+    """``(B,)`` int64, which random draw of the support this is: set with ``num_shots``."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs, B."""
+        return self.user_index.shape[0]
