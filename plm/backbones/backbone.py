@@ -1,0 +1,115 @@
+"""What every backbone is, and how a prompt and a response become one text.
+
+Axes: N texts, D feature width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Key: TypeAlias = dict[str, str | int | bool | None]
+
+
+def chat_messages(prompt: str) -> list[dict[str, str]] | None:
+    """The messages of a prompt that is a JSON list of ``{role, content}``; None for plain text."""
+    if not prompt.startswith("[{"):
+        return None
+    try:
+        messages = json.loads(prompt)
+    except ValueError:
+        return None
+    if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
+        return None
+    return list(messages)
+
+
+def plain_text(prompt: str, response: str) -> str:
+    r"""Prompt and response as one text, messages of a chat headed by their roles.
+
+    Example:
+        >>> plain_text("Tea or coffee?", "Tea.")
+        'Tea or coffee?\n\nTea.'
+        >>> plain_text('[{"role":"user","content":"Tea?"}]', "Yes.")
+        'user: Tea?\n\nassistant: Yes.'
+    """
+    messages = chat_messages(prompt)
+    if messages is None:
+        return f"{prompt}\n\n{response}" if prompt else response
+    turns = [*messages, {"role": "assistant", "content": response}]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+class Backbone(ABC):
+    """A frozen model that turns a (prompt, response) pair into a feature vector.
+
+    A subclass keeps each constructor argument under its own name, so that ``spec`` can write them down. Constructing
+    one is cheap: weights are loaded when the first text is encoded.
+    """
+
+    @property
+    @abstractmethod
+    def feature_dim(self) -> int:
+        """Width D of the features, known without loading weights."""
+
+    @abstractmethod
+    def key(self) -> Key:
+        """All that decides the features of a rendered text: the identity of the cache."""
+
+    @abstractmethod
+    def render(self, prompt: str, response: str) -> str:
+        """The text that is encoded; ``prompt`` is plain text or a JSON list of chat messages."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Features ``(N, D)`` float32 on the CPU of N rendered texts, each independent of the others."""
+
+    @property
+    def reference_head(self) -> Tensor | None:
+        """``(D,)`` direction in which a reward model itself scores a feature; None for any other model."""
+        return None
+
+    def release(self) -> None:  # noqa: B027 - a backbone without weights has nothing to free
+        """Free the weights; the next ``encode`` loads them again."""
+
+    def spec(self) -> dict[str, Any]:
+        """The backbone as ``{class_path, init_args}``, plain values that ``from_spec`` rebuilds it from."""
+        cls = type(self)
+        arguments = [name for name in inspect.signature(cls).parameters]
+        return {
+            "class_path": f"{cls.__module__}.{cls.__qualname__}",
+            "init_args": {name: getattr(self, name) for name in arguments},
+        }
+
+    @staticmethod
+    def from_spec(spec: Mapping[str, Any]) -> Backbone:
+        """Rebuild a backbone from its ``spec``.
+
+        Raises:
+            ValueError: If the class cannot be imported or is no backbone.
+        """
+        class_path = spec["class_path"]
+        module, _, name = class_path.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"expected the class of a backbone, got {class_path!r}: {error}; install the package that holds it"
+            ) from error
+        if not (inspect.isclass(cls) and issubclass(cls, Backbone)):
+            raise ValueError(
+                f"expected the class of a backbone, got {class_path!r}, which is no plm.backbones.Backbone"
+            )
+        return cls(**spec.get("init_args", {}))
+
+
+def choose(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {list(choices)}, got {value!r}")

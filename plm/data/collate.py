@@ -1,0 +1,315 @@
+"""Rows of a table to batches: large index-sliced ``PreferenceBatch``es, no Python per pair.
+
+Loaders are plain iterables of ready batches. A ``DataLoader`` would add worker processes, per-item collation and a
+sampler that Lightning replaces under DDP; ready batches need none of them and share the work between ranks themselves.
+
+Axes: N pairs, I items, P prompts, U users, D feature width, S support pairs of one user (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from plm.data.files import IntArray
+from plm.data.keys import KeyArray
+from plm.data.schema import FloatArray, PairTable
+from plm.data.splits import nested_supports
+from plm.types import Context, PreferenceBatch
+
+MAX_FLOATS = 2**26
+"""How many feature values an evaluation batch may hold (256 MiB)."""
+
+
+@dataclass(frozen=True)
+class FeaturedPairs:
+    """A table together with the features of its texts."""
+
+    table: PairTable
+    features: npt.NDArray[np.float32]
+    """``(I, D)`` of the items; may be memory-mapped."""
+    prompts: npt.NDArray[np.float32] | None
+    """``(P, D)`` of the prompts alone, or None."""
+    user_index: IntArray
+    """``(U,)`` row of every user in the training table, -1 if unseen."""
+
+
+class Place(NamedTuple):
+    """Where and when a loader runs."""
+
+    rank: int
+    world_size: int
+    epoch: int
+
+
+def pair_batch(data: FeaturedPairs, rows: IntArray, weight: FloatArray, *, evaluation: bool) -> PreferenceBatch:
+    """Gather the pairs at ``rows``.
+
+    Args:
+        data: Table and features.
+        rows: ``(B,)`` rows of the table.
+        weight: ``(B,)`` loss weights.
+        evaluation: Whether to say which user of all users each pair belongs to (``user_row``).
+
+    Returns:
+        A batch without context.
+    """
+    table = data.table
+    return PreferenceBatch(
+        chosen=torch.from_numpy(_gather(data.features, table.chosen[rows])),
+        rejected=torch.from_numpy(_gather(data.features, table.rejected[rows])),
+        user_index=torch.from_numpy(data.user_index[table.user[rows]]),
+        weight=torch.from_numpy(weight),
+        tie=torch.from_numpy(table.tie[rows]),
+        prompt=None if data.prompts is None else torch.from_numpy(_gather(data.prompts, table.prompt[rows])),
+        chosen_score=torch.from_numpy(table.chosen_score[rows]),
+        rejected_score=torch.from_numpy(table.rejected_score[rows]),
+        user_row=torch.from_numpy(table.user[rows]) if evaluation else None,
+    )
+
+
+def build_context(data: FeaturedPairs, rows: IntArray, users: IntArray) -> Context:
+    """Support pairs of ``users``, padded to the longest (at least one, masked, where nobody has any).
+
+    Args:
+        data: Table and features.
+        rows: ``(n,)`` rows of the table; those of other users are ignored.
+        users: ``(U,)`` rows of ``user_ids``, in the order of the context.
+
+    Returns:
+        The context; a user without rows has an empty mask.
+    """
+    table = data.table
+    place = np.full(table.num_users, -1, dtype=np.int64)
+    place[users] = np.arange(len(users))
+    owner = place[table.user[rows]]
+    order = np.argsort(owner, kind="stable")
+    order = order[owner[order] >= 0]
+    rows, owner = rows[order], owner[order]
+    count = np.bincount(owner, minlength=len(users))
+    mask = np.arange(max(int(count.max(initial=0)), 1))[None, :] < count[:, None]  # (U, S)
+
+    def pad(values: npt.NDArray[Any]) -> Tensor:
+        out = np.zeros((*mask.shape, *values.shape[1:]), dtype=values.dtype)
+        out[mask] = values
+        return torch.from_numpy(out)
+
+    return Context(
+        chosen=pad(_gather(data.features, table.chosen[rows])),
+        rejected=pad(_gather(data.features, table.rejected[rows])),
+        mask=torch.from_numpy(mask),
+        weight=pad(table.weight[rows]),
+        prompt=None if data.prompts is None else pad(_gather(data.prompts, table.prompt[rows])),
+        tie=pad(table.tie[rows]),
+    )
+
+
+def split_weights(table: PairTable, rows: IntArray, macro: bool) -> FloatArray:
+    """Loss weights of mean one over ``rows``; with ``macro`` every user's sum to the same.
+
+    Raises:
+        ValueError: If all weights are zero.
+    """
+    weight = table.weight[rows].astype(np.float64)
+    if macro:
+        total = np.bincount(table.user[rows], weights=weight, minlength=table.num_users)[table.user[rows]]
+        weight = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
+    if len(rows) and not weight.any():
+        raise ValueError(
+            f"expected a positive weight somewhere, got 0 for all {len(rows)} pairs; correct the weight column"
+        )
+    return (weight / (weight.mean() if len(rows) else 1.0)).astype(np.float32)
+
+
+class TrainBatches:
+    """Training batches of this rank, made of whole users; every user goes to one rank.
+
+    A method that solves for a user while it trains needs all of that user's pairs at once.
+
+    Args:
+        data: Table and features.
+        rows: Training rows.
+        weight: Their weights, mean one.
+        batch_size: About how many pairs per batch and rank, users in another order every epoch; None = all in one
+            batch, built once.
+        seed: Seed of the order.
+        place: Tells rank, world size and epoch when an epoch starts.
+    """
+
+    def __init__(
+        self,
+        data: FeaturedPairs,
+        rows: IntArray,
+        weight: FloatArray,
+        batch_size: int | None,
+        seed: int,
+        place: Callable[[], Place],
+    ) -> None:
+        """See the class."""
+        order = np.argsort(data.table.user[rows], kind="stable")
+        self.data, self.rows, self.weight = data, rows[order], weight[order]
+        self.batch_size, self.seed, self.place = batch_size, seed, place
+        user = data.table.user[self.rows]
+        self.start = np.flatnonzero(np.diff(user, prepend=-1))  # first row of every user
+        self.whole: PreferenceBatch | None = None
+
+    def _num_batches(self, world_size: int) -> int:
+        """Batches per epoch on every rank."""
+        if self.batch_size is None:
+            return 1
+        return max(1, min(-(-len(self.rows) // (world_size * self.batch_size)), len(self.start) // world_size))
+
+    def __len__(self) -> int:
+        """Batches per epoch on every rank."""
+        return self._num_batches(self.place().world_size)
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        """Hand out one epoch."""
+        rank, world_size, epoch = self.place()
+        if len(self.start) < world_size:
+            raise ValueError(
+                f"expected at least one user to train on per process, got {len(self.start)} for {world_size} processes"
+            )
+        num_batches = self._num_batches(world_size)
+        if num_batches == 1 and self.whole is not None:
+            yield self.whole
+            return
+        users = np.random.default_rng((self.seed, epoch if num_batches > 1 else 0)).permutation(len(self.start))
+        # ranks hold different numbers of pairs: with this factor the mean over ranks of their means is the exact mean
+        for number, batch_users in enumerate(np.array_split(users, num_batches * world_size)):
+            if number % world_size != rank:
+                continue
+            ends = np.append(self.start, len(self.rows))
+            index = np.concatenate([np.arange(ends[user], ends[user + 1]) for user in np.sort(batch_users)])
+            factor = np.float32(len(index) * num_batches * world_size / len(self.rows))
+            batch = pair_batch(self.data, self.rows[index], self.weight[index] * factor, evaluation=False)
+            if num_batches == 1:
+                self.whole = batch
+            yield batch
+
+
+class Support(NamedTuple):
+    """Where the support of unseen users comes from."""
+
+    rows: IntArray
+    """Pool of support pairs."""
+    keys: KeyArray
+    """Their content hashes."""
+    draws: Sequence[tuple[int | None, int]]
+    """(shots, repeat) to evaluate, in order; shots None = all."""
+    seed: int
+
+
+class EvalBatches:
+    """Evaluation batches of this rank: whole users, chunked to bound memory; every user goes to one rank.
+
+    Args:
+        data: Table and features.
+        rows: Pairs to predict.
+        weight: Their weights, mean one.
+        circle: Users to evaluate, as rows of ``user_ids``; each one's other-user control is the next.
+        support: Support pairs for unseen users; None for seen users.
+        few_shot: Whether to mark batches with shots and repeat, and leave out the other-user control.
+        place: Tells rank and world size when an epoch starts.
+    """
+
+    def __init__(
+        self,
+        data: FeaturedPairs,
+        rows: IntArray,
+        weight: FloatArray,
+        circle: IntArray,
+        support: Support | None,
+        few_shot: bool,
+        place: Callable[[], Place],
+    ) -> None:
+        """See the class."""
+        self.data, self.circle, self.support, self.few_shot, self.place = data, circle, support, few_shot, place
+        order = np.argsort(data.table.user[rows], kind="stable")
+        self.rows, self.weight = rows[order], weight[order]
+        self.start = np.searchsorted(data.table.user[self.rows], np.arange(data.table.num_users + 1))
+        self.other = np.full(data.table.num_users, -1, dtype=np.int64)
+        self.other[circle] = np.roll(circle, -1)
+
+    def _chunks(self, num_shots: int | None) -> list[IntArray]:
+        """Consecutive users of this rank's part of the circle, as many as fit into one batch."""
+        rank, world_size, _ = self.place()
+        num_query = np.diff(self.start)
+        num_support = np.zeros_like(num_query)
+        if self.support is not None:
+            num_support = np.bincount(self.data.table.user[self.support.rows], minlength=len(num_query))
+            num_support = num_support if num_shots is None else np.minimum(num_support, num_shots)
+            if not self.few_shot:
+                num_support = np.maximum(num_support, num_support[self.other])
+        limit = MAX_FLOATS // (2 * self.data.features.shape[1])
+        users = np.array_split(self.circle, world_size)[rank]
+        chunks: list[list[int]] = [[]]
+        total = longest = 0
+        for user, query, own in zip(
+            users.tolist(), num_query[users].tolist(), num_support[users].tolist(), strict=True
+        ):
+            if not query:
+                continue
+            if chunks[-1] and total + query + max(longest, own) * (len(chunks[-1]) + 2) > limit:
+                chunks.append([])
+                total = longest = 0
+            chunks[-1].append(user)
+            total, longest = total + query, max(longest, own)
+        return [np.array(chunk, dtype=np.int64) for chunk in chunks if chunk]
+
+    def __len__(self) -> int:
+        """Batches on this rank."""
+        draws = [(None, 0)] if self.support is None else self.support.draws
+        length = {shots: len(self._chunks(shots)) for shots, _ in draws}
+        return sum(length[shots] for shots, _ in draws)
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        """Hand out every batch once."""
+        if self.support is None:
+            for users in self._chunks(None):
+                yield self._seen(users)
+            return
+        rows, keys, draws, seed = self.support
+        chunks = {shots: self._chunks(shots) for shots, _ in draws}
+        for shots, repeat in draws:
+            pool = nested_supports(rows, self.data.table.user[rows], keys, shots, repeat, seed)
+            for users in chunks[shots]:
+                batch = self._unseen(users, pool)
+                if self.few_shot:
+                    like = torch.ones_like(batch.user_index)
+                    batch = batch._replace(num_shots=like * int(shots or 0), repeat=like * repeat)
+                yield batch
+
+    def _pairs(self, users: IntArray) -> tuple[PreferenceBatch, IntArray]:
+        """Their pairs and, ``(B,)``, the user of each."""
+        index = np.concatenate([np.arange(self.start[user], self.start[user + 1]) for user in users])
+        batch = pair_batch(self.data, self.rows[index], self.weight[index], evaluation=True)
+        return batch, self.data.table.user[self.rows[index]]
+
+    def _seen(self, users: IntArray) -> PreferenceBatch:
+        batch, user = self._pairs(users)
+        if len(self.circle) < 2:
+            return batch
+        return batch._replace(other_index=torch.from_numpy(self.data.user_index[self.other[user]]))
+
+    def _unseen(self, users: IntArray, pool: IntArray) -> PreferenceBatch:
+        batch, user = self._pairs(users)
+        with_other = not self.few_shot and len(self.circle) > 1
+        wanted = np.concatenate([users, np.setdiff1d(self.other[users], users)]) if with_other else users
+        place = np.full(self.data.table.num_users, -1, dtype=np.int64)
+        place[wanted] = np.arange(len(wanted))
+        batch = batch._replace(
+            context=build_context(self.data, pool, wanted),
+            context_row=torch.from_numpy(place[user]),
+        )
+        return batch._replace(other_row=torch.from_numpy(place[self.other[user]])) if with_other else batch
+
+
+def _gather(features: npt.NDArray[np.float32], rows: IntArray) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(features[rows], dtype=np.float32)

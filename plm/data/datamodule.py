@@ -1,0 +1,365 @@
+"""PreferenceDataModule: a source, a split, features and loaders wired together for Lightning."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from plm.backbones import Backbone
+from plm.data.collate import (
+    EvalBatches,
+    FeaturedPairs,
+    Place,
+    Support,
+    TrainBatches,
+    build_context,
+    split_weights,
+)
+from plm.data.features import FeatureCache
+from plm.data.files import IntArray
+from plm.data.keys import content_keys
+from plm.data.schema import PairTable
+from plm.data.sources import PairSource
+from plm.data.splits import (
+    LEFT_OUT,
+    SEEN,
+    TEST,
+    TRAIN,
+    UNSEEN,
+    VAL,
+    GroupBy,
+    Splits,
+    nested_supports,
+    other_users,
+    shuffled_users,
+    split_pairs,
+)
+from plm.data.values import plain_prompt
+from plm.types import Context, PreferenceBatch
+
+DEFAULT_SHOTS = (0, 1, 2, 4, 8, 16, 32)
+
+
+class PreferenceDataModule(L.LightningDataModule):
+    """Preference pairs of many users as feature batches, split into seen and unseen users and train, val and test rows.
+
+    Args:
+        source: Where the pairs come from.
+        backbone: What turns texts into features.
+        cache_dir: Folder of the feature cache.
+        group_by: What stays on one side of a user's split: dialogue, prompt, response or pair; auto picks by the data.
+        unseen_users: Share of users held out, where the source does not say who is.
+        val_rows: Share of a seen user's training pairs used for validation, where the source names none.
+        test_rows: Share of every user's pairs used for the test, where the source names none.
+        split_seed: Seed of the split, the few-shot draws, the other-user control and the shuffling.
+        batch_size: About how many pairs per training batch and process, always whole users; null = the whole split as
+            one batch, the fastest on features.
+        macro: Whether every user weighs the same in training, whatever the number of pairs.
+        shots: Support sizes of the few-shot curve; an empty list leaves it out.
+        repeats: How many random draws of the support the few-shot curve averages.
+        max_support: Most pairs an unseen user is adapted on, drawn at random; null = all.
+        shuffle_users: Permute the users over the pairs of each part of the split: the control without personal signal.
+        prompt_features: Whether batches carry features of the prompts alone.
+    """
+
+    view = "features"
+
+    def __init__(
+        self,
+        source: PairSource,
+        backbone: Backbone,
+        cache_dir: str = "~/.cache/plm",
+        group_by: GroupBy = "auto",
+        unseen_users: float = 0.2,
+        val_rows: float = 0.15,
+        test_rows: float = 0.3,
+        split_seed: int = 0,
+        batch_size: int | None = None,
+        macro: bool = True,
+        shots: Sequence[int] = DEFAULT_SHOTS,
+        repeats: int = 5,
+        max_support: int | None = None,
+        shuffle_users: bool = False,
+        prompt_features: bool = False,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than users to evaluate
+        self.source, self.backbone, self.cache_dir = source, backbone, cache_dir
+        self.group_by, self.split_seed = group_by, split_seed
+        self.unseen_users, self.val_rows, self.test_rows = unseen_users, val_rows, test_rows
+        self.batch_size, self.macro = batch_size, macro
+        self.shots, self.repeats, self.max_support = list(shots), repeats, max_support
+        self.shuffle_users, self.prompt_features = shuffle_users, prompt_features
+        self._on_device: tuple[PreferenceBatch, PreferenceBatch] | None = None
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        """Raise one error about everything that is out of range."""
+        problems = [
+            f"data.{name}: expected a share in [0, 1), got {value!r}"
+            for name in ("unseen_users", "val_rows", "test_rows")
+            if not 0 <= (value := getattr(self, name)) < 1
+        ]
+        problems += [
+            f"data.{name}: expected an integer >= 1{' or null' if nullable else ''}, got {value!r}"
+            for name, nullable in (
+                ("batch_size", True),
+                ("max_support", True),
+                ("repeats", False),
+            )
+            if not ((value := getattr(self, name)) is None and nullable) and (value is None or value < 1)
+        ]
+        if any(shots < 0 for shots in self.shots) or sorted(set(self.shots)) != self.shots:
+            problems.append(f"data.shots: expected increasing numbers >= 0, got {self.shots!r}")
+        if self.group_by not in ("auto", "dialogue", "prompt", "response", "pair"):
+            problems.append(f"data.group_by: expected auto, dialogue, prompt, response or pair, got {self.group_by!r}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    # ------------------------------------------------------------------ what is read lazily, once
+    @cached_property
+    def _split_table(self) -> tuple[PairTable, Splits]:
+        table = self.source.load()
+        splits = split_pairs(
+            table,
+            group_by=self.group_by,
+            unseen_users=self.unseen_users,
+            val_rows=self.val_rows,
+            test_rows=self.test_rows,
+            seed=self.split_seed,
+        )
+        if not (splits.user_split == SEEN).any():
+            raise ValueError(f"expected users to train on, got none seen with a training pair in {self.source.name}")
+        if self.shuffle_users:
+            table = replace(table, user=shuffled_users(table, splits, self.split_seed))
+        return table, splits
+
+    @property
+    def table(self) -> PairTable:
+        """All pairs, with shuffled users where asked for."""
+        return self._split_table[0]
+
+    @property
+    def splits(self) -> Splits:
+        """Where users and pairs belong."""
+        return self._split_table[1]
+
+    @cached_property
+    def _data(self) -> FeaturedPairs:
+        user_index = np.full(self.table.num_users, -1, dtype=np.int64)
+        seen = self._users(SEEN)
+        user_index[seen] = np.arange(len(seen))
+        return self._featured(self.table, user_index)
+
+    def _featured(self, table: PairTable, user_index: IntArray) -> FeaturedPairs:
+        cache = FeatureCache(self.backbone, self.cache_dir)
+        features = _array(cache.features(table.texts()))
+        if features.shape != (len(table.items), self.feature_dim):
+            raise ValueError(
+                f"expected features of shape {(len(table.items), self.feature_dim)} from "
+                f"{type(self.backbone).__name__}, got {features.shape}; correct its feature_dim or clear the cache "
+                f"{self.cache_dir}"
+            )
+        prompts = None
+        if self.prompt_features:
+            prompts = _array(cache.features([("", plain_prompt(prompt)) for prompt in table.prompts]))
+        self.backbone.release()
+        return FeaturedPairs(table, features, prompts, user_index)
+
+    # ------------------------------------------------------------------ what methods, callbacks and commands read
+    @property
+    def num_users(self) -> int:
+        """Number of seen users: rows of the training table."""
+        return len(self._users(SEEN))
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of the features."""
+        return self.backbone.feature_dim
+
+    @property
+    def backbone_spec(self) -> dict[str, Any]:
+        """What rebuilds the backbone: ``{class_path, init_args}``."""
+        return self.backbone.spec()
+
+    @property
+    def reference_head(self) -> Tensor | None:
+        """``(D,)`` the reward model's own direction, None where the backbone has none."""
+        return self.backbone.reference_head
+
+    @property
+    def user_ids(self) -> list[str]:
+        """Seen users in the order of ``user_index``."""
+        return [self.table.user_ids[row] for row in self._users(SEEN)]
+
+    @property
+    def all_user_ids(self) -> list[str]:
+        """All users in the order of ``user_row``."""
+        return self.table.user_ids
+
+    @property
+    def split_hash(self) -> str:
+        """sha256 of the assignment of pairs."""
+        return self.splits.hash
+
+    def eval_names(self, stage: Literal["validate", "test", "predict"]) -> list[str]:
+        """Names of the evaluation loaders in order: of ``seen``, ``unseen`` and ``few_shot`` those that have pairs."""
+        if stage == "validate":
+            return ["seen"] if len(self._rows(SEEN, VAL)) else []
+        names = ["seen"] if len(self._rows(SEEN, TEST)) else []
+        if len(self._rows(UNSEEN, TEST)):
+            names += ["unseen"] if stage == "predict" or not self.shots else ["unseen", "few_shot"]
+        return names
+
+    def context_for(self, pairs: PairTable) -> tuple[list[str], Context]:
+        """Ids and support pairs of the users of another table, for adapting them."""
+        data = self._featured(pairs, np.full(pairs.num_users, -1, dtype=np.int64))
+        return pairs.user_ids, build_context(data, np.arange(pairs.num_pairs), np.arange(pairs.num_users))
+
+    def summary(self) -> dict[str, int | str]:
+        """Counts for logs."""
+        splits, dropped = self.splits, self.table.dropped
+        return {
+            "source": self.source.name,
+            "group_by": splits.group_by,
+            "split_hash": splits.hash,
+            "users_seen": self.num_users,
+            "users_unseen": len(self._users(UNSEEN)),
+            "users_left_out": len(self._users(LEFT_OUT)),
+            "pairs_train": len(self._rows(SEEN, TRAIN)),
+            "pairs_val": len(self._rows(SEEN, VAL)),
+            "pairs_test": len(self._rows(SEEN, TEST)),
+            "pairs_support": len(self._rows(UNSEEN, TRAIN)),
+            "pairs_query": len(self._rows(UNSEEN, TEST)),
+            "pairs_left_out": int((splits.stage == LEFT_OUT).sum()),
+            "dropped_crossing": splits.num_crossing,
+            "dropped_duplicates": dropped.get("duplicates", 0),
+            "dropped_other_user_split": dropped.get("other_user_split", 0),
+            "prompts": len(np.unique(self.table.prompt)),
+            "items": len(self.table.items),
+        }
+
+    def save_splits(self, path: str | Path) -> None:
+        """Write the split as JSON: hash, seed, shares, counts, users, and where every pair of the table went.
+
+        ``pairs`` has one letter per pair in the order of the source: r train or support, v validation, t test or query,
+        ``-`` left out.
+        """
+        ids = self.table.user_ids
+        text = {
+            **{
+                key: getattr(self, key)
+                for key in ("split_seed", "unseen_users", "val_rows", "test_rows", "shuffle_users")
+            },
+            **self.summary(),
+            "hash": self.splits.hash,
+            "users": {
+                name: [ids[row] for row in self._users(code)]
+                for name, code in (("seen", SEEN), ("unseen", UNSEEN), ("left_out", LEFT_OUT))
+            },
+            "pairs": "".join("rvt-"[code] for code in self.splits.stage.tolist()),
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(part, path)
+
+    # ------------------------------------------------------------------ Lightning
+    def prepare_data(self) -> None:
+        """Fill the feature cache; one process per node does it."""
+        _ = self._data
+
+    def setup(self, stage: str) -> None:
+        """Read pairs and features."""
+        _ = self._data
+
+    def teardown(self, stage: str) -> None:
+        """Free the training batch on the device."""
+        self._on_device = None
+
+    def train_dataloader(self) -> TrainBatches:
+        """Training pairs of seen users."""
+        rows = self._rows(SEEN, TRAIN)
+        weight = split_weights(self.table, rows, self.macro)
+        return TrainBatches(self._data, rows, weight, self.batch_size, self.split_seed, self._place)
+
+    def val_dataloader(self) -> list[EvalBatches]:
+        """Validation pairs of seen users."""
+        return [self._eval_loader(name, VAL) for name in self.eval_names("validate")]
+
+    def test_dataloader(self) -> list[EvalBatches]:
+        """Test pairs of seen users, query pairs of unseen users, and the few-shot curve."""
+        return [self._eval_loader(name, TEST) for name in self.eval_names("test")]
+
+    def predict_dataloader(self) -> list[EvalBatches]:
+        """Test pairs of seen users and query pairs of unseen users."""
+        return [self._eval_loader(name, TEST) for name in self.eval_names("predict")]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch to the device; the whole-split batch is copied once and kept."""
+        if self._on_device is not None and self._on_device[0] is batch and self._on_device[1].weight.device == device:
+            return self._on_device[1]
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        if self.trainer is not None and self.trainer.training and self.batch_size is None:
+            self._on_device = (batch, moved)
+        return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Remember in checkpoints which split was trained on."""
+        return {"split_hash": self.split_hash}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn when a checkpoint meets another split: what is tested here may have been trained on."""
+        if state_dict["split_hash"] != self.split_hash:
+            warnings.warn(
+                f"the checkpoint was trained on the split {state_dict['split_hash'][:12]}, the data give "
+                f"{self.split_hash[:12]}: pairs tested here may have been trained on",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------ helpers
+    def _users(self, split: int) -> IntArray:
+        return np.flatnonzero(self.splits.user_split == split)
+
+    def _rows(self, user_split: int, stage: int) -> IntArray:
+        return np.flatnonzero((self.splits.user_split[self.table.user] == user_split) & (self.splits.stage == stage))
+
+    def _place(self) -> Place:
+        trainer = self.trainer
+        return (
+            Place(0, 1, 0) if trainer is None else Place(trainer.global_rank, trainer.world_size, trainer.current_epoch)
+        )
+
+    def _eval_loader(self, name: str, stage: int) -> EvalBatches:
+        table, keys = self.table, content_keys(self.table)
+        rows = self._rows(SEEN if name == "seen" else UNSEEN, stage)
+        users = self._users(SEEN) if name == "seen" else np.unique(table.user[rows])
+        circle = users[other_users(keys.user[users], self.split_seed)[0]]
+        support = None
+        if name != "seen":
+            pool = self._rows(UNSEEN, TRAIN)
+            pool = nested_supports(pool, table.user[pool], keys.pair[pool], self.max_support, 0, self.split_seed)
+            curve = [(shots, repeat) for repeat in range(self.repeats) for shots in self.shots]
+            draws: Sequence[tuple[int | None, int]] = curve if name == "few_shot" else [(None, 0)]
+            support = Support(pool, keys.pair[pool], draws, self.split_seed)
+        weight = split_weights(table, rows, self.macro)
+        return EvalBatches(self._data, rows, weight, circle, support, name == "few_shot", self._place)
+
+
+def _array(features: Any) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = np.asarray(features)
+    return array

@@ -1,0 +1,250 @@
+"""FeatureCache: each distinct text is encoded once per backbone, ever.
+
+Axes: I pairs of (prompt, response), N distinct texts, D feature width.
+
+A backbone's features live in a folder named by the hash of its key: ``manifest.json`` and shards, each a safetensors
+file of text hashes and feature rows under a checksum. A shard is written to a temporary name and renamed, so it is
+whole or absent: a killed run goes on after its last one, and processes that share the folder cannot harm each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from plm.backbones import Backbone
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Digests: TypeAlias = NDArray[np.bytes_]  # (N,) of 16 bytes
+    Floats: TypeAlias = NDArray[np.float32]
+    Ints: TypeAlias = NDArray[np.int64]
+
+FORMAT = 1
+DIGEST_BYTES = 16
+SHARD_SECONDS = 10.0
+"""How long encoding a shard should take: what a killed run loses."""
+SHARD_TEXTS = (64, 8192)
+"""Fewest and most texts of a shard; enough of them to sort into batches of similar length."""
+QUIET_TEXTS = 256
+"""Up to this many texts are encoded without a progress bar."""
+
+
+class FeatureCache:
+    """Features of (prompt, response) pairs, encoded where no run has encoded them before and read from disk elsewhere.
+
+    Args:
+        backbone: What turns texts into features.
+        directory: Folder that may hold the caches of many backbones.
+
+    Raises:
+        ValueError: If the folder cannot be written, or holds the features of another backbone.
+    """
+
+    def __init__(self, backbone: Backbone, directory: str | Path) -> None:
+        """See the class."""
+        self.backbone = backbone
+        identity = {"format": FORMAT, "key": backbone.key(), "feature_dim": backbone.feature_dim}
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(directory).expanduser() / name
+        _claim(self.folder, identity)
+        self._shards: dict[Path, Digests] = {}
+
+    def features(self, pairs: Sequence[tuple[str, str]], progress: bool = True) -> Tensor:
+        """Features of pairs, in their order; a text that repeats, here or in an earlier call, is not encoded again.
+
+        Args:
+            pairs: I times (prompt, response); the prompt may be a JSON list of chat messages.
+            progress: Whether to show a progress bar, if many texts have to be encoded and a terminal shows it.
+
+        Returns:
+            ``(I, D)`` float32, held in memory.
+
+        Raises:
+            ValueError: If the backbone gives features of another shape or values that are not finite.
+        """
+        first: dict[str, int] = {}
+        row = [first.setdefault(self.backbone.render(*pair), len(first)) for pair in pairs]
+        texts = list(first)
+        digests = _digests(texts)
+        out = np.empty((len(texts), self.backbone.feature_dim), dtype=np.float32)
+        missing = self._read(digests, out)
+        if len(missing):
+            self._encode(texts, digests, missing, out, progress)
+        return torch.from_numpy(out if len(texts) == len(row) else out[row])
+
+    def _read(self, digests: Digests, out: Floats) -> Ints:
+        """Fill the rows of ``out`` that are cached; return the others ``(M,)``."""
+        self._refresh()
+        missing = np.ones(len(digests), dtype=bool)
+        if self._shards and len(digests):
+            shards = list(self._shards)
+            stored = np.concatenate(list(self._shards.values()))
+            shard_of = np.repeat(np.arange(len(shards)), [len(self._shards[shard]) for shard in shards])
+            row_of = np.concatenate([np.arange(len(self._shards[shard])) for shard in shards])
+            order = np.argsort(stored, kind="stable")
+            found = order[np.searchsorted(stored, digests, sorter=order).clip(max=len(order) - 1)]
+            hits = np.flatnonzero(stored[found] == digests)
+            hits = hits[np.argsort(shard_of[found[hits]], kind="stable")]
+            bounds = np.flatnonzero(np.diff(shard_of[found[hits]])) + 1
+            for rows in np.split(hits, bounds):
+                if len(rows):
+                    features = self._load(shards[shard_of[found[rows[0]]]])
+                    if features is not None:
+                        out[rows] = features[row_of[found[rows]]]
+                        missing[rows] = False
+        return np.flatnonzero(missing)
+
+    def _refresh(self) -> None:
+        """Read the text hashes of the shards that came since the last call, from whatever process."""
+        for shard in sorted(self.folder.glob("*.safetensors")):
+            if shard not in self._shards:
+                try:
+                    with safe_open(shard, framework="numpy") as file:
+                        self._shards[shard] = _as_digests(file.get_tensor("digests"))
+                except FileNotFoundError:
+                    continue  # another process found it damaged
+                except (SafetensorError, ValueError) as error:
+                    self._drop(shard, error)
+
+    def _load(self, shard: Path) -> Floats | None:
+        """Features of a shard ``(n, D)``; None if it is gone or damaged."""
+        try:
+            with safe_open(shard, framework="numpy") as file:
+                digests, features = file.get_tensor("digests"), file.get_tensor("features")
+                if _checksum(digests, features) != (file.metadata() or {}).get("checksum"):
+                    raise ValueError("its checksum differs")
+        except FileNotFoundError:
+            self._shards.pop(shard)
+            return None
+        except (SafetensorError, ValueError) as error:
+            self._drop(shard, error)
+            return None
+        return np.asarray(features, dtype=np.float32)
+
+    def _drop(self, shard: Path, error: Exception) -> None:
+        """Forget a damaged shard."""
+        warnings.warn(f"{str(shard)!r} is damaged ({error}): removed, its texts are encoded again", stacklevel=2)
+        self._shards.pop(shard, None)
+        shard.unlink(missing_ok=True)
+
+    def _encode(self, texts: list[str], digests: Digests, missing: Ints, out: Floats, progress: bool) -> None:
+        """Encode the missing texts into ``out``, shard by shard, each of about ``SHARD_SECONDS``."""
+        console = Console(stderr=True)
+        watched = console.is_terminal or console.is_jupyter
+        hidden = not (progress and watched and len(missing) > QUIET_TEXTS)
+        columns = (TextColumn("Encoding texts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        missing = np.array(sorted(missing, key=lambda row: -len(texts[row])))  # what is in a shard is of similar length
+        with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+            task = bar.add_task("", total=len(missing))
+            start, size = 0, SHARD_TEXTS[0]
+            while start < len(missing):
+                rows = missing[start : start + size]
+                began = time.monotonic()
+                features = self.backbone.encode([texts[row] for row in rows]).detach().to("cpu", torch.float32).numpy()
+                rate = len(rows) / max(time.monotonic() - began, 1e-9)
+                self._check(features, [texts[row] for row in rows])
+                out[rows] = features
+                self._write(digests[rows], out[rows])
+                bar.advance(task, len(rows))
+                start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
+
+    def _check(self, features: Floats, texts: list[str]) -> None:
+        """Refuse what must not be kept for ever."""
+        expected = (len(texts), self.backbone.feature_dim)
+        name = type(self.backbone).__name__
+        if features.shape != expected:
+            raise ValueError(f"expected features of shape {expected} from {name}.encode, got {features.shape}")
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"expected finite features from {name}, got nan or inf for {len(bad)} of {len(texts)} texts, the first "
+                f"{texts[bad[0]]!r:.80}; float16 overflows in some models: set dtype to 'bfloat16' or 'float32'"
+            )
+
+    def _write(self, digests: Digests, features: Floats) -> None:
+        """Write a shard under a temporary name, then rename it; its name is the hash of its texts."""
+        codes = digests.view(np.uint8).reshape(-1, DIGEST_BYTES)
+        shard = self.folder / f"{hashlib.blake2b(codes.tobytes(), digest_size=16).hexdigest()}.safetensors"
+        temporary = _temporary(shard)
+        try:
+            tensors: dict[str, NDArray[Any]] = {"digests": codes, "features": features}
+            save_file(tensors, temporary, metadata={"checksum": _checksum(codes, features)})
+            os.replace(temporary, shard)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._shards[shard] = digests
+
+
+def _claim(folder: Path, identity: dict[str, object]) -> None:
+    """Create the folder of a backbone's features, or check that it is the backbone's."""
+    manifest = folder / "manifest.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not manifest.exists():
+            temporary = _temporary(manifest)
+            temporary.write_text(json.dumps(identity, indent=2, sort_keys=True), encoding="utf-8")
+            os.replace(temporary, manifest)
+        stored = json.loads(manifest.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"expected a folder for features that can be written, got {str(folder)!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"expected {str(manifest)!r} to be JSON, got {error}; delete {str(folder)!r}") from error
+    if stored != json.loads(json.dumps(identity)):
+        old, new = _flat(stored), _flat(identity)
+        differences = [
+            f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        ]
+        raise ValueError(
+            f"expected the features of this backbone in {str(folder)!r}, got those of another "
+            f"({'; '.join(differences)}); delete that folder or choose another directory"
+        )
+
+
+def _flat(identity: object) -> dict[str, object]:
+    """The entries of a manifest and of its key side by side."""
+    entries = dict(identity) if isinstance(identity, dict) else {"manifest": identity}
+    key = entries.pop("key", None)
+    return {**entries, **key} if isinstance(key, dict) else {**entries, "key": key}
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process has."""
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
+
+
+def _digests(texts: list[str]) -> Digests:
+    """Hashes ``(N,)`` of texts."""
+    codes = b"".join(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest() for text in texts
+    )
+    return np.frombuffer(codes, dtype=f"S{DIGEST_BYTES}")
+
+
+def _as_digests(codes: NDArray[np.uint8]) -> Digests:
+    """Stored bytes ``(N, 16)`` as hashes ``(N,)``."""
+    return np.ascontiguousarray(codes).view(f"S{DIGEST_BYTES}").reshape(-1)
+
+
+def _checksum(codes: NDArray[np.uint8], features: Floats) -> str:
+    """Checksum of a shard, against silent damage of the disk."""
+    return str(zlib.crc32(np.ascontiguousarray(features).data.cast("B"), zlib.crc32(codes.tobytes())))

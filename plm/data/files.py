@@ -1,0 +1,222 @@
+"""Pairs files to factorised columns: JSONL, CSV (both also .gz) and Parquet, unvalidated.
+
+Axes: N rows of a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from plm.data.values import short
+
+IntArray = npt.NDArray[np.int64]
+
+REQUIRED = ("user_id", "prompt", "chosen", "rejected")
+OPTIONAL = (
+    "weight",
+    "chosen_score",
+    "rejected_score",
+    "tie",
+    "dialogue_id",
+    "turn",
+    "timestamp",
+    "row_split",
+    "user_split",
+)
+FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+
+
+class Column(NamedTuple):
+    """A factorised column: distinct values stored once."""
+
+    codes: IntArray  # (N,) row of values, -1 = null
+    values: list[Any]
+
+
+class RawPairs(NamedTuple):
+    """Columns of one file under our names, unvalidated."""
+
+    columns: dict[str, Column]
+    lines: IntArray
+    problems: list[tuple[int, str]]
+
+
+def column_names(columns: dict[str, str | None]) -> dict[str, str]:
+    """Our name -> the file's name, for every column that is to be read."""
+    known = (*REQUIRED, *OPTIONAL)
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise ValueError(
+            f"columns: expected keys among {', '.join(known)}, got {unknown!r}{_nearest(unknown[0], known)}"
+        )
+    unread = [name for name in REQUIRED if name in columns and columns[name] is None]
+    if unread:
+        raise ValueError(f"columns: {unread!r} are required and cannot be null")
+    named = {name: columns.get(name, name) for name in known}
+    return {name: file_name for name, file_name in named.items() if file_name is not None}
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _require(path: Path, names: dict[str, str], present: Sequence[str]) -> None:
+    missing = [name for name in REQUIRED if names[name] not in present]
+    if not missing:
+        return
+    parts = []
+    for name in missing:
+        hint = _nearest(names[name], present)
+        close = difflib.get_close_matches(names[name], present, n=1, cutoff=0.5)
+        fix = (
+            f" Set columns: {{{name}: {close[0]}}}." if close else f" Set columns: {{{name}: <its name in the file>}}."
+        )
+        parts.append(f"column {names[name]!r} is missing{hint}{fix}")
+    raise ValueError(f"{path}: expected columns {', '.join(REQUIRED)}, got {', '.join(present)}: " + " ".join(parts))
+
+
+def read_columns(path: Path, names: dict[str, str]) -> RawPairs:
+    """Read the columns of one file.
+
+    Args:
+        path: The file; its ending says the format.
+        names: Our column name -> the file's.
+
+    Returns:
+        Columns that the file has, the line (Parquet: row) of each row, and lines that could not be parsed.
+
+    Raises:
+        ValueError: If the format is unknown or a required column is missing.
+    """
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if not path.name.endswith(FORMATS):
+        raise ValueError(f"{path}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
+    if kind == "parquet":
+        return _read_parquet(path, names)
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+        return _read_jsonl(path, stream, names) if kind == "jsonl" else _read_csv(path, stream, names)
+
+
+def _read_parquet(path: Path, names: dict[str, str]) -> RawPairs:
+    try:
+        present = pq.read_schema(path).names
+        _require(path, names, present)
+        found = {name: file_name for name, file_name in names.items() if file_name in present}
+        table = pq.read_table(path, columns=list(dict.fromkeys(found.values())))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
+    columns = {name: _factorise_arrow(table.column(file_name)) for name, file_name in found.items()}
+    return RawPairs(columns, np.arange(table.num_rows, dtype=np.int64), [])
+
+
+def _factorise_arrow(column: Any) -> Column:
+    kind = column.type
+    if pa.types.is_nested(kind):
+        return _factorise(column.to_pylist())
+    encoded = column.unify_dictionaries() if pa.types.is_dictionary(kind) else column.dictionary_encode()
+    if encoded.num_chunks == 0:
+        return Column(np.zeros(0, dtype=np.int64), [])
+    array = encoded.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    codes = array.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    values = array.dictionary.to_pylist()
+    nulls = [code for code, value in enumerate(values) if value is None]
+    return Column(np.where(np.isin(codes, nulls), -1, codes) if nulls else codes, values)
+
+
+def _factorise(values: Iterable[Any]) -> Column:
+    rows: dict[Any, int] = {}
+    distinct: list[Any] = []
+    codes = []
+    for value in values:
+        if value is None:
+            codes.append(-1)
+            continue
+        key = value if type(value) is str else (type(value), value if isinstance(value, int | float) else repr(value))
+        code = rows.get(key)
+        if code is None:
+            code = rows[key] = len(distinct)
+            distinct.append(value)
+        codes.append(code)
+    return Column(np.array(codes, dtype=np.int64), distinct)
+
+
+def _read_jsonl(path: Path, stream: Any, names: dict[str, str]) -> RawPairs:
+    records, lines, problems = [], [], []
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            problems.append((number, f"malformed JSON ({error}), got {short(line.decode(errors='replace').strip())}"))
+            continue
+        if not isinstance(record, dict):
+            problems.append((number, f"expected a JSON object, got {short(record)}"))
+            continue
+        records.append(record)
+        lines.append(number)
+    present = list(dict.fromkeys(key for record in records for key in record))
+    if records:
+        _require(path, names, present)
+    return RawPairs(_columns_of(records, names, present), np.array(lines, dtype=np.int64), problems)
+
+
+def _read_csv(path: Path, stream: Any, names: dict[str, str]) -> RawPairs:
+    records, lines, problems = [], [], []
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        try:
+            header = next(reader, [])
+            _require(path, names, header)
+            end = reader.line_num
+            for cells in reader:
+                start, end = end + 1, reader.line_num  # a quoted cell may span lines: name the first one
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    problems.append((start, f"expected {len(header)} cells, got {len(cells)}: {short(cells)}"))
+                    continue
+                records.append(dict(zip(header, cells, strict=True)))
+                lines.append(start)
+        except csv.Error as error:
+            problems.append((reader.line_num, f"malformed CSV ({error})"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected UTF-8 text, got {error}; save the file as UTF-8") from error
+    columns = _columns_of(records, names, header)
+    for name in OPTIONAL:  # an empty cell means "not given"
+        if name in columns and "" in columns[name].values:
+            codes, values = columns[name]
+            columns[name] = Column(np.where(codes == values.index(""), -1, codes), values)
+    return RawPairs(columns, np.array(lines, dtype=np.int64), problems)
+
+
+def _columns_of(records: Sequence[dict[str, Any]], names: dict[str, str], present: Sequence[str]) -> dict[str, Column]:
+    found = {name: file_name for name, file_name in names.items() if file_name in present}
+    return {name: _factorise(record.get(file_name) for record in records) for name, file_name in found.items()}
+
+
+def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:
+    """Concatenate one column over the files; None where no file has it."""
+    if not any(name in raw.columns for raw in raws):
+        return None
+    codes: list[IntArray] = []
+    values: list[Any] = []
+    for raw in raws:
+        column = raw.columns.get(name, Column(np.full(len(raw.lines), -1, dtype=np.int64), []))
+        codes.append(np.where(column.codes >= 0, column.codes + len(values), -1))
+        values += column.values
+    return Column(np.concatenate(codes), values)

@@ -1,0 +1,80 @@
+"""64-bit hashes of content, and numbering: what makes splits reproducible and fast.
+
+Axes: N pairs, U users, P prompts, R responses, G groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from plm.data.files import IntArray
+from plm.data.schema import PairTable
+
+KeyArray = npt.NDArray[np.uint64]
+
+
+class Keys(NamedTuple):
+    """64-bit content hashes."""
+
+    user: KeyArray
+    """``(U,)`` of user ids."""
+    prompt: KeyArray
+    """``(P,)`` of prompts."""
+    response: KeyArray
+    """``(R,)`` of responses."""
+    pair: KeyArray
+    """``(N,)`` of (user id, prompt, chosen, rejected)."""
+
+
+def content_keys(table: PairTable) -> Keys:
+    """Hash users, prompts, responses and pairs by content."""
+    user, prompt, response = (digest(texts) for texts in (table.user_ids, table.prompts, table.responses))
+    item = mix(prompt[table.items[:, 0]], response[table.items[:, 1]])
+    return Keys(user, prompt, response, mix(mix(user[table.user], item[table.chosen]), item[table.rejected]))
+
+
+def digest(texts: Sequence[str]) -> KeyArray:
+    """Hash texts (blake2b), the same in every process."""
+    raw = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
+    return np.frombuffer(raw, dtype="<u8").astype(np.uint64)
+
+
+def seed_key(seed: int) -> KeyArray:
+    """Hash of a seed, ``(1,)``."""
+    return digest([f"seed {seed}"])
+
+
+def mix(left: KeyArray, right: KeyArray) -> KeyArray:
+    """Hash two hashes into one (the finaliser of splitmix64); wraps around on purpose."""
+    value = left * np.uint64(0x9E3779B97F4A7C15) + right
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: KeyArray = value ^ (value >> np.uint64(31))
+    return mixed
+
+
+def number_pairs(left: IntArray, right: IntArray) -> tuple[IntArray, IntArray]:
+    """Number distinct (left, right): first position of each, and the number of every pair."""
+    stride = int(right.max(initial=0)) + 1
+    _, first, number = np.unique(left * stride + right, return_index=True, return_inverse=True)
+    return first, number
+
+
+def owner_of(user: IntArray, group: IntArray) -> IntArray:
+    """``(G,)`` user of every group."""
+    owner = np.zeros(int(group.max(initial=-1)) + 1, dtype=np.int64)
+    owner[group] = user
+    return owner
+
+
+def position_in_run(values: IntArray) -> IntArray:
+    """0, 1, 2, ... within every run of equal values: ``[7, 7, 3, 7] -> [0, 1, 0, 0]``."""
+    index = np.arange(len(values))
+    start = np.ones(len(values), dtype=np.bool_)
+    start[1:] = values[1:] != values[:-1]
+    return index - np.maximum.accumulate(np.where(start, index, 0))

@@ -1,0 +1,391 @@
+"""The pair record: a columnar table of validated preference pairs, and its reader.
+
+Axes: N pairs, I distinct (prompt, response) items.
+
+Every column is factorised first and validated on its distinct values, so no Python runs per row of a Parquet file.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plm.data.files import OPTIONAL, REQUIRED, Column, IntArray, column_names, read_columns, stack
+from plm.data.values import (
+    USER_SPLITS,
+    Response,
+    canonical_messages,
+    short,
+    to_bool,
+    to_id,
+    to_integer,
+    to_number,
+    to_prompt,
+    to_response,
+    to_row_split,
+    to_timestamp,
+    to_weight,
+)
+
+FloatArray = npt.NDArray[np.float32]
+
+NUM_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Validated pairs, column by column; texts are stored once and referred to by row."""
+
+    user_ids: list[str]
+    """Distinct users, sorted."""
+    prompts: list[str]
+    """Distinct prompts; chat messages as canonical JSON ``[{"role":...,"content":...},...]``."""
+    responses: list[str]
+    """Distinct response texts."""
+    items: IntArray
+    """``(I, 2)`` distinct (row of ``prompts``, row of ``responses``): what a feature is made of."""
+    user: IntArray
+    """``(N,)`` row of ``user_ids``."""
+    prompt: IntArray
+    """``(N,)`` row of ``prompts``."""
+    chosen: IntArray
+    """``(N,)`` row of ``items``."""
+    rejected: IntArray
+    """``(N,)`` row of ``items``."""
+    weight: FloatArray
+    """``(N,)`` non-negative, 1 where the corpus gives none."""
+    chosen_score: FloatArray
+    """``(N,)`` graded score, nan where the corpus gives none."""
+    rejected_score: FloatArray
+    """``(N,)`` the same for the other response."""
+    tie: npt.NDArray[np.bool_]
+    """``(N,)`` True = the user found both equally good."""
+    dialogues: list[str]
+    """Distinct dialogue ids."""
+    dialogue: IntArray
+    """``(N,)`` row of ``dialogues``, -1 where the corpus gives none."""
+    turn: IntArray
+    """``(N,)`` turn in the dialogue, -1 where the corpus gives none."""
+    timestamp: npt.NDArray[np.float64]
+    """``(N,)`` seconds, nan where the corpus gives none."""
+    row_split: IntArray
+    """``(N,)`` row of ``ROW_SPLITS`` as the corpus says, -1 where it says nothing."""
+    user_split: IntArray
+    """``(N,)`` row of ``USER_SPLITS`` as the corpus says, -1 where it says nothing."""
+    files: list[str]
+    """Files the pairs came from."""
+    where: IntArray
+    """``(N, 2)`` (row of ``files``, line or row number), for error messages."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Why rows of the files are not here -> how many."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs, N."""
+        return len(self.user)
+
+    @property
+    def num_users(self) -> int:
+        """Number of distinct users."""
+        return len(self.user_ids)
+
+    def texts(self) -> list[tuple[str, str]]:
+        """(prompt, response) of every item, in the order of ``items``."""
+        return [(self.prompts[prompt], self.responses[response]) for prompt, response in self.items.tolist()]
+
+    def position(self, row: int) -> str:
+        """Where a pair was read, as ``file:line``."""
+        file, line = self.where[row]
+        return _position(self.files[file], int(line)) if self.files else f"pair {row}"
+
+    def take(self, index: npt.NDArray[Any]) -> PairTable:
+        """Keep the pairs at ``index`` (or under a bool mask), in that order; users and texts keep their rows."""
+        rows = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name in _ROW_FIELDS}
+        return replace(self, **rows)
+
+
+_ROW_FIELDS = frozenset(
+    "user prompt chosen rejected weight chosen_score rejected_score tie "
+    "dialogue turn timestamp row_split user_split where".split()
+)
+
+
+def pair_table(
+    user_ids: Sequence[str],
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    user: IntArray,
+    prompt: IntArray,
+    chosen: IntArray,
+    rejected: IntArray,
+    **optional: Any,
+) -> PairTable:
+    """Build a table from codes: sort the users, number the items, fill in what is not given.
+
+    Args:
+        user_ids: Distinct users, any order; those without a pair are left out.
+        prompts: Distinct prompts.
+        responses: Distinct responses.
+        user: ``(N,)`` row of ``user_ids``.
+        prompt: ``(N,)`` row of ``prompts``.
+        chosen: ``(N,)`` row of ``responses``.
+        rejected: ``(N,)`` row of ``responses``.
+        **optional: Other fields of ``PairTable``.
+
+    Returns:
+        The table; rows keep their order.
+    """
+    num_pairs = len(user)
+    used = np.unique(user)
+    order = np.array(sorted(used.tolist(), key=lambda row: user_ids[row]), dtype=np.int64)
+    rank = np.full(len(user_ids), -1, dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    stride = max(len(responses), 1)
+    keys, codes = np.unique(np.concatenate([prompt * stride + chosen, prompt * stride + rejected]), return_inverse=True)
+    none = np.full(num_pairs, -1, dtype=np.int64)
+    nan = np.full(num_pairs, np.nan, dtype=np.float32)
+    defaults: dict[str, Any] = {
+        "weight": np.ones(num_pairs, dtype=np.float32),
+        "chosen_score": nan,
+        "rejected_score": nan,
+        "tie": np.zeros(num_pairs, dtype=np.bool_),
+        "dialogues": [],
+        "dialogue": none,
+        "turn": none,
+        "timestamp": nan.astype(np.float64),
+        "row_split": none,
+        "user_split": none,
+        "files": [],
+        "where": np.zeros((num_pairs, 2), dtype=np.int64),
+    }
+    return PairTable(
+        user_ids=[user_ids[row] for row in order.tolist()],
+        prompts=list(prompts),
+        responses=list(responses),
+        items=np.stack([keys // stride, keys % stride], axis=1),
+        user=rank[user],
+        prompt=prompt,
+        chosen=codes[:num_pairs],
+        rejected=codes[num_pairs:],
+        **{**defaults, **optional},
+    )
+
+
+def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | None = None) -> PairTable:
+    """Read and validate pairs from JSONL, CSV (both also .gz) and Parquet files.
+
+    Args:
+        paths: Files; their rows are concatenated.
+        columns: Our column name -> the file's; None leaves an optional column of the file unread.
+
+    Returns:
+        The pairs without duplicates and without rows whose ``user_split`` is neither seen nor unseen; both are counted
+        in ``dropped`` and warned about.
+
+    Raises:
+        ValueError: With every malformed row (the first 20 and the count), each as ``file:line: what is wrong``.
+    """
+    names = column_names(columns or {})
+    problems: list[tuple[int, int, str]] = []
+    raws = []
+    for index, path in enumerate(paths):
+        raw = read_columns(Path(path), names)
+        problems += [(index, line, text) for line, text in raw.problems]
+        raws.append(raw)
+    files = [str(path) for path in paths]
+    lines = [np.stack([np.full(len(raw.lines), i), raw.lines], axis=1) for i, raw in enumerate(raws)]
+    where = np.concatenate(lines).astype(np.int64) if lines else np.zeros((0, 2), dtype=np.int64)
+    checker = _Checker(where, problems)
+    table = _validate({name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL)}, checker, files)
+    if problems:
+        raise ValueError(_report(files, sorted(problems)))
+    assert table is not None
+    if table.num_pairs == 0:
+        raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")
+    return table
+
+
+class _Checker:
+    """Collects what is wrong, row by row."""
+
+    def __init__(self, where: IntArray, problems: list[tuple[int, int, str]]) -> None:
+        self.where = where
+        self.problems = problems
+
+    def add(self, rows: IntArray, text: Callable[[int], str]) -> None:
+        for row in rows.tolist():
+            file, line = self.where[row].tolist()
+            self.problems.append((file, line, text(row)))
+
+    def convert(self, name: str, column: Column, convert: Callable[[Any], Any], *, nullable: bool) -> list[Any]:
+        """Convert the distinct values; None stands for one that failed, whose rows are reported."""
+        converted: list[Any] = []
+        errors: dict[int, str] = {}
+        for code, value in enumerate(column.values):
+            try:
+                converted.append(convert(value))
+            except ValueError as error:
+                errors[code] = f"{name}: {error}, got {short(value)}"
+                converted.append(None)
+        if errors:
+            self.add(np.flatnonzero(np.isin(column.codes, list(errors))), lambda row: errors[int(column.codes[row])])
+        if not nullable:
+            self.add(np.flatnonzero(column.codes < 0), lambda row: f"{name}: missing or null")
+        return converted
+
+
+def _validate(columns: dict[str, Column | None], checker: _Checker, files: list[str]) -> PairTable | None:
+    """Validated table; None when the checker found problems."""
+    num_pairs = len(checker.where)
+    if not num_pairs or any(columns[name] is None for name in REQUIRED):
+        return None if checker.problems else pair_table([], [], [], **{n: np.zeros(0, np.int64) for n in _CODES})
+    text_of = {"user_id": to_id, "prompt": to_prompt, "chosen": to_response, "rejected": to_response}
+    required = {name: column for name in REQUIRED if (column := columns[name]) is not None}
+    distinct = {name: checker.convert(name, column, text_of[name], nullable=False) for name, column in required.items()}
+    users, user = _merge(required["user_id"].codes, distinct["user_id"])
+    prompts, prompt = _merge(required["prompt"].codes, distinct["prompt"])
+    rows = {side: _merge(required[side].codes, distinct[side]) for side in ("chosen", "rejected")}
+    responses: dict[str, int] = {}
+    sides = {side: _number(values, codes, responses) for side, (values, codes) in rows.items()}
+    chat = {side: _take([r.history is not None for r in values], codes) for side, (values, codes) in rows.items()}
+    ok = (sides["chosen"] >= 0) & (sides["rejected"] >= 0)
+    texts = list(responses)
+    checker.add(
+        np.flatnonzero(ok & (sides["chosen"] == sides["rejected"])),
+        lambda row: f"chosen equals rejected: {short(texts[sides['chosen'][row]])}",
+    )
+    checker.add(
+        np.flatnonzero(ok & (chat["chosen"] != chat["rejected"])),
+        lambda row: (
+            "chosen and rejected must both be texts or both chat messages, got "
+            + ("messages and a text" if chat["chosen"][row] else "a text and messages")
+        ),
+    )
+    for side, (values, codes) in rows.items():
+        history = _take([bool(r.history) for r in values], codes) & (prompt >= 0)
+        for row in np.flatnonzero(history):
+            own, given = values[codes[row]].history, prompts[prompt[row]]
+            if own not in (given, canonical_messages([{"role": "user", "content": given}])):
+                differs = f"{side}: the messages before the reply differ from the prompt; drop them, got {short(own)}"
+                checker.add(np.array([row]), lambda _, text=differs: text)  # type: ignore[misc]
+    optional = _optional_columns(columns, checker)
+    if "user_split" in optional:
+        both = np.zeros((len(users), 2), dtype=np.bool_)
+        known = (user >= 0) & np.isin(optional["user_split"], (0, 1))
+        both[user[known], optional["user_split"][known]] = True
+        torn = np.flatnonzero(both.all(axis=1))
+        first = np.array([np.flatnonzero(user == row)[0] for row in torn.tolist()], dtype=np.int64)
+        checker.add(first, lambda row: f"user_split: user {users[user[row]]!r} is both seen and unseen")
+    if checker.problems:
+        return None
+    keep, dropped = _filter(np.stack([user, prompt, sides["chosen"], sides["rejected"]], 1), optional)
+    row_optional = {k: v if k == "dialogues" else v[keep] for k, v in optional.items()}
+    codes_of = {"user": user, "prompt": prompt, **sides}
+    return pair_table(
+        users,
+        prompts,
+        texts,
+        **{name: value[keep] for name, value in codes_of.items()},
+        **row_optional,
+        files=files,
+        where=checker.where[keep],
+        dropped=dropped,
+    )
+
+
+_CODES = ("user", "prompt", "chosen", "rejected")
+
+
+def _optional_columns(columns: dict[str, Column | None], checker: _Checker) -> dict[str, Any]:
+    """Optional columns that the files have, as arrays with our null values."""
+    specs: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
+        "weight": (to_weight, 1.0, np.float32),
+        "chosen_score": (to_number, math.nan, np.float32),
+        "rejected_score": (to_number, math.nan, np.float32),
+        "tie": (to_bool, False, np.bool_),
+        "turn": (to_integer, -1, np.int64),
+        "timestamp": (to_timestamp, math.nan, np.float64),
+        "row_split": (to_row_split, -1, np.int64),
+        "user_split": (
+            lambda value: USER_SPLITS.index(value) if value in USER_SPLITS else len(USER_SPLITS),
+            -1,
+            np.int64,
+        ),
+    }
+    out: dict[str, Any] = {}
+    for name, (convert, null, dtype) in specs.items():
+        column = columns[name]
+        if column is not None and (column.codes >= 0).any():
+            values = checker.convert(name, column, convert, nullable=not name.endswith("_split"))
+            array = np.array([null if value is None else value for value in values] + [null], dtype=dtype)
+            out[name] = array[column.codes]
+    dialogue = columns["dialogue_id"]
+    if dialogue is not None:
+        values = checker.convert("dialogue_id", dialogue, to_id, nullable=True)
+        out["dialogues"], out["dialogue"] = _merge(dialogue.codes, values)
+    return out
+
+
+def _filter(codes: IntArray, optional: dict[str, Any]) -> tuple[IntArray, dict[str, int]]:
+    """Rows to keep: first of its duplicates, and of a user who is seen or unseen."""
+    dropped: dict[str, int] = {}
+    rows = np.arange(len(codes))
+    if "user_split" in optional:
+        rows = rows[optional["user_split"] < len(USER_SPLITS)]
+        if len(rows) < len(codes):
+            dropped["other_user_split"] = len(codes) - len(rows)
+            warnings.warn(
+                f"{len(codes) - len(rows)} pairs left out: their user_split is neither seen nor unseen", stacklevel=4
+            )
+    if "tie" in optional:
+        codes = np.concatenate([codes, optional["tie"][:, None]], axis=1)
+    order = np.lexsort(codes[rows].T[::-1])
+    ordered = codes[rows][order]
+    new = np.ones(len(rows), dtype=np.bool_)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    kept = np.sort(rows[order[new]])  # lexsort is stable: the first of equals is the first in the file
+    if len(kept) < len(rows):
+        dropped["duplicates"] = len(rows) - len(kept)
+        warnings.warn(
+            f"{len(rows) - len(kept)} duplicate pairs left out: same user, prompt, chosen and rejected", stacklevel=4
+        )
+    return kept, dropped
+
+
+def _merge(codes: IntArray, values: list[Any]) -> tuple[list[Any], IntArray]:
+    """Number distinct converted values: codes of raw values -> codes of converted ones, -1 = null or failed."""
+    numbers: dict[Any, int] = {}
+    lookup = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
+    return list(numbers), np.array([*lookup, -1], dtype=np.int64)[codes]
+
+
+def _number(values: list[Response], codes: IntArray, numbers: dict[str, int]) -> IntArray:
+    lookup = [numbers.setdefault(value.text, len(numbers)) for value in values]
+    return np.array([*lookup, -1], dtype=np.int64)[codes]
+
+
+def _take(values: list[bool], codes: IntArray) -> npt.NDArray[np.bool_]:
+    return np.array([*values, False], dtype=np.bool_)[codes]
+
+
+def _position(file: str, line: int) -> str:
+    return f"{file}:row {line}" if file.endswith(".parquet") else f"{file}:{line}"
+
+
+def _lines(files: list[str], problems: Sequence[tuple[int, int, str]]) -> Iterator[str]:
+    for file, line, text in problems[:NUM_SHOWN]:
+        yield f"  {_position(files[file], line)}: {text}"
+    if len(problems) > NUM_SHOWN:
+        yield f"  ... and {len(problems) - NUM_SHOWN} more"
+
+
+def _report(files: list[str], problems: Sequence[tuple[int, int, str]]) -> str:
+    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *_lines(files, problems)])

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from plm.data.sources.pairs import PairFiles
+
+LINE = '{"user_id": "u%d", "prompt": "p", "chosen": "a", "rejected": "b"}\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("PLM_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "set").mkdir(parents=True)
+    for index in range(2):
+        (tmp_path / "data" / "set" / f"{index}.jsonl").write_text(LINE % index)
+    return tmp_path / "data"
+
+
+def test_path_list_glob_and_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    assert PairFiles(str(folder / "set" / "0.jsonl")).load().user_ids == ["u0"]
+    assert PairFiles("~/set/1.jsonl").load().user_ids == ["u1"]
+    assert PairFiles("data/set/*.jsonl").load().user_ids == ["u0", "u1"]
+    assert PairFiles(["data/set/1.jsonl", "data/set/0.jsonl"]).load().position(0) == "data/set/1.jsonl:1"
+
+
+def test_relative_path_is_found_under_plm_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLM_DATA", str(folder))
+    source = PairFiles("set/0.jsonl")
+    assert source.load().user_ids == ["u0"] and source.name == "set/0.jsonl"
+
+
+def test_missing_file_names_plm_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'set/9.jsonl', got no such file .*PLM_DATA is not set.*set PLM_DATA to the"):
+        PairFiles("set/9.jsonl").load()
+    monkeypatch.setenv("PLM_DATA", str(folder))
+    with pytest.raises(ValueError, match="PLM_DATA is '"):
+        PairFiles("set/9.jsonl").load()
+
+
+REAL = Path(os.environ.get("PLM_DATA", Path(__file__).parents[4] / "shared" / "data"))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "num_pairs", "num_users"), [("polis_bowling_green", 75_616, 1_066), ("jester5k", 199_512, 4_994)]
+)
+def test_real_sets(name: str, num_pairs: int, num_users: int) -> None:
+    path = REAL / name / "prefs.parquet"
+    if not path.exists():
+        pytest.skip(f"{name} is not in the folder named by PLM_DATA")
+    table = PairFiles(str(path)).load()
+    assert (table.num_pairs, table.num_users) == (num_pairs, num_users)
+    assert (table.row_split >= 0).all() and table.dropped == {}

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor
+
+from plm.backbones import Backbone, HashingBackbone
+from plm.data import features as module
+from plm.data.features import FeatureCache
+
+FAKE = '''
+import hashlib, time, torch
+from plm.backbones import Backbone
+
+class Fake(Backbone):
+    """Features are the bytes of the text's hash, so any process can derive them."""
+    def __init__(self, seconds=0.0, name="fake"):
+        self.seconds, self.name, self.encoded = seconds, name, []
+    feature_dim = 16
+    def key(self): return {"name": self.name, "layer": -1}
+    def render(self, prompt, response): return prompt + "|" + response
+    def encode(self, texts):
+        time.sleep(self.seconds * len(texts))
+        self.encoded += texts
+        return torch.stack([self.truth(text) for text in texts])
+    @staticmethod
+    def truth(text): return torch.tensor(list(hashlib.md5(text.encode()).digest()), dtype=torch.float32)
+'''
+space: dict[str, type] = {}
+exec(FAKE, space)  # the same source runs in the processes below
+Fake = space["Fake"]
+
+PAIRS = [(f"prompt {index % 3}", f"response {index}") for index in range(200)]
+TEXTS = ["|".join(pair) for pair in PAIRS]
+TRUTH = torch.stack([Fake.truth(text) for text in TEXTS])
+
+
+def shards(cache: FeatureCache) -> list[Path]:
+    return sorted(cache.folder.glob("*.safetensors"))
+
+
+def texts_in(shard: Path) -> int:
+    with safe_open(shard, framework="pt") as file:
+        return len(file.get_tensor("digests"))
+
+
+def test_features_come_in_the_order_of_the_pairs(tmp_path: Path) -> None:
+    features = FeatureCache(Fake(), tmp_path).features(PAIRS)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, TRUTH)
+
+
+def test_a_repeated_text_costs_nothing(tmp_path: Path) -> None:
+    backbone = Fake()
+    cache = FeatureCache(backbone, tmp_path)
+    twice = cache.features(PAIRS[:5] + PAIRS[:5])
+    assert torch.equal(twice, torch.cat([TRUTH[:5], TRUTH[:5]]))
+    assert sorted(backbone.encoded) == sorted(TEXTS[:5])
+    assert torch.equal(cache.features(PAIRS[3:8]), TRUTH[3:8])
+    assert sorted(backbone.encoded) == sorted(TEXTS[:8])
+    again = Fake()
+    assert torch.equal(FeatureCache(again, tmp_path).features(PAIRS[7::-1]), TRUTH[:8].flip(0))
+    assert again.encoded == []
+
+
+def test_the_prompt_counts_only_where_it_is_rendered(tmp_path: Path) -> None:
+    backbone = HashingBackbone(dim=32)
+    features = FeatureCache(backbone, tmp_path).features([("a", "tea"), ("b", "tea"), ("b", "milk")])
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(features[[0, 2]], backbone.encode(["tea", "milk"]))
+
+
+def test_no_pairs(tmp_path: Path) -> None:
+    cache = FeatureCache(Fake(), tmp_path)
+    assert cache.features([]).shape == (0, 16)
+    cache.features(PAIRS[:2])
+    assert cache.features([]).shape == (0, 16)
+
+
+def test_shards_take_about_the_time_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD_TEXTS", (5, 1000))
+    monkeypatch.setattr(module, "SHARD_SECONDS", 0.2)
+    cache = FeatureCache(Fake(seconds=0.004), tmp_path)
+    cache.features(PAIRS)
+    sizes = sorted(texts_in(shard) for shard in shards(cache))
+    assert sum(sizes) == 200 and sizes[0] <= 5
+    assert 5 < sizes[-1] <= 50
+    monkeypatch.setattr(module, "SHARD_SECONDS", 100.0)
+    cache = FeatureCache(Fake(name="fast"), tmp_path)
+    cache.features(PAIRS)
+    assert sorted(texts_in(shard) for shard in shards(cache)) == [5, 195]
+
+
+def test_every_backbone_has_its_own_folder(tmp_path: Path) -> None:
+    one, two = FeatureCache(Fake(), tmp_path), FeatureCache(Fake(name="other"), tmp_path)
+    one.features(PAIRS[:3])
+    assert one.folder != two.folder
+    two.features(PAIRS[:3])
+    assert len(two.backbone.encoded) == 3  # type: ignore[attr-defined]
+    manifest = json.loads((one.folder / "manifest.json").read_text())
+    assert manifest == {"format": 1, "key": {"name": "fake", "layer": -1}, "feature_dim": 16}
+
+
+def test_the_cache_of_another_encoder_is_refused(tmp_path: Path) -> None:
+    one, two = FeatureCache(Fake(), tmp_path), FeatureCache(Fake(name="other"), tmp_path)
+    (one.folder / "manifest.json").replace(two.folder / "manifest.json")
+    with pytest.raises(ValueError, match=r"got those of another \(name: 'fake' there, 'other' here\); delete"):
+        FeatureCache(Fake(name="other"), tmp_path)
+    (two.folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json' to be JSON"):
+        FeatureCache(Fake(name="other"), tmp_path)
+    (two.folder / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="got those of another"):
+        FeatureCache(Fake(name="other"), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="expected a folder for features that can be written"):
+        FeatureCache(Fake(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "foreign"])
+def test_a_damaged_shard_is_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(module, "SHARD_TEXTS", (50, 50))
+    FeatureCache(Fake(), tmp_path).features(PAIRS)
+    backbone = Fake()
+    cache = FeatureCache(backbone, tmp_path)
+    victim = shards(cache)[1]
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 64
+    damaged = {
+        "empty": b"",
+        "truncated": bytes(content[:-100]),
+        "flipped": bytes(content),
+        "foreign": b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
+    }
+    victim.write_bytes(damaged[damage])
+    with pytest.warns(UserWarning, match="is damaged .*its texts are encoded again"):
+        assert torch.equal(cache.features(PAIRS), TRUTH)
+    assert len(backbone.encoded) == 50
+    assert len(shards(cache)) == 4
+    assert torch.equal(FeatureCache(Fake(), tmp_path).features(PAIRS), TRUTH)
+
+
+def test_a_shard_that_another_process_removed(tmp_path: Path) -> None:
+    cache = FeatureCache(Fake(), tmp_path)
+    cache.features(PAIRS)
+    for shard in shards(cache):
+        shard.unlink()
+    assert torch.equal(cache.features(PAIRS), TRUTH)
+
+
+def test_text_hashes_that_end_in_zero_are_kept_apart(tmp_path: Path) -> None:
+    cache = FeatureCache(Fake(), tmp_path)
+    codes = [b"\1" + bytes(15), b"\1\0\1" + bytes(13), bytes(16), bytes(15) + b"\1"]
+    digests = np.frombuffer(b"".join(codes), dtype="S16")
+    cache._write(digests, TRUTH[:4].numpy())
+    asked = np.frombuffer(b"".join([bytes(14) + b"\1\0", *codes[::-1]]), dtype="S16")
+    out = np.zeros((5, 16), dtype=np.float32)
+    for reader in (cache, FeatureCache(Fake(), tmp_path)):
+        assert reader._read(asked, out).tolist() == [0]
+        assert torch.equal(torch.from_numpy(out[1:]), TRUTH[:4].flip(0))
+
+
+class Bad(HashingBackbone):
+    def __init__(self, value: float, width: int) -> None:
+        super().__init__(dim=4)
+        self.value, self.width = value, width
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        return torch.full((len(texts), self.width), self.value)
+
+
+def test_features_that_must_not_be_kept(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nan or inf for 2 of 2 texts, the first 'milk'.*'bfloat16'"):
+        FeatureCache(Bad(float("nan"), 4), tmp_path).features([("", "tea"), ("", "milk")])
+    with pytest.raises(ValueError, match=r"shape \(1, 4\) from Bad.encode, got \(1, 3\)"):
+        FeatureCache(Bad(1.0, 3), tmp_path).features([("", "tea")])
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_cached_row_equals_the_recomputed_row(tmp_path: Path) -> None:
+    backbone = HashingBackbone(dim=64, ngrams=2)
+    FeatureCache(backbone, tmp_path).features(PAIRS)
+    cached = FeatureCache(backbone, tmp_path).features(PAIRS)
+    assert torch.equal(cached, backbone.encode([response for _, response in PAIRS]))
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "shown"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_progress_is_for_terminals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, progress: bool, shown: bool
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(module, "Console", lambda stderr: Console(file=screen, force_terminal=terminal))
+    monkeypatch.setattr(module, "QUIET_TEXTS", 150)
+    cache = FeatureCache(Fake(), tmp_path)
+    cache.features(PAIRS[:150], progress=progress)
+    assert screen.getvalue() == ""
+    cache.features([("again", response) for _, response in PAIRS], progress=progress)
+    assert ("Encoding texts" in screen.getvalue()) is shown
+
+
+# ---------------------------------------------------------------------- several processes
+def start(folder: Path, body: str) -> subprocess.Popen[str]:
+    code = f"""
+from plm.data import features as module
+from plm.data.features import FeatureCache
+module.SHARD_TEXTS = (4, 4)
+PAIRS = [(f"prompt {{index % 3}}", f"response {{index}}") for index in range(200)]
+print("ready", flush=True)
+{body}
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FOLDER": str(folder)}
+    return subprocess.Popen(
+        [sys.executable, "-c", FAKE + "\nimport os, sys; folder = os.environ['FOLDER']\n" + code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    process = start(tmp_path, "FeatureCache(Fake(seconds=0.005), folder).features(PAIRS)")
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.rglob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    backbone = Fake()
+    cache = FeatureCache(backbone, tmp_path)
+    finished = sum(texts_in(shard) for shard in shards(cache))
+    assert 12 <= finished < 200
+    before = {shard: shard.stat().st_mtime_ns for shard in shards(cache)}
+    assert torch.equal(cache.features(PAIRS), TRUTH)
+    assert len(backbone.encoded) == 200 - finished, "a finished shard was encoded again"
+    assert {shard: shard.stat().st_mtime_ns for shard in before} == before
+
+
+def test_processes_share_a_folder(tmp_path: Path) -> None:
+    body = """
+sys.stdin.readline()
+for _ in range(2):
+    rows = FeatureCache(Fake(seconds=0.001), folder).features(ORDER)
+truth = torch.stack([Fake.truth("|".join(pair)) for pair in ORDER])
+print(torch.equal(rows, truth), flush=True)
+"""
+    processes = [start(tmp_path, body.replace("ORDER", order)) for order in ("PAIRS", "PAIRS", "PAIRS[::-1]")]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.communicate()[0] for process in processes] == ["True\n"] * 3
+    backbone: Backbone = Fake()
+    assert torch.equal(FeatureCache(backbone, tmp_path).features(PAIRS), TRUTH)
+    assert backbone.encoded == []  # type: ignore[attr-defined]
+    assert not list(tmp_path.rglob("*.tmp"))
