@@ -1,0 +1,182 @@
+"""load_method: any method's checkpoint, ours or a third party's, ready to score text."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plm.backbones import Backbone
+from plm.method import CHECKPOINT_KEY, PersonalizationMethod
+from plm.types import UserState
+from plm.users import UserStore, shared_hash, store_path
+
+_COMMON = tuple(inspect.signature(PersonalizationMethod).parameters)
+
+
+def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint written by a plm method, without running code from it.
+
+    Raises:
+        ValueError: If there is no such file, or another program wrote it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"expected a checkpoint file, got {str(path)!r}, which does not exist")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} cannot be read: {reason}") from error
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} has no {CHECKPOINT_KEY!r} entry")
+    return checkpoint
+
+
+def find_class(class_path: str) -> type[PersonalizationMethod]:
+    """Import the class of a method by its full path, as checkpoints keep it.
+
+    Raises:
+        ValueError: If it cannot be imported or is not a method.
+    """
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"cannot import the method {class_path!r} ({error}); install the package that defines it"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, PersonalizationMethod)):
+        raise ValueError(f"expected a subclass of PersonalizationMethod, got {class_path!r}, which is {found!r}")
+    return found
+
+
+class KnownUsers:
+    """The users a loaded method knows: those of the store beside its checkpoint, else those it was trained on.
+
+    The store holds the trained users too, so a user deleted from it is unknown from then on.
+
+    Args:
+        method: The loaded method.
+        path: Folder of its `UserStore`; need not exist.
+
+    Raises:
+        ValueError: If the store belongs to other shared weights.
+    """
+
+    def __init__(self, method: PersonalizationMethod, path: Path) -> None:
+        """See the class."""
+        self.method = method
+        own = shared_hash(method.state_dict(), method.user_tables)
+        if path.exists():
+            self.store = UserStore.load(path)
+        else:
+            with torch.no_grad():
+                states = method.user_states(torch.arange(len(method.user_ids), device=method.device))
+            self.store = UserStore(own, method.user_ids, states.detach().to("cpu"))
+        if self.store.shared_hash != own:
+            raise ValueError(
+                f"the user store {str(path)!r} belongs to other shared weights than its checkpoint; "
+                "adapt its users again, or remove the folder"
+            )
+
+    def lookup(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
+        """States of B users, the population state where the user is unknown, and ``(B,)`` bool, True = known."""
+        stored, known = self.store.get(user_ids)
+        with torch.no_grad():
+            population = self.method.population_state(len(user_ids))
+        if not len(self.store):
+            return population, known
+
+        def pick(own: Tensor, default: Tensor) -> Tensor:
+            return torch.where(
+                known.to(default.device).reshape(-1, *[1] * (default.dim() - 1)), own.to(default), default
+            )
+
+        tensors = {name: pick(stored.tensors[name], value) for name, value in population.tensors.items()}
+        return UserState(tensors, pick(stored.num_pairs, population.num_pairs)), known
+
+    def __call__(self, user_ids: Sequence[str]) -> UserState:
+        """States of B users by id; an unknown id gets the population state, with one warning for all of them."""
+        state, known = self.lookup(user_ids)
+        unknown = list(dict.fromkeys(i for i, is_known in zip(user_ids, known.tolist(), strict=True) if not is_known))
+        if unknown:
+            shown = ", ".join(repr(user_id) for user_id in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+            warnings.warn(f"unknown users get the population reward: {shown} ({len(unknown)} in all)", stacklevel=3)
+        return state
+
+
+class TextEncoder:
+    """Texts -> features by the backbone a checkpoint was trained with, loaded on first use.
+
+    Args:
+        method: The loaded method; features go to its device.
+        spec: ``{class_path, init_args}`` of its backbone.
+    """
+
+    def __init__(self, method: PersonalizationMethod, spec: dict[str, Any] | None) -> None:
+        """See the class."""
+        self.method = method
+        self.spec = spec
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The backbone itself."""
+        if not self.spec:
+            raise ValueError("the checkpoint names no backbone: give features (B, D), not texts")
+        return Backbone.from_spec(self.spec)
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
+        """Features ``(B, D)`` of B responses to B prompts; a repeated text is encoded once."""
+        rendered = [self.backbone.render(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(rendered))}
+        features = self.backbone.encode(list(row_of))
+        return features[[row_of[text] for text in rendered]].to(self.method.device)
+
+
+def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> PersonalizationMethod:
+    """Load a trained method, of plm or of any installed package.
+
+    The checkpoint is read with ``weights_only=True``; all that runs by its word is the import of the class it names.
+    The users adapted later are found in the store beside it, ``<stem>.users/``.
+
+    Args:
+        path: A checkpoint written by ``plm fit``.
+        map_location: Device of the loaded weights.
+
+    Returns:
+        The method in eval mode, able to score texts: ``load_method(path).score(texts, user_id="anna")``.
+
+    Raises:
+        ValueError: If the file is not such a checkpoint, its class is missing, its weights do not fit the class, or the
+            store beside it belongs to other weights.
+    """
+    checkpoint = read_checkpoint(path, map_location)
+    about = checkpoint[CHECKPOINT_KEY]
+    cls = find_class(about["class_path"])
+    hparams = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
+    parameters = inspect.signature(cls).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        # linked values and those a method hands to the base are written even where the class has no such parameter
+        hparams = {key: value for key, value in hparams.items() if key in parameters or key not in _COMMON}
+    try:
+        method = cls(**hparams)
+        method.user_ids = list(about["user_ids"])
+        method.on_load_checkpoint(checkpoint)
+        method.load_state_dict(checkpoint["state_dict"], strict=method.strict_loading)
+    except (TypeError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{str(path)!r} does not fit the installed {about['class_path']}: {reason}; "
+            "load it with the version that wrote it"
+        ) from error
+    method.to(map_location).eval().requires_grad_(False)
+    method.encode = TextEncoder(method, checkpoint.get("hyper_parameters", {}).get("backbone"))
+    method.find_users = KnownUsers(method, store_path(path))
+    return method

@@ -1,0 +1,305 @@
+"""Preference maths shared by two or more methods: losses and batched solvers for user weights.
+
+Axes: N pairs, U users, K weights of one user. The solvers take the pairs of all users as one flat list with the row of
+each pair's user, so that users of very different size share a call without padding, and nothing loops over users.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plm.types import Context
+
+
+def targets(tie: Tensor) -> Tensor:
+    """Probability that chosen wins according to the label: ``(N,)`` bool -> 1, or one half for a tie.
+
+    >>> targets(torch.tensor([False, True])).tolist()
+    [1.0, 0.5]
+    """
+    return 1.0 - 0.5 * tie.to(torch.get_default_dtype())
+
+
+def bt_losses(margin: Tensor, target: Tensor) -> Tensor:
+    """Bradley-Terry negative log-likelihood of each pair, in nats (Bradley & Terry 1952), finite for any margin.
+
+    Args:
+        margin: ``(..., N)`` reward of chosen minus reward of rejected.
+        target: ``(N,)`` probability that chosen wins, see `targets`.
+
+    >>> bt_losses(torch.tensor([0.0, -1e4]), torch.ones(2)).tolist()
+    [0.6931471824645996, 10000.0]
+    """
+    return F.softplus(-margin) + (1.0 - target) * margin
+
+
+def per_user_sum(values: Tensor, user: Tensor, num_users: int) -> Tensor:
+    """Sum rows by user: ``(N, ...)``, ``(N,)`` -> ``(U, ...)``.
+
+    >>> per_user_sum(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 0, 1]), 3).tolist()
+    [2.0, 5.0, 0.0]
+    """
+    return values.new_zeros((num_users, *values.shape[1:])).index_add_(0, user, values)
+
+
+def unit_mean_per_user(weight: Tensor, user: Tensor, num_users: int) -> Tensor:
+    """Scale pair weights to mean one within each user: they say which pairs matter more, not how many there are.
+
+    >>> unit_mean_per_user(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).tolist()
+    [0.5, 1.5, 1.0]
+    """
+    total = per_user_sum(weight, user, num_users).clamp_min(torch.finfo(weight.dtype).tiny)
+    count = per_user_sum(torch.ones_like(weight), user, num_users)
+    return weight * (count / total)[user]
+
+
+class PairList(NamedTuple):
+    """Pairs of several users, seen through K numbers per pair; the margin of pair n is ``design_n @ w + offset_n``."""
+
+    design: Tensor
+    """``(N, K)``."""
+    offset: Tensor
+    """``(N,)`` part of the margin that no weight changes."""
+    target: Tensor
+    """``(N,)`` probability that chosen wins, see `targets`."""
+    weight: Tensor
+    """``(N,)``."""
+    user: Tensor
+    """``(N,)`` int64, the row of the pair's user."""
+    num_users: int
+
+
+def flatten_context(context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Real pairs of a padded context as flat lists: difference ``(N, D)``, target, weight and user, ``(N,)`` each.
+
+    Weights have mean one within each user.
+    """
+    user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)[context.mask]
+    tie = torch.zeros_like(context.mask) if context.tie is None else context.tie
+    difference = context.chosen[context.mask] - context.rejected[context.mask]
+    weight = unit_mean_per_user(context.weight[context.mask], user, context.num_users)
+    return difference, targets(tie[context.mask]).to(weight), weight, user
+
+
+class Posterior(NamedTuple):
+    """Gaussian posterior of every user's weights."""
+
+    mean: Tensor
+    """``(U, K)`` the mode."""
+    precision: Tensor
+    """``(U, K, K)`` the Hessian there (Laplace's approximation)."""
+
+
+class Padded(NamedTuple):
+    """Users with about equally many pairs, padded to the longest; padding has weight zero. S pairs of one user."""
+
+    users: Tensor
+    """``(U,)`` their rows."""
+    design: Tensor
+    """``(U, S, K)``."""
+    offset: Tensor
+    """``(U, S)``."""
+    target: Tensor
+    """``(U, S)``."""
+    weight: Tensor
+    """``(U, S)``."""
+
+    def loss(self, value: Tensor) -> Tensor:
+        """Weighted Bradley-Terry loss of every user at weights ``(U, K)``, summed over its pairs: ``(U,)``."""
+        margin = torch.einsum("usk,uk->us", self.design, value) + self.offset
+        return (self.weight * bt_losses(margin, self.target)).sum(-1)
+
+    def derivatives(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient ``(U, K)`` and Hessian ``(U, K, K)`` of ``loss``."""
+        chance = torch.sigmoid(torch.einsum("usk,uk->us", self.design, value) + self.offset)
+        gradient = torch.einsum("us,usk->uk", self.weight * (chance - self.target), self.design)
+        curved = (self.weight * chance * (1 - chance))[..., None] * self.design
+        return gradient, curved.mT @ self.design
+
+
+def padded_users(pairs: PairList) -> list[Padded]:
+    """Pairs of every user side by side, in float64: at most one part for each power of two of pairs per user.
+
+    Small dense products of padded users are several times faster than scattered sums over a flat list, and the powers
+    of two keep padding below the number of pairs. Users without pairs are in the first part.
+    """
+    count = torch.bincount(pairs.user, minlength=pairs.num_users)
+    order = torch.argsort(pairs.user, stable=True)
+    first = count.cumsum(0) - count
+    size_class = torch.where(count > 0, (count.clamp_min(1) - 1).double().log2().floor() + 1, 0).clamp_min(0)
+    parts = []
+    for value in torch.unique(size_class):
+        users = (size_class == value).nonzero()[:, 0]
+        place = torch.arange(int(count[users].max().clamp_min(1)), device=count.device)
+        is_pair = place < count[users][:, None]
+        row = first[users][:, None] + place
+        row = order[row.clamp_max(max(len(order) - 1, 0))] if len(order) else torch.zeros_like(row)
+        if not len(order):
+            zero = pairs.design.new_zeros(len(users), 1, dtype=torch.float64)
+            design = zero[..., None].expand(-1, -1, pairs.design.shape[1])
+            parts.append(Padded(users, design, zero, zero, zero))
+            continue
+        keep = is_pair.double()
+        parts.append(
+            Padded(
+                users,
+                pairs.design[row].double() * keep[..., None],
+                pairs.offset[row].double() * keep,
+                pairs.target[row].double(),
+                pairs.weight[row].double() * keep,
+            )
+        )
+    return parts
+
+
+def fit_gaussian(
+    pairs: PairList, start: Tensor | None = None, num_steps: int = 30, tolerance: float = 1e-10
+) -> Posterior:
+    """Posterior mode of every user's weights under a standard normal prior, by damped Newton, all users at once.
+
+    Minimises for each user ``sum_n weight_n * bt_n(design_n @ w + offset_n) + |w|^2 / 2``, strictly convex, so the mode
+    is unique. Another prior is a change of variables of ``design`` and ``offset``. A step that raises a user's
+    objective is halved for that user alone, so that the iteration converges from anywhere (Boyd & Vandenberghe 2004,
+    9.5).
+
+    Args:
+        pairs: The data.
+        start: ``(U, K)`` where to start; zero, the prior mean, by default.
+        num_steps: Most Newton steps.
+        tolerance: Stop when no user's Newton decrement, twice the predicted decrease in nats, exceeds it.
+
+    Returns:
+        Mode and Hessian in the dtype of ``design``.
+    """
+    num_weights = pairs.design.shape[1]
+    mean = pairs.design.new_zeros(pairs.num_users, num_weights)
+    precision = pairs.design.new_zeros(pairs.num_users, num_weights, num_weights)
+    for part in padded_users(pairs):
+        value = torch.zeros_like(mean[part.users], dtype=torch.float64)
+        value = value if start is None else start[part.users].double()
+        mean_part, precision_part = _newton(part, value, num_steps, tolerance)
+        mean[part.users], precision[part.users] = mean_part.to(mean), precision_part.to(mean)
+    return Posterior(mean, precision)
+
+
+def _newton(part: Padded, value: Tensor, num_steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """`fit_gaussian` of users padded to one length."""
+    eye = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
+
+    def objective(value: Tensor) -> Tensor:
+        return part.loss(value) + 0.5 * value.square().sum(-1)
+
+    before = objective(value)
+    gradient, hessian = part.derivatives(value)
+    for _ in range(num_steps):
+        gradient, hessian = gradient + value, hessian + eye
+        step = torch.cholesky_solve(gradient[..., None], torch.linalg.cholesky(hessian))[..., 0]
+        if (gradient * step).sum(-1).max() < tolerance:
+            return value - step, hessian  # the last step costs nothing and squares the error
+        size = torch.ones_like(before)
+        after = objective(value - step)
+        while (worse := after > before + 1e-12 * before.abs()).any() and size.min() > 1e-6:
+            size = torch.where(worse, size / 2, size)
+            after = objective(value - size[:, None] * step)
+        value, before = value - size[:, None] * step, after
+        gradient, hessian = part.derivatives(value)
+    return value, hessian + eye
+
+
+def fit_simplex(
+    pairs: PairList, centre: Tensor, precision: float = 0.0, num_steps: int = 40, tolerance: float = 1e-9
+) -> Posterior:
+    """Best weights of every user on the simplex, by a primal-dual interior-point method, all users at once.
+
+    Minimises for each user ``mean_n weight_n * bt_n(design_n @ w + offset_n) + precision * |w - centre|^2 / 2`` subject
+    to ``w >= 0`` and ``sum(w) = 1``: LoRe's few-shot problem (arXiv 2504.14439, eq 11), convex in ``w``. With
+    multipliers ``dual`` of ``w >= 0`` the optimum solves ``gradient - dual + shift = 0``, ``w * dual = 0``; each step
+    is Newton on these equations with ``w * dual = barrier`` and ``barrier -> 0``, kept inside by the
+    fraction-to-the-boundary rule (Boyd & Vandenberghe 2004, 11.7).
+
+    Args:
+        pairs: The data.
+        centre: ``(K,)`` a point of the simplex: the prior mean, and the answer for a user without pairs.
+        precision: Strength of the pull to ``centre``; 0 as published.
+        num_steps: Most steps.
+        tolerance: Stop when every user's duality gap is below, in nats.
+
+    Returns:
+        Weights, and the Hessian of the summed (not averaged) objective without the barrier; for a user without pairs
+        that of the pull.
+    """
+    num_weights = pairs.design.shape[1]
+    mean = pairs.design.new_zeros(pairs.num_users, num_weights)
+    hessian = pairs.design.new_zeros(pairs.num_users, num_weights, num_weights)
+    for part in padded_users(pairs):
+        mean_part, hessian_part = _interior_point(part, centre.double(), precision, num_steps, tolerance)
+        mean[part.users], hessian[part.users] = mean_part.to(mean), hessian_part.to(mean)
+    return Posterior(mean, hessian)
+
+
+def _interior_point(
+    part: Padded, centre: Tensor, precision: float, num_steps: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """`fit_simplex` of users padded to one length."""
+    count = part.weight.sum(-1)
+    share = part._replace(weight=part.weight / count.clamp_min(1e-300)[:, None])
+    # a tiny curvature keeps the problem strictly convex where the pairs say nothing; it pulls to the centre
+    pull = precision + 1e-9
+    num_weights = len(centre)
+    eye = torch.eye(num_weights, dtype=centre.dtype, device=centre.device)
+    value = centre.new_full((len(part.users), num_weights), 1.0 / num_weights)
+    dual = torch.ones_like(value)
+    for _ in range(num_steps):
+        gap = (value * dual).sum(-1)
+        open_gap = gap >= tolerance  # a finished user stands still, so that no state depends on who shares the batch
+        if not open_gap.any():
+            break
+        gradient, hessian = share.derivatives(value)
+        gradient, hessian = gradient + pull * (value - centre), hessian + pull * eye
+        barrier = 0.1 * gap / num_weights
+        system = hessian + torch.diag_embed(dual / value)
+        right = torch.stack([barrier[:, None] / value - gradient, torch.ones_like(value)], -1)
+        free, along = torch.linalg.solve(system, right).unbind(-1)
+        step = free - along * (free.sum(-1, keepdim=True) / along.sum(-1, keepdim=True))  # keeps sum(w) = 1
+        dual_step = (barrier[:, None] - dual * step) / value - dual
+        value = value + (open_gap * _inside(value, step))[:, None] * step
+        dual = dual + (open_gap * _inside(dual, dual_step))[:, None] * dual_step
+    value = value / value.sum(-1, keepdim=True)
+    value = torch.where((count == 0)[:, None], centre, value)
+    pairs_counted = torch.where(count == 0, 1.0, count)  # without pairs the pull itself remains
+    return value, part.derivatives(value)[1] + precision * pairs_counted[:, None, None] * eye
+
+
+@torch.enable_grad()
+def fit_simplex_by_adam(pairs: PairList, centre: Tensor, num_steps: int = 500, lr: float = 0.1) -> Tensor:
+    """LoRe's published few-shot fit: Adam on logits of the weights, all users at once, from uniform weights.
+
+    Args:
+        pairs: The data.
+        centre: ``(K,)`` the answer for a user without pairs.
+        num_steps: Steps; 500 as published.
+        lr: Learning rate; 0.1 as published.
+
+    Returns:
+        Weights ``(U, K)``.
+    """
+    logits = torch.zeros(pairs.num_users, len(centre), dtype=centre.dtype, device=centre.device, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    count = per_user_sum(pairs.weight, pairs.user, pairs.num_users)
+    share = pairs.weight / count.clamp_min(torch.finfo(count.dtype).tiny)[pairs.user]
+    for _ in range(num_steps):
+        margin = (pairs.design * torch.softmax(logits, -1)[pairs.user]).sum(-1) + pairs.offset
+        loss = (share * bt_losses(margin, pairs.target)).sum()
+        (logits.grad,) = torch.autograd.grad(loss, logits)
+        optimizer.step()
+    return torch.where((count == 0)[:, None], centre, torch.softmax(logits.detach(), -1))
+
+
+def _inside(value: Tensor, step: Tensor) -> Tensor:
+    """Longest step ``(U,)``, at most 1, that keeps 0.5 % of the distance of ``value > 0`` to zero."""
+    ratio = torch.where(step < 0, -value / step.clamp_max(-1e-300), torch.inf)
+    return (0.995 * ratio.min(-1).values).clamp_max(1.0)
