@@ -1,0 +1,309 @@
+"""Callbacks that turn what the evaluation steps return into metrics, files and pictures, and keep the user states.
+
+Methods are never touched: a callback reads ``margin``, ``population_margin`` and ``other_margin`` of a step's output,
+and the user rows of its batch. Every process computes, process zero writes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.console import Console, RenderableType
+from torch import Tensor
+
+from plm.evaluation import (
+    USER_COLUMNS,
+    few_shot_figure,
+    few_shot_table,
+    gain_figure,
+    summarize,
+    summarize_few_shot,
+    summary_table,
+    user_rows,
+    verdict,
+    write_csv,
+    write_json,
+)
+from plm.metrics import FewShotMetric, PreferenceMetric
+from plm.types import PreferenceBatch
+from plm.users import UserStore, shared_hash, store_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VALIDATION_KEYS = ("accuracy", "log_loss", "global_accuracy", "personal_minus_global")
+"""What is logged while training; the rest needs a bootstrap or waits for the test."""
+
+
+def run_dir(trainer: L.Trainer) -> Path:
+    """The run's folder, the one that holds Lightning's ``checkpoints/``; ``default_root_dir/run`` without a logger."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir) / "run"
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version))
+
+
+class PreferenceMetrics(L.Callback):
+    """Logs accuracy, log-loss, calibration and controls of seen and unseen users; writes the results of a test.
+
+    Validation logs ``val/<users>/`` accuracy, log_loss, global_accuracy and personal_minus_global. A test logs
+    everything under ``test/<users>/`` with intervals, prints a table with a verdict, and writes ``metrics.json``,
+    ``per_user.csv`` and ``histogram.png`` into the run's folder.
+
+    Args:
+        num_resamples: Bootstrap resamples of the users behind each 95 % interval of a test.
+        seed: Seed of the bootstrap.
+    """
+
+    def __init__(self, num_resamples: int = 2000, seed: int = 0) -> None:
+        """See the class."""
+        self.num_resamples = num_resamples
+        self.seed = seed
+        self._names: list[str] = []  # of the evaluation loaders, in order
+        self._metrics: dict[str, PreferenceMetric] = {}
+        self._report: list[RenderableType] = []
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from empty sums."""
+        self._start(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from empty sums."""
+        self._start(trainer, pl_module, "test")
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: PreferenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch."""
+        self._update(outputs, batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: PreferenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch."""
+        self._update(outputs, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the few numbers that training watches."""
+        for name, metric in self._metrics.items():
+            numbers = metric.table().estimates()
+            _log(pl_module, f"val/{name}", {key: numbers[key] for key in VALIDATION_KEYS if key in numbers})
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log every number with its interval and write the files."""
+        tables = {name: metric.table() for name, metric in self._metrics.items()}
+        groups = {name: summarize(table, self.num_resamples, self.seed) for name, table in tables.items()}
+        for name, numbers in groups.items():
+            _log(pl_module, f"test/{name}", {key: value for key, value in numbers.items() if not math.isnan(value)})
+        if not trainer.is_global_zero:
+            return
+        data = _datamodule(trainer)
+        verdicts = {name: verdict(name, numbers) for name, numbers in groups.items()}
+        about = {
+            "method": type(pl_module).__name__,
+            "split_hash": data.split_hash,
+            "num_resamples": self.num_resamples,
+            "seed": self.seed,
+        }
+        folder = run_dir(trainer)
+        write_json(folder / "metrics.json", {**about, **groups, "verdicts": verdicts})
+        rows = user_rows(tables, data.all_user_ids)
+        write_csv(folder / "per_user.csv", USER_COLUMNS, rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_table("test/users", columns=USER_COLUMNS, data=rows)
+        _show(trainer, "test/histogram", gain_figure(tables), folder / "histogram.png")
+        files = f"metrics.json, per_user.csv and histogram.png in {folder}"
+        self._report = [summary_table(groups), *verdicts.values(), files]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Print the table last, below the progress bar and Lightning's own listing."""
+        self._report = _print(self._report)
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Literal["validate", "test"]) -> None:
+        data, device = _datamodule(trainer), _device(pl_module)
+        num_users, self._names = len(data.all_user_ids), data.eval_names(stage)
+        self._metrics = {name: PreferenceMetric(num_users).to(device) for name in self._names if name != "few_shot"}
+
+    def _update(self, outputs: STEP_OUTPUT, batch: PreferenceBatch, dataloader_idx: int) -> None:
+        name = self._names[dataloader_idx]
+        if name == "few_shot":
+            return
+        metric, facts = self._metrics[name], _facts(outputs)
+        controls = {key: facts[key].to(metric.device) for key in ("population_margin", "other_margin") if key in facts}
+        rows = _required(batch, "user_row").to(metric.device)
+        metric.update(facts["margin"].to(metric.device), rows, batch.tie.to(metric.device), **controls)
+
+
+class FewShotCurve(L.Callback):
+    """Accuracy of unseen users against the number of pairs they are adapted on.
+
+    A test logs ``test/few_shot/accuracy@<shots>``, adds ``few_shot`` to ``metrics.json`` and draws ``few_shot.png``. It
+    does nothing when the data has no few-shot batches.
+
+    Args:
+        num_resamples: Bootstrap resamples of the users behind the 95 % band.
+        seed: Seed of the bootstrap.
+    """
+
+    def __init__(self, num_resamples: int = 2000, seed: int = 0) -> None:
+        """See the class."""
+        self.num_resamples = num_resamples
+        self.seed = seed
+        self._loader = 0  # index of the few-shot loader
+        self._metric: FewShotMetric | None = None
+        self._curve: dict[str, Any] | None = None
+        self._report: list[RenderableType] = []
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from empty sums."""
+        data = _datamodule(trainer)
+        names = data.eval_names("test")
+        self._metric = self._curve = None
+        if "few_shot" in names:
+            self._loader = names.index("few_shot")
+            metric = FewShotMetric(len(data.all_user_ids), data.shots, data.repeats)
+            self._metric = metric.to(_device(pl_module))
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: PreferenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add a batch of the curve."""
+        metric = self._metric
+        if metric is None or dataloader_idx != self._loader:
+            return
+        keys = {name: _required(batch, name).to(metric.device) for name in ("user_row", "num_shots", "repeat")}
+        metric.update(_facts(outputs)["margin"].to(metric.device), **keys, tie=batch.tie.to(metric.device))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the curve and draw it."""
+        if self._metric is None:
+            return
+        table = self._metric.table()
+        if not len(table.user_row):
+            return
+        curve = summarize_few_shot(table, self.num_resamples, self.seed)
+        accuracy = zip(curve["shots"], curve["accuracy"], strict=True)
+        _log(pl_module, "test/few_shot", {f"accuracy@{shots}": value for shots, value in accuracy})
+        if trainer.is_global_zero:
+            self._curve = curve
+            path = run_dir(trainer) / "few_shot.png"
+            _show(trainer, "test/few_shot", few_shot_figure(curve), path)
+            self._report = [few_shot_table(curve), f"few_shot.png in {path.parent}"]
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the curve to ``metrics.json``, which `PreferenceMetrics` has begun anew by now."""
+        if self._curve is not None:
+            write_json(run_dir(trainer) / "metrics.json", {"few_shot": self._curve}, merge=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Print the curve below the progress bar."""
+        self._report = _print(self._report)
+
+
+class SaveUserStates(L.Callback):
+    """Writes the states of all seen users beside the best checkpoint when a fit ends, as a `UserStore`."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the states off the best checkpoint's weights; the model keeps its own."""
+        if not trainer.is_global_zero:
+            return
+        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not path:
+            rank_zero_warn("user states are not saved: this fit wrote no checkpoint they could stand beside")
+            return
+        best = torch.load(path, map_location=pl_module.device, weights_only=True)["state_dict"]
+        last = {name: value.clone() for name, value in pl_module.state_dict().items() if name in best}
+        was_training = pl_module.training
+        pl_module.eval()
+        try:
+            pl_module.load_state_dict(best, strict=pl_module.strict_loading)
+            with torch.no_grad():
+                method = cast(Any, pl_module)
+                states = method.user_states(torch.arange(method.num_users, device=pl_module.device))
+                store = UserStore(shared_hash(best, method.user_tables), method.user_ids, states.detach().to("cpu"))
+        finally:
+            pl_module.load_state_dict(last, strict=pl_module.strict_loading)
+            pl_module.train(was_training)
+        store.save(store_path(path))
+
+
+# ---------------------------------------------------------------------- shared by the callbacks
+def _datamodule(trainer: L.Trainer) -> Any:
+    """The datamodule, which names the evaluation loaders and the users."""
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        raise ValueError("plm's callbacks read names and users from a PreferenceDataModule, got none; pass datamodule=")
+    return data
+
+
+def _device(pl_module: L.LightningModule) -> torch.device:
+    """Where sums are kept: with the model, or on the CPU where the device has no float64."""
+    return torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+
+
+def _facts(outputs: STEP_OUTPUT) -> dict[str, Tensor]:
+    if not isinstance(outputs, dict) or "margin" not in outputs:
+        raise ValueError(f"expected an evaluation step that returns {{'margin': (B,)}}, got {type(outputs).__name__}")
+    return cast(dict[str, Tensor], outputs)
+
+
+def _required(batch: PreferenceBatch, name: str) -> Tensor:
+    value = getattr(batch, name)
+    if value is None:
+        raise ValueError(f"expected evaluation batches with {name}, got None; set it where the batches are made")
+    return cast(Tensor, value)
+
+
+def _log(pl_module: L.LightningModule, prefix: str, numbers: dict[str, float]) -> None:
+    """Log numbers that are already equal in all processes; sync_dist only quiets Lightning's advice to set it."""
+    pl_module.log_dict({f"{prefix}/{key}": value for key, value in numbers.items()}, sync_dist=True)
+
+
+def _show(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> None:
+    """Save a figure and hand it to the loggers that show pictures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(key, figure, trainer.global_step, close=False)
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(key, [str(path)])
+
+
+def _print(report: list[RenderableType]) -> list[RenderableType]:
+    """Print the parts of a report, wide enough for a table where the output is no terminal; returns an empty one."""
+    if report:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=max(console.width, 120))
+        for part in ("", *report):
+            console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
+    return []

@@ -1,0 +1,318 @@
+"""Exact per-user sums over margins, and the numbers drawn from them.
+
+A metric keeps one row of sums per user, so millions of pairs cost no memory and neither the cut into batches nor the
+number of processes changes a result. Intervals live in ``plm.evaluation``.
+
+Axes: B pairs in a batch, U users, K shot counts, R repeats, N calibration bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+NUM_BINS = 15
+"""Calibration bins of equal width between confidence 0.5 and 1."""
+
+QUANTILES = {"accuracy_p10": 0.1, "accuracy_p50": 0.5, "accuracy_p90": 0.9}
+"""Which per-user quantiles are reported, and their names."""
+
+_COLUMNS = (
+    "num_pairs",
+    "correct",
+    "loss",
+    "ties",
+    "labelled_ties",
+    "global_pairs",
+    "global_correct",
+    "global_loss",
+    "other_pairs",
+    "other_correct",
+)
+
+
+@dataclass(frozen=True)
+class UserTable:
+    """What one group of users got right, one row per user who stated at least one preference.
+
+    A user without a control (no population or other-user margin) holds nan there.
+    """
+
+    user_row: IntArray
+    """``(U,)`` row among all users of the datamodule."""
+    num_pairs: FloatArray
+    """``(U,)`` pairs judged; pairs labelled as ties are not."""
+    accuracy: FloatArray
+    """``(U,)`` share of pairs with a positive margin; a margin of zero counts one half."""
+    log_loss: FloatArray
+    """``(U,)`` mean of ``-log sigmoid(margin)``, in nats."""
+    global_accuracy: FloatArray
+    """``(U,)`` accuracy of the population state: the global control."""
+    global_log_loss: FloatArray
+    """``(U,)`` log-loss of the population state."""
+    other_accuracy: FloatArray
+    """``(U,)`` accuracy of another user's state: the other-user control."""
+    ties: int
+    """Pairs whose margin is exactly zero."""
+    labelled_ties: int
+    """Pairs the users themselves called ties: left out of everything else."""
+    bins: FloatArray
+    """``(N, 3)`` pairs, summed confidence and summed correctness of each calibration bin."""
+
+    @property
+    def personal_minus_global(self) -> FloatArray:
+        """``(U,)`` gain of each user over the global control."""
+        return self.accuracy - self.global_accuracy
+
+    @property
+    def personal_minus_other(self) -> FloatArray:
+        """``(U,)`` gain of each user over another user's state."""
+        return self.accuracy - self.other_accuracy
+
+    @property
+    def calibration_error(self) -> float:
+        r"""Expected calibration error over all pairs.
+
+        The preferred response is always the first, so every label is 1 and only the side of the margin can be judged:
+        a pair's confidence is ``sigmoid(|margin|)`` in [0.5, 1] and its correctness 1, 0.5 or 0 for a margin above, at
+        or below zero. With ``N`` bins of equal width,
+        :math:`ECE = \sum_n \frac{pairs_n}{pairs} |correctness_n - confidence_n|`, bin means on the right.
+        """
+        pairs, confidence, correct = self.bins.T
+        return float(np.abs(correct - confidence).sum() / pairs.sum())
+
+    def estimates(self) -> dict[str, float]:
+        """Point estimates by name, macro over users unless the name says otherwise; absent controls are left out."""
+        counts: dict[str, float] = {
+            "num_users": len(self.user_row),
+            "num_pairs": int(self.num_pairs.sum()),
+            "ties": self.ties,
+            "labelled_ties": self.labelled_ties,
+        }
+        if not len(self.user_row):
+            return counts
+        numbers: dict[str, float] = {
+            "accuracy": float(self.accuracy.mean()),
+            "accuracy_micro": float(np.average(self.accuracy, weights=self.num_pairs)),
+            **{name: float(np.quantile(self.accuracy, level)) for name, level in QUANTILES.items()},
+            "log_loss": float(self.log_loss.mean()),
+            "ece": self.calibration_error,
+        }
+        if not np.isnan(self.global_accuracy).all():
+            gain = self.personal_minus_global
+            numbers |= {
+                "global_accuracy": float(np.nanmean(self.global_accuracy)),
+                "global_log_loss": float(np.nanmean(self.global_log_loss)),
+                "personal_minus_global": float(np.nanmean(gain)),
+                "users_helped": int((gain > 0).sum()),
+                "users_harmed": int((gain < 0).sum()),
+            }
+        if not np.isnan(self.other_accuracy).all():
+            numbers |= {
+                "other_accuracy": float(np.nanmean(self.other_accuracy)),
+                "personal_minus_other": float(np.nanmean(self.personal_minus_other)),
+            }
+        return numbers | counts
+
+
+class PreferenceMetric(Metric):
+    """Accuracy, log-loss, calibration and both controls of one group of users, exact across batches and processes.
+
+    Sums are float64 and added up by user row, so memory is ``U x 10`` numbers whatever the number of pairs.
+
+    Args:
+        num_users: Number U of users of the datamodule, seen and unseen: the range of ``user_row``.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    sums: Tensor
+    bins: Tensor
+
+    def __init__(self, num_users: int) -> None:
+        """See the class."""
+        super().__init__()
+        self.num_users = num_users
+        zeros = torch.zeros(num_users, len(_COLUMNS), dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.add_state("bins", torch.zeros(NUM_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        margin: Tensor,
+        user_row: Tensor,
+        tie: Tensor | None = None,
+        population_margin: Tensor | None = None,
+        other_margin: Tensor | None = None,
+    ) -> None:
+        """Add pairs.
+
+        Args:
+            margin: ``(B,)`` reward of chosen minus reward of rejected.
+            user_row: ``(B,)`` int64 in ``[0, num_users)``.
+            tie: ``(B,)`` bool, True = labelled a tie: counted and otherwise left out.
+            population_margin: ``(B,)`` margins of the population state.
+            other_margin: ``(B,)`` margins of another user's state.
+
+        Raises:
+            ValueError: If a user row is out of range.
+        """
+        _check_rows(user_row, self.num_users)
+        kept = torch.ones_like(user_row, dtype=torch.bool) if tie is None else ~tie
+        rows = user_row[kept]
+        correct, loss = _judge(margin[kept])
+        one, nothing = torch.ones_like(correct), torch.zeros_like(correct)
+        columns = [one, correct, loss, (margin[kept] == 0).double(), nothing]
+        if population_margin is None:
+            columns += [nothing] * 3
+        else:
+            columns += [one, *_judge(population_margin[kept])]
+        columns += [nothing] * 2 if other_margin is None else [one, _judge(other_margin[kept])[0]]
+        self.sums.index_add_(0, rows, torch.stack(columns, dim=1))
+        if tie is not None:
+            self.sums[:, _COLUMNS.index("labelled_ties")].index_add_(0, user_row[tie], tie[tie].double())
+        confidence = torch.sigmoid(margin[kept].double().abs())
+        bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        self.bins.index_add_(0, bins, torch.stack([one, confidence, correct], dim=1))
+
+    def table(self) -> UserTable:
+        """Per-user results of all processes; every process must call it."""
+        with self.sync_context():
+            return self._table()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Point estimates of all processes by name, see `UserTable.estimates`."""
+        numbers = self._table().estimates()
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+
+    def _table(self) -> UserTable:
+        sums = self.sums.cpu().numpy()
+        column = {name: sums[:, index] for index, name in enumerate(_COLUMNS)}
+        (rows,) = np.nonzero(column["num_pairs"])
+
+        def mean(total: str, pairs: str) -> FloatArray:
+            count = column[pairs][rows]
+            return np.where(count > 0, column[total][rows] / np.maximum(count, 1), np.nan)
+
+        return UserTable(
+            user_row=rows.astype(np.int64),
+            num_pairs=column["num_pairs"][rows],
+            accuracy=mean("correct", "num_pairs"),
+            log_loss=mean("loss", "num_pairs"),
+            global_accuracy=mean("global_correct", "global_pairs"),
+            global_log_loss=mean("global_loss", "global_pairs"),
+            other_accuracy=mean("other_correct", "other_pairs"),
+            ties=int(column["ties"].sum()),
+            labelled_ties=int(column["labelled_ties"].sum()),
+            bins=self.bins.cpu().numpy().copy(),
+        )
+
+
+class FewShotTable(NamedTuple):
+    """Accuracy of every user at every shot count and repeat."""
+
+    shots: IntArray
+    """``(K,)`` requested support pairs, ascending."""
+    user_row: IntArray
+    """``(U,)`` row among all users of the datamodule."""
+    accuracy: FloatArray
+    """``(K, R, U)``, nan where a user has no pair."""
+
+
+class FewShotMetric(Metric):
+    """Accuracy by shot count, repeat and user, exact across batches and processes.
+
+    Args:
+        num_users: Number U of users of the datamodule: the range of ``user_row``.
+        shots: The shot counts of the curve.
+        num_repeats: Random draws of the support per shot count.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    cells: Tensor
+    shots: Tensor
+
+    def __init__(self, num_users: int, shots: Sequence[int], num_repeats: int) -> None:
+        """See the class."""
+        super().__init__()
+        self.num_users = num_users
+        self.num_repeats = num_repeats
+        self.register_buffer("shots", torch.tensor(sorted(set(shots)), dtype=torch.long), persistent=False)
+        zeros = torch.zeros(len(self.shots), num_repeats, num_users, 2, dtype=torch.float64)
+        self.add_state("cells", zeros, dist_reduce_fx="sum")
+
+    def update(
+        self, margin: Tensor, user_row: Tensor, num_shots: Tensor, repeat: Tensor, tie: Tensor | None = None
+    ) -> None:
+        """Add pairs.
+
+        Args:
+            margin: ``(B,)`` reward of chosen minus reward of rejected.
+            user_row: ``(B,)`` int64 in ``[0, num_users)``.
+            num_shots: ``(B,)`` int64, one of ``shots``.
+            repeat: ``(B,)`` int64 in ``[0, num_repeats)``.
+            tie: ``(B,)`` bool, True = labelled a tie: left out.
+
+        Raises:
+            ValueError: If a user row, shot count or repeat is not one that was announced.
+        """
+        _check_rows(user_row, self.num_users)
+        shot = torch.searchsorted(self.shots, num_shots).clamp(max=len(self.shots) - 1)
+        if (self.shots[shot] != num_shots).any() or ((repeat < 0) | (repeat >= self.num_repeats)).any():
+            raise ValueError(
+                f"expected shots among {self.shots.tolist()} and repeats below {self.num_repeats}, got shots "
+                f"{sorted(set(num_shots.tolist()))} and repeats {sorted(set(repeat.tolist()))}; the datamodule's shots "
+                "and repeats must be those of its few-shot batches"
+            )
+        kept = torch.ones_like(user_row, dtype=torch.bool) if tie is None else ~tie
+        correct, _ = _judge(margin[kept])
+        cell = ((shot * self.num_repeats + repeat) * self.num_users + user_row)[kept]
+        self.cells.view(-1, 2).index_add_(0, cell, torch.stack([torch.ones_like(correct), correct], dim=1))
+
+    def table(self) -> FewShotTable:
+        """Per-user results of all processes; every process must call it."""
+        with self.sync_context():
+            return self._table()
+
+    def compute(self) -> dict[str, Tensor]:
+        """``"accuracy@k"`` -> macro accuracy over users, averaged over repeats."""
+        shots, _, accuracy = self._table()
+        if not accuracy.shape[2]:
+            return {}
+        means = np.nanmean(accuracy, axis=1).mean(axis=1)
+        return {f"accuracy@{k}": torch.tensor(mean, dtype=torch.float64) for k, mean in zip(shots, means, strict=True)}
+
+    def _table(self) -> FewShotTable:
+        pairs, correct = self.cells.cpu().numpy().transpose(3, 0, 1, 2)  # (K, R, U) each
+        (rows,) = np.nonzero(pairs.sum(axis=(0, 1)))
+        pairs, correct = pairs[..., rows], correct[..., rows]
+        accuracy = np.where(pairs > 0, correct / np.maximum(pairs, 1), np.nan)
+        return FewShotTable(self.shots.cpu().numpy().copy(), rows.astype(np.int64), accuracy)
+
+
+def _judge(margin: Tensor) -> tuple[Tensor, Tensor]:
+    """Correctness (1, one half for a margin of zero, 0) and log-loss of ``(B,)`` margins, in float64."""
+    margin = margin.detach().double()
+    return (margin > 0).double() + 0.5 * (margin == 0).double(), -F.logsigmoid(margin)
+
+
+def _check_rows(user_row: Tensor, num_users: int) -> None:
+    if len(user_row) and not 0 <= int(user_row.min()) <= int(user_row.max()) < num_users:
+        raise ValueError(
+            f"expected user rows in [0, {num_users}), got {int(user_row.min())} to {int(user_row.max())}; "
+            "evaluation batches need user_row, the row among all users of the datamodule"
+        )
