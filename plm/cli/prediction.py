@@ -1,0 +1,55 @@
+"""What ``plm predict`` leaves behind: the margin of every test pair."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from plm.callbacks import run_dir
+from plm.types import PreferenceBatch
+
+COLUMNS = ("users", "user_id", "margin", "population_margin", "other_margin")
+
+
+class SavePredictions(L.Callback):
+    """Writes ``predictions.csv`` into the folder of the run, one file per process where there are several.
+
+    One row per test pair, users in turn, each one's pairs in the order of the source: seen or unseen, user id, and the
+    margins of the personal model and of its two controls.
+    """
+
+    def __init__(self) -> None:
+        """See the class."""
+        self._rows: list[list[Any]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: PreferenceBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the margins of a batch."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert batch.user_row is not None
+        users = data.eval_names("predict")[dataloader_idx]
+        missing = [""] * batch.num_pairs
+        facts = [outputs[key].tolist() if key in outputs else missing for key in COLUMNS[2:]]
+        for user_row, *margins in zip(batch.user_row.tolist(), *facts, strict=True):
+            self._rows.append([users, data.all_user_ids[user_row], *margins])
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the file."""
+        part = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = Path(run_dir(trainer)) / f"predictions{part}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(self._rows)
+        self._rows = []

@@ -1,0 +1,179 @@
+"""``select:`` of a recipe: fit every combination of a small grid, keep the best by validation value.
+
+Only validation rows are looked at. Data and features are loaded once and shared by all candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import json
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+
+from plm.callbacks import run_dir
+from plm.cli.parser import RecipeParser, shorten
+from plm.method import PersonalizationMethod
+
+if TYPE_CHECKING:
+    from plm.cli.training import RecipeCLI
+
+LINKS = {"num_users": "data.num_users", "feature_dim": "data.feature_dim", "backbone": "data.backbone_spec"}
+"""Argument of the method -> attribute of the data it is filled from."""
+
+
+class BestValue(L.Callback):
+    """Remembers the best value of a logged metric over the epochs of a fit.
+
+    Args:
+        monitor: Name of the metric.
+        mode: ``"min"`` or ``"max"``.
+    """
+
+    def __init__(self, monitor: str, mode: str) -> None:
+        """See the class."""
+        self.monitor = monitor
+        self.mode = mode
+        self.value = math.nan
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare this epoch's value."""
+        if trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            raise ValueError(f"select watches checkpoint.monitor = {self.monitor!r}, but validation logged: {logged}")
+        value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(self.value) or better(value, self.value, self.mode):
+            self.value = value
+
+
+def better(value: float, than: float, mode: str) -> bool:
+    """Whether a value beats another; nan never does."""
+    return value < than if mode == "min" else value > than
+
+
+def check_grid(grid: dict[str, list[Any]]) -> None:
+    """Check what can be checked before anything is loaded.
+
+    Raises:
+        ValueError: If a key is no argument of the method, is filled from the data, or has no values.
+    """
+    for key, values in grid.items():
+        name = key.removeprefix("model.").removeprefix("init_args.")
+        if not key.startswith("model.") or "." in name:
+            raise ValueError(
+                f"select: expected keys like model.init_args.NAME, got {key!r}; data are shared by candidates"
+            )
+        if name in LINKS:
+            raise ValueError(f"select: {key} is filled from {LINKS[name]}, so it cannot be selected")
+        if not values:
+            raise ValueError(f"select: expected a list of values for {key}, got {values!r}")
+
+
+def select(cli: RecipeCLI) -> PersonalizationMethod:
+    """Fit all candidates, report them, and build the best one anew, untrained.
+
+    Writes two files into the folder of the run: ``select.json``, all candidates with their values, and
+    ``selected.yaml``, the recipe of the best one, to be used with the run's checkpoints.
+
+    Raises:
+        ValueError: If a candidate cannot be built, or none reached a finite value.
+    """
+    config = cli.config["fit"]
+    monitor, mode = config.checkpoint.monitor, config.checkpoint.mode
+    names = [key.removeprefix("model.").removeprefix("init_args.") for key in config.select]
+    candidates = [dict(zip(names, values, strict=True)) for values in itertools.product(*config.select.values())]
+    for candidate in candidates:  # all mistakes show before the first fit
+        build(cli, candidate)
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)  # the same lines for every candidate
+    try:
+        values = [_fit(cli, candidate, index, monitor, mode) for index, candidate in enumerate(candidates)]
+    finally:
+        log.setLevel(level)
+    finite = [index for index, value in enumerate(values) if math.isfinite(value)]
+    if not finite:
+        raise ValueError(f"select: no candidate reached a finite {monitor}, got {values!r}")
+    best = (min if mode == "min" else max)(finite, key=values.__getitem__)
+    best = cli.trainer.strategy.broadcast(best)
+    if cli.trainer.is_global_zero:
+        _report(cli, candidates, values, best)
+    L.seed_everything(config.seed_everything, workers=True, verbose=False)
+    return build(cli, candidates[best])
+
+
+def build(cli: RecipeCLI, arguments: dict[str, Any]) -> PersonalizationMethod:
+    """The recipe's method with some arguments replaced, filled from the data that are already there."""
+    spec = cli.config["fit"].model
+    cls = type(cli.model)
+    parameters = inspect.signature(cls).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    linked = {
+        target: getattr(cli.datamodule, source.removeprefix("data."))
+        for target, source in LINKS.items()
+        if takes_all or target in parameters
+    }
+    own = {key: value for key, value in spec.init_args.as_dict().items() if key not in LINKS}
+    parser = RecipeParser(exit_on_error=False)
+    parser.add_subclass_arguments(PersonalizationMethod, "model", fail_untyped=False)
+    try:
+        parsed = parser.parse_object(
+            {"model": {"class_path": spec.class_path, "init_args": {**own, **linked, **arguments}}}
+        )
+        method: PersonalizationMethod = parser.instantiate(parsed).model
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"select: {shorten(str(error))}") from error
+    return method
+
+
+def _fit(cli: RecipeCLI, candidate: dict[str, Any], index: int, monitor: str, mode: str) -> float:
+    """Best monitored value of one candidate, fitted with callbacks and a trainer of its own."""
+    config = cli.config["fit"]
+    L.seed_everything(config.seed_everything, workers=True, verbose=False)
+    method = build(cli, candidate)
+    best = BestValue(monitor, mode)
+    trainer_config, metrics, stopping = copy.deepcopy(cli.untouched)
+    callbacks = [c for c in trainer_config.pop("callbacks", None) or [] if not isinstance(c, Checkpoint)]
+    quiet = {
+        "logger": CSVLogger(run_dir(cli.trainer), name="select", version=str(index)),
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(**{**trainer_config, **quiet, "callbacks": [*callbacks, metrics, stopping, best]})
+    trainer.fit(method, datamodule=cli.datamodule)
+    return best.value
+
+
+def _report(cli: RecipeCLI, candidates: list[dict[str, Any]], values: list[float], best: int) -> None:
+    """Write and print the table of candidates."""
+    config = cli.config["fit"]
+    folder = run_dir(cli.trainer)
+    rows = [
+        {**candidate, config.checkpoint.monitor: value} for candidate, value in zip(candidates, values, strict=True)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"monitor": config.checkpoint.monitor, "mode": config.checkpoint.mode, "selected": best, "candidates": rows}
+    (folder / "select.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    chosen = config.clone()
+    chosen.select = None
+    for name, value in candidates[best].items():
+        chosen.model.init_args[name] = value
+    text = cli._parser("fit").dump(chosen, skip_unset=False)
+    (folder / "selected.yaml").write_text(text, encoding="utf-8")
+    table = Table(*map(str, rows[0]), "", title="Selection on validation rows", title_justify="left")
+    for index, row in enumerate(rows):
+        cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]
+        table.add_row(*cells, "selected" if index == best else "")
+    Console().print(table)

@@ -1,0 +1,241 @@
+"""``plm fit|validate|test|predict``: LightningCLI with the few overrides that make a recipe the one truth."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from omegaconf.errors import OmegaConfBaseException
+
+from plm.callbacks import FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
+from plm.checkpoint import read_checkpoint
+from plm.cli.parser import RecipeParser, shorten
+from plm.cli.prediction import SavePredictions
+from plm.cli.selection import LINKS, check_grid, select
+from plm.config import expand, read_config
+from plm.data.datamodule import PreferenceDataModule
+from plm.method import CHECKPOINT_KEY, PersonalizationMethod
+
+MONITOR = "val/seen/log_loss"
+"""What early stopping, checkpoints and selection watch unless the recipe says otherwise: lower is better."""
+
+_BUILT_IN = ("plm.backbones", "plm.data.sources.pairs", "plm.data.sources.synthetic")
+"""Modules whose classes have short names in recipes, as plug-ins have."""
+
+_QUIET = (  # about loaders of ready batches and Lightning's own internals: nothing a user of plm can act on
+    ".*does not have many workers.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*Your `IterableDataset` has `__len__` defined.*",
+    ".*The dirpath has changed from.*",
+    ".*treespec, LeafSpec.*",
+    ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",
+)
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Save the resolved recipe in the folder of the run, and in its loggers; a fit saves its split too.
+
+    Lightning's own callback writes to a folder that all W&B runs share, where the second run fails.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``recipe.yaml`` (of a fit) or ``<command>.yaml`` once per run, on rank zero."""
+        if not self.already_saved and trainer.is_global_zero:
+            text = self.parser.dump(self.config, skip_unset=False)
+            path = run_dir(trainer) / ("recipe.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            if stage == "fit" and isinstance(data := getattr(trainer, "datamodule", None), PreferenceDataModule):
+                data.save_splits(path.with_name("splits.json"))
+            for logger in trainer.loggers:
+                logger.log_hyperparams({"recipe": yaml.safe_load(text)})
+        self.already_saved = True
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI whose recipe wins over checkpoints, and that can select hyper-parameters before a fit."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of plm, the callbacks of every run, and the links from data to method."""
+        parser.add_argument(
+            "--defaults", type=list[dict[str, str]] | None, default=None, help="Groups of conf/ read before the recipe."
+        )
+        parser.add_argument(
+            "--select",
+            type=dict[str, list[Any]] | None,
+            default=None,
+            help="Grid {model.init_args.NAME: [values]}: fit keeps the combination with the best monitored val value.",
+        )
+        parser.add_argument(
+            "--final_test", type=bool, default=True, help="Whether fit ends with a test of the best checkpoint."
+        )
+        parser.add_lightning_class_args(PreferenceMetrics, "metrics")
+        parser.add_lightning_class_args(FewShotCurve, "few_shot")
+        parser.add_lightning_class_args(SaveUserStates, "user_states")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.set_defaults({"checkpoint.monitor": MONITOR, "checkpoint.mode": "min", "checkpoint.filename": "best"})
+        parser.set_defaults({"early_stopping.monitor": MONITOR})
+        for target, source in LINKS.items():
+            parser.link_arguments(source, f"model.init_args.{target}", apply_on="instantiate")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Leave the table of a test to `PreferenceMetrics`, and do not hold predictions that are written to a file."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        quiet = {"test": "verbose", "predict": "return_predictions"}
+        if subcommand in quiet:
+            parser.set_defaults({quiet[subcommand]: False})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with a short message for a bad interpolation and for what Lightning would ignore."""
+        assert isinstance(args, list)
+        try:
+            self.config = parser.parse_args(args)
+        except OmegaConfBaseException as error:
+            parser.error(f"{str(error).splitlines()[0]} (key {error.full_key})")
+        except KeyError as error:
+            parser.error(str(error.args[0]))
+        config = self.config[self.config.subcommand]
+        recipes = [read_config(path) for path in _config_files(args)]
+        typed = any(arg.partition("=")[0] == "--defaults" for arg in args)
+        if typed or (config.defaults and not any(recipe.get("defaults") for recipe in recipes)):
+            parser.error(
+                "defaults work in a recipe given by --config only; elsewhere give --config conf/GROUP/NAME.yaml"
+            )
+        config.defaults = None  # expanded by now: the saved recipe stands on its own
+        _refuse_link_targets(parser, args, recipes)
+        if config.select:
+            check_grid(config.select)
+
+    def _parse_ckpt_path(self) -> None:
+        """The recipe wins over the hyper-parameters of a checkpoint; another method's checkpoint is refused."""
+        config = self.config[self.config.subcommand]
+        path = config.ckpt_path
+        if path is None and self.config.subcommand != "fit":
+            rank_zero_warn("no --ckpt_path: the method is evaluated as it is before training")
+        if path is None or path in ("best", "last", "hpc") or Path(path).is_dir():
+            return
+        held = read_checkpoint(path)[CHECKPOINT_KEY]["class_path"]
+        if held != config.model.class_path:
+            self.parser.error(f"the checkpoint {path!r} holds {held}, the recipe asks for {config.model.class_path}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Keep what candidates of a selection are fitted with before the trainer of the run takes it over."""
+        if self._get(self.config, "select"):
+            parts = [self._get(self.config_init, key) for key in ("trainer", "metrics", "early_stopping")]
+            self.untouched = copy.deepcopy((parts[0].as_dict(), *parts[1:]))
+        if self.subcommand == "predict":
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": SavePredictions()}
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Replace the method by the best candidate, when the recipe asks for a selection."""
+        if self._get(self.config, "select"):
+            self.model = select(self)
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint."""
+        if not self._get(self.config, "final_test"):
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
+
+
+def run(args: Sequence[str]) -> None:
+    """Run a training command.
+
+    Raises:
+        ValueError: For whatever the user can mend, in one message.
+    """
+    for message in _QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    load_plugins()
+    try:
+        cli = RecipeCLI(
+            PersonalizationMethod,
+            PreferenceDataModule,
+            subclass_mode_model=True,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRecipe,
+            parser_class=RecipeParser,
+            trainer_defaults={"default_root_dir": "runs"},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "default_env": True,
+                "env_prefix": "PLM",
+                "allow_abbrev": False,
+            },
+            args=expand(args),
+        )
+        for logger in cli.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # else the next run of this process would continue it
+    except ValueError as error:
+        raise ValueError(shorten(str(error))) from error
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        text = str(error)
+        if text.startswith("Error(s) in loading state_dict"):
+            raise ValueError(f"the checkpoint does not fit the recipe: {' '.join(text.split())}") from error
+        if text.startswith("Early stopping conditioned on metric"):
+            raise ValueError(text) from error
+        raise
+
+
+def load_plugins() -> None:
+    """Import plm's own classes and every method registered as an entry point, so that recipes may use short names.
+
+    A plug-in that cannot be imported, or shares its name with another, is reported: it must not stop the others.
+    """
+    for module in _BUILT_IN:
+        import_module(module)
+    origin: dict[str, str] = {}
+    for entry in entry_points(group="plm.methods"):
+        try:
+            name = entry.load().__name__
+        except Exception as error:
+            warnings.warn(f"the method {entry.name!r} ({entry.value}) cannot be imported: {error!r}", stacklevel=2)
+            continue
+        if origin.setdefault(name, entry.value) != entry.value:
+            both = f"{origin[name]} and {entry.value}"
+            warnings.warn(f"two methods are named {name!r}, {both}; recipes must give their full paths", stacklevel=2)
+
+
+def _config_files(args: list[str]) -> Iterator[Path]:
+    """Paths of all ``--config`` of expanded arguments."""
+    return (Path(path) for option, path in pairwise(args) if option == "--config")
+
+
+def _refuse_link_targets(parser: LightningArgumentParser, args: list[str], recipes: list[dict[str, Any]]) -> None:
+    """An argument that is filled from the data must not be given by hand: Lightning would drop it without a word."""
+    given = {arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--model.")}
+    for recipe in recipes:
+        model = recipe.get("model")
+        if isinstance(model, dict):
+            given |= {f"model.{key}" for key in [*model, *(model.get("init_args") or {})]}
+    for target, source in LINKS.items():
+        if {f"model.{target}", f"model.init_args.{target}"} & given:
+            parser.error(f"model.init_args.{target} is filled from {source}; remove it from the recipe or command line")

@@ -1,0 +1,118 @@
+"""Expand the ``defaults:`` of recipes into native ``--config`` arguments.
+
+A recipe may start with ``defaults: [{data: synthetic}, {trainer: cpu}]``. Each item names a partial config,
+``conf/<group>/<name>.yaml``, read before the recipe, in order, so that the recipe's own keys win.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PACKAGE = Path(__file__).parent
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the valid name most like ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shipped(kind: str) -> Path:
+    """The folder ``conf`` or ``recipes``: inside the installed package, else beside it in a source checkout."""
+    inside = _PACKAGE / f"_{kind}"
+    return inside if inside.is_dir() else _PACKAGE.parent / kind
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ValueError: If the file cannot be read or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"expected a mapping in the config {str(path)!r}, got a {type(content).__name__}")
+    return content or {}
+
+
+def find_recipe(path: str) -> Path:
+    """The recipe itself, or the shipped one of that name, so that ``recipes/quickstart.yaml`` works from anywhere.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    found = Path(path)
+    if found.is_file():
+        return found
+    recipes = {f"recipes/{file.name}": file for file in sorted(shipped("recipes").glob("*.yaml"))}
+    if path in recipes:
+        return recipes[path]
+    raise ValueError(f"no config file {path!r}{nearest(path, recipes)} (shipped: {', '.join(recipes) or 'none'})")
+
+
+def group_files(recipe: Path, defaults: Any) -> list[Path]:
+    """The files that the ``defaults`` of a recipe name.
+
+    Args:
+        recipe: Path of the recipe; ``<recipe>/../../conf`` is searched before the shipped ``conf``.
+        defaults: Its ``defaults`` value, a list of one-key mappings ``{group: name}``.
+
+    Raises:
+        ValueError: If it is no such list, or a group or file is missing; the existing ones are named.
+    """
+    if not isinstance(defaults, list) or not all(isinstance(item, dict) and len(item) == 1 for item in defaults):
+        raise ValueError(
+            f"expected defaults like [{{data: synthetic}}, {{trainer: cpu}}] in {recipe}, got {defaults!r}"
+        )
+    roots = [recipe.resolve().parent.parent / "conf", shipped("conf")]
+    files = []
+    for group, name in (pair for item in defaults for pair in item.items()):
+        there = [root / str(group) / f"{name}.yaml" for root in roots]
+        found = next((file for file in there if file.is_file()), None)
+        if found is None:
+            groups = sorted({file.parent.name for root in roots for file in root.glob("*/*.yaml")})
+            if group not in groups:
+                near = nearest(str(group), groups)
+                raise ValueError(f"{recipe}: no group {group!r} in defaults{near} (groups: {', '.join(groups)})")
+            names = sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
+            raise ValueError(
+                f"{recipe}: no {group} named {name!r}{nearest(str(name), names)} ({group}: {', '.join(names)})"
+            )
+        files.append(found)
+    return files
+
+
+def expand(args: Sequence[str]) -> list[str]:
+    """Put the group files of every ``--config`` before it: the arguments LightningCLI understands.
+
+    Raises:
+        ValueError: See `find_recipe`, `read_config` and `group_files`.
+    """
+    out: list[str] = []
+    rest: Iterator[str] = iter(args)
+    for arg in rest:
+        option, equals, value = arg.partition("=")
+        if option not in ("--config", "-c"):
+            out.append(arg)
+            continue
+        path = value if equals else next(rest, None)
+        if path is None:
+            raise ValueError(f"{option} needs the path of a config file")
+        recipe = find_recipe(path)
+        groups = group_files(recipe, read_config(recipe).get("defaults") or [])
+        nested = [str(file) for file in groups if "defaults" in read_config(file)]
+        if nested:
+            raise ValueError(f"only a recipe may have defaults, not its groups; found them in {nested}")
+        for file in [*groups, recipe]:
+            out += ["--config", str(file)]
+    return out

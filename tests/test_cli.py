@@ -1,0 +1,473 @@
+"""The command, driven in process; what needs a process of its own is at the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import plm
+from plm.checkpoint import load_method
+from plm.cli import main
+from plm.method import PersonalizationMethod
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.users import UserStore, store_path
+
+ROOT = Path(plm.__file__).parents[1]
+RECIPE = f"""
+defaults: [{{backbone: hashing}}, {{trainer: cpu}}, {{logger: csv}}, {{eval: quick}}]
+model:
+  class_path: {__name__}.MeanMethod
+  init_args: {{num_bases: 2}}
+data:
+  source:
+    class_path: plm.data.sources.synthetic.SyntheticPairs
+    init_args: {{num_users: 20, pairs_per_user: 12}}
+  backbone: {{init_args: {{dim: 32}}}}
+  shots: [0, 4]
+  repeats: 1
+trainer: {{max_epochs: 2, enable_progress_bar: false, enable_model_summary: false}}
+"""
+
+
+class MeanMethod(PersonalizationMethod):
+    """A shared direction plus the mean support difference of an unseen user."""
+
+    view = "features"
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        lr: float = 0.1,
+        num_bases: int = 1,
+        ridge: float = 0.0,
+    ) -> None:
+        super().__init__(num_users, feature_dim, backbone, lr)
+        if num_bases < 1:
+            raise ValueError(f"expected num_bases >= 1, got {num_bases!r}; set model.init_args.num_bases")
+        self.num_bases, self.ridge = num_bases, ridge
+        self.direction = torch.nn.Parameter(torch.randn(feature_dim) / 100)
+
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        nll = -torch.nn.functional.logsigmoid(self.num_bases * self.margin(batch)).mean()
+        return {"loss": nll + self.ridge * self.direction.square().sum()}
+
+    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
+        assert isinstance(responses, Tensor)
+        return (responses * (self.direction + users.tensors["shift"])).sum(-1)
+
+    def _adapt(self, context: Context) -> UserState:
+        total = ((context.chosen - context.rejected) * context.mask[..., None]).sum(1)
+        count = context.mask.sum(1)
+        return UserState({"shift": total / (count[:, None] + 1)}, count)
+
+    def user_states(self, user_index: Tensor) -> UserState:
+        return self.population_state(len(user_index))
+
+    def population_state(self, num_users: int) -> UserState:
+        return UserState(
+            {"shift": self.direction.new_zeros(num_users, self.feature_dim)}, torch.zeros(num_users).long()
+        )
+
+
+class OtherMethod(MeanMethod):
+    """Another class of the same shapes."""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs and caches of each test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLM_FIT__DATA__CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "argv", ["plm"])
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def error(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail, and return the one message it shows."""
+
+    def run(*args: str) -> str:
+        capsys.readouterr()
+        assert main(args) in (1, 2)
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown and "usage:" not in shown
+        lines = [
+            line for line in shown.splitlines() if line and not line.startswith("INFO: ")
+        ]  # pytest's own log handler
+        assert len(lines) == 1 and lines[0].startswith("error: "), shown
+        return lines[0]
+
+    return run
+
+
+def fit(*args: str) -> Path:
+    """Fit the recipe; returns the folder of the run."""
+    before = set(Path("runs/plm").glob("*")) if Path("runs/plm").exists() else set()
+    assert main(["fit", "--config", "recipe.yaml", *args]) == 0
+    (made,) = set(Path("runs/plm").glob("*")) - before
+    return made
+
+
+# ---------------------------------------------------------------------- the path from fit to score
+def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit()
+    names = {path.name for path in run.iterdir()}
+    assert {"recipe.yaml", "splits.json", "metrics.json", "checkpoints", "metrics.csv"} <= names
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert numbers["seen"]["num_users"] == 16 and numbers["unseen"]["num_users"] == 4
+    splits = json.loads((run / "splits.json").read_text())
+    assert UserStore.load(store_path(checkpoint)).ids == splits["users"]["seen"]
+
+    # adapt: pairs whose mean difference is known
+    pairs = [
+        {"uid": "new", "prompt": "p", "chosen": "alpha beta", "rejected": "gamma"},
+        {"uid": "new", "prompt": "p", "chosen": "alpha", "rejected": "delta gamma"},
+        {"uid": splits["users"]["seen"][0], "prompt": "p", "chosen": "beta", "rejected": "alpha"},
+    ]
+    Path("new.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    before = checkpoint.read_bytes()
+    adapt = ["adapt", "--ckpt_path", str(checkpoint), "--pairs", "new.jsonl"]
+    assert main(adapt) == 1 and "columns: {user_id: uid}" in capsys.readouterr().err  # how to mend it
+    assert main([*adapt, "--columns", "user_id=uid"]) == 0
+    assert "learned anew" in capsys.readouterr().out and checkpoint.read_bytes() == before
+    loaded = load_method(checkpoint)
+    assert loaded.encode is not None and loaded.find_users is not None
+    features = loaded.encode([""] * 4, ["alpha beta", "gamma", "alpha", "delta gamma"])
+    expected = (features[0] - features[1] + features[2] - features[3]) / 3
+    state = loaded.find_users(["new"])
+    assert torch.allclose(state.tensors["shift"][0], expected) and state.num_pairs.tolist() == [2]
+
+    # score: the command and the function give the same bits, unknown users are marked
+    rows = [{"response": "alpha beta", "id": 7}, {"response": "gamma", "user_id": "nobody"}, {"response": "gamma"}]
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    score = ["score", "--ckpt_path", str(checkpoint), "--input", "rows.jsonl", "--user", "new"]
+    assert main([*score, "--output", "out.jsonl"]) == 0
+    assert "1 of 3 rows have no known user" in capsys.readouterr().err
+    scored = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row["user_known"] for row in scored] == [True, False, True]
+    assert [row["user_id"] for row in scored] == ["new", "nobody", "new"] and scored[0]["id"] == 7
+    own = loaded.score(["alpha beta", "gamma"], user_id="new")
+    assert [scored[0]["reward"], scored[2]["reward"]] == own.tolist()
+    assert scored[1]["reward"] == loaded.score(loaded.encode([""], ["gamma"])).item()
+    assert main(score) == 0 and capsys.readouterr().out == Path("out.jsonl").read_text()
+
+    # users
+    users = ["--ckpt_path", str(checkpoint)]
+    assert main(["users", "list", *users]) == 0
+    listed = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert len(listed) == 17 and listed["new"] == "2"
+    assert main(["users", "export", *users, "--user", "new", "--output", "new-user.jsonl"]) == 0
+    (exported,) = [json.loads(line) for line in Path("new-user.jsonl").read_text().splitlines()]
+    assert exported["user_id"] == "new" and torch.allclose(torch.tensor(exported["state"]["shift"]), expected)
+    assert main(["users", "delete", *users, "--user", "new", splits["users"]["seen"][1]]) == 0
+    assert "1 of them were trained on" in capsys.readouterr().err
+    assert main(score) == 0
+    assert not json.loads(capsys.readouterr().out.splitlines()[0])["user_known"]
+
+
+def test_a_saved_recipe_reruns_to_the_same_run(folder: Path) -> None:
+    first = fit("--model.lr", "0.25", "--data.shots", "[0, 2]")
+    assert main(["fit", "--config", str(first / "recipe.yaml")]) == 0
+    second = first.with_name("version_1")
+    assert (first / "recipe.yaml").read_text() == (second / "recipe.yaml").read_text()
+    weights = [torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"] for run in (first, second)]
+    assert torch.equal(weights[0]["direction"], weights[1]["direction"])
+    saved = yaml.safe_load((first / "recipe.yaml").read_text())
+    assert saved["model"]["init_args"] == {"lr": 0.25, "num_bases": 2, "ridge": 0.0}  # no link target, no default lost
+    assert saved["defaults"] is None and saved["data"]["shots"] == [0, 2] and saved["trainer"]["max_epochs"] == 2
+
+
+def test_the_recipe_wins_over_the_checkpoint_and_another_method_is_refused(
+    folder: Path, error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(fit("--model.lr", "0.25", "--final_test", "false") / "checkpoints" / "best.ckpt")
+    assert "Test, 95" not in capsys.readouterr().out
+    test = ["test", "--config", "recipe.yaml", "--data.cache_dir", "cache", "--ckpt_path"]
+    assert main([*test, checkpoint, "--model.lr", "0.75"]) == 0
+    saved = yaml.safe_load(Path("runs/plm/version_1/test.yaml").read_text())
+    assert saved["model"]["init_args"]["lr"] == 0.75 and "seen" in json.loads(
+        Path("runs/plm/version_1/metrics.json").read_text()
+    )
+    assert "holds tests.test_cli.MeanMethod, the recipe asks for tests.test_cli.OtherMethod" in error(
+        *test, checkpoint, "--model", f"{__name__}.OtherMethod"
+    )
+    assert "does not fit the recipe: " in error(*test, checkpoint, "--data.backbone.dim", "16")
+    assert "'nope.ckpt', which does not exist" in error(*test, "nope.ckpt")
+
+
+def test_predict_writes_the_margins_that_test_counts(folder: Path) -> None:
+    checkpoint = str(fit() / "checkpoints" / "best.ckpt")
+    assert main(["predict", "--config", "recipe.yaml", "--ckpt_path", checkpoint]) == 0
+    with (Path("runs/plm/version_1") / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    numbers = json.loads(Path("runs/plm/version_0/metrics.json").read_text())
+    for users in ("seen", "unseen"):
+        right: dict[str, list[float]] = {}
+        for row in rows:
+            if row["users"] == users:
+                margin = float(row["margin"])
+                right.setdefault(row["user_id"], []).append(0.5 if margin == 0 else float(margin > 0))
+        assert sum(map(len, right.values())) == numbers[users]["num_pairs"]
+        accuracy = sum(sum(user) / len(user) for user in right.values()) / len(right)
+        assert accuracy == pytest.approx(numbers[users]["accuracy"])
+
+
+def test_two_processes_give_the_metrics_of_one(folder: Path) -> None:
+    run = fit()
+    test = ["test", "--config", "recipe.yaml", "--ckpt_path", str(run / "checkpoints" / "best.ckpt")]
+    ddp = [sys.executable, "-m", "plm", *test, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PLM_TEST__DATA__CACHE_DIR": "cache"}
+    done = subprocess.run(ddp, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 2/2" in done.stderr
+    one, two = (json.loads(Path(f"runs/plm/version_{v}/metrics.json").read_text()) for v in (0, 1))
+    for users in ("seen", "unseen"):
+        assert two[users] == pytest.approx(one[users], nan_ok=True)
+    assert two["few_shot"]["accuracy"] == pytest.approx(one["few_shot"]["accuracy"])
+
+
+# ---------------------------------------------------------------------- selection
+def test_select_keeps_the_best_candidate_by_validation_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = "{model.init_args.ridge: [50.0, 0.0], model.num_bases: [1, 2]}"
+    run = fit("--select", grid)
+    out = capsys.readouterr().out
+    table = json.loads((run / "select.json").read_text())
+    values = [candidate["val/seen/log_loss"] for candidate in table["candidates"]]
+    assert [(c["ridge"], c["num_bases"]) for c in table["candidates"]] == [(50.0, 1), (50.0, 2), (0.0, 1), (0.0, 2)]
+    assert table["selected"] == values.index(min(values)) and len(set(values)) > 1
+    assert "Selection on validation rows" in out and out.count("Test, 95") == 1
+    chosen = table["candidates"][table["selected"]]
+    loaded = load_method(run / "checkpoints" / "best.ckpt")
+    assert isinstance(loaded, MeanMethod) and (loaded.ridge, loaded.num_bases) == (chosen["ridge"], chosen["num_bases"])
+    best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
+    (state,) = [state for key, state in best["callbacks"].items() if key.startswith("ModelCheckpoint")]
+    assert state["best_model_score"].item() == min(values)  # fitted again from the same seed: the same value
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["select"] == yaml.safe_load(grid)
+    # the recipe of the chosen candidate fits the checkpoint and reruns to it
+    assert main(["fit", "--config", str(run / "selected.yaml")]) == 0
+    again = torch.load("runs/plm/version_1/checkpoints/best.ckpt", weights_only=True)
+    assert torch.equal(again["state_dict"]["direction"], best["state_dict"]["direction"])
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("{model.init_args.num_base: [1]}", "no key 'num_base'; did you mean 'num_bases'?"),
+        ("{model.init_args.num_bases: [1, two]}", "num_bases: expected int, got 'two'"),
+        ("{model.init_args.num_bases: [1, 0]}", "expected num_bases >= 1, got 0"),
+        ("{data.val_rows: [0.1]}", "expected keys like model.init_args.NAME, got 'data.val_rows'"),
+        ("{model.init_args.num_users: [1]}", "filled from data.num_users"),
+        ("{model.init_args.num_bases: []}", "expected a list of values for model.init_args.num_bases"),
+        ("{model.init_args.num_bases: 3}", "select"),
+    ],
+)
+def test_select_refuses_a_wrong_grid_before_fitting(error: Callable[..., str], grid: str, message: str) -> None:
+    assert message in error("fit", "--config", "recipe.yaml", "--select", grid)
+    assert not Path("runs").exists()
+
+
+# ---------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--trainer.max_epoch", "3"], "no option '--trainer.max_epoch'; did you mean '--trainer.max_epochs'?"),
+        (["--trainer.max_epo", "3"], "no option '--trainer.max_epo'"),  # no abbreviations
+        (["--model.num_base", "3"], "no key 'num_base'; did you mean 'num_bases'?"),
+        (["--model.num_bases", "x"], "num_bases: expected int, got 'x'"),
+        (["--model", "MeanMethd"], "model: no class 'MeanMethd'; did you mean 'MeanMethod'?"),
+        (["--data.source", "SyntheticPair"], "no class 'SyntheticPair'; did you mean 'SyntheticPairs'?"),
+        (["--data.source.num_user", "3"], "no key 'num_user'; did you mean 'num_users'?"),
+        (["--data.source.num_users", "1"], "num_users: expected at least 2"),
+        (["--data.unseen_users", "2"], "data.unseen_users: expected a share in [0, 1), got 2"),
+        (["--model.num_bases", "0"], "expected num_bases >= 1, got 0; set model.init_args.num_bases"),
+        (["--model.num_users", "3"], "model.init_args.num_users is filled from data.num_users"),
+        (["--model.init_args.backbone", "{}"], "model.init_args.backbone is filled from data.backbone_spec"),
+        (["--early_stopping.monitor", "val/nope"], "val/nope"),
+        (["--trainer.accelerator", "gpux"], "invalid accelerator name"),
+        (["--defaults", "[{data: synthetic}]"], "defaults work in a recipe given by --config only"),
+        (["--config", "recipe.yml"], "no config file 'recipe.yml'"),
+    ],
+)
+def test_a_wrong_option_gives_one_message(error: Callable[..., str], args: list[str], message: str) -> None:
+    assert message in error("fit", "--config", "recipe.yaml", *args)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_bases", "num_base", "no key 'num_base'; did you mean 'num_bases'?"),
+        ("max_epochs", "max_epoch", "no key 'trainer.max_epoch'; did you mean 'max_epochs'?"),
+        ("trainer: {max", "traner: {max", "no key 'traner'; did you mean 'trainer'?"),
+        ("MeanMethod", "MeanMethd", "has no attribute 'MeanMethd'; did you mean 'MeanMethod'?"),
+        ("num_bases: 2", "num_users: 2", "model.init_args.num_users is filled from data.num_users"),
+        ("num_bases: 2", "num_bases: ${data.nope}", "data.nope"),
+        ("{trainer: cpu}", "{trainer: cpus}", "no trainer named 'cpus'; did you mean 'cpu'? (trainer: cpu, ddp, gpu1)"),
+        ("{trainer: cpu}", "{trainr: cpu}", "no group 'trainr' in defaults; did you mean 'trainer'?"),
+        ("SyntheticPairs", "SyntheticPair", "did you mean 'SyntheticPairs'?"),
+    ],
+)
+def test_a_typo_in_a_recipe_gives_one_message(error: Callable[..., str], old: str, new: str, message: str) -> None:
+    assert old in RECIPE
+    Path("typo.yaml").write_text(RECIPE.replace(old, new))
+    assert message in error("fit", "--config", "typo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fitt"], "no command 'fitt'; did you mean 'fit'?"),
+        (["--versio"], "no option '--versio'; did you mean '--version'?"),
+        (["methods", "x"], "plm methods takes no arguments"),
+        (["fit"], "the following arguments are required: data.source, data.backbone, model; give a recipe"),
+        (["score", "--ckpt", "x"], "--ckpt_path"),
+        (["users", "lst", "--ckpt_path", "x"], "no action 'lst'; did you mean 'list'?"),
+        (["users", "list", "--ckpt_path", "x.ckpt"], "no users are stored beside 'x.ckpt'"),
+        (["adapt", "--ckpt_path", "x.ckpt", "--pairs", "y"], "'x.ckpt', which does not exist"),
+        (["adapt", "--ckpt_path", "x", "--pairs", "y", "--columns", "user_id"], "expected NAME=COLUMN"),
+        (["adapt", "--ckpt_path", "x", "--pairs", "y", "--colums", "a=b"], "did you mean '--columns'?"),
+    ],
+)
+def test_a_wrong_command_gives_one_message(error: Callable[..., str], args: list[str], message: str) -> None:
+    assert message in error(*args)
+
+
+def test_malformed_rows_to_score_are_named_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        '{"response": "fine"}',
+        "{",
+        '{"respnse": "x"}',
+        '{"response": " "}',
+        "[1]",
+        '{"response": "x", "user_id": [1]}',
+    ]
+    Path("rows.jsonl").write_text("\n".join(rows))
+    assert main(["score", "--ckpt_path", "x.ckpt", "--input", "rows.jsonl"]) == 1
+    shown = capsys.readouterr().err
+    for line, text in {
+        2: "malformed JSON",
+        3: "did you mean 'respnse'",
+        4: "empty text",
+        5: "an object",
+        6: "user_id",
+    }.items():
+        assert any(row.startswith(f"rows.jsonl:{line}: ") and text in row for row in shown.splitlines()), shown
+    assert "5 malformed rows" in shown and "rows.jsonl:1:" not in shown
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PLM_DEBUG", "1")
+    assert main(["fit", "--config", "nope.yaml"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- configuration
+def test_print_config_shows_the_expanded_and_interpolated_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ref.yaml").write_text("data: {test_rows: '${data.unseen_users}'}\n")
+    args = ["fit", "--config", "recipe.yaml", "--config", "ref.yaml", "--data.unseen_users", "0.25", "--print_config"]
+    assert main(args) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["accelerator"] == "cpu" and shown["trainer"]["max_epochs"] == 2  # group, then recipe
+    assert shown["data"]["backbone"]["init_args"]["dim"] == 32 and shown["metrics"]["num_resamples"] == 500
+    assert shown["data"]["test_rows"] == 0.25  # a reference follows the command line
+    assert "num_users" not in shown["model"]["init_args"]
+
+
+def test_environment_variables_set_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PLM_FIT__SEED_EVERYTHING", "7")
+    assert main(["fit", "--config", "recipe.yaml", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed_everything"] == 7
+
+
+def test_two_offline_wandb_runs_have_recipes_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    text = RECIPE.replace("logger: csv", "logger: wandb").replace("max_epochs: 2", "max_epochs: 1")
+    Path("recipe.yaml").write_text(text)
+    for lr in ("0.1", "0.2"):
+        assert main(["fit", "--config", "recipe.yaml", "--model.lr", lr, "--trainer.logger.init_args.group", "g"]) == 0
+    saved = sorted(Path("runs/plm").glob("*/recipe.yaml"))
+    assert {yaml.safe_load(path.read_text())["model"]["init_args"]["lr"] for path in saved} == {0.1, 0.2}
+    assert all((path.parent / "metrics.json").is_file() for path in saved)
+    assert len(list(Path("runs/wandb").glob("offline-run-*"))) == 2
+
+
+# ---------------------------------------------------------------------- plug-ins and start-up
+def test_methods_are_listed_from_their_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = Path("third/party")
+    package.mkdir(parents=True)
+    Path("third/__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (package / "__init__.py").write_text(
+        '"""A module.\n\nPaper: Someone (2031), On Taste.\n"""\nclass Mine:\n    """Guesses well."""\n'
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    entries = [EntryPoint("Mine", "third.party:Mine", "plm.methods"), EntryPoint("Gone", "gone.x:Gone", "plm.methods")]
+    monkeypatch.setattr("plm.cli.entry_points", lambda group: entries)
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert "Mine  (third.party.Mine)\n    Guesses well.\n    Paper: Someone (2031), On Taste." in shown
+    assert "Gone  (gone.x.Gone)\n    cannot be imported" in shown
+
+
+def test_plugins_get_short_names_and_broken_ones_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from plm.cli.training import load_plugins
+
+    entries = [
+        EntryPoint("MeanMethod", f"{__name__}:MeanMethod", "plm.methods"),
+        EntryPoint("Gone", "gone.x:Gone", "plm.methods"),
+        EntryPoint("Twin", f"{__name__}:MeanMethod ", "plm.methods"),
+    ]
+    monkeypatch.setattr("plm.cli.training.entry_points", lambda group: entries)
+    with pytest.warns(UserWarning) as warned:
+        load_plugins()
+    assert ["gone.x" in str(w.message) for w in warned] == [True, False]
+    assert "two methods are named 'MeanMethod'" in str(warned[1].message)
+    with pytest.warns(UserWarning):
+        assert main(["fit", "--config", "recipe.yaml", "--model", "MeanMethod", "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == f"{__name__}.MeanMethod"
+
+
+def test_light_commands_never_import_torch() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import plm; from plm.cli import main; dir(plm)\n"
+        "assert [main([verb]) for verb in ('--help', '--version', 'methods')] == [0, 0, 0]\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print('seconds', time.perf_counter() - start)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode == 0, run.stderr
+    for verb in ("fit", "validate", "test", "predict", "adapt", "score", "users", "methods"):
+        assert f"\n  {verb} " in run.stdout
+    assert f"plm {plm.__version__}" in run.stdout
+    assert float(run.stdout.split()[-1]) < 0.5
+
+
+def test_public_names_are_lazy_and_complete() -> None:
+    assert plm.UserStore is UserStore and plm.load_method is load_method
+    assert set(plm.__all__) <= set(dir(plm))
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        plm.nope  # noqa: B018

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from plm.config import expand, nearest, shipped
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """recipes/r.yaml beside conf/data/{a,b}.yaml and conf/trainer/cpu.yaml."""
+    for name in ("data/a", "data/b", "trainer/cpu"):
+        file = tmp_path / "conf" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{name.split('/')[0]}: {{}}\n")
+    (tmp_path / "recipes").mkdir()
+    return tmp_path
+
+
+def recipe(project: Path, text: str) -> str:
+    path = project / "recipes" / "r.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["-c", "{}"], ["--config={}"]])
+def test_groups_come_before_their_recipe_in_order(project: Path, form: list[str]) -> None:
+    path = recipe(project, "defaults: [{trainer: cpu}, {data: b}]\nseed_everything: 1\n")
+    args = ["fit", "--a=1", *(part.format(path) for part in form), "--model.lr", "2"]
+    conf = project / "conf"
+    groups = ["--config", str(conf / "trainer/cpu.yaml"), "--config", str(conf / "data/b.yaml")]
+    assert expand(args) == ["fit", "--a=1", *groups, "--config", path, "--model.lr", "2"]
+
+
+def test_without_defaults_nothing_changes(project: Path) -> None:
+    path = recipe(project, "seed_everything: 1\n")
+    assert expand(["fit", "--config", path]) == ["fit", "--config", path]
+    assert expand(["fit", "--trainer.max_epochs", "3"]) == ["fit", "--trainer.max_epochs", "3"]
+
+
+def test_shipped_groups_back_a_recipe_of_ones_own(project: Path) -> None:
+    path = recipe(project, "defaults: [{logger: csv}]\n")  # not in the project's conf
+    assert expand(["--config", path]) == ["--config", str(shipped("conf") / "logger/csv.yaml"), "--config", path]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults: [{data: c}]", r"no data named 'c' .*data: a, b"),
+        ("defaults: [{dta: a}]", "no group 'dta' in defaults; did you mean 'data'"),
+        ("defaults: {data: a}", "expected defaults like"),
+        ("defaults: [data]", "expected defaults like"),
+        ("- 1", "expected a mapping .* got a list"),
+        ("a: [", "is not valid YAML: .*line 1"),
+    ],
+)
+def test_a_wrong_recipe_is_named_with_what_exists(project: Path, text: str, message: str) -> None:
+    path = recipe(project, text)
+    with pytest.raises(ValueError, match=message) as error:
+        expand(["fit", "--config", path])
+    assert "r.yaml" in str(error.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config file 'nope\.yaml'"):
+        expand(["fit", "--config", "nope.yaml"])
+    with pytest.raises(ValueError, match="needs the path"):
+        expand(["fit", "--config"])
+
+
+def test_groups_have_no_defaults_of_their_own(project: Path) -> None:
+    (project / "conf/data/a.yaml").write_text("defaults: [{data: b}]\n")
+    with pytest.raises(ValueError, match="only a recipe may have defaults"):
+        expand(["--config", recipe(project, "defaults: [{data: a}]")])
+
+
+def test_nearest_suggests_only_what_is_near() -> None:
+    assert nearest("num_base", ["lr", "num_bases"]) == "; did you mean 'num_bases'?"
+    assert nearest("zzz", ["lr", "num_bases"]) == ""
