@@ -43,9 +43,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            return _dispatch(arguments)
+        warnings.formatwarning = _one_line
+        return _dispatch(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (ValueError, OSError) as error:
@@ -83,9 +82,9 @@ def _dispatch(args: list[str]) -> int:
     return 0
 
 
-def _show_warning(message: Warning | str, *where: object) -> None:
-    """Show a warning as one line, without the source line that raised it."""
-    print(f"warning: {message}", file=sys.stderr)
+def _one_line(message: Warning | str, *where: object, **also: object) -> str:
+    """A warning without the source line that raised it."""
+    return f"warning: {message}\n"
 
 
 def _usage_error(message: str) -> int:
