@@ -121,6 +121,9 @@ class RecipeCLI(LightningCLI):
             )
         config.defaults = None  # expanded by now: the saved recipe stands on its own
         _refuse_link_targets(parser, args, recipes)
+        every, epochs = config.trainer.check_val_every_n_epoch, config.trainer.max_epochs
+        if every and epochs and 0 < epochs < every:  # else a short fit would end without a checkpoint
+            config.trainer.check_val_every_n_epoch = epochs
         if config.select:
             check_grid(config.select)
 
