@@ -37,6 +37,19 @@ def bt_losses(margin: Tensor, target: Tensor) -> Tensor:
     return F.softplus(-margin) + (1.0 - target) * margin
 
 
+def win_probability(reward: Tensor, reference: Tensor) -> Tensor:
+    """Expected probability to be preferred to a reference response: ``(..., B)``, ``(..., R)`` -> ``(..., B)``.
+
+    Preferences fix rewards only up to a constant and say little about their scale, which differs between users; this
+    puts all users on one scale, so that none outweighs the others in what is optimised for many (Poddar et al., arXiv
+    2408.10075, on reward scaling).
+
+    >>> win_probability(torch.tensor([0.0, 100.0]), torch.tensor([0.0, -100.0])).tolist()
+    [0.75, 1.0]
+    """
+    return torch.sigmoid(reward[..., :, None] - reference[..., None, :]).mean(-1)
+
+
 def per_user_sum(values: Tensor, user: Tensor, num_users: int) -> Tensor:
     """Sum rows by user: ``(N, ...)``, ``(N,)`` -> ``(U, ...)``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, final
 
 import lightning as L
@@ -117,33 +117,40 @@ class PersonalizationMethod(L.LightningModule, ABC):
         """Reward of each response for its user.
 
         Args:
-            responses: Features ``(B, D)``, tokens, or texts (then the method must come from ``load_method``, which
-                attaches the encoder).
+            responses: Features ``(B, D)``, tokens, or a list of texts (then the method must come from ``load_method``,
+                which attaches the encoder).
             users: States with one row per response; instead of ``user_id``.
-            user_id: One id for all texts or one per text; an unknown id gets the population reward and a warning.
+            user_id: One id for all responses or one each; an unknown id gets the population reward and a warning.
             prompts: The prompt of each text, or one for all.
 
         Returns:
             ``(B,)`` rewards, comparable within one user only.
 
         Raises:
-            ValueError: If texts are given to a method without an encoder.
+            ValueError: If the arguments do not fit each other, or texts or ids are given to a method that was not
+                loaded by ``load_method``.
         """
+        if isinstance(responses, str) or (users is not None and user_id is not None):
+            raise ValueError("score takes a list of texts (got one string) and either users or user_id (not both)")
+        if isinstance(responses, Tokens):
+            num_responses = responses.input_ids.shape[0]
+        else:
+            num_responses = len(responses)
         if not isinstance(responses, Tensor | Tokens):
-            texts = list(responses)
-            if self.encode is None or self.find_users is None:
+            if self.encode is None:
                 raise ValueError("score got texts, but this method has no encoder; load it with plm.load_method(path)")
-            ids = [user_id] * len(texts) if isinstance(user_id, str) else list(user_id or [])
-            if users is None:
-                users = self.find_users(ids) if ids else self.population_state(len(texts))
-            responses = self.encode([prompts] * len(texts) if isinstance(prompts, str) else list(prompts), texts)
-        num_responses = responses.input_ids.shape[0] if isinstance(responses, Tokens) else responses.shape[0]
+            texts, asked = list(responses), [prompts] * num_responses if isinstance(prompts, str) else list(prompts)
+            if not all(isinstance(text, str) for text in texts) or len(asked) != num_responses:
+                raise ValueError(f"expected texts with one prompt each, got {len(asked)} prompts and {texts[:3]!r}")
+            responses = self.encode(asked, texts) if texts else self.reference.new_zeros(0, self.feature_dim)
+        if user_id is not None:
+            if self.find_users is None:
+                raise ValueError("score got user ids, but this method knows none; load it with plm.load_method(path)")
+            users = self.find_users([user_id] * num_responses if isinstance(user_id, str) else list(user_id))
         if users is None:
             users = self.population_state(num_responses)
         if users.num_users != num_responses:
-            raise ValueError(
-                f"expected one user per response, got {users.num_users} users for {num_responses} responses"
-            )
+            raise ValueError(f"expected one user per response, got {users.num_users} for {num_responses} responses")
         if isinstance(responses, Tensor) and responses.shape[-1] != self.feature_dim:
             raise ValueError(
                 f"{type(self).__name__} expects features of width {self.feature_dim}, got {responses.shape[-1]}; "
@@ -175,6 +182,16 @@ class PersonalizationMethod(L.LightningModule, ABC):
             self.user_ids = list(data.user_ids)
         if data.reference_head is not None:
             self.reference.copy_(data.reference_head)
+        if self.view == "features" and str(self.trainer.precision) not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise ValueError(
+                f"trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {self.trainer.precision!r}; "
+                "the solvers of feature methods need float32"
+            )
+
+    def on_fit_start(self) -> None:
+        """Under DDP, leave buffers alone: rows of users belong to the process that holds their pairs."""
+        if isinstance(self.trainer.model, torch.nn.parallel.DistributedDataParallel):
+            self.trainer.model.broadcast_buffers = False
 
     def on_train_start(self) -> None:
         """Count the training pairs and measure ``feature_scale``, the root mean square length of their differences."""
@@ -264,8 +281,15 @@ class PersonalizationMethod(L.LightningModule, ABC):
         if len(here) < self.num_users:
             missing = self.num_users - len(here)
             warnings.warn(f"{missing} of {self.num_users} users are not in the checkpoint: prior state", stacklevel=2)
-        own = self.state_dict()
+        own, saved_state = self.state_dict(), checkpoint["state_dict"]
         for name in self.user_tables:
             rows = own[name].clone()
-            rows[here] = checkpoint["state_dict"][name][there].to(rows)
-            checkpoint["state_dict"][name] = rows
+            prior = self.prior_row(name, saved_state)
+            if prior is not None:
+                rows[:] = prior.to(rows)
+            rows[here] = saved_state[name][there].to(rows)
+            saved_state[name] = rows
+
+    def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
+        """Row of a user table for a user a checkpoint does not know; None = as initialised."""
+        return None

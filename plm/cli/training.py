@@ -24,18 +24,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from plm.callbacks import FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
-from plm.checkpoint import read_checkpoint
+from plm.checkpoint import find_class, read_checkpoint
 from plm.cli.parser import RecipeParser, shorten
 from plm.cli.prediction import SavePredictions
 from plm.cli.selection import LINKS, check_grid, select
 from plm.config import expand, read_config
 from plm.data.datamodule import PreferenceDataModule
+from plm.data.sources import source_modules
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 
 MONITOR = "val/seen/log_loss"
 """What early stopping, checkpoints and selection watch unless the recipe says otherwise: lower is better."""
 
-_BUILT_IN = ("plm.backbones", "plm.data.sources.pairs", "plm.data.sources.synthetic")
+_BUILT_IN = ("plm.backbones", *source_modules())
 """Modules whose classes have short names in recipes, as plug-ins have."""
 
 _QUIET = (  # about loaders of ready batches and Lightning's own internals: nothing a user of plm can act on
@@ -133,10 +134,12 @@ class RecipeCLI(LightningCLI):
         path = config.ckpt_path
         if path is None and self.config.subcommand != "fit":
             rank_zero_warn("no --ckpt_path: the method is evaluated as it is before training")
-        if path is None or path in ("best", "last", "hpc") or Path(path).is_dir():
+        if path in ("best", "last"):
+            self.parser.error(f"--ckpt_path {path}: every run has a folder of its own; give the file")
+        if path is None or path == "hpc" or Path(path).is_dir():
             return
         held = read_checkpoint(path)[CHECKPOINT_KEY]["class_path"]
-        if held != config.model.class_path:
+        if find_class(held) is not find_class(config.model.class_path):
             self.parser.error(f"the checkpoint {path!r} holds {held}, the recipe asks for {config.model.class_path}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -149,7 +152,12 @@ class RecipeCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Replace the method by the best candidate, when the recipe asks for a selection."""
+        """Check that there is something to validate on; replace the method by the best candidate of a selection."""
+        if isinstance(self.datamodule, PreferenceDataModule) and not self.datamodule.num_judged_validation_pairs:
+            raise ValueError(
+                "expected validation pairs that are not ties, got none: early stopping and the choice of a checkpoint "
+                f"need them; raise data.val_rows or bring more pairs per user ({self.datamodule.summary()})"
+            )
         if self._get(self.config, "select"):
             self.model = select(self)
 
@@ -161,8 +169,15 @@ class RecipeCLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> RecipeCLI:
     """Run a training command.
+
+    Args:
+        args: Command line, the verb first.
+        cli_class: What runs it; the leaderboard adds a callback and reads recipes without running them.
+
+    Returns:
+        The command line interface with data, method and trainer as they were left.
 
     Raises:
         ValueError: For whatever the user can mend, in one message.
@@ -175,7 +190,7 @@ def run(args: Sequence[str]) -> None:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     load_plugins()
     try:
-        cli = RecipeCLI(
+        cli = cli_class(
             PersonalizationMethod,
             PreferenceDataModule,
             subclass_mode_model=True,
@@ -195,6 +210,7 @@ def run(args: Sequence[str]) -> None:
         for logger in cli.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # else the next run of this process would continue it
+        return cli
     except ValueError as error:
         raise ValueError(shorten(str(error))) from error
     except (MisconfigurationException, ModuleNotFoundError) as error:

@@ -110,17 +110,19 @@ def build_context(data: FeaturedPairs, rows: IntArray, users: IntArray) -> Conte
     )
 
 
-def split_weights(table: PairTable, rows: IntArray, macro: bool) -> FloatArray:
+def split_weights(table: PairTable, rows: IntArray, macro: bool, *, evaluation: bool = False) -> FloatArray:
     """Loss weights of mean one over ``rows``; with ``macro`` every user's sum to the same.
 
     Raises:
-        ValueError: If all weights are zero.
+        ValueError: If all weights of training pairs are zero.
     """
     weight = table.weight[rows].astype(np.float64)
     if macro:
         total = np.bincount(table.user[rows], weights=weight, minlength=table.num_users)[table.user[rows]]
         weight = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
     if len(rows) and not weight.any():
+        if evaluation:
+            return np.ones(len(rows), dtype=np.float32)
         raise ValueError(
             f"expected a positive weight somewhere, got 0 for all {len(rows)} pairs; correct the weight column"
         )
@@ -248,7 +250,7 @@ class EvalBatches:
             if not self.few_shot:
                 num_support = np.maximum(num_support, num_support[self.other])
         limit = MAX_FLOATS // (2 * self.data.features.shape[1])
-        users = np.array_split(self.circle, world_size)[rank]
+        users = np.array_split(self.circle[num_query[self.circle] > 0], world_size)[rank]
         chunks: list[list[int]] = [[]]
         total = longest = 0
         for user, query, own in zip(

@@ -224,6 +224,11 @@ class PreferenceDataModule(L.LightningDataModule):
             names += ["unseen"] if stage == "predict" or not self.shots else ["unseen", "few_shot"]
         return names
 
+    @property
+    def num_judged_validation_pairs(self) -> int:
+        """Number of validation pairs that are not ties."""
+        return int((~self.table.tie[self._rows(SEEN, VAL)]).sum())
+
     def context_for(self, pairs: PairTable) -> tuple[list[str], Context]:
         """Ids and support pairs of the users of another table, for adapting them."""
         data = self._featured(pairs, np.full(pairs.num_users, -1, dtype=np.int64))
@@ -298,7 +303,11 @@ class PreferenceDataModule(L.LightningDataModule):
         return TrainBatches(self._data, rows, weight, self.batch_size, self.split_seed, self._place)
 
     def val_dataloader(self) -> list[EvalBatches]:
-        """Validation pairs of seen users."""
+        """Validation pairs of seen users; every process needs some, or its peers would wait for it."""
+        rows = self._rows(SEEN, VAL)
+        num_users, world_size = len(np.unique(self.table.user[rows])), self._place().world_size
+        if 0 < num_users < world_size:
+            raise ValueError(f"expected validation pairs of a user for each of {world_size} processes, got {num_users}")
         return [self._eval_loader(name, VAL) for name in self.eval_names("validate")]
 
     def test_dataloader(self) -> list[EvalBatches]:
@@ -320,11 +329,11 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Remember in checkpoints which split was trained on."""
-        return {"split_hash": self.split_hash}
+        return {"split_hash": self.split_hash, "shuffle_users": self.shuffle_users}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn when a checkpoint meets another split: what is tested here may have been trained on."""
-        if state_dict["split_hash"] != self.split_hash:
+        if state_dict != self.state_dict():
             warnings.warn(
                 f"the checkpoint was trained on the split {state_dict['split_hash'][:12]}, the data give "
                 f"{self.split_hash[:12]}: pairs tested here may have been trained on",
@@ -356,7 +365,7 @@ class PreferenceDataModule(L.LightningDataModule):
             curve = [(shots, repeat) for repeat in range(self.repeats) for shots in self.shots]
             draws: Sequence[tuple[int | None, int]] = curve if name == "few_shot" else [(None, 0)]
             support = Support(pool, keys.pair[pool], draws, self.split_seed)
-        weight = split_weights(table, rows, self.macro)
+        weight = split_weights(table, rows, self.macro, evaluation=True)
         return EvalBatches(self._data, rows, weight, circle, support, name == "few_shot", self._place)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from datetime import date, datetime, timezone
 from typing import Any, NamedTuple
@@ -106,8 +105,8 @@ def to_number(value: Any) -> float:
 def to_weight(value: Any) -> float:
     """A finite weight, at least 0."""
     number = to_number(value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError("expected a finite weight >= 0")
+    if not 0 <= number <= 1e30:
+        raise ValueError("expected a weight between 0 and 1e30")
     return number
 
 

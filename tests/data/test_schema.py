@@ -121,7 +121,7 @@ REPLY = [{"role": "assistant", "content": "x"}]
         ({"user_id": " "}, "user_id: expected an id, got ' '"),
         ({"user_id": 1.5}, "user_id: expected a string or an integer, got 1.5"),
         ({"prompt": 3}, "prompt: expected a text or chat messages, got 3"),
-        ({"weight": -1}, "weight: expected a finite weight >= 0, got -1"),
+        ({"weight": -1}, "weight: expected a weight between 0 and 1e30, got -1"),
         ({"tie": "maybe"}, "tie: expected true or false, got 'maybe'"),
         ({"turn": 1.5}, "turn: expected an integer, got 1.5"),
         ({"chosen_score": "good"}, "chosen_score: expected a number, got 'good'"),

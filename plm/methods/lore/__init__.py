@@ -13,11 +13,10 @@ Axes: B pairs in a batch, N pairs of several users, D feature width, K bases, U 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -29,67 +28,23 @@ from plm.functional import (
     fit_simplex,
     fit_simplex_by_adam,
     flatten_context,
+    padded_users,
     targets,
     unit_mean_per_user,
 )
 from plm.method import PersonalizationMethod
+from plm.methods.lore.maths import (
+    basis_margins,
+    cosine_anchor,
+    evidence_losses,
+    kept_bases,
+    l2_anchor,
+    warm_up,
+)
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 PRIOR_SCALES = (1e-3, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3)
 """Candidates for the spread of users around the population, in units of the spread that training learned."""
-
-
-def basis_margins(difference: Tensor, bases: Tensor, weights: Tensor) -> Tensor:
-    """Margin of each pair for its own user: ``(B, D)``, ``(D, K)``, ``(B, K)`` -> ``(B,)``.
-
-    Paper eq 7, factored: ``((X V) * W[user]).sum(-1)``; nothing of size pairs x users is ever made.
-    """
-    return ((difference @ bases) * weights).sum(-1)
-
-
-def cosine_anchor(bases: Tensor, reference: Tensor) -> Tensor:
-    """Mean over bases of one minus the cosine to the reference direction: ``(D, K)``, ``(D,)`` -> ``()``."""
-    return (1.0 - F.cosine_similarity(bases, reference[:, None], dim=0)).mean()
-
-
-def l2_anchor(bases: Tensor, reference: Tensor) -> Tensor:
-    """Summed squared distance of the bases to the reference direction: ``(D, K)``, ``(D,)`` -> ``()``."""
-    return (bases - reference[:, None]).square().sum()
-
-
-def warm_up(progress: float) -> float:
-    """Share of the anchor's strength at a share of training: 0 until 0.2, linear, 1 from 0.8."""
-    return min(max((progress - 0.2) / 0.6, 0.0), 1.0)
-
-
-def kept_bases(weights: Tensor, threshold: float) -> Tensor:
-    """Bases that matter to somebody: ``(U, K)`` -> ``(K,)`` bool, True where the largest weight reaches ``threshold``.
-
-    The basis with the largest weight of all is always kept.
-    """
-    largest = weights.max(0).values
-    return (largest >= threshold) | (largest == largest.max())
-
-
-def evidence_losses(design: Tensor, offset: Tensor, target: Tensor, posterior: Posterior, user: Tensor) -> Tensor:
-    """Expected loss of each pair under its user's posterior, ``(N,)``: what makes the spread of users learnable.
-
-    With deviations ``d_u ~ N(0, I)`` and margins ``z = offset + design @ d_u``, the evidence lower bound of a user is
-    ``-sum_n E_q[bt(z_n)] - KL(q || N(0, I))``. Given ``q = N(m, H^-1)``, Laplace's approximation at the mode, the KL
-    does not depend on the bases, so their gradient is that of the expected loss alone. To second order in the spread,
-
-        E_q[bt(z_n)] = bt(z_n(m)) + p_n (1 - p_n) / 2 * design_n' H^-1 design_n,    p_n = sigmoid(z_n(m)),
-
-    since bt'' = p (1 - p). The second term is the price of uncertainty: it shrinks a basis, and with it the spread of
-    users along it, unless it pays by better margins. Minimising the first term alone (a joint mode of bases and
-    weights) has no such price and a degenerate scale: bases grow while weights and their penalty vanish.
-    """
-    mean = posterior.mean[user]
-    margin = offset + (design * mean).sum(-1)
-    chance = torch.sigmoid(margin.detach())
-    covariance = torch.cholesky_inverse(torch.linalg.cholesky(posterior.precision))
-    variance = torch.einsum("nj,njk,nk->n", design, covariance[user], design)
-    return bt_losses(margin, target) + 0.5 * chance * (1 - chance) * variance
 
 
 class LoRe(PersonalizationMethod):
@@ -150,6 +105,8 @@ class LoRe(PersonalizationMethod):
         self.precision: Tensor
         self.num_pairs: Tensor
         self.prior_scale: Tensor
+        self.mean_weights: Tensor
+        self.kept: Tensor
         self.bases = torch.nn.Parameter(torch.randn(feature_dim, width), requires_grad=num_bases > 0)
         self.log_population_spread = torch.nn.Parameter(torch.tensor(-1.0), requires_grad=not simplex and num_bases > 1)
         if simplex:
@@ -161,6 +118,8 @@ class LoRe(PersonalizationMethod):
         self.register_buffer("precision", torch.eye(width).expand(num_users, width, width).clone())
         self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
         self.register_buffer("prior_scale", torch.ones(()))
+        self.register_buffer("mean_weights", torch.full((width,), 1.0 / width))
+        self.register_buffer("kept", torch.ones(width, dtype=torch.bool))
         self.automatic_optimization = num_bases > 0 and optimization == "joint"
 
     def _check_arguments(self) -> None:
@@ -197,7 +156,9 @@ class LoRe(PersonalizationMethod):
     def _bases(self) -> Tensor:
         """``(D, K)`` directions whose product with features are rewards; the reference head at K = 0."""
         bases = self.bases if self.num_bases else self.reference[:, None]
-        return bases / (self.feature_scale if self.temperature is None else self.temperature)
+        if self.temperature is None:
+            return bases / self.feature_scale if self.num_bases else bases
+        return bases / self.temperature
 
     def _population(self, num_users: int) -> Tensor:
         """``(U, K)`` weight one on the first basis."""
@@ -250,14 +211,14 @@ class LoRe(PersonalizationMethod):
         return {"loss": nll + self._penalty(), "nll": nll}
 
     def _evidence(self, batch: PreferenceBatch, projected: Tensor, target: Tensor) -> Tensor:
-        """Weighted mean of `evidence_losses`, after one Newton step of the users in the batch."""
+        """Weighted mean of `evidence_losses` at the posteriors of the batch's users; their last ones are the start."""
         users, user = torch.unique(batch.user_index, return_inverse=True)
         weight = unit_mean_per_user(batch.weight, user, len(users))
         pairs = self._pairs(projected, torch.ones_like(self.prior_scale), target, weight, user, len(users))
         with torch.no_grad():
             start = (self.weights[users] - self._population(1)) / self._spread()
             detached = pairs._replace(design=pairs.design.detach(), offset=pairs.offset.detach())
-            posterior = fit_gaussian(detached, start=start, num_steps=1)
+            posterior = fit_gaussian(detached, start=start)
             self.weights[users] = self._population(1) + posterior.mean * self._spread()
         losses = evidence_losses(pairs.design, pairs.offset, target, posterior, user)
         return (batch.weight * losses).mean()
@@ -281,8 +242,8 @@ class LoRe(PersonalizationMethod):
         """One step; with ``alternating`` weights first, then bases at the new weights."""
         if self.automatic_optimization or self.num_bases == 0:
             return super().training_step(batch, batch_idx)
-        optimizers = cast("Sequence[Any]", self.optimizers())
-        for optimizer in optimizers:
+        found: Any = self.optimizers()
+        for optimizer in found if isinstance(found, list) else [found]:  # no weights to fit at K = 1
             out = self.loss(batch)
             # the anchor has no gradient in the weights: only the step of the bases feels it
             optimizer.zero_grad()
@@ -325,9 +286,13 @@ class LoRe(PersonalizationMethod):
         for _, _, _, index in train:
             self.num_pairs += torch.bincount(index, minlength=self.num_users)
         self.num_pairs.copy_(self.sum_over_processes(self.num_pairs))
-        if self.simplex or not self._is_personal:
+        if not self._is_personal:
+            return
+        if self.simplex:
+            self._refresh_simplex(train)
             return
         val = [self._project(batch) for batch in self.val_pass()]
+        num_val = self.sum_over_processes(self.prior_scale.new_tensor(float(sum(len(part[-1]) for part in val))))
         best: tuple[float, Tensor, Tensor, Tensor] | None = None
         for number in PRIOR_SCALES:
             scale = self.prior_scale.new_tensor(number)
@@ -339,12 +304,28 @@ class LoRe(PersonalizationMethod):
             total = float(
                 self.sum_over_processes(sum(losses, torch.zeros((), dtype=torch.float64, device=self.device)))
             )
-            if best is None or total < best[0] or (not val and number == 1.0):
+            if best is None or total < best[0] or (num_val == 0 and number == 1.0):
                 best = (total, scale, weights, precision)
         assert best is not None
         self.prior_scale.copy_(best[1])
         self.weights.copy_(best[2])
         self.precision.copy_(best[3])
+
+    def _refresh_simplex(self, train: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+        """Mean user, bases in use, and the curvature of every seen user's loss at its trained weights."""
+        weights = torch.softmax(self.weights, -1)
+        self.kept.copy_(kept_bases(weights, self.prune_below))
+        weights = self._renormalised(weights)
+        self.mean_weights.copy_(weights.mean(0))
+        precision = torch.zeros_like(self.precision)
+        for projected, target, weight, index in train:
+            weight = unit_mean_per_user(weight, index, self.num_users)
+            pairs = PairList(projected, torch.zeros_like(target), target, weight, index, self.num_users)
+            for part in padded_users(pairs):
+                precision[part.users] += part.derivatives(weights[part.users].double())[1].to(precision)
+        eye = torch.eye(self.num_bases, device=self.device)
+        pull = self.prior_precision * self.num_pairs.clamp_min(1)[:, None, None] * eye
+        self.precision.copy_(self.sum_over_processes(precision) + pull)
 
     def _project(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Margins along each basis ``(B, K)``, target, weight and user of each pair."""
@@ -369,19 +350,29 @@ class LoRe(PersonalizationMethod):
         weights = torch.where(missing[:, None], prior.tensors["weights"], weights)
         return weights, torch.where(missing[:, None, None], prior.tensors["precision"], precision)
 
+    def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
+        """The population's row in the units of the checkpoint."""
+        width = max(self.num_bases, 1)
+        if name == "num_pairs" or not self._is_personal:
+            return None
+        if self.simplex:
+            eye = torch.eye(width) * self.prior_precision
+            return state_dict["mean_weights"].clamp_min(1e-30).log() if name == "weights" else eye
+        spread = torch.ones(width)
+        spread[0] = state_dict["log_population_spread"].exp()
+        return (
+            torch.eye(width)[0] if name == "weights" else torch.diag((spread * state_dict["prior_scale"].cpu()) ** -2)
+        )
+
     # ------------------------------------------------------------------ use
     def _seen_weights(self, user_index: Tensor) -> Tensor:
         """``(B, K)`` weights of seen users."""
         rows = self.weights[user_index]
         return torch.softmax(rows, -1) if self.simplex else rows
 
-    def _kept(self) -> Tensor:
-        """``(K,)`` bool, bases that are not pruned."""
-        return kept_bases(torch.softmax(self.weights, -1), self.prune_below)
-
     def _renormalised(self, weights: Tensor) -> Tensor:
         """Simplex weights without the pruned bases."""
-        weights = weights * self._kept()
+        weights = weights * self.kept
         return weights / weights.sum(-1, keepdim=True)
 
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
@@ -405,7 +396,7 @@ class LoRe(PersonalizationMethod):
         if not self._is_personal:
             weights = self._population(num_users)
         elif self.simplex:
-            weights = self._renormalised(torch.softmax(self.weights, -1)).mean(0).expand(num_users, -1).clone()
+            weights = self.mean_weights.expand(num_users, -1).clone()
             precision = precision * self.prior_precision
         else:
             weights = self._population(num_users)
@@ -423,7 +414,7 @@ class LoRe(PersonalizationMethod):
             if not self.simplex:
                 pairs = self._pairs(projected, self.prior_scale, target, weight, user, num_users)
                 return self._state(fit_gaussian(pairs), self.prior_scale, counts)
-            kept = self._kept()
+            kept = self.kept
             pairs = PairList(projected[:, kept], torch.zeros_like(target), target, weight, user, num_users)
             centre = self.population_state(1).tensors["weights"][0, kept]
             fitted = fit_simplex(pairs, centre, self.prior_precision)
@@ -431,6 +422,6 @@ class LoRe(PersonalizationMethod):
                 fitted = fitted._replace(mean=fit_simplex_by_adam(pairs, centre))
             weights = projected.new_zeros(num_users, len(kept))
             weights[:, kept] = fitted.mean
-            precision = projected.new_zeros(num_users, len(kept), len(kept))
+            precision = self.prior_precision * torch.eye(len(kept), device=self.device).repeat(num_users, 1, 1)
             precision[:, kept.nonzero(), kept.nonzero()[:, 0]] = fitted.precision
             return UserState({"weights": weights, "precision": precision}, counts)
