@@ -1,0 +1,15 @@
+"""What a package with a method of its own needs to test it: planted users, a tiny backbone and the contract.
+
+A test module subclasses `MethodContract`, names the class ``Test...`` and writes one factory::
+
+    class TestMine(MethodContract):
+        def make(self, num_users, feature_dim):
+            return Mine(num_users, feature_dim, lr=0.1)
+"""
+
+from __future__ import annotations
+
+from plm.testing.contract import MethodContract, assert_same, quiet_trainer, saved
+from plm.testing.planted import Batches, PlantedData, TinyBackbone
+
+__all__ = ["Batches", "MethodContract", "PlantedData", "TinyBackbone", "assert_same", "quiet_trainer", "saved"]

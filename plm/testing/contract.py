@@ -1,0 +1,351 @@
+"""MethodContract: what holds for every method, ours or a third party's, as tests to inherit.
+
+Nothing here needs pytest: the tests are plain methods with plain asserts.
+
+Axes: U users, S pairs of one user, B pairs in a batch, D feature width.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from plm.checkpoint import load_method
+from plm.method import PersonalizationMethod
+from plm.testing.planted import PlantedData, TinyBackbone
+from plm.types import Context, UserState
+from plm.users import UserStore, shared_hash
+
+
+def quiet_trainer(folder: str | Path, **options: Any) -> L.Trainer:
+    """A CPU trainer that writes nothing but what is asked for; ``options`` go to ``lightning.Trainer``."""
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": folder,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **options,
+        }
+    )
+
+
+@contextmanager
+def saved(method: PersonalizationMethod, change: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Path]:
+    """The checkpoint of a method in a folder that lasts as long as the block.
+
+    Args:
+        method: The method.
+        change: Edits the checkpoint before it is written.
+
+    Yields:
+        Its path.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "method.ckpt"
+        trainer = quiet_trainer(folder)
+        trainer.strategy.connect(method)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        if change is not None:
+            change(checkpoint)
+        torch.save(checkpoint, path)
+        yield path
+
+
+class _Losses(L.Callback):
+    """Remembers the loss of every training batch; whatever is random in it is drawn alike for all."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(0)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.values.append(float(trainer.callback_metrics["train/loss"]))
+
+
+class _Outputs(L.Callback):
+    """Remembers what the test steps return."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+        self.inference: list[bool] = []
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.steps.append({name: value.clone() for name, value in outputs.items()})
+        self.inference.append(torch.is_inference_mode_enabled())
+
+
+def assert_same(one: UserState, two: UserState, tolerance: float = 0.0, what: str = "the states") -> None:
+    """Fail unless two states of the same users agree, each number to ``tolerance * (1 + |number|)``."""
+    assert one.tensors.keys() == two.tensors.keys(), f"{what}: {sorted(one.tensors)} against {sorted(two.tensors)}"
+    assert torch.equal(one.num_pairs, two.num_pairs), f"{what}: num_pairs {one.num_pairs} against {two.num_pairs}"
+    for name, value in one.tensors.items():
+        other = two.tensors[name]
+        assert value.shape == other.shape, f"{what}: {name!r} of shape {value.shape} against {other.shape}"
+        difference = ((value - other).abs() / (1 + other.abs())).max().item() if value.numel() else 0.0
+        assert difference <= tolerance, f"{what}: {name!r} differs by {difference:.2e}, more than {tolerance:.0e}"
+
+
+class MethodContract(ABC):
+    """What holds for every method; subclass it in a test module and write ``make``.
+
+    Attributes of the class are sizes a subclass may change. ``data`` gives the planted users; a method that reads other
+    than features returns a datamodule of its own there, with the same attributes.
+    """
+
+    num_users: ClassVar[int] = 12
+    feature_dim: ClassVar[int] = 8
+    fit_epochs: ClassVar[int] = 20
+    _fitted: ClassVar[PersonalizationMethod]
+
+    @abstractmethod
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        """A new, small, untrained method."""
+
+    def data(self) -> PlantedData:
+        """Planted users to train and evaluate on."""
+        return PlantedData(self.num_users, feature_dim=self.feature_dim)
+
+    def fit(self, data: PlantedData, *callbacks: L.Callback, epochs: int | None = None) -> PersonalizationMethod:
+        """Train a new method by ``lightning.Trainer`` and return it without its trainer."""
+        torch.manual_seed(0)
+        method = self.make(data.num_users, data.feature_dim)
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = quiet_trainer(folder, max_epochs=epochs or self.fit_epochs, callbacks=list(callbacks))
+            trainer.fit(method, datamodule=data)
+        method.trainer = None
+        return method
+
+    def fitted(self) -> PersonalizationMethod:
+        """A method trained on ``data()``, once for all tests of a class: do not change it."""
+        if "_fitted" not in type(self).__dict__:
+            type(self)._fitted = self.fit(self.data())
+        return self._fitted.eval()
+
+    def context(self) -> Context:
+        """Support of unseen users with ties, weights, padding, and one user without any pair."""
+        context = self.data().context
+        count = torch.arange(context.num_users)[:, None] * 2  # 0, 2, 4, ... pairs
+        mask = torch.arange(context.mask.shape[1]) < count
+        weight = torch.linspace(0.5, 2.0, mask.numel()).view(mask.shape)
+        tie = torch.arange(mask.numel()).view(mask.shape) % 5 == 0
+        chosen, rejected = (value * mask[..., None] for value in (context.chosen, context.rejected))
+        return Context(chosen, rejected, mask, weight * mask, tie=tie & mask)
+
+    # ------------------------------------------------------------------ adapt
+    def test_adapt_leaves_no_mark(self) -> None:
+        """Weights, gradients, training mode, random state and the context itself are what they were."""
+        method, context = self.fitted(), self.context()
+        before = {name: value.clone() for name, value in method.state_dict().items()}
+        grads = [(p.requires_grad, p.grad is None) for p in method.parameters()]
+        given = {name: value.clone() for name, value in context._asdict().items() if value is not None}
+        random = torch.get_rng_state()
+        for training in (True, False):
+            method.train(training)
+            method.adapt(context)
+            assert method.training is training, "adapt must restore the training mode"
+        for name, value in method.state_dict().items():
+            assert torch.equal(value, before[name]), f"adapt changed {name!r}"
+        assert [(p.requires_grad, p.grad is None) for p in method.parameters()] == grads, "adapt left gradients"
+        for name, value in given.items():
+            assert torch.equal(getattr(context, name), value), f"adapt changed context.{name}"
+        assert torch.equal(torch.get_rng_state(), random), "adapt drew from the global random state; seed per user"
+
+    def test_adapt_returns_detached_finite_rows(self) -> None:
+        """One row per user, in order, with its number of pairs."""
+        context = self.context()
+        state = self.fitted().adapt(context)
+        assert torch.equal(state.num_pairs, context.mask.sum(-1)), "num_pairs must count the real pairs of each user"
+        for name, value in state.tensors.items():
+            assert len(value) == context.num_users, f"{name!r} has {len(value)} rows for {context.num_users} users"
+            assert not value.requires_grad and value.isfinite().all(), f"{name!r} must be finite and detached"
+
+    def test_adapt_is_deterministic(self) -> None:
+        """The same pairs give the same bits, whatever the global seed."""
+        method, context = self.fitted(), self.context()
+        torch.manual_seed(1)
+        one = method.adapt(context)
+        torch.manual_seed(2)
+        assert_same(one, method.adapt(context))
+
+    def test_a_user_alone_equals_the_same_user_in_the_crowd(self) -> None:
+        """Neither the company, nor its order, nor the order of the pairs, nor padding matters."""
+        method, context = self.fitted(), self.context()
+        crowd = method.adapt(context)
+        for row in range(context.num_users):
+            size = max(int(context.mask[row].sum()), 1)
+            alone = _each(context, lambda value, row=row, size=size: value[row : row + 1, :size])  # type: ignore[misc]
+            assert_same(method.adapt(alone), crowd.take(torch.tensor([row])), 1e-5, f"user {row} alone")
+        users = torch.arange(context.num_users).flip(0)
+        reordered = _each(context, lambda value: value[users])
+        assert_same(method.adapt(reordered), crowd.take(users), 1e-5, "other users' order")
+        assert_same(method.adapt(_each(context, lambda value: value.flip(1))), crowd, 1e-5, "other pairs' order")
+        padded = _each(context, lambda value: torch.cat([value, torch.zeros_like(value)], 1))
+        assert_same(method.adapt(padded), crowd, 1e-5, "more padding")
+
+    def test_zero_shots_is_the_population(self) -> None:
+        """A user without pairs has the population state, which is one for everybody."""
+        method, context = self.fitted(), self.context()
+        with torch.no_grad():
+            population = method.population_state(context.num_users).detach()
+            assert_same(population, method.population_state(1).take(torch.zeros(context.num_users).long()))
+        nobody = _each(context, torch.zeros_like)
+        assert_same(method.adapt(nobody), population, 1e-6, "zero shots")
+        without = (context.mask.sum(-1) == 0).nonzero()[:, 0]
+        assert_same(method.adapt(context).take(without), population.take(without), 1e-6, "zero shots in a crowd")
+
+    def test_adapt_and_evaluate_work_inside_the_trainer(self) -> None:
+        """``trainer.test`` runs under inference mode, where autograd is off; the margins are those outside."""
+        method, data, outputs = self.fitted(), self.data(), _Outputs()
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = quiet_trainer(folder, callbacks=[outputs])
+            trainer.test(method, datamodule=data, verbose=False)
+        method.trainer = None
+        assert len(outputs.steps) == 2 and all(outputs.inference), "expected two steps under inference mode"
+        for facts, batch in zip(outputs.steps, (data.test_batch, data.unseen_batch), strict=True):
+            with torch.no_grad():
+                expected = method.evaluate(batch)
+            assert facts.keys() == expected.keys() == {"margin", "population_margin", "other_margin"}
+            for name, value in expected.items():
+                assert value.shape == (batch.num_pairs,), f"{name!r} has the shape {tuple(value.shape)}"
+                assert torch.allclose(facts[name], value, atol=1e-6), f"{name!r} differs under inference mode"
+
+    # ------------------------------------------------------------------ rewards
+    def test_margin_changes_sign_when_the_pair_is_swapped(self) -> None:
+        """Chosen and rejected are treated alike."""
+        method, data = self.fitted(), self.data()
+        for batch in (data.test_batch, data.unseen_batch):
+            with torch.no_grad():
+                margin = method.margin(batch)
+                swapped = method.margin(batch._replace(chosen=batch.rejected, rejected=batch.chosen))
+            assert margin.isfinite().all(), "margins must be finite"
+            assert torch.allclose(margin, -swapped, atol=1e-6), "a swapped pair must have the opposite margin"
+
+    def test_score_is_finite_and_refuses_other_features(self) -> None:
+        """One finite reward per response for seen users, unseen users and the population."""
+        method, data = self.fitted(), self.data()
+        responses = data.test_batch.chosen
+        unseen = method.adapt(data.context).take(torch.arange(data.test_batch.num_pairs) % data.context.num_users)
+        with torch.no_grad():
+            for users in (None, method.user_states(data.test_batch.user_index), unseen):
+                reward = method.score(responses, users)
+                assert reward.shape == (data.test_batch.num_pairs,), f"rewards of shape {tuple(reward.shape)}"
+                assert reward.isfinite().all(), "rewards must be finite"
+        if isinstance(responses, Tensor):
+            _must_fail(lambda: method.score(torch.zeros(1, self.feature_dim + 1)), str(self.feature_dim))
+        _must_fail(lambda: method.score(responses, method.population_state(1)), "one user per response")
+
+    # ------------------------------------------------------------------ training
+    def test_one_step_lowers_the_loss(self) -> None:
+        """On the same planted users; a method with nothing to train is excused."""
+        losses = _Losses()
+        method = self.fit(self.data(), losses)  # as long as usual: schedules stretch over the whole fit
+        assert all(torch.isfinite(torch.tensor(losses.values))), f"losses {losses.values}"
+        if any(p.requires_grad for p in method.parameters()):
+            assert losses.values[1] < losses.values[0], f"losses of the first two steps: {losses.values}"
+
+    def test_training_is_deterministic(self) -> None:
+        """The same seed gives the same bits."""
+        one, two = (self.fit(self.data(), epochs=3).state_dict() for _ in range(2))
+        for name, value in one.items():
+            assert torch.equal(value, two[name]), f"{name!r} differs between two runs of one seed"
+
+    # ------------------------------------------------------------------ checkpoints and users
+    def test_a_loaded_method_gives_the_same_margins(self) -> None:
+        """Bit for bit, for seen and unseen users, by index, by id and from text."""
+        method, data = self.fitted(), self.data()
+        spec = TinyBackbone(self.feature_dim).spec()
+        with saved(method, lambda checkpoint: checkpoint["hyper_parameters"].update(backbone=spec)) as path:
+            loaded = load_method(path)
+            assert type(loaded) is type(method) and loaded.user_ids == data.user_ids, "another class or other users"
+            assert not loaded.training, "a loaded method is in eval mode"
+            for batch in (data.test_batch, data.unseen_batch):
+                with torch.no_grad():
+                    assert torch.equal(method.margin(batch), loaded.margin(batch)), "margins changed"
+            if method.view == "features":
+                texts = ["a walk", "tea and toast", "no"]
+                with torch.no_grad():
+                    users = method.user_states(torch.full((3,), 1))
+                    expected = method.score(TinyBackbone(self.feature_dim).encode(texts), users)
+                assert torch.equal(loaded.score(texts, user_id=data.user_ids[1]), expected), "rewards of texts changed"
+
+    def test_rows_of_users_are_copied_by_id(self) -> None:
+        """A table in another order, with a user the checkpoint lacks and without some it has."""
+        method, data = self.fitted(), self.data()
+        ids = ["newcomer", *reversed(data.user_ids[2:])]
+        other = self.make(len(ids), self.feature_dim)
+        other.user_ids = ids
+        with saved(method) as path, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            checkpoint = torch.load(path, weights_only=True)
+            other.on_load_checkpoint(checkpoint)
+            other.load_state_dict(checkpoint["state_dict"], strict=other.strict_loading)
+        if method.user_tables:
+            warned = [str(warning.message) for warning in caught]
+            assert any(f"1 of {len(ids)} users" in text for text in warned), "no warning about the missing user"
+        here = torch.arange(1, len(ids))
+        there = torch.tensor([data.user_ids.index(user_id) for user_id in ids[1:]])
+        with torch.no_grad():
+            assert_same(other.eval().user_states(here), method.user_states(there), what="rows by id")
+            newcomer = other.user_states(torch.zeros(1, dtype=torch.long))
+        assert all(value.isfinite().all() for value in newcomer.tensors.values()), "the newcomer's state is not finite"
+
+    def test_states_round_trip_through_the_store(self) -> None:
+        """Saved, loaded and looked up by id in another order: the same bits and the same rewards."""
+        method, data = self.fitted(), self.data()
+        state = method.adapt(data.context)
+        ids = data.all_user_ids[data.num_users :]
+        store = UserStore(shared_hash(method.state_dict(), method.user_tables), ids, state)
+        with tempfile.TemporaryDirectory() as folder:
+            store.save(folder)
+            found, known = UserStore.load(folder).get(ids[::-1])
+        assert known.all(), "stored users were not found"
+        backwards = torch.arange(len(ids)).flip(0)
+        assert_same(found, state.take(backwards))
+        batch = data.unseen_batch
+        assert batch.context_row is not None, "the unseen batch needs context_row"
+        with torch.no_grad():
+            stored = method.margin(batch, found.take(backwards[batch.context_row]))
+            expected = method.margin(batch, state.take(batch.context_row))
+        assert torch.equal(stored, expected), "margins of stored states differ"
+
+
+def _each(context: Context, change: Callable[[Tensor], Tensor]) -> Context:
+    """Apply ``change`` to every tensor of a context."""
+    return Context(**{name: change(value) for name, value in context._asdict().items() if value is not None})
+
+
+def _must_fail(call: Callable[[], object], message: str) -> None:
+    """Fail unless ``call`` raises a ValueError whose text holds ``message``."""
+    try:
+        call()
+    except ValueError as error:
+        assert message in str(error), f"expected {message!r} in the error, got {error}"
+        return
+    raise AssertionError(f"expected a ValueError about {message!r}, got none")

@@ -1,0 +1,174 @@
+"""Planted users with known answers in feature space, and a backbone that needs nothing.
+
+Axes: U users, S pairs of one user, B pairs in a batch, D feature width, R planted rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from plm.backbones import Backbone, Key
+from plm.types import Context, PreferenceBatch
+
+
+class TinyBackbone(Backbone):
+    """Features of a text as the mean of random vectors, one per word, fixed by the word: instant, and no download.
+
+    Args:
+        dim: Width of the features.
+    """
+
+    def __init__(self, dim: int = 8) -> None:
+        """See the class."""
+        self.dim = dim
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of the features."""
+        return self.dim
+
+    def key(self) -> Key:
+        """Identity of the cache."""
+        return {"engine": "plm.testing.TinyBackbone", "dim": self.dim}
+
+    def render(self, prompt: str, response: str) -> str:
+        """The response alone."""
+        return response
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """``(N, D)``."""
+        return torch.stack([torch.stack([self._vector(word) for word in text.split(" ")]).mean(0) for text in texts])
+
+    def _vector(self, word: str) -> Tensor:
+        """``(D,)`` standard normal numbers."""
+        seed = int.from_bytes(blake2b(word.encode(), digest_size=7).digest(), "big")
+        return torch.randn(self.dim, generator=torch.Generator().manual_seed(seed))
+
+
+class Batches:
+    """A loader of ready batches; Lightning would take a plain list apart.
+
+    Args:
+        batches: What it hands out.
+    """
+
+    def __init__(self, *batches: PreferenceBatch) -> None:
+        """See the class."""
+        self.batches = batches
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        """Hand out every batch once."""
+        return iter(self.batches)
+
+
+class PlantedData(L.LightningDataModule):
+    """Users with known low-rank preferences straight in feature space, as much of a datamodule as a method reads.
+
+    A response with features x has the reward ``x @ directions[u]`` for user u, with
+    ``directions = signal * (mean + spread * deviations) @ basis.T``, where ``mean`` is the first unit vector and the
+    deviations are standard normal. Users choose by the Bradley-Terry model; feature differences are standard normal.
+
+    Args:
+        num_users: Number of seen users.
+        num_unseen: Number of unseen users.
+        pairs_per_user: Training pairs of a seen user.
+        num_shots: Support pairs of an unseen user.
+        num_test: Validation pairs of a seen user, test pairs of a seen user, and query pairs of an unseen user.
+        feature_dim: Width D.
+        rank: Rank R of the planted preferences; the population's direction is in their span.
+        spread: Standard deviation of the users around the population, whose own direction has length 1.
+        signal: What rewards are multiplied by: how sure users are.
+        shuffle_users: Deal the pairs of each part out to its users at random: the control without personal signal.
+        seed: Another seed plants other users.
+    """
+
+    view = "features"
+    reference_head: Tensor | None = None
+
+    def __init__(
+        self,
+        num_users: int = 12,
+        num_unseen: int = 6,
+        pairs_per_user: int = 30,
+        num_shots: int = 10,
+        num_test: int = 20,
+        feature_dim: int = 8,
+        rank: int = 2,
+        spread: float = 1.0,
+        signal: float = 2.0,
+        shuffle_users: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.num_users, self.feature_dim = num_users, feature_dim
+        self.user_ids = [f"seen-{row}" for row in range(num_users)]
+        self.all_user_ids = self.user_ids + [f"unseen-{row}" for row in range(num_unseen)]
+        self._draw = torch.Generator().manual_seed(seed)
+        self._shuffle = shuffle_users
+        self.basis: Tensor = torch.linalg.qr(self._normal(feature_dim, rank)).Q
+        """``(D, R)`` orthonormal; the first column is the population's direction."""
+        weights = spread * self._normal(num_users + num_unseen, rank)
+        weights[:, 0] += 1.0
+        self.directions = signal * weights @ self.basis.T
+        """``(U, D)`` of all users, the seen ones first."""
+        seen, unseen = torch.arange(num_users), torch.arange(num_users, num_users + num_unseen)
+        self.train_batch = self._batch(seen, pairs_per_user)._replace(user_row=None)
+        self.val_batch = self._batch(seen, num_test)
+        other = (self.val_batch.user_index + 1) % num_users
+        self.val_batch = self.val_batch._replace(other_index=other)
+        self.test_batch = self._batch(seen, num_test)._replace(other_index=other)
+        chosen, rejected = self._pairs(unseen, num_shots)
+        self.context = Context(
+            chosen, rejected, mask=torch.ones(num_unseen, num_shots).bool(), weight=torch.ones(num_unseen, num_shots)
+        )
+        """Support of the unseen users."""
+        row = torch.arange(num_unseen).repeat_interleave(num_test)
+        self.unseen_batch = self._batch(unseen, num_test)._replace(
+            user_index=torch.full_like(row, -1),
+            context=self.context,
+            context_row=row,
+            other_row=(row + 1) % num_unseen,
+        )
+
+    def train_dataloader(self) -> Batches:
+        """All training pairs as one batch."""
+        return Batches(self.train_batch)
+
+    def val_dataloader(self) -> list[Batches]:
+        """Validation pairs of the seen users."""
+        return [Batches(self.val_batch)]
+
+    def test_dataloader(self) -> list[Batches]:
+        """Test pairs of the seen users, then query pairs of the unseen users."""
+        return [Batches(self.test_batch), Batches(self.unseen_batch)]
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._draw)
+
+    def _pairs(self, users: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` pairs of each user: chosen and rejected, ``(U, count, D)``."""
+        one, two = (self._normal(len(users), count, self.feature_dim) / 2**0.5 for _ in range(2))
+        chance = torch.sigmoid(((one - two) * self.directions[users, None]).sum(-1))
+        one_wins = (torch.rand(chance.shape, generator=self._draw) < chance)[..., None]
+        chosen, rejected = torch.where(one_wins, one, two), torch.where(one_wins, two, one)
+        if self._shuffle:
+            order = torch.randperm(len(users) * count, generator=self._draw)
+            chosen, rejected = (value.flatten(0, 1)[order].view_as(value) for value in (chosen, rejected))
+        return chosen, rejected
+
+    def _batch(self, users: Tensor, count: int) -> PreferenceBatch:
+        chosen, rejected = (value.flatten(0, 1) for value in self._pairs(users, count))
+        row = users.repeat_interleave(count)
+        return PreferenceBatch(
+            chosen, rejected, row, torch.ones(len(row)), torch.zeros(len(row), dtype=torch.bool), user_row=row
+        )

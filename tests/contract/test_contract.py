@@ -1,0 +1,185 @@
+"""Every registered method passes the contract, in every mode it has."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import torch
+
+from plm.method import PersonalizationMethod
+from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.lore import LoRe
+from plm.methods.pal import PAL
+from plm.methods.palm import PALM
+from plm.methods.vpl import VPL
+from plm.testing import MethodContract, PlantedData
+
+
+class TestBradleyTerry(MethodContract):
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return BradleyTerry(num_users, feature_dim)
+
+
+class TestLoRe(MethodContract):
+    options: dict[str, Any] = {"num_bases": 3}  # noqa: RUF012 - read only
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return LoRe(num_users, feature_dim, **self.options)
+
+
+class TestLoReGlobal(TestLoRe):
+    options = {"num_bases": 1}  # noqa: RUF012
+
+
+class TestLoReSimplex(TestLoRe):
+    options = {"num_bases": 3, "simplex": True}  # noqa: RUF012
+
+
+class TestLoReSimplexPrior(TestLoRe):
+    options = {"num_bases": 4, "simplex": True, "prior_precision": 0.5}  # noqa: RUF012
+
+
+class TestLoRePruned(TestLoRe):
+    options = {"num_bases": 6, "simplex": True, "prune_below": 0.5, "user_lr": 0.02}  # noqa: RUF012
+
+    def test_some_basis_is_pruned_here(self) -> None:
+        kept = self.fitted().population_state(1).tensors["weights"] > 0
+        assert 1 <= kept.sum() < 6
+
+
+class TestLoReAdam(TestLoRe):
+    options = {"num_bases": 3, "simplex": True, "adapt_solver": "adam"}  # noqa: RUF012
+
+
+class WithHead(TestLoRe):
+    """The data come with a reward head, as from a reward model."""
+
+    __test__ = False
+
+    def data(self) -> PlantedData:
+        data = super().data()
+        data.reference_head = torch.linspace(-1, 1, self.feature_dim)
+        return data
+
+
+class TestLoReReference(WithHead):
+    __test__ = True
+    options = {"num_bases": 0}  # noqa: RUF012
+
+
+class TestLoReAlternating(WithHead):
+    __test__ = True
+    options = {  # noqa: RUF012
+        "num_bases": 3,
+        "simplex": True,
+        "optimization": "alternating",
+        "anchor": "cosine",
+        "anchor_strength": 0.1,
+    }
+
+
+class TestLoReDistanceAnchor(WithHead):
+    __test__ = True
+    options = {"num_bases": 2, "simplex": True, "anchor": "l2", "anchor_strength": 0.01, "lr": 0.05}  # noqa: RUF012
+
+
+class TestPAL(MethodContract):
+    options: dict[str, Any] = {"num_prototypes": 3}  # noqa: RUF012 - read only
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return PAL(num_users, feature_dim, **self.options)
+
+
+class TestPALResidual(TestPAL):
+    options = {"num_prototypes": 2, "residual": "bradley_terry", "partition": True}  # noqa: RUF012
+
+
+class TestPALPublished(TestPAL):
+    options = {  # noqa: RUF012
+        "num_prototypes": 3,
+        "users": "table",
+        "user_learner": "f(Pw)",
+        "head": "dist",
+        "loss": "hinge",
+        "projector": "mlp1-relu-dropout0-residual",
+        "bound": 4.0,
+        "lr": 0.02,
+    }
+
+
+class TestPALGumbel(TestPAL):
+    options = {  # noqa: RUF012
+        "num_prototypes": 2,
+        "users": "table",
+        "mixing": "gumbel",
+        "user_learner": "|f(P)|w",
+        "head": "angle",
+        "loss": "cross_entropy",
+        "projector": "mlp0-linear-dropout0",
+        "lr": 0.02,
+    }
+
+
+class TestPALOfPrompts(TestPAL):
+    options = {  # noqa: RUF012
+        "num_prototypes": 2,
+        "variant": "B",
+        "head": "angle",
+        "projector": "mlp1-gelu-dropout0",
+        "groups": {"projector": {"lr": 0.01}, "user_projectors": {"lr": 0.01}},
+    }
+
+
+class TestVPL(MethodContract):
+    options: dict[str, Any] = {"latent_dim": 3, "hidden_dim": 8}  # noqa: RUF012
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return VPL(num_users, feature_dim, **self.options)
+
+
+class TestVPLPaper(TestVPL):
+    options = {"preset": "paper", "latent_dim": 4, "hidden_dim": 8, "lr": 3e-3}  # noqa: RUF012
+
+
+class TestVPLBilinear(TestVPL):
+    options = {  # noqa: RUF012
+        "latent_dim": 3,
+        "hidden_dim": 8,
+        "decoder": "bilinear",
+        "posterior": "attention",
+        "target_rule": "rest",
+    }
+
+
+class TestVPLGuided(TestVPL):
+    options = {  # noqa: RUF012
+        "latent_dim": 3,
+        "hidden_dim": 8,
+        "pair_features": "concat",
+        "swap_guide": 0.1,
+        "latent_map": "sphere",
+        "free_bits": 0.1,
+    }
+
+
+class TestPALM(MethodContract):
+    options: dict[str, Any] = {"num_objectives": 3, "size": 3}  # noqa: RUF012 - read only
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return PALM(num_users, feature_dim, **self.options)
+
+
+class TestPALMTwoObjectives(TestPALM):
+    options = {"num_objectives": 2, "size": 2, "prior_precision": 0.0}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("entry", entry_points(group="plm.methods"), ids=lambda entry: entry.name)
+def test_every_registered_method_has_a_tiny_factory(entry: Any) -> None:
+    """A method without a contract class in this module fails here."""
+    if not entry.value.startswith("plm."):
+        pytest.skip("a method of another package, tested there")
+    contracts = [value for value in globals().values() if isinstance(value, type) and value.__name__.startswith("Test")]
+    made = {type(contract().make(2, 3)) for contract in contracts}
+    assert entry.load() in made, f"add a MethodContract subclass for {entry.name} to {__name__}"

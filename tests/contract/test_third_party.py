@@ -1,0 +1,186 @@
+"""A method of another package: found by its entry point, trained by its short name, held to the contract."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plm
+from plm.checkpoint import load_method
+from plm.cli import main
+from plm.method import PersonalizationMethod
+from plm.testing import MethodContract
+
+SOURCE = '''
+"""A shared direction, and for each user the mean difference of its pairs.
+
+Paper: none, an example.
+"""
+
+import torch
+
+from plm import PersonalizationMethod, UserState
+
+
+class Centroid(PersonalizationMethod):
+    """The mean of what a user chose."""
+
+    view = "features"
+    user_tables = ("sums", "counts")
+
+    def __init__(self, num_users: int, feature_dim: int, backbone: dict | None = None, pull: float = 5.0):
+        """See the class.
+
+        Args:
+            num_users: Number of seen users.
+            feature_dim: Width of the features.
+            backbone: What makes the features.
+            pull: How many pairs the population counts for.
+        """
+        super().__init__(num_users, feature_dim, backbone, lr=0.05)
+        self.pull = pull
+        self.direction = torch.nn.Parameter(torch.zeros(feature_dim))
+        self.register_buffer("sums", torch.zeros(num_users, feature_dim))
+        self.register_buffer("counts", torch.zeros(num_users, dtype=torch.long))
+
+    def loss(self, batch):
+        margin = (batch.chosen - batch.rejected) @ self.direction / self.feature_scale
+        return {"loss": -(batch.weight * torch.nn.functional.logsigmoid(margin)).mean()}
+
+    @torch.no_grad()
+    def refresh_users(self):
+        self.sums.zero_(), self.counts.zero_()
+        for batch in self.train_pass():
+            self.sums.index_add_(0, batch.user_index, batch.chosen - batch.rejected)
+            self.counts += torch.bincount(batch.user_index, minlength=self.num_users)
+
+    def _state(self, sums, counts):
+        return UserState({"shift": sums / (counts[:, None] + self.pull)}, counts)
+
+    def _score(self, responses, users):
+        return (responses * (self.direction + users.tensors["shift"])).sum(-1)
+
+    def _adapt(self, context):
+        difference = (context.chosen - context.rejected) * context.mask[..., None]
+        return self._state(difference.sum(1), context.mask.sum(1))
+
+    def user_states(self, user_index):
+        return self._state(self.sums[user_index], self.counts[user_index])
+
+    def population_state(self, num_users):
+        return self._state(self.sums.new_zeros(num_users, self.feature_dim), self.counts.new_zeros(num_users))
+'''
+RECIPE = """
+defaults: [{backbone: hashing}, {trainer: cpu}, {logger: csv}, {eval: quick}]
+model: {class_path: Centroid, init_args: {pull: 2.0}}
+data:
+  source:
+    class_path: SyntheticPairs
+    init_args: {num_users: 20, pairs_per_user: 12}
+  backbone: {init_args: {dim: 32}}
+  shots: [0, 4]
+  repeats: 1
+trainer: {max_epochs: 2, check_val_every_n_epoch: 1, enable_progress_bar: false, enable_model_summary: false}
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An installed distribution ``acme-prefs`` in a folder of its own; nothing of plm is edited."""
+    site = tmp_path / "site-packages"
+    (site / "acme_prefs").mkdir(parents=True)
+    (site / "acme_prefs" / "__init__.py").write_text("")
+    (site / "acme_prefs" / "centroid.py").write_text(SOURCE)
+    info = site / "acme_prefs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-prefs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[plm.methods]\nCentroid = acme_prefs.centroid:Centroid\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plm"])
+    yield site
+    for name in [name for name in sys.modules if name.partition(".")[0] == "acme_prefs"]:
+        del sys.modules[name]
+
+
+def test_it_is_listed_without_being_imported(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert "Centroid  (acme_prefs.centroid.Centroid)\n    The mean of what a user chose." in shown
+    assert "LoRe  (plm.methods.lore.LoRe)" in shown and "acme_prefs.centroid" not in sys.modules
+
+
+def test_it_trains_by_its_short_name(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLM_FIT__DATA__CACHE_DIR", str(Path("cache").resolve()))
+    Path("recipe.yaml").write_text(RECIPE)
+    assert main(["fit", "--config", "recipe.yaml"]) == 0
+    (run,) = Path("runs/plm").iterdir()
+    numbers = json.loads((run / "metrics.json").read_text())
+    assert numbers["unseen"]["num_users"] == 4 and 0 <= numbers["unseen"]["accuracy"] <= 1
+    loaded = load_method(run / "checkpoints" / "best.ckpt")
+    assert type(loaded).__module__ == "acme_prefs.centroid" and loaded.hparams["pull"] == 2.0
+    user_id = loaded.user_ids[0]
+    assert loaded.score(["Hello there.", "No."], user_id=user_id).isfinite().all()
+
+
+def test_it_passes_the_contract(package: Path) -> None:
+    """As its own test suite would run it; every test of the contract is a plain method."""
+    centroid: Any = importlib.import_module("acme_prefs.centroid").Centroid
+
+    class TestCentroid(MethodContract):
+        def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+            made: PersonalizationMethod = centroid(num_users, feature_dim)
+            return made
+
+    names = [name for name in dir(TestCentroid) if name.startswith("test_")]
+    for name in names:
+        getattr(TestCentroid(), name)()
+    assert len(names) >= 12
+
+
+@pytest.mark.parametrize(
+    ("line", "by", "test", "message"),
+    [
+        ("context.mask.sum(1))", "context.mask.sum(1) + 1)",
+         "test_adapt_returns_detached_finite_rows", "num_pairs must count"),
+        ("return self._state(difference.sum(1)", "self.sums[0] += 1\n        return self._state(difference.sum(1)",
+         "test_adapt_leaves_no_mark", "adapt changed 'sums'"),
+        ("difference.sum(1)", "difference.sum(1) - difference.mean((0, 1))",
+         "test_a_user_alone_equals_the_same_user_in_the_crowd", "'shift' differs"),
+        ("(self.direction + users", "(1 + self.direction + users", "test_zero_shots_is_the_population", None),
+        ('user_tables = ("sums", "counts")', "user_tables = ()",
+         "test_rows_of_users_are_copied_by_id", "size mismatch"),
+    ],
+)  # fmt: skip
+def test_the_contract_catches_a_broken_method(
+    package: Path, line: str, by: str, test: str, message: str | None
+) -> None:
+    """One mutation each; the fourth is legal and passes."""
+    assert SOURCE.count(line) == 1
+    (package / "acme_prefs" / "centroid.py").write_text(SOURCE.replace(line, by))
+    broken: Any = importlib.import_module("acme_prefs.centroid").Centroid
+
+    class TestBroken(MethodContract):
+        fit_epochs = 2
+
+        def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+            made: PersonalizationMethod = broken(num_users, feature_dim)
+            return made
+
+    run = getattr(TestBroken(), test)
+    if message is None:
+        run()
+        return
+    with pytest.raises((AssertionError, RuntimeError), match=message):
+        run()
+
+
+def test_nothing_of_plm_names_it() -> None:
+    sources = Path(plm.__file__).parent.rglob("*.py")
+    assert not [path for path in sources if "acme" in path.read_text(encoding="utf-8").lower()]

@@ -1,0 +1,124 @@
+"""Planted truth: LoRe recovers what the pairs determine and claims nothing they do not."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from plm.evaluation import cluster_bootstrap
+from plm.methods.lore import LoRe
+from plm.testing import PlantedData, quiet_trainer
+from plm.types import PreferenceBatch
+
+DIM, RANK = 32, 3
+
+
+def fit(data: PlantedData, folder: Path, epochs: int = 250) -> LoRe:
+    torch.manual_seed(0)
+    method = LoRe(data.num_users, DIM, num_bases=RANK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = quiet_trainer(folder, max_epochs=epochs, check_val_every_n_epoch=epochs, num_sanity_val_steps=0)
+        trainer.fit(method, datamodule=data)
+    method.trainer = None  # type: ignore[assignment]
+    return method.eval()
+
+
+def overlap(method: LoRe, data: PlantedData) -> float:
+    """Mean squared cosine of the principal angles between learned and planted subspace; RANK / DIM by chance."""
+    learned = torch.linalg.qr(method.bases.detach()).Q
+    cosines = torch.linalg.svdvals(learned.T @ data.basis)
+    return float(cosines.square().mean())
+
+
+def by_user(correct: Tensor, batch: PreferenceBatch) -> np.ndarray:
+    """``(U,)`` mean over the pairs of each user, who all have equally many."""
+    assert batch.user_row is not None
+    rows, row = torch.unique(batch.user_row, return_inverse=True)
+    out: np.ndarray = (torch.zeros(len(rows)).index_add_(0, row, correct.float()) / torch.bincount(row)).numpy()
+    return out
+
+
+def gains(method: LoRe, batch: PreferenceBatch) -> np.ndarray:
+    """``(U,)`` accuracy of the personal model minus that of its own global control."""
+    with torch.no_grad():
+        facts = method.evaluate(batch)
+    return by_user((facts["margin"] > 0).float() - (facts["population_margin"] > 0).float(), batch)
+
+
+def log_losses(method: LoRe, batch: PreferenceBatch) -> tuple[float, float]:
+    """Mean log-loss of the personal model and of its global control."""
+    with torch.no_grad():
+        facts = method.evaluate(batch)
+    return tuple(float(torch.nn.functional.softplus(-facts[name]).mean()) for name in ("margin", "population_margin"))  # type: ignore[return-value]
+
+
+def with_shots(batch: PreferenceBatch, count: int) -> PreferenceBatch:
+    """The same query with only the first ``count`` support pairs of every user."""
+    assert batch.context is not None
+    return batch._replace(context=batch.context._replace(mask=batch.context.mask & (torch.arange(64) < count)))
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoRe, PlantedData]:
+    """100 pairs of each of 80 users."""
+    data = PlantedData(80, 60, pairs_per_user=100, num_shots=64, num_test=60, feature_dim=DIM, rank=RANK)
+    return fit(data, tmp_path_factory.mktemp("rich")), data
+
+
+def test_many_pairs_recover_the_planted_subspace(rich: tuple[LoRe, PlantedData]) -> None:
+    method, data = rich
+    assert overlap(method, data) > 0.95
+    population = method.bases.detach()[:, 0]
+    cosine = torch.nn.functional.cosine_similarity(population, data.basis[:, 0], dim=0)
+    assert cosine > 0.8  # 80 users around it leave their mean uncertain
+
+
+def test_many_pairs_recover_the_users(rich: tuple[LoRe, PlantedData]) -> None:
+    """Learned directions of unseen users point where the planted ones do."""
+    method, data = rich
+    weights = method.adapt(data.context).tensors["weights"]
+    learned, planted = weights @ method.bases.detach().T, data.directions[data.num_users :]
+    assert torch.nn.functional.cosine_similarity(learned, planted, dim=1).median() > 0.9
+    for batch in (data.test_batch, data.unseen_batch):
+        gain = gains(method, batch)
+        assert gain.mean() > 0.1 and cluster_bootstrap(gain)[0] > 0.05
+
+
+def test_the_gain_grows_with_shots(rich: tuple[LoRe, PlantedData]) -> None:
+    method, data = rich
+    curve = [gains(method, with_shots(data.unseen_batch, count)).mean() for count in (0, 2, 8, 64)]
+    assert curve[0] == 0.0
+    assert all(later > earlier + 0.01 for earlier, later in pairwise(curve)), curve
+
+
+def test_few_pairs_do_not_pretend(tmp_path: Path) -> None:
+    """Ten pairs of each of 40 users do not determine the subspace, and what is claimed holds on new pairs.
+
+    The personal model must not be worse than its global control in log-loss, which overconfidence would make it.
+    """
+    data = PlantedData(40, 60, pairs_per_user=10, num_shots=10, num_test=60, feature_dim=DIM, rank=RANK)
+    method = fit(data, tmp_path)
+    assert overlap(method, data) < 0.7
+    for batch in (data.test_batch, data.unseen_batch):
+        personal, population = log_losses(method, batch)
+        assert personal < population + 0.01
+        assert -0.01 < gains(method, batch).mean() < 0.08
+
+
+@pytest.mark.parametrize("pairs_per_user", [10, 60])
+def test_shuffled_users_shrink_to_the_population(pairs_per_user: int, tmp_path: Path) -> None:
+    data = PlantedData(
+        60, 40, pairs_per_user, num_shots=30, num_test=100, feature_dim=DIM, rank=RANK, shuffle_users=True
+    )
+    method = fit(data, tmp_path)
+    spread = (method.weights - method.weights.mean(0)) @ method.bases.detach().T
+    assert spread.norm(dim=1).mean() < 0.1 * method.bases.detach()[:, 0].norm()
+    for batch in (data.test_batch, data.unseen_batch):
+        assert abs(gains(method, batch).mean()) < 0.005
