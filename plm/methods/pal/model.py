@@ -1,0 +1,447 @@
+"""PAL: every user's ideal point is a mixture of a few prototypes shared by all users.
+
+Paper: Chen, Chen, Rege, Wang, Korlakai Vinayak, "PAL: Sample-Efficient Personalized Reward Modeling for Pluralistic
+    Alignment" (ICLR 2025, arXiv 2406.08469).
+Reference code: RamyaLab/pluralistic-alignment (MIT; nothing is taken from it).
+Deviations: ``users: table`` is the paper's training, with repaired heads and losses. ``users: posterior``, the default,
+    is our estimator: weights are solved, not trained, under a normal prior on their logits whose spread is learned and
+    then set by validation pairs. Unseen users are solved for in both. PAL-B reads one vector per prompt. The logit
+    scale is bounded smoothly, the mixture angle fades out where prototypes cancel, the bound is a mean over pairs.
+
+Axes: B pairs in a batch, N pairs of several users, D feature width, E preference dims, K prototypes, U users.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from plm.functional import bt_losses, targets
+from plm.method import PersonalizationMethod
+from plm.methods.pal.export import PromptedRewardModel, RewardHead, check_pooling, with_head
+from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, as_double, distinct_pairs, distinct_rows
+from plm.methods.pal.heads import Head, Loss, bound_penalty, pair_losses
+from plm.methods.pal.optimizer import RowAdam
+from plm.methods.pal.options import GROUPS, Mixing, Residual, Users, Variant, check_groups, check_options
+from plm.methods.pal.solver import expected_losses, linearised
+from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_logits, solve_table
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+PRIOR_SCALES = (1e-3, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
+"""Candidates for the spread of users around the population, in units of the spread that training learned."""
+LEAST_SPREAD = 0.1
+"""Smallest prior spread read off a table of logits, whose rows all start at zero."""
+
+
+class PAL(PersonalizationMethod):
+    """Ideal points mixed from K prototypes; a reward is closeness to the user's own point.
+
+    Args:
+        num_users: Number of seen users; linked from the data.
+        feature_dim: Width D of the features; linked from the data.
+        backbone: What makes the features; linked from the data.
+        num_prototypes: Number of prototypes K; 1 = the same ideal point for everybody.
+        variant: A = prototypes are points. B = prototypes are functions of the prompt (data.prompt_features: true).
+        user_learner: How weights w and prototypes P make the ideal point, with f the projector of the items: Pw = mix,
+            f(Pw) = mix, then project; f(P)w = project, then mix; |f(P)|w = project, scale to length one, mix. With
+            variant B f(P) are the functions of the prompt, so only f(P)w and |f(P)|w exist.
+        head: Reward of an item for an ideal point: dist = minus the distance; dist_squared = minus its square, linear
+            in the weights; dist_normalization = minus the distance of both scaled to length one; dist_logistic =
+            minus a learned multiple of the distance; angle = a learned multiple of the cosine; angle_hinge = a fixed
+            multiple of the cosine.
+        loss: logistic, cross_entropy (the same number from two classes), hinge or smooth_hinge.
+        gamma: Width of the curved part of the smooth hinge.
+        users: posterior = solve the weights of users under a learned prior while prototypes are trained. table =
+            train a table of weight logits together with the prototypes, as published.
+        projector: Map f of the features: identity or mlp{n}-{relu|gelu|linear}-dropout{digits}[-residual][-batchnorm]
+            [-nobias].
+        user_projector: Map of the prompt for each prototype (only with variant B); null = as ``projector``.
+        dim: Width E of the preference space; null = D.
+        mixing: softmax, or Gumbel softmax while training, gumbel with soft and gumbel_hard with one-hot samples (only
+            with users table).
+        partition: Give every user the one prototype with the largest weight, outside training.
+        temperature: What logits are divided by before the softmax, at the start: low = users near one prototype, high =
+            weights nearly linear in the logits; null = 5 with users posterior, 1 with table.
+        learn_temperature: Train the temperature.
+        residual: Add a reward that is the same for everybody: bradley_terry = a linear one, trained along; reference =
+            the backbone's own reward head times a learned number.
+        ridge: Precision of the normal prior on what everybody shares: Bradley-Terry direction and mean prototype.
+        prototype_ridge: Precision of the normal prior on how prototypes differ (with users posterior).
+        bound: Length of an ideal point beyond which it is penalised; null = no bound.
+        groups: Changes to parameter groups, e.g. {projector: {lr: 1e-4, weight_decay: 0.0}}; groups are projector,
+            user_projectors, prototypes, base, weights, logit_scale and temperature.
+        freeze: Groups that are not trained.
+        lr: Learning rate of groups without one of their own.
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
+    user_tables: ClassVar[tuple[str, ...]] = ("logits", "precision", "num_pairs")
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        num_prototypes: int = 8,
+        variant: Variant = "A",
+        user_learner: UserLearner = "f(P)w",
+        head: Head = "dist_squared",
+        loss: Loss = "logistic",
+        gamma: float = 1.0,
+        users: Users = "posterior",
+        projector: str = "identity",
+        user_projector: str | None = None,
+        dim: int | None = None,
+        mixing: Mixing = "softmax",
+        partition: bool = False,
+        temperature: float | None = None,
+        learn_temperature: bool = False,
+        residual: Residual = "none",
+        ridge: float = 0.06,
+        prototype_ridge: float = 1.0,
+        bound: float | None = None,
+        groups: dict[str, dict[str, float]] | None = None,
+        freeze: list[str] | None = None,
+        lr: float = 0.2,
+    ) -> None:
+        """See the class."""
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
+        self.num_prototypes, self.variant, self.users, self.partition = num_prototypes, variant, users, partition
+        self.loss_kind, self.gamma, self.mixing, self.residual = loss, gamma, mixing, residual
+        self.ridge, self.prototype_ridge, self.bound = ridge, prototype_ridge, bound
+        check_options(self.hparams)
+        posterior = users == "posterior"
+        temperature = temperature or (5.0 if posterior else 1.0)
+        # Near the uniform mixture a logit over the temperature moves the ideal point by a K-th of a prototype, and the
+        # margin by twice the product: in these units learning rate and ridge mean the same for every K and temperature.
+        unit = num_prototypes * temperature / 2 if posterior else 1.0
+        self.geometry = Geometry(
+            feature_dim, num_prototypes, variant, user_learner, head, projector, user_projector, dim, unit
+        )
+        if posterior and self.geometry.prototypes is not None:
+            start = self.geometry.prototypes.data * 0.3 * self.geometry.prototypes.shape[1] ** 0.5
+            self.geometry.prototypes.data = start - start.mean(0)
+        self.base = torch.nn.Parameter(torch.zeros(feature_dim), requires_grad=residual == "bradley_terry")
+        self.reference_scale = torch.nn.Parameter(torch.ones(()), requires_grad=residual == "reference")
+        self.log_temperature = torch.nn.Parameter(torch.tensor(math.log(temperature)), learn_temperature)
+        logits = torch.zeros(num_users, num_prototypes)
+        self.logits: Tensor
+        if posterior:
+            self.register_buffer("logits", logits)
+        else:
+            self.logits = torch.nn.Parameter(logits)
+        self.precision: Tensor
+        self.num_pairs: Tensor
+        self.prior_centre: Tensor
+        self.prior_scale: Tensor
+        self.reads_prompts: Tensor
+        for name, value in {
+            "precision": torch.eye(num_prototypes).repeat(num_users, 1, 1),
+            "num_pairs": torch.zeros(num_users, dtype=torch.long),
+            "prior_centre": torch.zeros(num_prototypes),
+            "prior_scale": torch.ones(()),
+            "reads_prompts": torch.tensor(False),
+        }.items():
+            self.register_buffer(name, value)
+        self._train_pairs: tuple[Tensor, Distinct] | None = None
+        self._freeze(groups or {}, freeze or [])
+
+    # ------------------------------------------------------------------ parameter groups
+    def _members(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Trainable parameters of every group."""
+        members = {
+            **self.geometry.groups(),
+            "base": [self.base, self.reference_scale],
+            "weights": [self.logits] if isinstance(self.logits, torch.nn.Parameter) else [],
+            "temperature": [self.log_temperature],
+        }
+        return {name: [p for p in group if p.requires_grad] for name, group in members.items()}
+
+    def _freeze(self, changes: dict[str, dict[str, float]], freeze: list[str]) -> None:
+        """Check the names of groups and freeze some."""
+        members = self._members()
+        check_groups(members, changes, freeze)
+        for name in freeze:
+            for parameter in members[name]:
+                parameter.requires_grad_(False)
+        self.group_options = {k: {"lr": self.lr, **GROUPS.get(k, {}), **changes.get(k, {})} for k in members}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group per kind of parameter, with its own learning rate and weight decay."""
+        members = self._members()
+        groups = [{"params": value, "name": key, **self.group_options[key]} for key, value in members.items() if value]
+        assert sum(len(group) for group in members.values()) == sum(p.requires_grad for p in self.parameters())
+        return groups
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam, lazy on the table of users, decaying linearly to zero."""
+        groups = self.param_groups()
+        if not groups:
+            return None
+        optimizer = RowAdam(groups, lr=self.lr)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            return optimizer
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1.0 - step / max(steps, 1), 0.0))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    # ------------------------------------------------------------------ shared by training and use
+    def setup(self, stage: str) -> None:
+        """Check that there is a reference head where one is needed."""
+        super().setup(stage)
+        if self.residual == "reference" and not self.reference.any():
+            raise ValueError(
+                "model.residual reference needs the reward head of the backbone, but the backbone of these data has "
+                "none; use a reward model as data.backbone, or residual bradley_terry"
+            )
+
+    def on_train_start(self) -> None:
+        """Also note whether training has prompts."""
+        super().on_train_start()
+        if self.variant == "B":
+            self.reads_prompts.fill_(any(batch.prompt is not None for batch in self.train_pass()))
+
+    def _base_direction(self) -> Tensor:
+        """``(D,)`` the reward that is the same for everybody."""
+        if self.residual == "reference":
+            return self.reference * self.reference_scale
+        return self.base / self.feature_scale
+
+    def _prompts(self, prompt: Tensor | Tokens | None, num_rows: int) -> Tensor | None:
+        """Prompts ``(B, D)`` for variant B; ones, the same for all, where training had none.
+
+        Raises:
+            ValueError: If training had prompts and these pairs have none.
+        """
+        if self.variant == "A":
+            return None
+        if prompt is None and self.reads_prompts:
+            raise ValueError(
+                "PAL-B was trained with prompts, got responses without their prompts; set data.prompt_features: true"
+            )
+        if prompt is None:
+            return torch.ones_like(self.reference).expand(num_rows, -1)
+        assert isinstance(prompt, Tensor)
+        return prompt
+
+    def _cache(self, pairs: Distinct) -> Cache:
+        """What margins need of pairs whose features come in their own units."""
+        prompts = None if pairs.prompts is None else pairs.prompts / self.feature_scale
+        scaled = pairs._replace(responses=pairs.responses / self.feature_scale, prompts=prompts)
+        return self.geometry.cache(scaled, pairs.responses @ self._base_direction())
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        """Logits ``(..., K)`` -> weights on the simplex."""
+        return torch.softmax(logits / self.log_temperature.exp(), -1)
+
+    def _logit_margins(self, cache: Cache, logits: Tensor) -> Tensor:
+        """Margins ``(N,)`` for the logits of each pair's user ``(N, K)``."""
+        return self.geometry.margins(cache, self._weights(logits))
+
+    # ------------------------------------------------------------------ training
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """With ``users: table`` the loss of the table's margins, else their expected loss under the posterior."""
+        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+        if self._train_pairs is None or self._train_pairs[0] is not batch.chosen:
+            prompt = self._prompts(batch.prompt, batch.num_pairs)
+            self._train_pairs = batch.chosen, distinct_pairs(batch.chosen, batch.rejected, prompt)
+        cache, target = self._cache(self._train_pairs[1]), targets(batch.tie).to(batch.chosen)
+        if isinstance(self.logits, torch.nn.Parameter):
+            weights = self._drawn(F.embedding(batch.user_index, self.logits, sparse=True))
+            losses = pair_losses(self.loss_kind, self.geometry.margins(cache, weights), target, self.gamma)
+        else:
+            weights, losses = self._posterior_losses(batch, cache, target)
+        return self._total((batch.weight * losses).mean(), cache, weights)
+
+    def _total(self, nll: Tensor, cache: Cache, weights: Tensor) -> dict[str, Tensor]:
+        """The mean loss with the priors of what is shared and the bound of the ideal points."""
+        out = {"loss": nll + self._penalty(), "nll": nll}
+        if self.bound is not None:
+            out["bound"] = bound_penalty(self.geometry.lengths(cache, weights)[0], self.bound).mean()
+            out["loss"] = out["loss"] + out["bound"]
+        return out
+
+    def _drawn(self, logits: Tensor) -> Tensor:
+        """Weights of the table's logits, as samples where asked for."""
+        if self.mixing == "softmax":
+            return self._weights(logits)
+        soft = self._weights(logits - torch.empty_like(logits).exponential_().log())
+        if self.mixing == "gumbel":
+            return soft
+        return F.one_hot(soft.argmax(-1), self.num_prototypes) + soft - soft.detach()
+
+    def _posterior_losses(self, batch: PreferenceBatch, cache: Cache, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights ``(B, K)`` and `expected_losses` ``(B,)`` after one Gauss-Newton step of the users in the batch."""
+        users, user = torch.unique(batch.user_index, return_inverse=True)
+        prior = Prior(torch.zeros_like(self.prior_centre), torch.ones_like(self.prior_scale))
+        with torch.no_grad():
+            pairs = Solvable(as_double(cache), target, batch.weight, user)
+            self.logits[users], precision = solve_logits(self._logit_margins, pairs, prior, self.logits[users], 1)
+        margin, design = linearised(lambda rows: self._logit_margins(cache, rows), self.logits[batch.user_index])
+        weights = self._weights(self.logits[batch.user_index])
+        return weights, expected_losses(margin, design, target, precision, user)
+
+    def _penalty(self) -> Tensor:
+        """The normal priors of prototypes and base, divided by the number of pairs."""
+        squares = self.ridge * self.base.square().sum()
+        prototypes = self.geometry.prototypes
+        if prototypes is not None and self.users == "posterior":
+            mean = prototypes.mean(0)
+            spread = (prototypes - mean).square().sum()
+            squares = squares + self.ridge * (2 * mean).square().sum() + self.prototype_ridge * spread
+        return 0.5 * squares / self.num_train_pairs
+
+    def refresh_users(self) -> None:
+        """Solve the weights of seen users, or take stock of their table.
+
+        With ``users: posterior`` the spread of users is the one with the lowest validation loss: the training pairs
+        overstate it, because prototypes have been fitted to these very users. With a table, the mean and the spread of
+        its rows become the prior of unseen users.
+        """
+        self._train_pairs, was_training = None, self.training
+        self.eval()  # no dropout
+        # validation runs under inference mode, whose tensors can never enter autograd: leave it and clone
+        with torch.inference_mode(False), torch.no_grad():
+            train = [self._solvable(batch) for batch in self.train_pass()]
+            self.num_pairs.zero_()
+            for pairs in train:
+                self.num_pairs += torch.bincount(pairs.row, minlength=self.num_users)
+            self.num_pairs.copy_(self.sum_over_processes(self.num_pairs))
+            if isinstance(self.logits, torch.nn.Parameter):
+                self._take_stock(train)
+            else:
+                self._choose_scale(train)
+        self.train(was_training)
+
+    def _solvable(self, batch: PreferenceBatch) -> Solvable:
+        """What solving for the users of a batch needs."""
+        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+        prompt = self._prompts(batch.prompt, batch.num_pairs)
+        cache = as_double(self._cache(distinct_pairs(batch.chosen, batch.rejected, prompt)))
+        weight = batch.weight.clone()
+        return Solvable(cache, targets(batch.tie).to(weight), weight, batch.user_index.clone())
+
+    def _choose_scale(self, train: list[Solvable]) -> None:
+        """Solve all seen users under each candidate spread; keep the best by validation loss."""
+        val = [self._solvable(batch) for batch in self.val_pass()]
+        best: tuple[float, Tensor, Tensor, Tensor] | None = None
+        logits = torch.zeros_like(self.logits)
+        for number in PRIOR_SCALES if val else (1.0,):
+            scale = self.prior_scale.new_tensor(number)
+            logits, precision = self._solve(train, Prior(self.prior_centre, scale), logits)
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for pairs in val:
+                margin = self.geometry.margins(pairs.cache, self._mixture(logits, self.num_pairs)[pairs.row].double())
+                total += (pairs.weight * bt_losses(margin, pairs.target)).sum()
+            loss = float(self.sum_over_processes(total))
+            if best is None or loss < best[0]:
+                best = loss, scale, logits, precision
+        assert best is not None
+        for own, value in zip((self.prior_scale, self.logits, self.precision), best[1:], strict=True):
+            own.copy_(value)
+
+    def _take_stock(self, train: list[Solvable]) -> None:
+        """Centre, spread and precision of the table's rows."""
+        logits = self.logits.detach()
+        known = logits[self.num_pairs > 0]
+        if len(known):
+            self.prior_centre.copy_(known.mean(0))
+            spread = (known - self.prior_centre).square().mean().sqrt()
+            self.prior_scale.copy_(spread.clamp_min(LEAST_SPREAD))
+        self.precision.copy_(self._solve(train, Prior(self.prior_centre, self.prior_scale), logits, num_steps=0)[1])
+
+    def _solve(
+        self, train: list[Solvable], prior: Prior, start: Tensor, num_steps: int = MAX_STEPS
+    ) -> tuple[Tensor, Tensor]:
+        """`solve_table` over all processes, each of which adds its own users; the prior for users without pairs."""
+        solved = solve_table(self._logit_margins, train, prior, start, num_steps)
+        logits, precision, known = (self.sum_over_processes(value) for value in solved)
+        missing = known[:, None] == 0
+        eye = torch.eye(self.num_prototypes, device=self.device) / prior.scale**2
+        return torch.where(missing, prior.centre, logits), torch.where(missing[..., None], eye, precision)
+
+    # ------------------------------------------------------------------ use
+    def _mixture(self, logits: Tensor, num_pairs: Tensor) -> Tensor:
+        """Weights ``(U, K)`` that users are served with; with ``partition`` one-hot for users with pairs."""
+        weights = self._weights(logits)
+        if not self.partition:
+            return weights
+        return torch.where(
+            num_pairs[:, None] > 0, F.one_hot(logits.argmax(-1), self.num_prototypes).to(weights), weights
+        )
+
+    def _state(self, logits: Tensor, precision: Tensor, num_pairs: Tensor) -> UserState:
+        """What is kept of users: weights on the simplex, and the precision of their logits."""
+        return UserState({"weights": self._mixture(logits, num_pairs), "precision": precision}, num_pairs)
+
+    def user_states(self, user_index: Tensor) -> UserState:
+        """Weights of seen users, and the precision of their logits as last refreshed."""
+        return self._state(self.logits[user_index], self.precision[user_index], self.num_pairs[user_index])
+
+    def population_state(self, num_users: int) -> UserState:
+        """The prior: weights at its centre."""
+        num_pairs = torch.zeros(num_users, dtype=torch.long, device=self.device)
+        precision = torch.eye(self.num_prototypes, device=self.device) / self.prior_scale.square()
+        logits = self.prior_centre.expand(num_users, -1)
+        return self._state(logits, precision.expand(num_users, -1, -1).clone(), num_pairs)
+
+    def _score(self, responses: Tensor | Tokens, users: UserState, prompt: Tensor | Tokens | None = None) -> Tensor:
+        """Reward of each response: ``(B, D)`` -> ``(B,)``."""
+        assert isinstance(responses, Tensor)
+        row = torch.arange(len(responses), device=responses.device)
+        prompts, prompt_row = self._prompts(prompt, len(responses)), None
+        if prompts is not None:
+            prompts, prompt_row = distinct_rows(prompts)
+        cache = self._cache(Distinct(responses, row, row, prompts, prompt_row))
+        return responses @ self._base_direction() + self.geometry.rewards(cache, users.tensors["weights"])[0]
+
+    def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
+        """Reward of chosen minus reward of rejected, given the prompt: ``(B,)``."""
+        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+        users = self.batch_states(batch) if users is None else users
+        prompt = self._prompts(batch.prompt, batch.num_pairs)
+        cache = self._cache(distinct_pairs(batch.chosen, batch.rejected, prompt))
+        return self.geometry.margins(cache, users.tensors["weights"])
+
+    def _adapt(self, context: Context) -> UserState:
+        """Posterior mode of the logits under the prior of unseen users, from its centre; prototypes stay fixed."""
+        with torch.no_grad():
+            user = torch.arange(context.num_users, device=context.mask.device)
+            user = user[:, None].expand_as(context.mask)[context.mask]
+            chosen, rejected = context.chosen[context.mask], context.rejected[context.mask]
+            prompt = self._prompts(None if context.prompt is None else context.prompt[context.mask], len(user))
+            tie = torch.zeros_like(context.mask) if context.tie is None else context.tie
+            weight = context.weight[context.mask]
+            cache = as_double(self._cache(distinct_pairs(chosen, rejected, prompt)))
+            pairs = Solvable(cache, targets(tie[context.mask]).to(weight), weight, user)
+            prior = Prior(self.prior_centre, self.prior_scale)
+            start = self.prior_centre.expand(context.num_users, -1)
+            logits, precision = solve_logits(self._logit_margins, pairs, prior, start)
+            return self._state(logits, precision, context.mask.sum(-1))
+
+    def export_reward_model(self, model: torch.nn.Module, weights: Tensor | None = None) -> torch.nn.Module:
+        """One mixture of prototypes as a Hugging Face reward model, without users.
+
+        Args:
+            model: A sequence-classification model over the backbone the features came from (variant A), whose
+                ``score`` layer is replaced; its config decides the padding token. Variant B takes the bare backbone,
+                because it reads prompt and response apart.
+            weights: ``(K,)`` a user's ``state.tensors["weights"][row]``, a one-hot row for a prototype, or None for
+                the population.
+
+        Returns:
+            Variant A: ``model`` itself, whose ``logits`` ``(B, 1)`` are rewards. Variant B: a module with two more
+            inputs, ``prompt_input_ids`` and ``prompt_attention_mask``.
+
+        Raises:
+            ValueError: If the weights are no point of the simplex, or the features are not of the last token.
+        """
+        weights = self.population_state(1).tensors["weights"][0] if weights is None else weights
+        normalize = check_pooling(self.hparams.get("backbone"))
+        head = RewardHead(self.geometry, weights, self.feature_scale, self._base_direction(), normalize)
+        return PromptedRewardModel(model, head) if self.variant == "B" else with_head(model, head)
