@@ -1,0 +1,101 @@
+"""``plm query``: which pairs of a pool to ask a user about."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plm.checkpoint import KnownUsers, load_method
+from plm.cli.commands import read_rows
+from plm.cli.options import OptionParser
+from plm.config import nearest
+from plm.data.values import short, to_prompt, to_response
+from plm.querying import choose_pairs, posterior_samples, sampled_chances
+
+_EXAMPLE = '{"prompt": ..., "responses": [..., ...]}'
+
+
+class Candidate(NamedTuple):
+    """A pair nobody has judged yet."""
+
+    prompt: str
+    left: str
+    right: str
+    record: dict[str, Any]  # the row as it was read
+
+
+def run(args: list[str]) -> None:
+    """Choose pairs and write them as JSONL, the first to ask first.
+
+    Raises:
+        ValueError: For whatever the user can mend.
+    """
+    parser = OptionParser(
+        prog="plm query",
+        description=f"Which pairs to ask a user about. Pool rows: {_EXAMPLE}, or a file of pairs, whose\n"
+        "chosen and rejected stand for the two responses. Output rows: the pool's with user_id, information (nats the\n"
+        "answer tells about the user beyond the answers before it) and chance (that the user prefers the first).\n"
+        "Add the answers to the user's pairs and run plm adapt. An unknown user is asked as one nothing is known of.",
+    )
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
+    parser.add_argument("--user", required=True, metavar="ID", help="whom to ask")
+    parser.add_argument("--pool", required=True, metavar="FILE", help="JSONL file of pairs to choose from")
+    parser.add_argument("--num", type=int, default=5, metavar="N", help="how many pairs (default 5)")
+    parser.add_argument("--samples", type=int, default=256, metavar="M", help="posterior samples (default 256)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--output", metavar="FILE", help="JSONL file; default: standard output")
+    options = parser.parse(args)
+    for name in ("num", "samples"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected an integer >= 1, got {getattr(options, name)}")
+    pool = read_rows(Path(options.pool), _candidate, _EXAMPLE)
+    method = load_method(options.ckpt_path)
+    assert method.encode is not None and isinstance(method.find_users, KnownUsers)
+    state, known = method.find_users.lookup([options.user])
+    samples = posterior_samples(state, options.samples, options.seed)
+    prompts = [pair.prompt for pair in pool]
+    features = method.encode(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
+    chances = sampled_chances(method, features[: len(pool)], features[len(pool) :], samples)
+    lines = [
+        json.dumps(
+            {
+                **pool[query.row].record,
+                "user_id": options.user,
+                "information": query.information,
+                "chance": query.chance,
+            },
+            ensure_ascii=False,
+        )
+        for query in choose_pairs(chances, options.num, options.seed)
+    ]
+    text = "".join(f"{line}\n" for line in lines)
+    if options.output:
+        Path(options.output).write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    if not known.all():
+        print(f"unknown user {options.user!r}: the pairs that tell most about a new user", file=sys.stderr)
+
+
+def _candidate(record: Any) -> Candidate:
+    """Check one row."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object like {_EXAMPLE}, got {short(record)}")
+    sides = record.get("responses", [record[name] for name in ("chosen", "rejected") if name in record] or None)
+    if sides is None:
+        raise ValueError(f"missing 'responses'{nearest('responses', record)}, got the keys {sorted(record)}")
+    if not isinstance(sides, list) or len(sides) != 2:
+        raise ValueError(f"responses: expected a list of two, got {short(sides)}")
+    try:
+        left, right = (to_response(side) for side in sides)
+        if left.text == right.text:
+            raise ValueError("expected two different texts")
+    except ValueError as error:
+        raise ValueError(f"responses: {error}, got {short(sides)}") from error
+    prompt = record.get("prompt")
+    try:
+        return Candidate((left.history or "") if prompt is None else to_prompt(prompt), left.text, right.text, record)
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}, got {short(prompt)}") from error

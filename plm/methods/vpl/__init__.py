@@ -1,0 +1,398 @@
+"""VPL: a few pairs of a user become a distribution over a latent, and the reward is decoded with that latent.
+
+Paper: Poddar, Wan, Ivison, Gupta, Jaques, "Personalizing RLHF with Variational Preference Learning" (arXiv 2408.10075).
+Reference code: WEIRDLabUW/vpl_llm (nothing is taken from it).
+Deviations: ``preset: paper`` is the published configuration of the language-model part, on cached features. The default
+    preset keeps the model (pair encoder, set posterior, decoder, Bradley-Terry likelihood, KL) and replaces what its
+    code does not do well: the latent means the same in training and use, a swapped pair says the opposite by
+    construction, evidence adds up so that the variance falls with the number of pairs, bounds are smooth, targets
+    share no response with their context, several samples bound the likelihood of all targets of a user at once, and
+    the decoder cannot do without the latent. Every replacement is an argument of its own.
+
+Axes: N pairs of several users, B responses or pairs, U users of a batch, C context and T target pairs, M posterior
+samples, D feature width, H hidden width, Z latent width, P prepared width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
+from plm.method import PersonalizationMethod
+from plm.methods.vpl.episodes import TargetRule, draw_episodes, rank_within_user, response_ids, response_nodes
+from plm.methods.vpl.networks import (
+    DECODERS,
+    POSTERIORS,
+    Anneal,
+    BilinearDecoder,
+    Bounds,
+    Gaussian,
+    PairEncoder,
+    PairTokens,
+    anneal_factor,
+    on_sphere,
+    swap_guide,
+)
+from plm.methods.vpl.options import PRESETS, DecoderKind, LatentMap, Options, PairFeatures, PosteriorKind, Preset
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+LATENT_SCALES = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4)
+"""Candidates for what the latent is multiplied by in use, chosen on validation pairs."""
+
+ACTIVE_VARIANCE = 0.005
+"""A latent dimension is active when its posterior means vary by more than this over users."""
+
+SHOTS = (1, 2, 4, 8, 16, 32)
+"""Where the posterior variance is reported against the number of pairs."""
+
+
+def target_bound(margin: Tensor, target: Tensor, weight: Tensor, user: Tensor, num_users: int) -> Tensor:
+    """Negative log of the mean likelihood over samples of all targets of each user: ``(T, M)`` -> ``(U,)``.
+
+    ``-log 1/M sum_m prod_t p(y_t | z_m)``. With one sample it is the summed Bradley-Terry loss of the paper; with more
+    it is a tighter bound (Burda et al. 2016), whose optimum is the posterior that predicts all targets jointly best.
+
+    >>> target_bound(torch.zeros(2, 3), torch.ones(2), torch.ones(2), torch.tensor([0, 0]), 1)
+    tensor([1.3863])
+    """
+    losses = per_user_sum(bt_losses(margin, target[:, None]) * weight[:, None], user, num_users)
+    return math.log(margin.shape[1]) - torch.logsumexp(-losses, -1)
+
+
+class LatentReport(NamedTuple):
+    """Whether the latent is used: posterior collapse shows in every one of these numbers."""
+
+    kl: float
+    """Nats between posterior and prior, mean over users."""
+    active_units: float
+    """Latent dimensions whose posterior means vary over users."""
+    accuracy: float
+    """Of validation pairs with their user's latent."""
+    shuffled_accuracy: float
+    """Of the same pairs with another user's latent."""
+    variance: dict[int, float]
+    """Number of pairs -> posterior variance, mean over dimensions and users with as many pairs."""
+
+    def collapsed(self) -> bool:
+        """Whether rewards depend on the user no more than by chance."""
+        return self.active_units < 1 or self.accuracy - self.shuffled_accuracy < 0.005
+
+    def numbers(self) -> dict[str, float]:
+        """Flat, for logs."""
+        known = {name: getattr(self, name) for name in ("kl", "active_units", "accuracy", "shuffled_accuracy")}
+        return known | {f"variance@{shots}": value for shots, value in self.variance.items()}
+
+
+class VPL(PersonalizationMethod):
+    """Variational preferences: an encoder reads a user's pairs into a normal posterior over a latent of the reward.
+
+    An argument that is null takes the value of the preset; the default preset's is given in brackets.
+
+    Args:
+        num_users: Number of seen users; linked from the data.
+        feature_dim: Width D of the features; linked from the data.
+        backbone: What makes the features; linked from the data.
+        preset: default = ours; paper = as published.
+        latent_dim: Width Z of the latent [16; paper 512].
+        hidden_dim: Width H of encoder and decoder [64; paper 512].
+        pair_features: odd_even = both responses go through one network, their difference says what, their sum how
+            strongly, so that a swapped pair has the opposite mean; concat = both side by side, as published [odd_even].
+        posterior: product = pairs add precision to the prior; attention = self-attention over the pairs, averaged, as
+            published, which cannot tell four pairs from the same four twice [product].
+        latent_map: same = the decoder reads samples in training and the mean in use; sphere = both projected to the
+            sphere of radius sqrt(Z); sphere_in_training = only the samples, as published [same].
+        bounds: smooth = tanh bounds; clamp = hard ones, without gradient outside, as published [smooth].
+        decoder: film = hidden units scaled and shifted by z before the nonlinearity; bilinear = population direction
+            plus ``z @ bases @ x``; concat = a network on response and z side by side, as published [film].
+        kl_weight: Weight of the KL to the standard normal prior [0.3; paper 3e-6].
+        free_bits: Nats of KL per latent dimension, mean over users, that cost nothing: what keeps the latent alive
+            while the decoder has not learned to use it [0.1; paper 0].
+        anneal: How the KL weight grows from a tenth to all, counted in optimizer steps [linear; paper cosine].
+        anneal_steps: Over how many steps [100; paper 10000].
+        cyclical: Whether it starts again afterwards [false; paper true].
+        swap_guide: Weight of SPL's pull of the posterior of swapped pairs to the opposite mean (only with concat
+            pair_features; SPL uses 1e-5) [0].
+        num_samples: Posterior samples per user and step [4; paper 1].
+        target_rule: What a target may share with its context: response = nothing, rest = responses, any = even the
+            pair, as published [response].
+        min_context: Least context pairs per user (not with target_rule response) [0; paper 2].
+        max_context: Most context pairs per user in training [64; paper 8].
+        num_targets: Most targets per user and step [32; paper 1].
+        calibrate: Whether the latent is multiplied by the number of the lowest validation loss [true; paper false].
+        ridge: Precision of the normal prior on the population's direction (bilinear) [0.06].
+        basis_ridge: Precision of the normal prior on the bases (bilinear) [1].
+        weight_decay: AdamW's [0; paper 1e-3].
+        lr: Learning rate, decaying linearly to zero; paper: cosine after 3 % warm-up [0.005; paper 1e-4].
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
+    user_tables: ClassVar[tuple[str, ...]] = ("mean", "log_var", "num_pairs")
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        preset: Preset = "default",
+        latent_dim: int | None = None,
+        hidden_dim: int | None = None,
+        pair_features: PairFeatures | None = None,
+        posterior: PosteriorKind | None = None,
+        latent_map: LatentMap | None = None,
+        bounds: Bounds | None = None,
+        decoder: DecoderKind | None = None,
+        kl_weight: float | None = None,
+        free_bits: float | None = None,
+        anneal: Anneal | None = None,
+        anneal_steps: int | None = None,
+        cyclical: bool | None = None,
+        swap_guide: float | None = None,
+        num_samples: int | None = None,
+        target_rule: TargetRule | None = None,
+        min_context: int | None = None,
+        max_context: int | None = None,
+        num_targets: int | None = None,
+        calibrate: bool | None = None,
+        ridge: float | None = None,
+        basis_ridge: float | None = None,
+        weight_decay: float | None = None,
+        lr: float | None = None,
+    ) -> None:
+        """See the class."""
+        values = locals()
+        if preset not in PRESETS:
+            raise ValueError(f"model.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        given = {name: values[name] for name in Options.__dataclass_fields__ if values[name] is not None}
+        options = replace(PRESETS[preset], **given)
+        unused = [name for name in ("ridge", "basis_ridge") if name in given and options.decoder != "bilinear"]
+        problems = options.problems()
+        problems += [f"model.{name} acts only with model.decoder bilinear, got {given[name]!r}" for name in unused]
+        if problems:
+            raise ValueError("\n".join(problems))
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=options.lr)
+        self.preset, self.options = preset, options
+        width, odd_even = options.hidden_dim, options.pair_features == "odd_even"
+        self.encoder = PairEncoder(feature_dim, width, odd_even)
+        self.set_encoder = POSTERIORS[options.posterior](width, options.latent_dim, odd_even, options.bounds)
+        self.decoder = DECODERS[options.decoder](feature_dim, width, options.latent_dim)
+        self.mean: Tensor
+        self.log_var: Tensor
+        self.num_pairs: Tensor
+        self.latent_scale: Tensor
+        self.register_buffer("mean", torch.zeros(num_users, options.latent_dim))
+        self.register_buffer("log_var", torch.zeros(num_users, options.latent_dim))
+        self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
+        self.register_buffer("latent_scale", torch.ones(()))
+        self._nodes: tuple[Tensor, Tensor] | None = None  # features of the batch they belong to, nodes
+        self._report: LatentReport | None = None
+
+    # ------------------------------------------------------------------ shared by training and use
+    def _scaled(self, responses: Tensor) -> Tensor:
+        """Features in units in which a difference has about unit variance per number."""
+        scaled: Tensor = responses * (self.feature_dim**0.5 / self.feature_scale)
+        return scaled
+
+    def _tokens(self, batch: PreferenceBatch | Context, rows: Tensor) -> PairTokens:
+        """Tokens of the pairs at ``rows``, an index or mask."""
+        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+        chosen, rejected = self._scaled(batch.chosen[rows]), self._scaled(batch.rejected[rows])
+        target = chosen.new_ones(len(chosen)) if batch.tie is None else targets(batch.tie[rows]).to(chosen)
+        tokens: PairTokens = self.encoder(chosen, rejected, target)
+        return tokens
+
+    def _posterior(self, tokens: PairTokens, weight: Tensor, user: Tensor, num_users: int) -> Gaussian:
+        """Tokens ``(N, H)``, ``(N,)`` weights and users -> posteriors of U users; without pairs the prior."""
+        posterior: Gaussian = self.set_encoder(tokens, unit_mean_per_user(weight, user, num_users), user, num_users)
+        return posterior
+
+    def _reward(self, prepared: Tensor, latent: Tensor) -> Tensor:
+        """``(..., P)``, ``(..., Z)`` in use -> ``(...)``."""
+        if self.options.latent_map == "sphere":
+            latent = on_sphere(latent)
+        reward: Tensor = self.decoder.reward(prepared, self.latent_scale * latent)
+        return reward
+
+    # ------------------------------------------------------------------ training
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Bound on the likelihood of the targets given the context, plus the annealed KL, over one episode per user."""
+        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+        options = self.options
+        _, user = torch.unique(batch.user_index, return_inverse=True)
+        num_users = int(user.max()) + 1
+        context, rows = draw_episodes(
+            user,
+            self._batch_nodes(batch.chosen, batch.rejected, user) if options.target_rule == "response" else None,
+            options.target_rule,
+            options.min_context,
+            options.max_context,
+            options.num_targets,
+        )
+        posterior = self._posterior(self._tokens(batch, context), batch.weight[context], user[context], num_users)
+        latent = posterior.sample(options.num_samples)
+        if options.latent_map != "same":
+            latent = on_sphere(latent)
+        chosen, rejected = (self.decoder.prepare(self._scaled(side[rows])) for side in (batch.chosen, batch.rejected))
+        latent, of_user = latent[user[rows]], user[rows]  # (T, M, Z)
+        margin = self.decoder.reward(chosen[:, None], latent) - self.decoder.reward(rejected[:, None], latent)
+        target, weight = targets(batch.tie[rows]).to(margin), unit_mean_per_user(batch.weight[rows], of_user, num_users)
+        count = torch.bincount(of_user, minlength=num_users)
+        bound = target_bound(margin, target, weight, of_user, num_users) / count.clamp_min(1)
+        share = per_user_sum(batch.weight, user, num_users) * (count > 0)  # of a user in the loss
+        share = share / share.sum().clamp_min(1e-12)
+        nll, kl = (share * bound).sum(), (share[:, None] * posterior.kl()).sum(0)
+        anneal = anneal_factor(self.trainer.global_step, options.anneal_steps, options.anneal, options.cyclical)
+        per_target = options.kl_weight * anneal / (share * count).sum().clamp_min(1)
+        loss = nll + per_target * kl.clamp_min(options.free_bits).sum() + self._penalty()
+        logged = {"nll": nll, "kl": kl.sum()}
+        if options.swap_guide:
+            flipped = batch._replace(chosen=batch.rejected, rejected=batch.chosen)
+            swapped = self._posterior(self._tokens(flipped, context), batch.weight[context], user[context], num_users)
+            logged["swap_guide"] = swap_guide(posterior, swapped)
+            loss = loss + options.swap_guide * logged["swap_guide"]
+        return {"loss": loss, **logged}
+
+    def _batch_nodes(self, chosen: Tensor, rejected: Tensor, user: Tensor) -> Tensor:
+        """`response_nodes` of a batch, kept while the same batch comes again."""
+        if self._nodes is None or self._nodes[0] is not chosen:
+            self._nodes = (chosen, response_nodes(response_ids(chosen, rejected), user))
+        return self._nodes[1]
+
+    def _penalty(self) -> Tensor:
+        """Normal priors of the bilinear decoder, divided by the number of pairs; in units of unscaled features."""
+        if not isinstance(self.decoder, BilinearDecoder):
+            return self.latent_scale.new_zeros(())
+        squares = self.options.ridge * self.decoder.population.square().sum()
+        squares = squares + self.options.basis_ridge * self.decoder.bases.square().sum()
+        return 0.5 * self.feature_dim * squares / self.num_train_pairs
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW; ours decays linearly to zero, the paper's warms up for 3 % of the steps and follows a cosine."""
+        optimizer = torch.optim.AdamW(self.param_groups(), weight_decay=self.options.weight_decay)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            return optimizer
+        warm_up = 0.03 * steps if self.preset == "paper" else 0.0
+
+        def factor(step: int) -> float:
+            if step < warm_up:
+                return (step + 1) / (warm_up + 1)
+            left = max(1.0 - (step - warm_up) / max(steps - warm_up, 1.0), 0.0)
+            return (1 - math.cos(math.pi * left)) / 2 if self.preset == "paper" else left
+
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    # ------------------------------------------------------------------ seen users and collapse
+    @torch.no_grad()
+    def refresh_users(self) -> None:
+        """Read all seen users' training pairs, choose the latent's scale on validation pairs, and look for collapse."""
+        mean, log_var = torch.zeros_like(self.mean), torch.zeros_like(self.log_var)
+        num_pairs = torch.zeros_like(self.num_pairs)
+        spread = self.mean.new_zeros(len(SHOTS), 2)  # summed variance and users at each number of pairs
+        for batch in self.train_pass():
+            users, user = torch.unique(batch.user_index, return_inverse=True)
+            count = torch.bincount(user)
+            tokens = self._tokens(batch, torch.arange(batch.num_pairs, device=self.device))
+            posterior = self._posterior(tokens, batch.weight, user, len(users))
+            mean[users], log_var[users], num_pairs[users] = posterior.mean, posterior.log_var, count
+            rank = rank_within_user(user, torch.arange(len(user), device=self.device))
+            for row, shots in enumerate(SHOTS):
+                first, enough = rank < shots, count >= shots
+                few = PairTokens(tokens.direction[first], tokens.strength[first])
+                variance = self._posterior(few, batch.weight[first], user[first], len(users)).log_var.exp().mean(-1)
+                spread[row] += torch.stack([variance[enough].sum(), enough.sum()])
+        self.mean.copy_(self.sum_over_processes(mean))
+        self.log_var.copy_(self.sum_over_processes(log_var))
+        self.num_pairs.copy_(self.sum_over_processes(num_pairs))
+        total, users_at = self.sum_over_processes(spread).unbind(-1)
+        own, shuffled = self._choose_scale()
+        self._report = LatentReport(
+            kl=float(Gaussian(self.mean, self.log_var).kl().sum(-1).mean()),
+            active_units=float((self.mean.var(0, unbiased=False) > ACTIVE_VARIANCE).sum()),
+            accuracy=own,
+            shuffled_accuracy=shuffled,
+            variance={n: float(s / u) for n, s, u in zip(SHOTS, total, users_at, strict=True) if u > 0},
+        )
+
+    def _choose_scale(self) -> tuple[float, float]:
+        """Set ``latent_scale``; accuracy of validation pairs with their users' latents and with those of others."""
+        scales = self.mean.new_tensor(LATENT_SCALES if self.options.calibrate else [1.0])
+        sums = torch.zeros(len(scales), 4, dtype=torch.float64, device=self.device)  # loss, right, right shuffled, all
+        for batch in self.val_pass():
+            assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+            chosen, rejected = (self.decoder.prepare(self._scaled(side)) for side in (batch.chosen, batch.rejected))
+            other = (batch.user_index + 1) % self.num_users if batch.other_index is None else batch.other_index
+            target = targets(batch.tie).to(chosen)
+            for row, scale in enumerate(scales):
+                self.latent_scale.copy_(scale)
+                own, shuffled = (
+                    self._reward(chosen, self.mean[index]) - self._reward(rejected, self.mean[index])
+                    for index in (batch.user_index, other)
+                )
+                columns = [bt_losses(own, target), own > 0, shuffled > 0, torch.ones_like(own)]
+                sums[row] += torch.stack([(batch.weight * column).sum().double() for column in columns])
+        sums = self.sum_over_processes(sums)
+        one = int((scales == 1).nonzero()[0, 0])
+        best = int(sums[:, 0].argmin()) if sums[0, 3] > 0 else one
+        self.latent_scale.copy_(scales[best])
+        _, right, right_shuffled, total = sums[best].tolist()
+        return (right / total, right_shuffled / total) if total else (math.nan, math.nan)
+
+    def on_validation_epoch_start(self) -> None:
+        """Log what shows collapse, as ``val/latent/...``."""
+        super().on_validation_epoch_start()
+        if self._report is not None and self.trainer.state.fn == "fit":
+            numbers = {name: value for name, value in self._report.numbers().items() if not math.isnan(value)}
+            self.log_dict({f"val/latent/{name}": value for name, value in numbers.items()}, sync_dist=True)
+
+    def on_train_end(self) -> None:
+        """Warn when the latent ended unused."""
+        super().on_train_end()
+        report = self._report
+        if report is not None and report.collapsed() and self.trainer.is_global_zero:
+            warnings.warn(
+                f"posterior collapse: {report.active_units:.0f} of {self.options.latent_dim} latent dimensions are "
+                f"active, the KL is {report.kl:.3f} nats, use multiplies the latent by {float(self.latent_scale):.2f}, "
+                f"and another user's latent changes validation accuracy from {100 * report.accuracy:.1f} % to "
+                f"{100 * report.shuffled_accuracy:.1f} %. Either users do not differ in these data, "
+                "or try a lower model.kl_weight, more model.free_bits, or another model.decoder",
+                stacklevel=2,
+            )
+
+    def on_test_epoch_start(self) -> None:
+        """Log KL and active units of the seen users, as ``test/latent/...``."""
+        kl = Gaussian(self.mean, self.log_var).kl().sum(-1).mean()
+        active = (self.mean.var(0, unbiased=False) > ACTIVE_VARIANCE).sum().to(kl)
+        self.log_dict({"test/latent/kl": kl, "test/latent/active_units": active}, sync_dist=True)
+
+    # ------------------------------------------------------------------ use
+    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
+        """Reward at the posterior mean: ``(B, D)`` -> ``(B,)``."""
+        assert isinstance(responses, Tensor)
+        return self._reward(self.decoder.prepare(self._scaled(responses)), users.tensors["mean"])
+
+    def user_states(self, user_index: Tensor) -> UserState:
+        """Posteriors of seen users, as last refreshed."""
+        tensors = {"mean": self.mean[user_index], "log_var": self.log_var[user_index]}
+        return UserState(tensors, self.num_pairs[user_index])
+
+    def population_state(self, num_users: int) -> UserState:
+        """The standard normal prior."""
+        zeros = self.mean.new_zeros(num_users, self.options.latent_dim)
+        num_pairs = torch.zeros(num_users, dtype=torch.long, device=self.device)
+        return UserState({"mean": zeros, "log_var": zeros.clone()}, num_pairs)
+
+    def _adapt(self, context: Context) -> UserState:
+        """One forward pass of the encoder over the context."""
+        user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)
+        with torch.no_grad():
+            tokens = self._tokens(context, context.mask)
+            mean, log_var = self._posterior(tokens, context.weight[context.mask], user[context.mask], context.num_users)
+        return UserState({"mean": mean, "log_var": log_var}, context.mask.sum(-1))

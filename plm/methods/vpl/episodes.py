@@ -1,0 +1,122 @@
+"""Episodes of VPL: which pairs of a user are context and which are targets, drawn anew at every training step.
+
+Axes: N pairs in a batch, D feature width, E episodes (one per user of the batch), M nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+TargetRule = Literal["response", "rest", "any"]
+
+
+class Episodes(NamedTuple):
+    """Rows of a batch; every user of the batch is one episode."""
+
+    context: Tensor
+    """``(C,)`` int64 rows the posterior sees."""
+    targets: Tensor
+    """``(T,)`` int64 rows it has to predict."""
+
+
+def response_ids(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """One number per distinct response, ``(N, 2)`` int64, equal where all features are equal bit for bit.
+
+    Integer arithmetic on the bits is exact, so equal rows meet however the sum is ordered.
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> response_ids(x, x.flip(0)).tolist() in ([[0, 1], [1, 0]], [[1, 0], [0, 1]])
+    True
+    """
+    rows = torch.cat([chosen, rejected]).float().contiguous().view(torch.int32)
+    draw = torch.Generator().manual_seed(0)
+    factors = torch.randint(2**31, (rows.shape[1],), generator=draw).to(rows.device) * 2 + 1
+    codes = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for start in range(0, rows.shape[1], 32):  # bounds the memory of int64
+        codes += (rows[:, start : start + 32] * factors[start : start + 32]).sum(-1)
+    rows_of: Tensor = torch.unique(codes, return_inverse=True)[1]
+    return rows_of.view(2, -1).T
+
+
+def response_nodes(responses: Tensor, user: Tensor) -> Tensor:
+    """What must fall on one side of an episode: ``(N, 2)`` ids, ``(N,)`` -> ``(N, 2)`` int64 nodes, numbered from 0.
+
+    A node is one response of one user. A response that occurs in a single pair of its user takes its partner's node:
+    a pair without common responses is one node, and no pair is lost where responses do not repeat.
+
+    >>> nodes = response_nodes(torch.tensor([[0, 1], [1, 2], [5, 6]]), torch.tensor([0, 0, 0]))
+    >>> bool((nodes[0] == nodes[1]).all()), bool(nodes[2, 0] == nodes[2, 1]), bool(nodes[0, 0] == nodes[2, 0])
+    (True, True, False)
+    """
+    keys = user[:, None] * (responses.max() + 1) + responses
+    _, nodes, count = torch.unique(keys, return_inverse=True, return_counts=True)
+    left, right = nodes.unbind(-1)
+    single_left, single_right = count[left] == 1, count[right] == 1
+    return torch.stack(
+        [torch.where(single_left, right, left), torch.where(single_right & ~single_left, left, right)], -1
+    )
+
+
+def rank_within_user(user: Tensor, key: Tensor) -> Tensor:
+    """Place of every row among the rows of its user by ascending ``key``: ``(N,)``, ``(N,)`` -> ``(N,)`` from 0.
+
+    >>> rank_within_user(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.1])).tolist()
+    [1, 0, 0]
+    """
+    order = torch.argsort(key)
+    order = order[torch.argsort(user[order], stable=True)]
+    count = torch.bincount(user)
+    rank = torch.empty_like(user)
+    rank[order] = torch.arange(len(user), device=user.device) - (count.cumsum(0) - count)[user[order]]
+    return rank
+
+
+def draw_episodes(
+    user: Tensor,
+    nodes: Tensor | None,
+    rule: TargetRule,
+    min_context: int,
+    max_context: int,
+    num_targets: int,
+) -> Episodes:
+    """Draw a context and targets for every user of a batch, from torch's random numbers; no loop over users or pairs.
+
+    Args:
+        user: ``(N,)`` int64 row of the user of each pair, numbered from 0.
+        nodes: ``(N, 2)`` see `response_nodes`; only with the rule ``response``.
+        rule: What a target may share with the context: ``response`` nothing, ``rest`` responses but not the pair,
+            ``any`` even the pair. With ``response`` every user's share of context is uniform in [0, 1] and every node
+            falls on one side; pairs across both sides are left out of the episode.
+        min_context: Least context pairs of a user with enough pairs (not with ``response``).
+        max_context: Most context pairs.
+        num_targets: Most targets of a user.
+
+    Returns:
+        Rows of context and targets, each sorted by user.
+    """
+    num_users = int(user.max()) + 1
+    rank = rank_within_user(user, torch.rand(len(user), device=user.device))
+    if rule == "response":
+        assert nodes is not None
+        side = (
+            torch.rand(int(nodes.max()) + 1, device=user.device)[nodes]
+            < torch.rand(num_users, device=user.device)[user, None]
+        )
+        in_context, is_target = side.all(-1), ~side.any(-1)
+        in_context &= rank_within_user(user * 2 + ~in_context, rank) < max_context
+        is_target &= rank_within_user(user * 2 + ~is_target, rank) < num_targets
+    else:
+        count = torch.bincount(user, minlength=num_users)
+        most = (count if rule == "any" else count - 1).clamp(max=max_context)
+        least = most.clamp(max=min_context)
+        size = least + (torch.rand(num_users, device=user.device) * (most - least + 1)).long()
+        in_context = rank < size[user]
+        if rule == "any":
+            is_target = rank_within_user(user, torch.rand(len(user), device=user.device)) < num_targets
+        else:
+            is_target = ~in_context & (rank < (size + num_targets)[user])
+    order = torch.argsort(user, stable=True)
+    return Episodes(order[in_context[order]], order[is_target[order]])

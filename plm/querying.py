@@ -1,0 +1,142 @@
+"""Which pair to ask a user about next: the answers that tell most about the user, from samples of the posterior.
+
+Works with every method whose user state holds a normal posterior, as ``mean`` and ``log_var`` (diagonal) or as
+``weights`` and ``precision`` (full).
+
+Axes: N candidate pairs, U users, M posterior samples, D feature width, K weights, C sequences of answers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.method import PersonalizationMethod
+from plm.types import UserState
+
+MAX_SEQUENCES = 1024
+"""Sequences of answers that are told apart while several pairs are chosen at once; beyond, a sample of them."""
+
+MAX_FLOATS = 2**24
+"""Feature values scored at once (64 MiB)."""
+
+
+class Query(NamedTuple):
+    """A pair worth asking about."""
+
+    row: int
+    """Its row among the candidates."""
+    information: float
+    """What its answer is expected to tell about the user beyond the pairs chosen before it, in nats, at most log 2."""
+    chance: float
+    """Probability that the user prefers the left response."""
+
+
+def posterior_samples(users: UserState, num_samples: int, seed: int = 0) -> UserState:
+    """Draws from the posteriors of U users, as states with M rows per user, user by user.
+
+    Args:
+        users: States with ``mean`` and ``log_var`` ``(U, Z)``, or ``weights`` ``(U, K)`` and ``precision``
+            ``(U, K, K)``; the draws stand where the mean or the weights were.
+        num_samples: Number M of draws per user.
+        seed: Seed; the same for every user, so that a draw does not depend on who else is asked.
+
+    Returns:
+        States with leading axis ``U * M``.
+
+    Raises:
+        ValueError: If the states hold no normal posterior, or an improper one.
+    """
+    tensors = users.tensors
+    names = ("mean", "log_var") if {"mean", "log_var"} <= tensors.keys() else ("weights", "precision")
+    if not set(names) <= tensors.keys():
+        raise ValueError(
+            "choosing pairs needs users with an uncertainty, mean and log_var or weights and precision, got "
+            f"{sorted(tensors) or 'nothing'}; use a method with a posterior, such as LoRe or VPL"
+        )
+    centre, spread = (tensors[name].double() for name in names)
+    noise = torch.randn(num_samples, centre.shape[-1], generator=torch.Generator().manual_seed(seed)).to(centre)
+    if names[0] == "mean":
+        draws = centre[:, None] + (0.5 * spread).exp()[:, None] * noise
+    else:
+        factor, failed = torch.linalg.cholesky_ex(spread)
+        if failed.any():
+            raise ValueError(
+                "choosing pairs needs a proper posterior, got a precision that is not positive definite: of LoRe with "
+                "simplex true, set model.prior_precision above 0"
+            )
+        # precision = L L', so L'^-1 noise has its inverse as covariance
+        wide = noise.mT.expand(len(centre), -1, -1)
+        draws = centre[:, None] + torch.linalg.solve_triangular(factor.mT, wide, upper=True).mT
+    repeated = users.take(torch.arange(users.num_users, device=centre.device).repeat_interleave(num_samples))
+    return repeated._replace(tensors={**repeated.tensors, names[0]: draws.flatten(0, 1).to(tensors[names[0]])})
+
+
+def sampled_chances(method: PersonalizationMethod, left: Tensor, right: Tensor, samples: UserState) -> Tensor:
+    """Probability that each sample of a user prefers left: ``(N, D)``, ``(N, D)``, M rows -> ``(M, N)``."""
+    num_samples, num_pairs = samples.num_users, len(left)
+    block = max(1, MAX_FLOATS // max(left.numel(), 1))
+    chances = []
+    with torch.no_grad():
+        for start in range(0, num_samples, block):
+            rows = torch.arange(start, min(start + block, num_samples), device=left.device)
+            states = samples.take(rows.repeat_interleave(num_pairs))
+            rewards = [method.score(side.repeat(len(rows), 1), states) for side in (left, right)]
+            chances.append(torch.sigmoid(rewards[0] - rewards[1]).view(-1, num_pairs))
+    return torch.cat(chances)
+
+
+def entropy(chance: Tensor) -> Tensor:
+    """Entropy of a yes or no with this probability of yes, in nats.
+
+    >>> entropy(torch.tensor([0.0, 0.5])).tolist()
+    [0.0, 0.6931471824645996]
+    """
+    both: Tensor = torch.special.entr(chance) + torch.special.entr(1 - chance)
+    return both
+
+
+def choose_pairs(chances: Tensor, num_pairs: int, seed: int = 0) -> list[Query]:
+    """Greedy choice of the pairs whose answers together tell most about the user (BatchBALD, Kirsch et al. 2019).
+
+    The gain of pair q after the chosen pairs, whose answers ``y`` are not known yet, is
+
+        I(q) = E_y[ H( E[p_q | y] ) ] - E[ H(p_q) ],      E over posterior samples, reweighted by ``p(y | sample)``:
+
+    BALD (Houlsby et al. 2011) averaged over what the user may have answered before. It never asks for the same thing
+    twice, and the encoder is not run again. All answers are enumerated until `MAX_SEQUENCES`, then drawn.
+
+    Args:
+        chances: ``(M, N)`` see `sampled_chances`.
+        num_pairs: How many; at most N are returned.
+        seed: Seed of the drawn answers.
+
+    Returns:
+        Queries in the order in which to ask.
+    """
+    chances = chances.double()
+    certain = entropy(chances).mean(0)  # what is left to guess when the user is known
+    likelihood = chances.new_ones(1, len(chances))  # (C, M) of the answers so far, up to a factor per row
+    share = chances.new_ones(1)  # (C,) probability of the answers
+    draw = torch.Generator().manual_seed(seed)
+    taken: list[Query] = []
+    free = torch.ones(chances.shape[1], dtype=torch.bool, device=chances.device)
+    for _ in range(min(num_pairs, chances.shape[1])):
+        posterior = likelihood / likelihood.sum(-1, keepdim=True)
+        gain = torch.cat([share @ entropy(posterior @ part) for part in torch.split(chances, 4096, dim=1)]) - certain
+        best = int(gain.masked_fill(~free, -math.inf).argmax())
+        free[best] = False
+        taken.append(Query(best, max(float(gain[best]), 0.0), float(chances[:, best].mean())))
+        chance = chances[:, best]
+        answers = posterior @ chance  # (C,) probability of left after the answers so far
+        if 2 * len(share) <= MAX_SEQUENCES:
+            share = torch.cat([share * answers, share * (1 - answers)])
+            likelihood = torch.cat([posterior * chance, posterior * (1 - chance)])
+        else:
+            left = torch.rand(len(share), generator=draw, dtype=torch.float64).to(answers) < answers
+            likelihood = posterior * torch.where(left[:, None], chance, 1 - chance)
+        likelihood, share = likelihood[share > 0], share[share > 0]
+    return taken
