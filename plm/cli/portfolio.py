@@ -1,0 +1,275 @@
+"""``plm portfolio``: choose few policies that serve everybody, and show how good they are at every size."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+import numpy as np
+import torch
+from jsonargparse import ArgumentError, set_parsing_settings
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from plm.cli.parser import RecipeParser, shorten
+from plm.cli.portfolio_report import (
+    comparison_lines,
+    members_table,
+    regret_figure,
+    search_table,
+    simplex_figure,
+    size_table,
+)
+from plm.cli.portfolio_study import Row, run_study, search
+from plm.cli.rewards import Array, Deployment, RewardSource, read_weights
+from plm.config import expand
+from plm.evaluation import write_csv, write_json
+from plm.methods.palm import MAX_OBJECTIVES, PALM
+from plm.methods.palm.grid import combined_grid_size, random_weights
+from plm.methods.palm.measures import route, usage
+from plm.methods.palm.oracle import BestOfN, Oracle
+from plm.methods.palm.search import Certified
+from plm.methods.palm.selection import Portfolio, choose_portfolio
+
+_SEARCH_GRID = 1000  # largest grid that is searched for the comparison of searches
+
+
+class PortfolioRun:
+    """Choose a portfolio of few best-of-n policies, and judge portfolios of several sizes on held-out prompts.
+
+    Args:
+        rewards: Objectives and the pool of candidates.
+        size: Members of the portfolio that is saved.
+        sizes: Sizes of the table and the curve; ``size`` is added.
+        num_objectives: Use only the first so many objectives, each number in a run of its own; null = all.
+        seeds: Random halvings of the prompts into those to choose on and those to judge on.
+        search: corner = call the oracle where the certificate is worst; lazy = only at weights of a grid that are not
+            served yet; grid = at all weights of a grid.
+        delta: Loss at which the corner and lazy searches stop, in units of a calibrated reward.
+        cell: Relative and absolute slack of the grid's cells.
+        max_calls: Most oracle calls of the corner search.
+        solver: greedy = greedy covers and exchanges; milp = exact covers by integer programming.
+        beta: KL penalty of soft best-of-n; 0 = the best candidate.
+        num_users: Users drawn evenly from the simplex, for mean regret and usage, where the rewards bring none.
+        weights: JSONL file of users with given weights; they are routed, certified and saved.
+        output: Folder of runs; a new numbered one is made inside.
+    """
+
+    def __init__(
+        self,
+        rewards: RewardSource,
+        size: int = 5,
+        sizes: list[int] = [1, 2, 3, 4, 5, 6, 8],  # noqa: B006 - read only; jsonargparse shows it as the default
+        num_objectives: list[int] | None = None,
+        seeds: int = 8,
+        search: Literal["corner", "lazy", "grid"] = "corner",
+        delta: float = 0.02,
+        cell: tuple[float, float] = (0.4, 0.2),
+        max_calls: int = 150,
+        solver: Literal["greedy", "milp"] = "greedy",
+        beta: float = 0.0,
+        num_users: int = 1000,
+        weights: str | None = None,
+        output: str = "runs/portfolio",
+    ) -> None:
+        """See the class."""
+        self.rewards, self.size, self.sizes = rewards, size, sorted({*sizes, size})
+        self.num_objectives, self.seeds, self.search, self.delta = num_objectives, seeds, search, delta
+        self.cell, self.max_calls, self.solver, self.beta = cell, max_calls, solver, beta
+        self.num_users, self.weights, self.output = num_users, weights, output
+        checks = {
+            f"size and sizes: expected numbers >= 1, got {self.sizes!r}": min(self.sizes) >= 1,
+            f"seeds: expected at least 1, got {seeds!r}": seeds >= 1,
+            f"delta: expected a loss > 0, got {delta!r}": delta > 0,
+            f"num_users: expected at least the largest size, got {num_users!r}": num_users >= max(self.sizes),
+            f"num_objectives: expected numbers from 2 to {MAX_OBJECTIVES}, got {num_objectives!r}": all(
+                2 <= num <= MAX_OBJECTIVES for num in num_objectives or []
+            ),
+        }
+        problems = [text for text, fine in checks.items() if not fine]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def run(self) -> None:
+        """Run all numbers of objectives and say where the results are."""
+        folder = _new_folder(Path(self.output))
+        self.rewards.prepare(folder)
+        names = self.rewards.names
+        numbers = self.num_objectives or [len(names)]
+        if max(numbers) > min(len(names), MAX_OBJECTIVES):
+            raise ValueError(
+                f"num_objectives: expected at most {min(len(names), MAX_OBJECTIVES)} of {names}, got {numbers!r}"
+            )
+        for num in numbers:
+            self._run_one(num, folder if len(numbers) == 1 else folder / f"d{num}")
+
+    def _run_one(self, num: int, folder: Path) -> None:
+        console, names = Console(), self.rewards.names[:num]
+        deployment = self.rewards.deployment(num)
+        if self.weights is not None:
+            ids, weights = read_weights(self.weights, num)
+            deployment = deployment._replace(user_ids=ids, weights=weights)
+        rows = run_study(
+            lambda rng: self._oracles(num, rng, deployment), self.sizes, self.seeds, self._find, self.solver
+        )
+        split = self.rewards.split(num, None)  # what is saved is chosen from all prompts
+        oracle = BestOfN(split.train, self.beta)
+        portfolio = choose_portfolio(oracle, self._find(oracle).pool, self.size, self.solver)
+        users = self._users(num, np.random.default_rng(0), deployment)
+        row = next(row for row in rows if row.size == self.size)
+        used = usage(route(portfolio.members, users), len(portfolio.members.weights))
+        searches = self._searches(split.train)
+        method = deploy(portfolio, deployment, self.size, self.delta)
+        save(method, folder / "portfolio.ckpt")
+        about = {
+            "objectives": names,
+            "calibration": split.calibration,
+            "members": [
+                {"weights": w.tolist(), "rewards": r.tolist(), "cost": float(c), "share": float(s)}
+                for w, r, c, s in zip(*portfolio.members, used.shares, strict=True)
+            ],
+            "cold_start": method.cold_start,
+            "certificate": portfolio.certificate,
+            "oracle_calls": portfolio.num_calls,
+        }
+        write_json(folder / "portfolio.json", about)
+        write_json(folder / "study.json", {"sizes": [_plain(row) for row in rows], "searches": searches})
+        self._write_users(method, folder)
+        regret_figure(rows).savefig(folder / "regret.png")
+        if num == 3:
+            simplex_figure(portfolio.members, names, users).savefig(folder / "simplex.png")
+        for table in (
+            size_table(rows, num, self.seeds),
+            members_table(portfolio.members, names, used, method.cold_start),
+        ):
+            console.print(table, "")
+        console.print(search_table(searches, self.delta), "")
+        for line in comparison_lines(row):
+            console.print(line, soft_wrap=True, highlight=False)
+        pictures = "regret.png and simplex.png" if num == 3 else "regret.png"
+        what = f"portfolio.ckpt, portfolio.json, study.json, {pictures} in {folder}"
+        console.print(f"certificate of the saved portfolio: {portfolio.certificate:.4f}; {what}\n", soft_wrap=True)
+
+    # ------------------------------------------------------------------ parts
+    def _find(self, oracle: Oracle) -> Certified:
+        return search(oracle, self.search, self.delta, self.cell, self.max_calls)
+
+    def _users(self, num: int, rng: np.random.Generator, deployment: Deployment) -> Array:
+        """Known users, or draws from the simplex."""
+        if len(deployment.weights) >= max(self.sizes):
+            return deployment.weights
+        return random_weights(self.num_users, num, rng)
+
+    def _oracles(self, num: int, rng: np.random.Generator, deployment: Deployment) -> tuple[BestOfN, BestOfN, Array]:
+        split = self.rewards.split(num, rng)
+        users = self._users(num, rng, deployment)
+        return BestOfN(split.train, self.beta), BestOfN(split.test, self.beta), users
+
+    def _searches(self, rewards: Array) -> list[dict[str, float | str]]:
+        """Oracle calls and whole-simplex certificates of the three searches, on all prompts."""
+        found: list[dict[str, float | str]] = []
+        grid_size = combined_grid_size(*self.cell, rewards.shape[2])
+        for how in ("grid", "lazy", "corner"):
+            if how == "corner" or grid_size <= _SEARCH_GRID:
+                done = search(BestOfN(rewards, self.beta), how, self.delta, self.cell, self.max_calls)
+                found.append({"search": how, "calls": done.num_calls, "certificate": done.gap})
+        return found
+
+    def _write_users(self, method: PALM, folder: Path) -> None:
+        """Member and certified regret of every known user."""
+        if not method.user_ids:
+            return
+        with torch.no_grad():
+            state = method.user_states(torch.arange(method.num_users)).tensors
+        columns = [state[name].tolist() for name in ("member", "regret", "weights")]
+        rows = [
+            [user_id, member, f"{lost:.6f}", json.dumps([round(w, 6) for w in weights])]
+            for user_id, member, lost, weights in zip(method.user_ids, *columns, strict=True)
+        ]
+        write_csv(folder / "users.csv", ["user_id", "member", "certified_regret", "weights"], rows)
+
+
+def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float) -> PALM:
+    """The method that routes users to the members of a portfolio."""
+    width, num = deployment.objectives.shape
+    method = PALM(len(deployment.user_ids), width, deployment.backbone, num_objectives=num, size=size, delta=delta)
+    method.user_ids = list(deployment.user_ids)
+    users = torch.as_tensor(deployment.weights, dtype=torch.float32) if deployment.user_ids else None
+    method.install(portfolio, deployment.objectives.float(), users)
+    return method.eval()
+
+
+def save(method: PALM, path: Path) -> None:
+    """Write a checkpoint that `plm.load_method` and the light commands read."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=path.parent,
+        )
+        trainer.strategy.connect(method)
+        trainer.save_checkpoint(path, weights_only=True)
+    finally:
+        log.setLevel(level)
+
+
+def run(args: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: For whatever the user can mend, in one message.
+    """
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    parser = RecipeParser(
+        prog="plm portfolio",
+        description="Choose few policies that serve everybody, with a certificate, and judge them at every size.",
+        parser_mode="omegaconf+",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="Recipe; give several to override one by the next.")
+    parser.add_class_arguments(PortfolioRun, as_group=False)
+    try:
+        config = parser.parse_args(expand(args))
+    except OmegaConfBaseException as error:
+        parser.error(f"{str(error).splitlines()[0]} (key {error.full_key})")
+    except KeyError as error:
+        parser.error(str(error.args[0]))
+    config.pop("config", None)
+    try:
+        made = parser.instantiate(config)
+        PortfolioRun(**made.as_dict()).run()
+    except ArgumentError as error:
+        raise ValueError(shorten(str(error))) from error
+    except ValueError as error:
+        raise ValueError(shorten(str(error))) from error
+
+
+def _new_folder(root: Path) -> Path:
+    """The next free ``version_N``."""
+    number = 0
+    while (folder := root / f"version_{number}").exists():
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _plain(row: Row) -> dict[str, object]:
+    """A row of the study for JSON."""
+    plain: dict[str, object] = {"size": row.size}
+    for name in ("certificate", "num_calls", "disagreement"):
+        plain[name] = getattr(row, name)._asdict()
+    plain["held_out"] = {
+        way: {name: value._asdict() for name, value in fields.items()} for way, fields in row.judged.items()
+    }
+    plain["baseline_minus_palm"] = {way: value._asdict() for way, value in row.ahead.items()}
+    return plain

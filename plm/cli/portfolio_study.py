@@ -1,0 +1,188 @@
+"""How good portfolios of every size are on prompts they were not chosen on, beside simpler ways to choose them.
+
+Axes: K sizes, S seeds, U users, R objectives, M members, X prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+from plm.methods.palm.grid import as_array, combined_grid, combined_grid_size, kmeans_weights, lattice_weights
+from plm.methods.palm.grid import random_weights as random_draw
+from plm.methods.palm.measures import disagreement, route, usage
+from plm.methods.palm.oracle import BestOfN, Oracle, Pool
+from plm.methods.palm.search import Certified, certificate, corner_search, lazy_grid, regret, worst_regret
+from plm.methods.palm.selection import Solver, choose_portfolio
+
+Array = npt.NDArray[np.float64]
+
+BASELINES = ("random", "lattice", "k-means")
+_RANDOM_DRAWS = 5  # random portfolios of a seed, averaged
+_DISAGREEMENT_PROMPTS = 200
+_MOST_GRID = 2000  # oracle calls that a whole grid may take
+
+
+class Judged(NamedTuple):
+    """A portfolio on held-out prompts; regrets are exact over the simplex, or over users."""
+
+    worst: float
+    """Largest additive regret over the simplex."""
+    worst_share: float
+    """Largest share of the best value that is lost."""
+    mean: float
+    """Mean additive regret over users."""
+    p95: float
+    """Regret that 95 % of the users stay below."""
+    perplexity: float
+    """As if so many members were used evenly."""
+    num_dead: float
+    """Members no user is routed to."""
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds with its 95 % t interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """One size."""
+
+    size: int
+    certificate: Estimate
+    num_calls: Estimate
+    judged: dict[str, dict[str, Estimate]]
+    """Way of choosing -> field of `Judged`."""
+    ahead: dict[str, Estimate]
+    """Baseline -> by how much its worst regret exceeds PALM's on the same prompts."""
+    disagreement: Estimate
+    """Share of the prompts on which two of PALM's members answer differently, mean over pairs of members."""
+
+
+def search(oracle: Oracle, how: str, delta: float, cell: tuple[float, float], max_calls: int) -> Certified:
+    """Policies to choose from, by the named search.
+
+    Raises:
+        ValueError: If a whole grid is too large.
+    """
+    if how == "corner":
+        return corner_search(oracle, delta, max_calls=max_calls)
+    size = combined_grid_size(*cell, oracle.num_objectives)
+    if size > _MOST_GRID:
+        raise ValueError(
+            f"the grid at {cell} has {size:,} weights for {oracle.num_objectives} objectives, more than "
+            f"{_MOST_GRID:,}; use search: corner, or a coarser cell"
+        )
+    grid = as_array(combined_grid(*cell, oracle.num_objectives))
+    if how == "lazy":
+        return lazy_grid(oracle, grid, delta)
+    pool = oracle.solve(grid)
+    return Certified(pool, certificate(pool, pool, oracle.error).regret, len(grid))
+
+
+def judge(members: Pool, judging: BestOfN, users: Array, best: Array) -> Judged:
+    """Regrets of policies measured on the judging prompts; ``best`` ``(U,)`` is what the users could have there."""
+    lost = regret(best, members.values(users).max(axis=1))
+    used = usage(route(members, users), len(members.costs))
+    return Judged(
+        worst_regret(members.net, judging.best_value).regret,
+        worst_regret(members.net, judging.best_value, "multiplicative").regret,
+        float(lost.mean()),
+        float(np.quantile(lost, 0.95)),
+        used.perplexity,
+        float(used.num_dead),
+    )
+
+
+def run_study(
+    make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Array]],
+    sizes: list[int],
+    num_seeds: int,
+    find: Callable[[Oracle], Certified],
+    solver: Solver,
+) -> list[Row]:
+    """Choose and judge portfolios of all sizes on ``num_seeds`` random halves of the prompts.
+
+    Args:
+        make_split: Oracle of the choosing half, that of the judging half, and users ``(U, R)``.
+        sizes: Numbers of members.
+        num_seeds: Random halves.
+        find: The search for policies to choose from.
+        solver: See `plm.methods.palm.selection.best_subset`.
+    """
+    seeds = [_one_seed(make_split, sizes, np.random.default_rng(seed), find, solver) for seed in range(num_seeds)]
+    rows = []
+    for index, size in enumerate(sizes):
+        facts = [seed[index] for seed in seeds]
+        judged = {
+            way: {name: estimate([getattr(fact.judged[way], name) for fact in facts]) for name in Judged._fields}
+            for way in ("PALM", *BASELINES)
+        }
+        ahead = {
+            way: estimate([fact.judged[way].worst - fact.judged["PALM"].worst for fact in facts]) for way in BASELINES
+        }
+        others = [estimate([fact.facts[column] for fact in facts]) for column in range(3)]
+        rows.append(Row(size, others[0], others[1], judged, ahead, others[2]))
+    return rows
+
+
+class _Seed(NamedTuple):
+    """One size of one seed."""
+
+    judged: dict[str, Judged]
+    facts: tuple[float, float, float]
+    """Certificate, calls, disagreement."""
+
+
+def _one_seed(
+    make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Array]],
+    sizes: list[int],
+    rng: np.random.Generator,
+    find: Callable[[Oracle], Certified],
+    solver: Solver,
+) -> list[_Seed]:
+    choosing, judging, users = make_split(rng)
+    best = judging.best_value(users)
+    solved = find(choosing).pool
+    num = choosing.num_objectives
+    few = BestOfN(np.where(judging.present[..., None], judging.rewards, np.nan)[:_DISAGREEMENT_PROMPTS], judging.beta)
+
+    def judged(weights: Array) -> Judged:
+        return judge(judging.solve(weights), judging, users, best)
+
+    out = []
+    for size in sizes:
+        portfolio = choose_portfolio(choosing, solved, size, solver)
+        weights = portfolio.members.weights
+        draws = [judged(random_draw(size, num, rng)) for _ in range(_RANDOM_DRAWS)]
+        ways = {
+            "PALM": judged(weights),
+            "random": Judged(*np.mean(draws, axis=0).tolist()),
+            "lattice": judged(lattice_weights(size, num, rng)),
+            "k-means": judged(kmeans_weights(users, size, rng)),
+        }
+        apart = disagreement(few.policies(weights))
+        facts = (portfolio.certificate, float(portfolio.num_calls), apart)
+        out.append(_Seed(ways, facts))
+        solved = portfolio.solved  # what was solved for one size serves the next
+    return out
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Mean and 95 % t interval over seeds; a single seed has no interval.
+
+    >>> estimate([1.0, 1.0, 1.0])
+    Estimate(mean=1.0, low=1.0, high=1.0)
+    """
+    mean, num = float(np.mean(values)), len(values)
+    if num < 2:
+        return Estimate(mean, np.nan, np.nan)
+    half = float(stdtrit(num - 1, 0.975)) * float(np.std(values, ddof=1)) / num**0.5
+    return Estimate(mean, mean - half, mean + half)

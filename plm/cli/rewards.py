@@ -1,0 +1,306 @@
+"""Where the objectives of a portfolio come from: named columns of a reward table, or the bases of a trained LoRe.
+
+Axes: X prompts, C candidates of a prompt (padded), R objectives, U users, D feature width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from plm.checkpoint import KnownUsers, load_method
+from plm.config import nearest
+from plm.data.sources import PairSource
+from plm.data.sources.corpus import local_files
+from plm.method import PersonalizationMethod
+from plm.types import UserState
+
+Array = npt.NDArray[np.float64]
+
+_LOW, _HIGH = 0.01, 0.99  # quantiles that rewards are calibrated by
+
+
+class Split(NamedTuple):
+    """Normalised rewards of the prompts a portfolio is chosen on and of those it is judged on."""
+
+    train: Array
+    """``(X, C, R)`` in [0, 1], or about so for bases; nan = no such candidate."""
+    test: Array
+    """The same for other prompts, by the calibration of ``train``."""
+    calibration: dict[str, list[float]]
+    """``shift`` and ``scale`` of each objective: reward = (raw - shift) / scale."""
+
+
+class Deployment(NamedTuple):
+    """What a portfolio needs to be used as a method: how features become objectives, and the users."""
+
+    objectives: Tensor
+    """``(D, R)``."""
+    backbone: dict[str, Any] | None
+    user_ids: list[str]
+    weights: Array
+    """``(U, R)``."""
+
+
+class RewardSource(ABC):
+    """Objectives and a shared pool of candidates; the constructor is cheap."""
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of the objectives."""
+
+    @abstractmethod
+    def prepare(self, folder: Path) -> None:
+        """Make what is missing, in the folder of the run."""
+
+    @abstractmethod
+    def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
+        """Halve the prompts at random; without ``rng`` all of them are on both sides."""
+
+    @abstractmethod
+    def deployment(self, num_objectives: int) -> Deployment:
+        """How the portfolio serves users."""
+
+
+class RewardTable(RewardSource):
+    """A table with one row per response and a column per objective.
+
+    Every objective is calibrated to [0, 1] by its 1 % and 99 % quantiles over the candidates that the portfolio is
+    chosen on; users weigh calibrated objectives. A row that lacks a number is left out.
+
+    Args:
+        path: Parquet file; a relative path is also looked up in the folder named by PLM_DATA.
+        objectives: Name of an objective -> its column; ``-column`` where less is better.
+        prompt: Column that says to which prompt a response belongs.
+    """
+
+    def __init__(self, path: str, objectives: dict[str, str], prompt: str = "prompt_id") -> None:
+        """See the class."""
+        if len(objectives) < 2:
+            raise ValueError(f"rewards.objectives: expected at least two objectives, got {objectives!r}")
+        self.path, self.objectives, self.prompt = path, objectives, prompt
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the objectives, in the order of the recipe."""
+        return list(self.objectives)
+
+    def prepare(self, folder: Path) -> None:
+        """Nothing is missing."""
+
+    @cached_property
+    def _raw(self) -> Array:
+        """``(X, C, R)`` signed columns, read once."""
+        columns = {name: column.removeprefix("-") for name, column in self.objectives.items()}
+        parts = []
+        for file in local_files(self.path):
+            present = pq.read_schema(file).names
+            for name in [self.prompt, *columns.values()]:
+                if name not in present:
+                    raise ValueError(
+                        f"{file}: expected the column {name!r}, got {present}{nearest(name, present)}; "
+                        "correct rewards.objectives or rewards.prompt"
+                    )
+            parts.append(pq.read_table(file, columns=list(dict.fromkeys([self.prompt, *columns.values()]))).to_pydict())
+        prompts = [value for part in parts for value in part[self.prompt]]
+        values = np.array(
+            [[value for part in parts for value in part[column]] for column in columns.values()], dtype=np.float64
+        ).T
+        values *= [-1.0 if column.startswith("-") else 1.0 for column in self.objectives.values()]
+        kept = np.isfinite(values).all(axis=1)
+        _, row = np.unique(np.array([str(prompt) for prompt in prompts])[kept], return_inverse=True)
+        values = values[kept][np.argsort(row, kind="stable")]
+        count = np.bincount(row)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        table = np.full((len(count), int(count.max()), len(columns)), np.nan)
+        table[np.sort(row, kind="stable"), place] = values
+        return table[count > 1]
+
+    def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
+        """Halve the prompts; calibrate on the first half."""
+        table = self._raw[..., :num_objectives]
+        train, test = _halves(len(table), rng)
+        flat = table[train].reshape(-1, num_objectives)
+        low, high = np.nanquantile(flat, _LOW, axis=0), np.nanquantile(flat, _HIGH, axis=0)
+        flatness = [name for name, is_flat in zip(self.names, high <= low, strict=False) if is_flat]
+        if flatness:
+            raise ValueError(f"rewards.objectives: {flatness} are the same for nearly all responses; leave them out")
+        calibrated = np.clip((table - low) / (high - low), 0, 1)
+        about = {"shift": low.tolist(), "scale": (high - low).tolist()}
+        return Split(calibrated[train], calibrated[test], about)
+
+    def deployment(self, num_objectives: int) -> Deployment:
+        """Features are the calibrated objectives themselves; no user is known."""
+        return Deployment(torch.eye(num_objectives), None, [], np.zeros((0, num_objectives)))
+
+
+class LoReBases(RewardSource):
+    """The bases of a trained LoRe as objectives, its users' weights, and slates drawn from the responses of a corpus.
+
+    All bases share one scale: a scale for each would change what the users' weights mean. Within a slate each basis
+    is counted from its lowest reward, which changes no choice.
+
+    Args:
+        source: Pairs whose responses are the candidates; the responses to one prompt are halved between choosing and
+            judging.
+        ckpt_path: Checkpoint of a method whose user weights lie on the simplex, LoRe with ``simplex: true``.
+        recipe: Recipe that trains one first, where ``ckpt_path`` is null.
+        candidates: Responses of a slate.
+        slates: Slates of each half.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        ckpt_path: str | None = None,
+        recipe: str | None = None,
+        candidates: int = 8,
+        slates: int = 300,
+    ) -> None:
+        """See the class."""
+        if (ckpt_path is None) == (recipe is None):
+            raise ValueError(f"rewards: give either ckpt_path or recipe, got {ckpt_path!r} and {recipe!r}")
+        if candidates < 2 or slates < 1:
+            raise ValueError(f"rewards: expected candidates >= 2 and slates >= 1, got {candidates!r} and {slates!r}")
+        self.source, self.ckpt_path, self.recipe = source, ckpt_path, recipe
+        self.candidates, self.slates = candidates, slates
+
+    @property
+    def names(self) -> list[str]:
+        """One per basis."""
+        return [f"basis {index + 1}" for index in range(self._bases.shape[1])]
+
+    def prepare(self, folder: Path) -> None:
+        """Train the method of the recipe, when there is no checkpoint."""
+        if self.ckpt_path is None:
+            from plm.cli import training
+
+            assert self.recipe is not None
+            where = ["--checkpoint.dirpath", str(folder / "scorer"), "--checkpoint.filename", "scorer"]
+            quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+            training.run(["fit", "--config", self.recipe, "--final_test", "false", *where, *quiet])
+            self.ckpt_path = str(folder / "scorer" / "scorer.ckpt")
+
+    @cached_property
+    def _method(self) -> PersonalizationMethod:
+        assert self.ckpt_path is not None
+        return load_method(self.ckpt_path)
+
+    @cached_property
+    def _users(self) -> tuple[list[str], Array]:
+        """Ids and weights of all users beside the checkpoint."""
+        assert isinstance(self._method.find_users, KnownUsers)
+        store = self._method.find_users.store
+        state = store.get(store.ids)[0].tensors
+        weights = state["weights"].double().numpy() if "weights" in state else np.zeros((1, 1))
+        if "weights" not in state or weights.min() < -1e-5 or abs(weights.sum(axis=1) - 1).max() > 1e-3:
+            raise ValueError(
+                f"expected a method whose user weights lie on the simplex in {self.ckpt_path!r}, got "
+                f"{type(self._method).__name__} with other states; train LoRe with model.init_args.simplex true"
+            )
+        weights = np.clip(weights, 0, None)
+        return store.ids, weights / weights.sum(axis=1, keepdims=True)
+
+    @cached_property
+    def _bases(self) -> Tensor:
+        """``(D, R)`` read off the method by scoring unit features for users of one basis each."""
+        width, num = self._method.feature_dim, self._users[1].shape[1]
+        known = self._method.population_state(1).tensors
+
+        def scores(features: Tensor, basis: int) -> Tensor:
+            rows = len(features)
+            tensors = {name: value.repeat(rows, *[1] * (value.dim() - 1)) for name, value in known.items()}
+            tensors["weights"] = torch.eye(num)[basis].repeat(rows, 1)
+            return self._method.score(features, UserState(tensors, torch.zeros(rows, dtype=torch.long)))
+
+        with torch.no_grad():
+            bases = torch.stack([scores(torch.eye(width), basis) for basis in range(num)], dim=1)
+            probe = torch.linspace(-1, 1, width)[None]
+            if not torch.allclose(scores(probe, 0), probe @ bases[:, 0], rtol=1e-3, atol=1e-4):
+                raise ValueError(
+                    f"expected rewards linear in the features, got {type(self._method).__name__}, "
+                    "whose are not; use LoRe"
+                )
+        return bases
+
+    @cached_property
+    def _pool(self) -> tuple[Array, list[npt.NDArray[np.int64]]]:
+        """Rewards ``(I, R)`` of all responses, and the rows of each prompt's."""
+        table = self.source.load()
+        prompts = [table.prompts[row] for row in table.items[:, 0]]
+        texts = [table.responses[row] for row in table.items[:, 1]]
+        assert self._method.encode is not None
+        rewards = (self._method.encode(prompts, texts) @ self._bases).double().numpy()
+        groups = [np.flatnonzero(table.items[:, 0] == prompt) for prompt in range(len(table.prompts))]
+        most = max(map(len, groups))
+        if most < 2 * self.candidates:
+            raise ValueError(
+                f"expected prompts with {2 * self.candidates} responses, got at most {most}; lower rewards.candidates"
+            )
+        return rewards, [rows for rows in groups if len(rows) >= 2 * self.candidates]
+
+    def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
+        """Halve the responses to each prompt; draw slates from each half."""
+        if num_objectives != len(self.names):
+            raise ValueError(f"num_objectives: expected all {len(self.names)} bases, got {num_objectives}")
+        rewards, groups = self._pool
+        draw = np.random.default_rng(0) if rng is None else rng
+        sides: tuple[list[Array], list[Array]] = ([], [])
+        sizes = np.array([len(rows) for rows in groups], dtype=np.float64)
+        halves = [[rows[half] for half in _halves(len(rows), rng)] for rows in groups]
+        for side, slates in enumerate(sides):
+            for group in draw.choice(len(groups), self.slates, p=sizes / sizes.sum()):
+                slates.append(rewards[draw.choice(halves[group][side], self.candidates, replace=False)])
+        train, test = (np.stack(slates) for slates in sides)
+        train, test = (slates - slates.min(axis=1, keepdims=True) for slates in (train, test))
+        scale = float(np.quantile(train.max(axis=1), _HIGH, axis=0).max())
+        about = {"shift": [0.0] * num_objectives, "scale": [scale] * num_objectives}
+        return Split(train / scale, test / scale, about)
+
+    def deployment(self, num_objectives: int) -> Deployment:
+        """Everything the scorer has: its backbone, its bases, its users."""
+        ids, weights = self._users
+        return Deployment(self._bases, self._method.hparams.get("backbone"), ids, weights)
+
+
+def read_weights(path: str, num_objectives: int) -> tuple[list[str], Array]:
+    """Given users: JSONL rows ``{"user_id": ..., "weights": [...]}`` -> ids and ``(U, R)``, each row summing to one.
+
+    Raises:
+        ValueError: Naming the malformed lines.
+    """
+    ids, rows, problems = [], [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            weights = np.array(record["weights"], dtype=np.float64)
+            if weights.shape != (num_objectives,) or not (weights >= 0).all() or not weights.sum() > 0:
+                raise ValueError(f"expected {num_objectives} non-negative weights, got {record['weights']!r}")
+            ids.append(str(record["user_id"]))
+            rows.append(weights / weights.sum())
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path}:{number}: {re.sub(chr(10), ' ', str(error))}")
+    if problems or not rows:
+        raise ValueError("\n".join(problems[:20]) or f"expected users in {path!r}, got an empty file")
+    return ids, np.stack(rows)
+
+
+def _halves(num: int, rng: np.random.Generator | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Two random halves of ``num`` rows, or all rows twice."""
+    if rng is None:
+        return np.arange(num), np.arange(num)
+    order = rng.permutation(num)
+    return order[: (num + 1) // 2], order[(num + 1) // 2 :]

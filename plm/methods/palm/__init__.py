@@ -1,0 +1,278 @@
+"""PALM: a few policies that serve everybody, chosen with a proof of how well.
+
+Paper: Kim, Moondra, Nahavandi, Perrault, Tambe, Gupta, "Many Preferences, Few Policies" (arXiv 2604.04144). Not PAL.
+Reference code: none published.
+Deviations: the printed theorem and algorithm were not available. The grid is recovered from the published weights, its
+    coverage proved anew (`grid.route_to_grid`), constants are derived (`bounds`), and the lazy search is our own
+    (`search.corner_search`). Members of `PALM` are best-of-n policies; no oracle that trains a language model is here.
+
+Axes: B pairs in a batch, D feature width, R objectives, M members, U users, F planes of the upper bound.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plm.functional import PairList, bt_losses, fit_simplex, flatten_context, targets, unit_mean_per_user
+from plm.method import PersonalizationMethod
+from plm.methods.palm.grid import Array
+from plm.methods.palm.oracle import BestOfN
+from plm.methods.palm.search import solved_values, upper_planes
+from plm.methods.palm.selection import Portfolio, build_portfolio
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+MAX_OBJECTIVES = 6
+"""Corners of cells are enumerated in as many dimensions; more take too long."""
+
+_POOL_PAIRS = 2048  # pairs of one process that the best-of-two oracle picks from
+
+
+def _row_products(weights: Tensor, vectors: Tensor) -> Tensor:
+    """``(U, R)``, ``(F, R)`` -> ``(U, F)``: a matrix product of which no bit depends on who shares the batch."""
+    products = weights[:, :1] * vectors[:, 0]
+    for index in range(1, weights.shape[1]):
+        products = products + weights[:, index : index + 1] * vectors[:, index]
+    return products
+
+
+class PALM(PersonalizationMethod):
+    """A portfolio of few members, each made for one mix of objectives; every user is served by the best of them.
+
+    Training learns R objectives and a point of the simplex for every user, as LoRe does (arXiv 2504.14439, eq 10). Then
+    the portfolio is chosen: the pairs are prompts with two candidates, members pick one of two, and a search over the
+    simplex certifies how much a user can lose. ``plm portfolio`` makes the same from given objectives.
+
+    The reward of a user is that of the user's member. A state holds the user's weights and their precision, the member,
+    and the certified regret at these weights, in units of the largest reward difference within a prompt.
+
+    Args:
+        num_users: Number of seen users; linked from the data.
+        feature_dim: Width D of the features; linked from the data.
+        backbone: What makes the features; linked from the data.
+        num_objectives: Number of objectives R, 2 to 6.
+        size: Most members.
+        delta: Certified loss at which the search for members stops.
+        ridge: Precision of the normal prior on the mean objective.
+        spread_ridge: Precision of the normal prior on the deviations of the objectives from their mean.
+        prior_precision: Pull of a new user's weights to the mean user, in nats per pair.
+        lr: Learning rate of objectives and weights.
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
+    user_tables: ClassVar[tuple[str, ...]] = ("logits", "weights", "precision", "num_pairs")
+    _of_any_length: ClassVar[tuple[str, ...]] = ("member_weights", "member_rewards", "member_costs", "planes")
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        num_objectives: int = 3,
+        size: int = 5,
+        delta: float = 0.02,
+        ridge: float = 0.06,
+        spread_ridge: float = 3.0,
+        prior_precision: float = 0.1,
+        lr: float = 0.2,
+    ) -> None:
+        """See the class."""
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
+        self.num_objectives, self.size, self.delta = num_objectives, size, delta
+        self.ridge, self.spread_ridge, self.prior_precision = ridge, spread_ridge, prior_precision
+        self._check_arguments()
+        self.member_weights: Tensor
+        self.member_rewards: Tensor
+        self.member_costs: Tensor
+        self.planes: Tensor
+        self.centre: Tensor
+        self.weights: Tensor
+        self.precision: Tensor
+        self.num_pairs: Tensor
+        self.objectives = torch.nn.Parameter(0.05 * torch.randn(feature_dim, num_objectives))
+        self.logits = torch.nn.Parameter(torch.zeros(num_users, num_objectives))
+        uniform = torch.full((1, num_objectives), 1.0 / num_objectives)
+        eye = torch.eye(num_objectives)
+        self.register_buffer("centre", uniform[0].clone())
+        self.register_buffer("weights", uniform.repeat(num_users, 1))
+        self.register_buffer("precision", eye.repeat(num_users, 1, 1) * prior_precision)
+        self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
+        self.register_buffer("member_weights", uniform.clone())
+        self.register_buffer("member_rewards", torch.zeros(1, num_objectives))
+        self.register_buffer("member_costs", torch.zeros(1))
+        self.register_buffer("planes", torch.zeros(1, num_objectives))
+
+    def _check_arguments(self) -> None:
+        """Raise one error about all arguments."""
+        checks = {
+            f"num_objectives: expected 2 to {MAX_OBJECTIVES}, got {self.num_objectives!r}": 2
+            <= self.num_objectives
+            <= MAX_OBJECTIVES,
+            f"size: expected at least one member, got {self.size!r}": self.size >= 1,
+            f"delta: expected a loss > 0, got {self.delta!r}": self.delta > 0,
+            f"ridge: expected a number >= 0, got {self.ridge!r}": self.ridge >= 0,
+            f"spread_ridge: expected a number >= 0, got {self.spread_ridge!r}": self.spread_ridge >= 0,
+            f"prior_precision: expected a number >= 0, got {self.prior_precision!r}": self.prior_precision >= 0,
+        }
+        problems = [f"model.{text}" for text, fine in checks.items() if not fine]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    # ------------------------------------------------------------------ the portfolio
+    @torch.no_grad()
+    def install(self, portfolio: Portfolio, objectives: Tensor | None = None, users: Tensor | None = None) -> None:
+        """Serve from a portfolio chosen elsewhere.
+
+        Args:
+            portfolio: Members and solved weights.
+            objectives: ``(D, R)`` directions whose product with features are the objectives; the own ones by default.
+            users: ``(U, R)`` weights of the seen users, as given or inferred elsewhere; their mean becomes the centre.
+        """
+        if objectives is not None:
+            self.objectives.copy_(objectives)
+            self.feature_scale.fill_(1.0)
+        if users is not None:
+            self.weights.copy_(users)
+            self.logits.copy_(users.clamp_min(1e-6).log())
+            self.centre.copy_(users.mean(0))
+        members, solved = portfolio.members, portfolio.solved
+        self.member_weights = self._tensor(members.weights)
+        self.member_rewards = self._tensor(members.rewards)
+        self.member_costs = self._tensor(members.costs)
+        self.planes = self._tensor(upper_planes(solved.weights, solved_values(solved)))
+
+    def _tensor(self, values: Array) -> Tensor:
+        return torch.as_tensor(values).to(self.centre)
+
+    @property
+    def net(self) -> Tensor:
+        """``(M, R)`` rewards minus cost of each member, see `plm.methods.palm.oracle.Pool`."""
+        return self.member_rewards - self.member_costs[:, None]
+
+    @property
+    def cold_start(self) -> int:
+        """The member for a stranger: the one whose worst regret is smallest if it serves everybody."""
+        return int(self._single_regret().argmin())
+
+    def _single_regret(self) -> Tensor:
+        """``(M,)`` worst regret of each member alone; it is reached at a vertex of the simplex."""
+        return (self.planes.max(0).values - self.net).max(1).values
+
+    def _route(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Best member and certified regret of each user: ``(U, R)`` -> ``(U,)`` int64 and ``(U,)``."""
+        value, member = _row_products(weights, self.net).max(1)
+        bound = _row_products(weights, self.planes).max(1).values
+        return member, (bound - value).clamp_min(0)
+
+    # ------------------------------------------------------------------ training
+    def _objectives(self) -> Tensor:
+        """``(D, R)`` directions whose product with features are the objectives."""
+        return self.objectives / self.feature_scale
+
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Bradley-Terry loss of the user's own mix, plus the normal priors of objectives and weights."""
+        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+        projected = (batch.chosen - batch.rejected) @ self._objectives()
+        weights = torch.softmax(self.logits, -1)
+        margin = (projected * weights[batch.user_index]).sum(-1)
+        nll = (batch.weight * bt_losses(margin, targets(batch.tie).to(margin))).mean()
+        mean = self.objectives.mean(1, keepdim=True)
+        penalty = self.ridge * mean.square().sum() + self.spread_ridge * (self.objectives - mean).square().sum()
+        apart = (weights - weights.mean(0)).square().sum(-1)[batch.user_index]
+        prior = penalty / self.num_train_pairs + self.prior_precision * (batch.weight * apart).mean()
+        return {"loss": nll + 0.5 * prior, "nll": nll}
+
+    @torch.no_grad()
+    def refresh_users(self) -> None:
+        """Solve every seen user's weights at the present objectives and choose the portfolio anew."""
+        self.centre.copy_(torch.softmax(self.logits, -1).mean(0))
+        weights, precision = torch.zeros_like(self.weights), torch.zeros_like(self.precision)
+        counts, rows = torch.zeros_like(self.num_pairs), []
+        for batch in self.train_pass():
+            assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+            rewards = torch.stack([batch.chosen, batch.rejected], 1) @ self._objectives()  # (B, 2, R)
+            users, user = torch.unique(batch.user_index, return_inverse=True)
+            weight = unit_mean_per_user(batch.weight, user, len(users))
+            projected, target = rewards[:, 0] - rewards[:, 1], targets(batch.tie).to(rewards)
+            pairs = PairList(projected, torch.zeros_like(target), target, weight, user, len(users))
+            weights[users], precision[users] = fit_simplex(pairs, self.centre, self.prior_precision)
+            counts += torch.bincount(batch.user_index, minlength=self.num_users)
+            rows.append(rewards)
+        weights, precision, counts = (self.sum_over_processes(value) for value in (weights, precision, counts))
+        prior = self.population_state(self.num_users).tensors
+        without = counts == 0
+        self.weights.copy_(torch.where(without[:, None], prior["weights"], weights))
+        self.precision.copy_(torch.where(without[:, None, None], prior["precision"], precision))
+        self.num_pairs.copy_(counts)
+        pool = self._shared_pool(torch.cat([*rows, self.centre.new_zeros(0, 2, self.num_objectives)]))
+        if len(pool):
+            self.install(build_portfolio(BestOfN(pool), self.size, self.delta))
+
+    def _shared_pool(self, rewards: Tensor) -> Array:
+        """Normalised rewards of evenly spaced pairs of all processes, ``(B, 2, R)`` -> ``(X, 2, R)``.
+
+        The worse of two has reward 0 in each objective, and one common scale brings the largest differences to 1: a
+        scale of its own for each objective would change what the users' weights mean.
+        """
+        own = rewards[:: max(1, math.ceil(len(rewards) / _POOL_PAIRS))]
+        shared = own.new_zeros(self.trainer.world_size, _POOL_PAIRS, *own.shape[1:])
+        shared[self.trainer.global_rank, : len(own)] = own
+        pool: Array = self.sum_over_processes(shared).flatten(0, 1).double().cpu().numpy()
+        pool = pool - pool.min(1, keepdims=True)
+        pool = pool[pool.max((1, 2)) > 0]
+        scaled: Array = pool / np.quantile(pool.max(1), 0.99, axis=0).max() if len(pool) else pool
+        return scaled
+
+    # ------------------------------------------------------------------ use
+    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
+        """Reward of the user's member: ``(B, D)`` -> ``(B,)``."""
+        assert isinstance(responses, Tensor)
+        return ((responses @ self._objectives()) * self.member_weights[users.tensors["member"]]).sum(-1)
+
+    def _state(self, weights: Tensor, precision: Tensor, num_pairs: Tensor) -> UserState:
+        member, regret = self._route(weights)
+        tensors = {"weights": weights, "precision": precision, "member": member, "regret": regret}
+        return UserState(tensors, num_pairs)
+
+    def user_states(self, user_index: Tensor) -> UserState:
+        """Weights of seen users, as last solved or given, their member and certified regret."""
+        users, row = torch.unique(user_index, return_inverse=True)
+        return self._state(self.weights[users], self.precision[users], self.num_pairs[users]).take(row)
+
+    def population_state(self, num_users: int) -> UserState:
+        """The mean user's weights, served by the cold-start member, with the worst regret of that member."""
+        eye = torch.eye(self.num_objectives, device=self.device) * self.prior_precision
+        tensors = {
+            "weights": self.centre.repeat(num_users, 1),
+            "precision": eye.repeat(num_users, 1, 1),
+            "member": torch.full((num_users,), self.cold_start, device=self.device),
+            "regret": self._single_regret().min().repeat(num_users),
+        }
+        return UserState(tensors, torch.zeros(num_users, dtype=torch.long, device=self.device))
+
+    def _adapt(self, context: Context) -> UserState:
+        """LoRe's few-shot problem (eq 11) with the objectives fixed; then routed. No pairs: the cold-start member."""
+        with torch.no_grad():
+            difference, target, weight, user = flatten_context(context)
+            projected = difference @ self._objectives()
+            pairs = PairList(projected, torch.zeros_like(target), target, weight, user, context.num_users)
+            fitted = fit_simplex(pairs, self.centre, self.prior_precision)
+            counts = context.mask.sum(-1)
+            state, prior = self._state(fitted.mean, fitted.precision, counts), self.population_state(len(counts))
+            known = counts > 0
+            tensors = {
+                name: torch.where(known.view(-1, *[1] * (value.dim() - 1)), value, prior.tensors[name])
+                for name, value in state.tensors.items()
+            }
+            return UserState(tensors, counts)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Make room for as many members and planes as were saved."""
+        for name in self._of_any_length:
+            if prefix + name in state_dict:
+                setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,57 @@
+"""Who uses which member, how evenly, and how different the members are.
+
+Axes: U users, M members, X prompts, C candidates, R objectives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from plm.methods.palm.grid import Array
+from plm.methods.palm.oracle import Pool
+
+
+class Usage(NamedTuple):
+    """How users are spread over members."""
+
+    shares: Array
+    """``(M,)`` share of the users routed to each member."""
+    perplexity: float
+    """``exp`` of the entropy of the shares: between 1 and M, as if so many members were used evenly."""
+    num_dead: int
+    """Members nobody is routed to."""
+
+
+def route(members: Pool, weights: Array) -> npt.NDArray[np.int64]:
+    """The best member for each user, ``(U, R)`` -> ``(U,)``: the highest ``w_u . R(p) - f(p)``."""
+    member: npt.NDArray[np.int64] = members.values(weights).argmax(1)
+    return member
+
+
+def usage(member: npt.NDArray[np.int64], num_members: int) -> Usage:
+    """Shares, perplexity and dead members of a routing ``(U,)``.
+
+    >>> usage(np.array([0, 0, 1, 1]), 3).perplexity
+    2.0
+    """
+    shares = np.bincount(member, minlength=num_members) / len(member)
+    used = shares[shares > 0]
+    return Usage(shares, float(np.round(np.exp(-(used * np.log(used)).sum()), 12)), int((shares == 0).sum()))
+
+
+def disagreement(policies: Array) -> float:
+    """Mean over pairs of members of the total variation between them, ``(M, X, C)`` -> between 0 and 1.
+
+    For members that pick one candidate it is the share of prompts on which two of them answer differently; members that
+    draw at random from the same probabilities have 0.
+    """
+    num = len(policies)
+    if num < 2:
+        return 0.0
+    distances = [
+        0.5 * np.abs(policies[one] - policies[two]).sum(1).mean() for one in range(num) for two in range(one + 1, num)
+    ]
+    return float(np.mean(distances))

@@ -1,0 +1,241 @@
+"""Whole-simplex certificates: exact worst-case regret, and searches that call the oracle only where it matters.
+
+Axes: V weight vectors, R objectives, M members, S solved weight vectors, F facets.
+
+``J*_v``, the best value for user v, is convex in v; the value of a portfolio, ``max_p v . net_p``, is linear on each
+cell of its upper envelope. Their difference therefore is largest at a corner of a cell, and so is their ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.spatial import ConvexHull, HalfspaceIntersection
+
+from plm.methods.palm.grid import Array
+from plm.methods.palm.oracle import Oracle, Pool
+
+Kind = Literal["additive", "multiplicative"]
+
+
+class Worst(NamedTuple):
+    """The largest regret over the simplex and who suffers it."""
+
+    regret: float
+    weights: Array
+    """``(R,)``."""
+
+
+class Certified(NamedTuple):
+    """What a search ends with."""
+
+    pool: Pool
+    """Every policy the oracle made."""
+    gap: float
+    """No user of the simplex loses more than this by being served from the pool."""
+    num_calls: int
+    """Oracle calls of the search."""
+
+
+# ---------------------------------------------------------------------- geometry
+def corners(net: Array) -> Array:
+    """Corners of the cells in which one policy is best: ``(M, R)`` -> ``(V, R)``, the vertices of the simplex included.
+
+    The cells are the facets of the upper envelope of M planes over the simplex, found as an intersection of half spaces
+    in R dimensions (weights but the last, and the value).
+    """
+    num = net.shape[1]
+    net = np.unique(np.round(net, 12), axis=0)
+    if num == 1:
+        return np.ones((1, 1))
+    low, high = float(net.min()) - 1.0, float(net.max()) + 1.0
+    scale = max(high - low, 1e-9)
+    planes = (net - low) / scale
+    slope, last = planes[:, :-1] - planes[:, -1:], planes[:, -1:]
+    size = num - 1
+    halves = [
+        np.concatenate([slope, -np.ones((len(net), 1)), last], axis=1),  # t >= v . net
+        np.concatenate([-np.eye(size), np.zeros((size, 2))], axis=1),  # v_i >= 0
+        np.concatenate([np.ones((1, size)), [[0.0, -1.0]]], axis=1),  # the last weight is >= 0
+        np.concatenate([np.zeros((1, size)), [[1.0, -2.0]]], axis=1),  # t <= 2, a lid
+    ]
+    inside = np.append(np.full(size, 1.0 / num), 1.5)
+    points = HalfspaceIntersection(np.concatenate(halves), inside).intersections
+    points = points[np.isfinite(points).all(1)]
+    points = points[points[:, -1] < 1.5]
+    weights = np.clip(np.concatenate([points[:, :-1], 1 - points[:, :-1].sum(1, keepdims=True)], axis=1), 0, None)
+    weights = np.concatenate([weights / weights.sum(1, keepdims=True), np.eye(num)])
+    return weights[np.unique(np.round(weights, 10), axis=0, return_index=True)[1]]
+
+
+def upper_planes(weights: Array, values: Array) -> Array:
+    """The best values that convexity allows between solved weights, as planes: ``(S, R)``, ``(S,)`` -> ``(F, R)``.
+
+    ``max_f v . plane_f`` is the lower convex envelope of the points ``(w_k, J*_k)``, the optimum of the linear program
+    ``min sum_k a_k J*_k`` with ``sum_k a_k w_k = v``: an upper bound of the convex ``J*_v``.
+
+    Args:
+        weights: Solved weights; all vertices of the simplex must be among them.
+        values: Their best values.
+
+    Returns:
+        Values of each plane at the vertices.
+    """
+    num = weights.shape[1]
+    at_vertex = [int(np.argmax(weights[:, index])) for index in range(num)]
+    if not np.allclose(weights[at_vertex], np.eye(num)):
+        raise ValueError("upper bounds need solved weights at every vertex of the simplex")
+    first = values[at_vertex]  # the plane through the vertices: an upper bound of its own
+    sag = values - weights @ first  # <= 0
+    depth = float(-sag.min())
+    if num == 1 or depth <= 1e-12:
+        return first[None]
+    apex = np.append(np.full(num - 1, 1.0 / num), 10.0)
+    points = np.concatenate([np.column_stack([weights[:, :-1], np.minimum(sag, 0) / depth]), apex[None]])
+    equations = ConvexHull(points).equations  # (F, R + 1): normal, offset; normal . x + offset <= 0 inside
+    lower = equations[equations[:, num - 1] < -1e-9]
+    slope = -lower[:, : num - 1] / lower[:, num - 1 : num]
+    level = -lower[:, num] / lower[:, num - 1]
+    planes: Array = np.column_stack([slope + level[:, None], level]) * depth + first
+    return planes
+
+
+def upper_bound(weights: Array, planes: Array) -> Array:
+    """Upper bound of the best value for each weight vector: ``(V, R)``, ``(F, R)`` -> ``(V,)``."""
+    bound: Array = (weights @ planes.T).max(1)
+    return bound
+
+
+# ---------------------------------------------------------------------- regret
+def regret(best: Array, served: Array, kind: Kind = "additive") -> Array:
+    """``J* - J``, or the share ``1 - J / J*`` of the best value that is lost; rewards must then be positive."""
+    lost: Array = best - served if kind == "additive" else 1 - served / np.maximum(best, 1e-300)
+    return lost
+
+
+def worst_regret(net: Array, best_value: Callable[[Array], Array], kind: Kind = "additive") -> Worst:
+    """Exact worst-case regret of a portfolio over the whole simplex.
+
+    Args:
+        net: ``(M, R)`` rewards minus costs of the members.
+        best_value: ``J*``: ``(V, R)`` -> ``(V,)``, convex.
+        kind: Additive, or relative to the best value.
+
+    Returns:
+        The largest regret, at a corner of a cell of the members.
+    """
+    users = corners(net)
+    lost = regret(best_value(users), (users @ net.T).max(1), kind)
+    return Worst(float(lost.max()), users[int(lost.argmax())])
+
+
+def worst_regret_in_pool(net: Array, pool_net: Array, kind: Kind = "additive") -> Worst:
+    """Exact worst-case regret against the best policy of a finite pool, by one linear program per policy of the pool.
+
+    Additive: ``max v . q - t`` with ``t >= v . p`` for all members p and v on the simplex. Multiplicative: the largest
+    ratio ``max u . q`` with ``u . p <= 1`` and ``u >= 0``, for positive rewards.
+
+    Args:
+        net: ``(M, R)`` members.
+        pool_net: ``(Q, R)`` policies to compare with.
+        kind: Which regret.
+
+    Returns:
+        The largest regret.
+    """
+    worst = Worst(0.0, np.full(net.shape[1], 1.0 / net.shape[1]))
+    num = net.shape[1]
+    for rival in pool_net:
+        if kind == "additive":
+            solved = linprog(
+                np.append(-rival, 1.0),
+                A_ub=np.column_stack([net, -np.ones(len(net))]),
+                b_ub=np.zeros(len(net)),
+                A_eq=np.append(np.ones(num), 0.0)[None],
+                b_eq=[1.0],
+                bounds=[(0, None)] * num + [(None, None)],
+            )
+            found, user = -solved.fun, solved.x[:num]
+        else:
+            solved = linprog(-rival, A_ub=net, b_ub=np.ones(len(net)), bounds=[(0, None)] * num)
+            if solved.status == 3:  # unbounded: a user for whom no member is worth anything
+                return Worst(1.0, np.eye(num)[int(np.argmax(rival))])
+            found, user = 1 + 1 / solved.fun, solved.x / solved.x.sum()
+        if found > worst.regret:
+            worst = Worst(float(found), user)
+    return worst
+
+
+# ---------------------------------------------------------------------- searches
+def certificate(pool: Pool, solved: Pool, error: float = 0.0, eps: float = 0.0) -> Worst:
+    """Bound on ``(1 - eps) J*_v - max_p J_v(p)`` over the whole simplex, from solved weights alone.
+
+    Args:
+        pool: The portfolio.
+        solved: Answers of the oracle, those for the vertices among them.
+        error: Additive error of the oracle.
+        eps: Relative loss that is allowed for free.
+
+    Returns:
+        The bound, and where it is reached.
+    """
+    planes = upper_planes(solved.weights, solved_values(solved) + error)
+    users = corners(pool.net)
+    gaps = (1 - eps) * upper_bound(users, planes) - pool.values(users).max(1)
+    return Worst(float(gaps.max()), users[int(gaps.argmax())])
+
+
+def solved_values(solved: Pool) -> Array:
+    """``J_w(p)`` of the best policy found so far at each solved weight vector, ``(S,)``."""
+    values: Array = solved.values(solved.weights).max(1)
+    return values
+
+
+def corner_search(oracle: Oracle, delta: float, eps: float = 0.0, max_calls: int = 1000) -> Certified:
+    """Call the oracle at the corner with the largest gap until no user can lose more than ``delta``.
+
+    No grid is needed, and what it stops with holds for the whole simplex (optimistic linear support).
+
+    Args:
+        oracle: Makes the policies.
+        delta: Absolute loss to reach.
+        eps: Relative loss that is allowed for free.
+        max_calls: Stop with the gap reached so far.
+
+    Returns:
+        The policies and the certified gap.
+    """
+    before = oracle.num_calls
+    pool = oracle.solve(np.eye(oracle.num_objectives))
+    while True:
+        worst = certificate(pool, pool, oracle.error, eps)
+        seen = bool((np.abs(pool.weights - worst.weights).max(1) < 1e-9).any())
+        if worst.regret <= delta or seen or oracle.num_calls - before >= max_calls:
+            return Certified(pool, worst.regret, oracle.num_calls - before)
+        pool = Pool.cat([pool, oracle.solve(worst.weights[None])])
+
+
+def lazy_grid(oracle: Oracle, grid: Array, delta: float, eps: float = 0.0) -> Certified:
+    """Call the oracle at those weights of a grid that the policies made so far are not proved to serve.
+
+    Args:
+        oracle: Makes the policies.
+        grid: ``(N, R)`` weights, visited from the inside out, after the vertices of the simplex.
+        delta: Absolute loss at which a weight vector counts as served.
+        eps: Relative loss that is allowed for free.
+
+    Returns:
+        The policies and the gap certified for the whole simplex, which may exceed ``delta`` between weights.
+    """
+    before = oracle.num_calls
+    pool = oracle.solve(np.eye(oracle.num_objectives))
+    planes = upper_planes(pool.weights, solved_values(pool) + oracle.error)
+    for weights in grid[np.argsort(-grid.min(1), kind="stable")]:
+        gap = (1 - eps) * upper_bound(weights[None], planes)[0] - pool.values(weights[None]).max()
+        if gap > delta and not (np.abs(pool.weights - weights).max(1) < 1e-9).any():
+            pool = Pool.cat([pool, oracle.solve(weights[None])])
+            planes = upper_planes(pool.weights, solved_values(pool) + oracle.error)
+    return Certified(pool, certificate(pool, pool, oracle.error, eps).regret, oracle.num_calls - before)

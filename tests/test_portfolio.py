@@ -1,0 +1,176 @@
+"""``plm portfolio``: both recipes on small stand-in data, what they leave behind, and messages for mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from plm.checkpoint import load_method
+from plm.cli import main
+from plm.cli.portfolio_study import estimate
+from plm.cli.rewards import RewardTable
+from plm.config import read_config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("palm_*.yaml"))
+FEW = ["--seeds", "2", "--sizes", "[1, 3]", "--size", "3", "--num_users", "50"]
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A reward table with the columns of the recipe: 40 prompts, 6 responses, two of which lack a number."""
+    rng = np.random.default_rng(0)
+    columns = read_config(ROOT / "recipes/palm_alpaca_eval.yaml")["rewards"]["init_args"]["objectives"].values()
+    data = {name.removeprefix("-"): rng.normal(50, 20, 240) for name in columns}
+    data["n_words"][:2] = np.nan
+    folder = tmp_path / "data" / "alpaca_eval"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"prompt_id": np.repeat(np.arange(40), 6), **data}), folder / "responses.parquet")
+    monkeypatch.setenv("PLM_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    return folder / "responses.parquet"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_header_has_command_hardware_and_numbers(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert header[0] == f"# plm portfolio --config recipes/{path.name} --size 5"
+    text = " ".join(header)
+    assert "cores" in text and "seconds" in text and "random" in text and "lattice" in text and "[" in text
+    assert len(path.read_text().splitlines()) <= 25
+
+
+def test_alpaca_recipe(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    users = tmp_path / "users.jsonl"
+    users.write_text('{"user_id": "anna", "weights": [2, 1, 1]}\n{"user_id": "ben", "weights": [0, 0, 1]}\n')
+    recipe = str(ROOT / "recipes/palm_alpaca_eval.yaml")
+    assert main(["portfolio", "--config", recipe, *FEW, "--num_objectives", "[3]", "--weights", str(users)]) == 0
+    folder = tmp_path / "runs/portfolio/version_0"
+    shown = capsys.readouterr().out
+    assert "size 3: worst-case regret is" in shown and "certificate" in shown
+    for name in ("regret.png", "simplex.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((folder / "portfolio.json").read_text())
+    assert saved["objectives"] == ["judge", "brief", "lists"] and len(saved["members"]) <= 3
+    assert sum(member["share"] for member in saved["members"]) == pytest.approx(1)
+    study = json.loads((folder / "study.json").read_text())
+    one, three = study["sizes"]
+    assert three["held_out"]["PALM"]["worst"]["mean"] < one["held_out"]["PALM"]["worst"]["mean"]
+    assert {row["search"]: row["calls"] for row in study["searches"]}["grid"] == 127
+    method = load_method(folder / "portfolio.ckpt")
+    assert method.find_users is not None
+    state = method.find_users(["ben", "anna"]).tensors
+    assert state["weights"].tolist() == [[0, 0, 1], [0.5, 0.25, 0.25]]
+    with (folder / "users.csv").open() as file:
+        rows = {row["user_id"]: row for row in csv.DictReader(file)}
+    assert [int(rows[name]["member"]) for name in ("ben", "anna")] == state["member"].tolist()
+    assert max(float(row["certified_regret"]) for row in rows.values()) <= saved["certificate"] + 1e-5
+
+
+def test_two_numbers_of_objectives_and_no_users(tables: Path, tmp_path: Path) -> None:
+    recipe = str(ROOT / "recipes/palm_alpaca_eval.yaml")
+    assert main(["portfolio", "--config", recipe, *FEW, "--num_objectives", "[2, 4]", "--search", "lazy",
+                 "--cell", "[0.8, 0.4]", "--solver", "milp", "--beta", "0.1"]) == 0  # fmt: skip
+    for num in (2, 4):
+        folder = tmp_path / f"runs/portfolio/version_0/d{num}"
+        method = load_method(folder / "portfolio.ckpt")
+        assert method.num_users == 0 and not (folder / "users.csv").exists()
+        members = json.loads((folder / "portfolio.json").read_text())["members"]
+        assert all(len(member["weights"]) == num and member["cost"] > 0 for member in members)
+        assert method.population_state(1).tensors["member"].item() < len(members)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lore_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scorer is trained first; the saved portfolio scores text for its users."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLM_FIT__DATA__CACHE_DIR", str(tmp_path / "cache"))
+    source = {"class_path": "plm.data.sources.synthetic.SyntheticPairs",
+              "init_args": {"num_users": 24, "pairs_per_user": 20}}  # fmt: skip
+    Path("lore.yaml").write_text(
+        json.dumps(
+            {
+                "defaults": [{"backbone": "hashing"}, {"trainer": "cpu"}],
+                "model": {"class_path": "plm.methods.lore.LoRe", "init_args": {"num_bases": 3, "simplex": True}},
+                "data": {"source": source, "backbone": {"init_args": {"dim": 32}}},
+                "trainer": {"max_epochs": 2, "logger": False},
+            }
+        )
+    )
+    over = {"rewards": {"init_args": {"recipe": "lore.yaml", "source": source, "candidates": 2, "slates": 40}}}
+    Path("over.yaml").write_text(json.dumps(over))
+    recipe = str(ROOT / "recipes/palm_lore_polis.yaml")
+    assert main(["portfolio", "--config", recipe, "--config", "over.yaml", *FEW]) == 0
+    folder = tmp_path / "runs/portfolio/version_0"
+    scorer, method = load_method(folder / "scorer/scorer.ckpt"), load_method(folder / "portfolio.ckpt")
+    assert method.user_ids == scorer.user_ids
+    weights = scorer.user_states(torch.arange(5)).tensors["weights"]
+    assert torch.allclose(method.user_states(torch.arange(5)).tensors["weights"], weights, atol=1e-5)
+    members = torch.tensor([m["weights"] for m in json.loads((folder / "portfolio.json").read_text())["members"]])
+    text = ["Be careful, perhaps.", "For example, a joke."]
+    state = method.user_states(torch.zeros(2, dtype=torch.long))
+    mix = scorer.user_states(torch.zeros(2, dtype=torch.long))
+    mix.tensors["weights"] = members[state.tensors["member"]].float()
+    assert scorer.encode is not None
+    expected = scorer.score(scorer.encode(["", ""], text), mix)
+    assert torch.allclose(method.score(text, user_id=method.user_ids[0]), expected, atol=1e-4)
+
+
+def test_calibration_uses_the_choosing_half(tables: Path) -> None:
+    source = RewardTable(str(tables), {"long": "n_words", "brief": "-n_words"})
+    split = source.split(2, np.random.default_rng(0))
+    assert split.train.shape == split.test.shape == (20, 6, 2)
+    flat = split.train[np.isfinite(split.train).all(2)]
+    assert flat.min() == 0 and flat.max() == 1 and flat.sum(1) == pytest.approx(np.ones(len(flat)))
+    everything = source.split(2, None).train
+    assert np.isnan(everything).any(2).sum() == 2
+
+
+def test_intervals_over_seeds() -> None:
+    """Student's t with two degrees of freedom: 4.303."""
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.high - 2) == pytest.approx((2.0, 4.3027 / 3**0.5), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "0"], "numbers >= 1"),
+        (["--num_objectives", "[9]"], "from 2 to 6"),
+        (["--rewards.objectives", "{a: n_word, b: flesch, c: list_items}"], "did you mean 'n_words'"),
+        (["--search", "grid", "--num_objectives", "[5]"], "9,031 weights"),
+        (["--weights", "bad.jsonl"], "bad.jsonl:1: expected 3 non-negative weights"),
+        (["--sise", "3"], "no option '--sise'; did you mean '--size'"),
+    ],
+)
+def test_mistakes_get_one_message(
+    tables: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    Path("bad.jsonl").write_text('{"user_id": "x", "weights": [1, -1, 1]}\n')
+    recipe = str(ROOT / "recipes/palm_alpaca_eval.yaml")
+    assert main(["portfolio", "--config", recipe, "--seeds", "1", "--num_objectives", "[3]", *args]) != 0
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_alpaca_recipe_reaches_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(os.environ.get("PLM_DATA", ROOT / "../shared/data")).resolve()
+    if not (data / "alpaca_eval").is_dir():
+        pytest.skip(f"no alpaca_eval in {data}; set PLM_DATA")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLM_DATA", str(data))
+    assert main(["portfolio", "--config", str(ROOT / "recipes/palm_alpaca_eval.yaml"), "--sizes", "[5]"]) == 0
+    for num, most in ((3, 0.04), (5, 0.07)):
+        study = json.loads((tmp_path / f"runs/portfolio/version_0/d{num}/study.json").read_text())
+        (row,) = study["sizes"]
+        assert row["held_out"]["PALM"]["worst"]["mean"] < most
+        assert min(row["baseline_minus_palm"][way]["low"] for way in ("random", "lattice")) > 0
