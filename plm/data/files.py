@@ -125,7 +125,7 @@ def _read_parquet(path: Path, names: dict[str, str]) -> RawPairs:
 def _factorise_arrow(column: Any) -> Column:
     kind = column.type
     if pa.types.is_nested(kind):
-        return _factorise(column.to_pylist())
+        return factorise(column.to_pylist())
     encoded = column.unify_dictionaries() if pa.types.is_dictionary(kind) else column.dictionary_encode()
     if encoded.num_chunks == 0:
         return Column(np.zeros(0, dtype=np.int64), [])
@@ -137,7 +137,8 @@ def _factorise_arrow(column: Any) -> Column:
     return Column(np.where(np.isin(codes, nulls), -1, codes) if nulls else codes, values)
 
 
-def _factorise(values: Iterable[Any]) -> Column:
+def factorise(values: Iterable[Any]) -> Column:
+    """Number distinct values by first occurrence; None is null."""
     rows: dict[Any, int] = {}
     distinct: list[Any] = []
     codes = []
@@ -206,7 +207,7 @@ def _read_csv(path: Path, stream: Any, names: dict[str, str]) -> RawPairs:
 
 def _columns_of(records: Sequence[dict[str, Any]], names: dict[str, str], present: Sequence[str]) -> dict[str, Column]:
     found = {name: file_name for name, file_name in names.items() if file_name in present}
-    return {name: _factorise(record.get(file_name) for record in records) for name, file_name in found.items()}
+    return {name: factorise(record.get(file_name) for record in records) for name, file_name in found.items()}
 
 
 def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:

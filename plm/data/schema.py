@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plm.data.files import OPTIONAL, REQUIRED, Column, IntArray, column_names, read_columns, stack
+from plm.data.files import OPTIONAL, REQUIRED, Column, IntArray, column_names, factorise, read_columns, stack
 from plm.data.values import (
     USER_SPLITS,
     Response,
@@ -211,6 +211,29 @@ def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | Non
     if table.num_pairs == 0:
         raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")
     return table
+
+
+def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, int] | None = None) -> PairTable:
+    """Validate pairs that a source has put together, as strictly as those of a file.
+
+    Args:
+        rows: One dict per pair with our column names.
+        origin: Where they come from, for error messages.
+        dropped: Why rows of the corpus became no pair -> how many.
+
+    Raises:
+        ValueError: With every malformed row as ``origin:number: what is wrong``, or if there is none.
+    """
+    if not rows:
+        raise ValueError(f"expected preference pairs, got none in {origin} (left out: {dropped or 'nothing'})")
+    where = np.stack([np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))], axis=1)
+    problems: list[tuple[int, int, str]] = []
+    columns = {name: factorise(row.get(name) for row in rows) for name in (*REQUIRED, *OPTIONAL)}
+    table = _validate({**columns}, _Checker(where, problems), [origin])
+    if problems:
+        raise ValueError(_report([origin], sorted(problems)))
+    assert table is not None
+    return replace(table, dropped={**(dropped or {}), **table.dropped})
 
 
 class _Checker:

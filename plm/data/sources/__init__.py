@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pkgutil import iter_modules
 
 from plm.data.schema import PairTable
 
@@ -18,3 +19,8 @@ class PairSource(ABC):
     @abstractmethod
     def load(self) -> PairTable:
         """Read and validate the pairs."""
+
+
+def source_modules() -> list[str]:
+    """Names of the modules here; once they are imported, recipes may use the short names of their classes."""
+    return [module.name for module in iter_modules(__path__, f"{__name__}.")]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import glob
-import os
 from pathlib import Path
 
 from plm.data.schema import PairTable, read_pairs
 from plm.data.sources import PairSource
+from plm.data.sources.corpus import local_files
 
 
 class PairFiles(PairSource):
@@ -41,20 +40,4 @@ class PairFiles(PairSource):
             ValueError: If a path matches no file, or with all malformed rows (see ``read_pairs``).
         """
         patterns = [self.path] if isinstance(self.path, str) else self.path
-        return read_pairs([file for pattern in patterns for file in _expand(pattern)], self.columns)
-
-
-def _expand(pattern: str) -> list[str]:
-    root = os.environ.get("PLM_DATA", "")
-    tried = [os.path.expanduser(pattern)]
-    if root and not os.path.isabs(tried[0]):
-        tried.append(os.path.join(os.path.expanduser(root), tried[0]))
-    for candidate in tried:
-        files = [candidate] if os.path.isfile(candidate) else sorted(glob.glob(candidate, recursive=True))
-        if files:
-            return files
-    where = f"PLM_DATA is {root!r}" if root else "PLM_DATA is not set"
-    raise ValueError(
-        f"expected pairs at {pattern!r}, got no such file (looked at {', '.join(map(os.path.abspath, tried))}; {where}"
-        "); correct data.source.init_args.path or set PLM_DATA to the folder that holds the data sets"
-    )
+        return read_pairs([file for pattern in patterns for file in local_files(pattern)], self.columns)

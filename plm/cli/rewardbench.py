@@ -1,0 +1,43 @@
+"""``plm rewardbench``: RewardBench 2 scores of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from plm.checkpoint import load_method
+from plm.cli.options import OptionParser
+from plm.rewardbench import answer, read_questions, rewards_of, summarise
+
+
+def run(args: list[str]) -> None:
+    """Score the benchmark.
+
+    Raises:
+        ValueError: For whatever the user can mend.
+    """
+    parser = OptionParser(
+        prog="plm rewardbench",
+        description="RewardBench 2 scores of a checkpoint, as one user or as the population: a check that "
+        "personalisation leaves the shared reward intact.",
+    )
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
+    parser.add_argument("--input", metavar="FILE", help="the benchmark: Parquet or JSONL; default: download it")
+    parser.add_argument("--user", metavar="ID", help="score as this user; default: the population")
+    parser.add_argument("--output", metavar="FILE", help="JSON file of the scores and of every answer's reward")
+    options = parser.parse(args)
+    questions = read_questions(options.input)
+    answered = answer(questions, rewards_of(load_method(options.ckpt_path), options.user))
+    scores = summarise(answered)
+    table = Table("subset", "prompts", "score", box=SIMPLE_HEAD)
+    for subset, score in scores.items():
+        count = sum(subset in ("overall", entry.subset) for entry in answered)
+        table.add_row(subset, str(count), f"{score:.1%}")
+    Console().print(table)
+    if options.output:
+        text = {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
+        Path(options.output).write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -1,0 +1,153 @@
+"""Files of a corpus, from a folder or from the Hugging Face hub, as rows with the columns a protocol needs."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import gzip
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from plm.data.values import short
+
+PARQUET = "refs/convert/parquet"
+"""Revision of every dataset of the hub that holds it as ``<config>/<split>/*.parquet``."""
+
+
+def local_files(pattern: str) -> list[str]:
+    """Files that match a path; relative ones are also looked up in the folder named by PLM_DATA.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    root = os.environ.get("PLM_DATA", "")
+    tried = [os.path.expanduser(pattern)]
+    if root and not os.path.isabs(tried[0]):
+        tried.append(os.path.join(os.path.expanduser(root), tried[0]))
+    for candidate in tried:
+        files = [candidate] if os.path.isfile(candidate) else sorted(glob.glob(candidate, recursive=True))
+        if files:
+            return files
+    where = f"PLM_DATA is {root!r}" if root else "PLM_DATA is not set"
+    raise ValueError(
+        f"expected data at {pattern!r}, got no such file (looked at {', '.join(map(os.path.abspath, tried))}; {where}"
+        "); correct data.source.init_args.path or set PLM_DATA to the folder that holds the data sets"
+    )
+
+
+def corpus_files(
+    path: str | None,
+    repo: str,
+    pattern: str,
+    revision: str = "main",
+    option: str = "set data.source.init_args.path to its folder",
+) -> list[str]:
+    """Files of a dataset of the hub: in the folder ``path`` where given, else downloaded (and kept by the hub's cache).
+
+    Args:
+        path: Folder with the layout of the dataset's repository.
+        repo: Id of the dataset on the hub.
+        pattern: Which files, such as ``default/train/*.parquet``.
+        revision: Branch or commit of the hub.
+        option: How the user gives downloaded files, for the error message.
+
+    Raises:
+        ValueError: If there are no such files, or the hub cannot be reached.
+    """
+    if path is not None:
+        return local_files(os.path.join(path, pattern))
+    instead = f"or download {pattern} of {repo} (revision {revision}) and {option}"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(f"{repo} is read from the hub: pip install huggingface_hub, {instead}") from error
+    try:
+        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[pattern])
+    except Exception as error:  # no network, a gated dataset, a wrong token: the hub's client has many ways to fail
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(
+            f"the dataset {repo} cannot be downloaded ({reason}); go online (for a gated one: accept its terms and "
+            f"`hf auth login`), {instead}"
+        ) from error
+    files = sorted(glob.glob(os.path.join(folder, pattern)))
+    if not files:
+        raise ValueError(f"expected {pattern} in the dataset {repo} (revision {revision}), got no such file; {instead}")
+    return files
+
+
+def read_rows(files: Sequence[str], columns: dict[str, str]) -> list[dict[str, Any]]:
+    """Rows of JSONL, JSON (an array), CSV (all also .gz) or Parquet files.
+
+    Args:
+        files: Their paths.
+        columns: Our name -> name in the files; a trailing ``?`` marks one that may be missing (then None).
+
+    Returns:
+        One dict per row, with exactly our names.
+
+    Raises:
+        ValueError: If a file cannot be read or a column is in no row; the near name is given.
+    """
+    wanted = {name: column.removesuffix("?") for name, column in columns.items()}
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        present, records = _read(file, list(dict.fromkeys(wanted.values())))
+        missing = [column for name, column in wanted.items() if column not in present and columns[name] == column]
+        if missing:
+            close = difflib.get_close_matches(missing[0], present, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{file}: expected the columns {missing}, got {present}{hint}")
+        rows += [{name: record.get(column) for name, column in wanted.items()} for record in records]
+    return rows
+
+
+def _read(file: str, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Names of all columns of a file, and its rows."""
+    if file.endswith(".parquet"):
+        present = list(pq.read_schema(file).names)
+        table = pq.read_table(file, columns=[name for name in wanted if name in present])
+        return present, table.to_pylist()
+    records = list(_records(file))
+    return list(dict.fromkeys(key for record in records for key in record)), records
+
+
+def _records(file: str) -> Iterator[dict[str, Any]]:
+    kind = file.removesuffix(".gz").rsplit(".", 1)[-1]
+    with gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else open(file, encoding="utf-8") as stream:
+        if kind == "csv":
+            yield from csv.DictReader(stream)
+        elif kind == "json":
+            yield from json.load(stream)
+        else:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise ValueError(f"{file}:{number}: malformed JSON ({error}), got {short(line)}") from error
+
+
+def usable(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Leave out pairs that every corpus has a few of: an empty response, or twice the same text.
+
+    Only texts are judged: anything else, such as a list of responses, is kept for validation to refuse.
+
+    Returns:
+        The other pairs, and how many were left out under ``empty`` and ``same_text``.
+    """
+    kept: list[dict[str, Any]] = []
+    dropped = {"empty": 0, "same_text": 0}
+    for row in rows:
+        chosen, rejected = row["chosen"], row["rejected"]
+        if any(text is None or (isinstance(text, str) and not text.strip()) for text in (chosen, rejected)):
+            dropped["empty"] += 1
+        elif chosen == rejected:
+            dropped["same_text"] += 1
+        else:
+            kept.append(row)
+    return kept, {why: count for why, count in dropped.items() if count}

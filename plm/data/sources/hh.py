@@ -1,0 +1,97 @@
+"""Relabelled HH: people who want help in conflict with people who want no harm.
+
+Corpus: Bai et al. 2022, arXiv 2204.05862 (helpful-base and harmless-base of HH-RLHF); as two conflicting users in VPL,
+arXiv 2408.10075.
+Protocol: both types agree with the labels of helpful-base; on harmless-base the harmless type keeps the label and the
+helpful type reverses it, for the reply marked as harmful is mostly the one that does as asked. The prompt is the
+dialogue so far; the corpus's own test half is the test.
+Deviations: VPL ships labels of its own, whose making is not described; this rule is ours, so results are comparable
+among methods here and not with its tables. Many people share a type, see ``typed``.
+Licence: MIT. The texts hold offensive content.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from plm.data.sources.corpus import corpus_files, read_rows
+from plm.data.sources.typed import TARGET, TEST, TypedPairs, TypedPool, number_texts
+from plm.data.values import canonical_messages
+
+REPO = "Anthropic/hh-rlhf"
+TYPES = ("helpful", "harmless")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+
+
+def split_dialogue(text: str) -> tuple[str, str] | None:
+    r"""A transcript as (messages before the last reply, last reply); None where it does not end with a reply.
+
+    Example:
+        >>> split_dialogue("\n\nHuman: Hi\n\nAssistant: Hello.")
+        ('[{"role":"user","content":"Hi"}]', 'Hello.')
+    """
+    pieces = _SPEAKER.split(text)[1:]
+    messages = [
+        {"role": _ROLES[role], "content": said.strip()} for role, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        return None
+    return canonical_messages(messages[:-1]), messages[-1]["content"]
+
+
+class HHPairs(TypedPairs):
+    """Relabelled HH: helpful and harmless people who disagree on the harmless half.
+
+    Args:
+        path: Folder with ``helpful-base/`` and ``harmless-base/``; null = download from the hub.
+        num_seen: People to train on, of each type.
+        num_unseen: People held out, of each type.
+        support_pairs: Pairs an unseen person gives.
+        target_pairs: Further training pairs of a seen person.
+        test_pairs: Test pairs of everyone.
+        seed: Another seed draws other pairs.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        num_seen: int = 100,
+        num_unseen: int = 100,
+        support_pairs: int = 16,
+        target_pairs: int = 64,
+        test_pairs: int = 64,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        super().__init__(num_seen, num_unseen, support_pairs, target_pairs, test_pairs, seed)
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The corpus."""
+        return "hh-relabelled"
+
+    def read_pool(self) -> TypedPool:
+        """Read both subsets; a pair of transcripts that share nothing but the question is left out."""
+        made: dict[tuple[str, str, str], tuple[list[int], int]] = {}
+        asked: set[str] = set()
+        for half, part in (("test", TEST), ("train", TARGET)):
+            for subset in TYPES:
+                files = corpus_files(self.path, REPO, f"{subset}-base/{half}.jsonl*")
+                for row in read_rows(files, {"chosen": "chosen", "rejected": "rejected"}):
+                    better, worse = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
+                    if better is None or worse is None:
+                        continue
+                    (prompt, chosen), (other, rejected) = better, worse
+                    if prompt != other or chosen == rejected or (part == TARGET and prompt in asked):
+                        continue
+                    if part == TEST:
+                        asked.add(prompt)
+                    made.setdefault((prompt, chosen, rejected), ([-1 if subset == "harmless" else 1, 1], part))
+        if not made:
+            raise ValueError(f"expected transcripts that end with the assistant's reply in {REPO}, got none")
+        opinion, part_of = (np.array(column, dtype=np.int64) for column in zip(*made.values(), strict=True))
+        return TypedPool(list(TYPES), *number_texts(list(made)), opinion, part_of)

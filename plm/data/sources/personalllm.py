@@ -1,0 +1,93 @@
+"""PersonalLLM: people simulated as mixtures of ten reward models over eight replies to open-ended prompts.
+
+Paper: Zollo et al., arXiv 2409.20296. Protocol: LoRe, arXiv 2504.14439, section 5: weights ~ Dirichlet(0.001, 0.01 or
+0.1), 1,000 seen and 1,000 unseen people, 45 and 9 training prompts, all 1,000 test prompts; best against worst of the
+eight replies, without noise.
+Deviations: pairs are indices into the pool of replies, never a (people, prompts, features) tensor; the weights come
+from a generator that gives no nan at 0.001. ``z_score`` false mixes the raw rewards as LoRe does, so that reward models
+with a large spread dominate; PersonalLLM's own simulation brings them to one scale. ``beaver_7b`` is a *cost* model
+that enters with a positive sign, as published.
+Licence: see the dataset card on the hub.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from plm.data.sources.corpus import PARQUET, corpus_files, read_rows
+from plm.data.sources.population import Pool, PopulationPairs
+
+REPO = "namkoong-lab/PersonalLLM"
+NUM_RESPONSES = 8
+REWARD_MODELS = (
+    "gemma_2b", "gemma_7b", "mistral_raft", "llama3_sfairx", "oasst_deberta_v3", "beaver_7b", "oasst_pythia_7b",
+    "oasst_pythia_1b", "mistral_ray", "mistral_weqweasdas",
+)  # fmt: skip
+
+
+class PersonalLlmPairs(PopulationPairs):
+    """PersonalLLM: simulated people over reward models.
+
+    Args:
+        path: Folder with ``default/train/*.parquet`` and ``default/test/*.parquet``; null = download from the hub.
+        concentration: Of the Dirichlet weights: 0.001 very diverse, 0.01 moderate, 0.1 closer to each other.
+        num_seen: People to train on.
+        num_unseen: People held out.
+        seen_pairs: Training prompts shown to a seen person.
+        unseen_pairs: Support prompts shown to an unseen person.
+        test_pairs: Test prompts shown to everyone, drawn for each person; null = all of them.
+        z_score: Whether rewards are brought to one scale before they are weighed; false as in LoRe.
+        seed: Another seed gives another population.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        concentration: float = 0.01,
+        num_seen: int = 1000,
+        num_unseen: int = 1000,
+        seen_pairs: int = 45,
+        unseen_pairs: int = 9,
+        test_pairs: int | None = None,
+        z_score: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            concentration, num_seen, num_unseen, seen_pairs, unseen_pairs, test_pairs, z_score=z_score, seed=seed
+        )
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The corpus and the concentration."""
+        return f"personalllm-{self.concentration:g}"
+
+    def read_pool(self) -> Pool:
+        """Read prompts, replies and rewards of both halves; a prompt of both halves is a training prompt."""
+        numbers = range(1, NUM_RESPONSES + 1)
+        names = ["prompt", *(f"response_{n}" for n in numbers)]
+        names += [f"response_{n}_{model}" for n in numbers for model in REWARD_MODELS]
+        prompts: dict[str, bool] = {}
+        responses: dict[str, int] = {}
+        candidates: list[list[int]] = []
+        scores: list[list[list[float]]] = []
+        for half in ("train", "test"):
+            files = corpus_files(self.path, REPO, f"default/{half}/*.parquet", PARQUET)
+            for row in read_rows(files, {name: name for name in names}):
+                if row["prompt"] in prompts:
+                    continue
+                prompts[row["prompt"]] = half == "test"
+                seen: set[str] = set()
+                columns: list[int] = []
+                values: list[list[float]] = []
+                for n in numbers:
+                    text, own = row[f"response_{n}"], [row[f"response_{n}_{model}"] for model in REWARD_MODELS]
+                    able = bool(text and text.strip()) and text not in seen and None not in own
+                    seen.add(text)
+                    columns.append(responses.setdefault(text, len(responses)) if able else -1)
+                    values.append(own if able else [np.nan] * len(REWARD_MODELS))
+                candidates.append(columns)
+                scores.append(values)
+        test = np.array(list(prompts.values()), dtype=np.bool_)
+        return Pool(list(prompts), list(responses), np.array(candidates), np.array(scores, dtype=np.float64), test)

@@ -1,0 +1,125 @@
+"""Simulated people over any table of attribute scores.
+
+Paper: PersonalLLM, arXiv 2409.20296, for the population; LoRe, arXiv 2504.14439, section 5, for the pairs.
+Deviations: the attributes are whatever columns the table has, so results are *not* PersonalLLM results; a few
+candidates are drawn per prompt instead of eight fixed models; prompts are divided by a hash of their text.
+Licence: that of the table (AlpacaEval outputs: CC-BY-NC-4.0; JudgeBench scores: none stated).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plm.data.keys import digest, mix, seed_key
+from plm.data.sources.corpus import local_files, read_rows
+from plm.data.sources.population import Pool, PopulationPairs
+
+
+def pool_of(rows: list[dict[str, Any]], attributes: list[str], candidates: int, test_share: float, seed: int) -> Pool:
+    """Gather the candidates of every prompt: distinct texts, at most ``candidates`` drawn by a hash of the text.
+
+    Args:
+        rows: Each with ``prompt``, ``response`` and the attributes; rows that lack a number are left out.
+        attributes: Names of the A attributes.
+        candidates: Most responses per prompt, C.
+        test_share: Share of the prompts asked in the test only.
+        seed: Another seed draws other candidates and test prompts.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        values = [row[name] for name in attributes]
+        if row["response"] and row["response"].strip() and not any(v is None or v != v for v in values):
+            found.setdefault(row["prompt"], {}).setdefault(row["response"], [float(v) for v in values])
+    found = {prompt: replies for prompt, replies in found.items() if len(replies) > 1}
+    if not found:
+        raise ValueError(f"expected prompts with two responses that have all of {attributes}, got none")
+    responses: dict[str, int] = {}
+    width = min(candidates, max(len(replies) for replies in found.values()))
+    table = np.full((len(found), width), -1, dtype=np.int64)
+    scores = np.full((len(found), width, len(attributes)), np.nan)
+    for number, replies in enumerate(found.values()):
+        texts = list(replies)
+        order = np.argsort(mix(digest(texts), seed_key(seed)), kind="stable")[:width]
+        for column, pick in enumerate(order.tolist()):
+            table[number, column] = responses.setdefault(texts[pick], len(responses))
+            scores[number, column] = replies[texts[pick]]
+    prompts = list(found)
+    order = np.argsort(mix(digest(prompts), seed_key(seed)), kind="stable")
+    test = np.zeros(len(prompts), dtype=np.bool_)
+    test[order[: max(1, round(test_share * len(prompts)))]] = True
+    return Pool(prompts, list(responses), table, scores, test)
+
+
+class SimulatedPairs(PopulationPairs):
+    """Simulated people who weigh attributes of real responses and name the best and worst of a few.
+
+    Args:
+        path: Table with one row per response (JSONL, CSV or Parquet); relative paths are also looked up under PLM_DATA.
+        attributes: Numeric columns that people weigh; more is better.
+        prompts: A second table with the prompt texts, where they are not in the first.
+        key: Column that joins the two tables.
+        prompt: Column of the prompt text.
+        response: Column of the response text.
+        candidates: Responses drawn per prompt.
+        test_share: Share of the prompts asked in the test only.
+        concentration: Of the Dirichlet weights: 0.001 very diverse, 0.01 moderate, 0.1 closer to each other.
+        num_seen: People to train on.
+        num_unseen: People held out.
+        seen_pairs: Training prompts shown to a seen person.
+        unseen_pairs: Support prompts shown to an unseen person.
+        test_pairs: Test prompts shown to everyone, drawn for each person; null = all of them.
+        z_score: Whether attributes are brought to one scale before they are weighed.
+        seed: Another seed gives other people, candidates and test prompts.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        attributes: list[str],
+        prompts: str | None = None,
+        key: str = "prompt_id",
+        prompt: str = "prompt",
+        response: str = "response",
+        candidates: int = 8,
+        test_share: float = 0.2,
+        concentration: float = 0.01,
+        num_seen: int = 1000,
+        num_unseen: int = 1000,
+        seen_pairs: int = 45,
+        unseen_pairs: int = 9,
+        test_pairs: int | None = None,
+        z_score: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            concentration, num_seen, num_unseen, seen_pairs, unseen_pairs, test_pairs, z_score=z_score, seed=seed
+        )
+        self.path, self.attributes, self.prompts = path, list(attributes), prompts
+        self.key, self.prompt, self.response = key, prompt, response
+        self.candidates, self.test_share = candidates, test_share
+        if len(self.attributes) < 2 or candidates < 2 or not 0 < test_share < 1:
+            raise ValueError(
+                "SimulatedPairs: expected two or more attributes and candidates and a test_share between 0 and 1, got "
+                f"{self.attributes!r}, {candidates!r} and {test_share!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Folder of the table and concentration."""
+        return f"simulated/{Path(self.path).parent.name}-{self.concentration:g}"
+
+    def read_pool(self) -> Pool:
+        """Read the table, and the prompts where they are apart."""
+        own = {"response": self.response, **{name: name for name in self.attributes}}
+        if self.prompts is None:
+            rows = read_rows(local_files(self.path), {"prompt": self.prompt, **own})
+        else:
+            texts = read_rows(local_files(self.prompts), {"key": self.key, "prompt": self.prompt})
+            text_of = {row["key"]: row["prompt"] for row in texts}
+            rows = read_rows(local_files(self.path), {"key": self.key, **own})
+            rows = [{**row, "prompt": text_of[row["key"]]} for row in rows if row["key"] in text_of]
+        return pool_of(rows, self.attributes, self.candidates, self.test_share, self.seed)
