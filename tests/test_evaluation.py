@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from plm import evaluation
 from plm.evaluation import (
     MIN_USERS,
     USER_COLUMNS,
@@ -20,6 +19,7 @@ from plm.evaluation import (
     few_shot_figure,
     few_shot_table,
     gain_figure,
+    statistics,
     summarize,
     summarize_few_shot,
     summary_table,
@@ -102,7 +102,7 @@ def test_bootstrap_is_seeded_and_shares_resamples(monkeypatch: pytest.MonkeyPatc
     alone = cluster_bootstrap(values[:, 1], seed=3)
     np.testing.assert_allclose((low[1], high[1]), alone, rtol=1e-12)
     assert cluster_bootstrap(values[:, 1], seed=4)[0] != alone[0]
-    monkeypatch.setattr(evaluation, "_CHUNK", 30 * 7)
+    monkeypatch.setattr(statistics, "_CHUNK", 30 * 7)
     np.testing.assert_allclose(cluster_bootstrap(values, seed=3), (low, high), rtol=1e-12)
 
 

@@ -1,0 +1,211 @@
+"""One cell of a leaderboard: one method, one seed, one ``plm fit`` in a folder of its own, done once.
+
+A cell is a folder named by row, seed and the hash of all that decides its result. It appears in one step when it is
+finished; what a killed run left is thrown away, and a failed one leaves ``<cell>.failed`` and is tried again next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+import plm
+from plm.cli import training
+from plm.evaluation import write_text
+from plm.leaderboard.facts import RunFacts
+
+QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
+
+
+class CellCLI(training.RecipeCLI):
+    """A recipe whose run also writes what it cost."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `RunFacts`."""
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(RunFacts, "facts")
+
+
+class ReadCLI(CellCLI):
+    """A recipe that is read and instantiated, and not run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.trainer.loggers = []  # a run that was not run is not finished at W&B either
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to run and where."""
+
+    row: str
+    """Row of the leaderboard."""
+    seed: int
+    args: tuple[str, ...]
+    """Arguments of ``plm fit`` but for seed and logger."""
+    folder: Path
+    split_hash: str
+    """The split the result must come from."""
+
+    @property
+    def failed(self) -> Path:
+        """Where a failure is kept."""
+        return self.folder.with_name(f"{self.folder.name}.failed")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a result."""
+        return self.folder.is_dir()
+
+    @property
+    def error(self) -> str:
+        """Why it failed the last time; empty if it did not."""
+        path = self.failed / "error.txt"
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def cell(root: Path, row: str, seed: int, args: Sequence[str], identity: str, split_hash: str) -> Cell:
+    """The cell of a row and a seed; ``identity`` is all else that decides the result, as text."""
+    text = "\n".join([plm.__version__, identity, split_hash, str(seed), *args])
+    name = f"{row}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    folder = root / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return Cell(row, seed, tuple(args), folder, split_hash)
+
+
+def clean(root: Path) -> None:
+    """Throw away what killed runs left unfinished."""
+    for folder in root.glob("*.part"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[Cell], None]) -> None:
+    """Run what is not done, each cell once; failures are kept in their folders and do not stop the others.
+
+    Args:
+        cells: The cells.
+        jobs: 1 = one after another in this process; more = so many processes at a time, one per cell.
+        tell: Called after each cell that was run.
+    """
+    todo = [one for one in cells if not one.is_done]
+    if jobs == 1:
+        for one in todo:
+            run_here(one)
+            tell(one)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {pool.submit(_run_apart, one, jobs): one for one in todo}
+        try:
+            for future in as_completed(started):
+                future.result()
+                tell(started[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_here(one: Cell) -> None:
+    """Run a cell in this process; its output goes to ``log.txt`` in its folder."""
+    part = one.folder.with_name(f"{one.folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(one.failed, ignore_errors=True)
+    part.mkdir(parents=True)
+    logger: dict[str, Any] = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+    logger["init_args"] = {"save_dir": str(part), "name": "", "version": "run"}
+    overlay = part / "logger.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"logger": logger}}), encoding="utf-8")
+    args = ["fit", *one.args, "--config", str(overlay), "--seed_everything", str(one.seed), *QUIET]
+    error = ""
+    with (part / "log.txt").open("w", encoding="utf-8") as log, output_to(log):
+        try:
+            training.run(args, CellCLI)
+            found = json.loads((part / "run" / "facts.json").read_text(encoding="utf-8"))
+            if (part / "run" / "metrics.json").is_file():
+                metrics = json.loads((part / "run" / "metrics.json").read_text(encoding="utf-8"))
+                if metrics["split_hash"] != one.split_hash:
+                    error = f"the run saw the split {metrics['split_hash'][:12]}, expected {one.split_hash[:12]}"
+            elif "class_path" not in found:
+                error = "the run wrote no facts"
+        except SystemExit as stop:
+            error = f"the recipe was refused (status {stop.code})"
+        except Exception as caught:
+            traceback.print_exc(file=log)
+            error = f"{type(caught).__name__}: {caught}"
+    if error:
+        _fail(one, part, error)
+        return
+    write_text(part / "cell.json", json.dumps({"row": one.row, "seed": one.seed, "args": one.args}, indent=1) + "\n")
+    for file in list((part / "run").iterdir()):
+        file.rename(part / file.name)
+    (part / "run").rmdir()
+    os.replace(part, one.folder)
+
+
+def _fail(one: Cell, part: Path, error: str) -> None:
+    """Keep a failure: error and log."""
+    log = (part / "log.txt").read_text(encoding="utf-8") if (part / "log.txt").is_file() else ""
+    if error.startswith("the recipe was refused"):
+        error = next((line for line in reversed(log.splitlines()) if line.startswith("error:")), error)
+    write_text(part / "error.txt", error + "\n")
+    shutil.rmtree(one.failed, ignore_errors=True)
+    os.replace(part, one.failed)
+
+
+def _run_apart(one: Cell, jobs: int) -> None:
+    """Run a cell in a process of its own, so that even a crash stays in its cell."""
+    job = {**vars(one), "folder": str(one.folder)}
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    done = subprocess.run(
+        [sys.executable, "-m", "plm.cli.cells"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if not one.is_done and not one.error:
+        part = one.folder.with_name(f"{one.folder.name}.part")
+        part.mkdir(parents=True, exist_ok=True)
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        _fail(one, part, f"the process ended with status {done.returncode}: {last[0]}")
+
+
+@contextlib.contextmanager
+def output_to(log: TextIO) -> Iterator[None]:
+    """Send what a run prints, logs and warns to a file."""
+    handler = logging.StreamHandler(log)
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric")]
+    before = [(one, one.handlers, one.propagate) for one in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        for one in loggers:
+            one.handlers, one.propagate = [handler] if one.name == "lightning" else [], one.name != "lightning"
+        try:
+            yield
+        finally:
+            for one, handlers, propagate in before:
+                one.handlers, one.propagate = handlers, propagate
+
+
+def main() -> None:
+    """Run the cell that is described on standard input."""
+    job = json.loads(sys.stdin.read())
+    run_here(Cell(**{**job, "args": tuple(job["args"]), "folder": Path(job["folder"])}))
+
+
+if __name__ == "__main__":
+    main()

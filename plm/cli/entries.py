@@ -1,0 +1,232 @@
+"""Who takes part in a leaderboard: recipes or installed methods, read once, on one split, with one search budget."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from plm.cli import training
+from plm.cli.cells import Cell, ReadCLI, cell, output_to, run_cells
+from plm.config import expand, nearest, read_config, shipped
+from plm.data.datamodule import PreferenceDataModule
+from plm.leaderboard.results import Kind
+
+_OF_A_METHOD = ("model", "select", "defaults")
+"""Keys of a recipe that the other rows do not share."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row that is fitted: what it is called and what ``plm fit`` is told."""
+
+    name: str
+    kind: Kind
+    about: str
+    args: tuple[str, ...]
+    """Arguments of ``plm fit`` but for seed and logger."""
+    error: str = ""
+    """Why it cannot be run."""
+    identity: str = ""
+    """The resolved recipe and the hash of the method's source: another of either is another run."""
+    class_name: str = ""
+    mode: str = "min"
+    """Whether a good validation value is low (min) or high (max)."""
+    split_hash: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What the search picked."""
+    num_candidates: int = 1
+
+    def cell(self, root: Path, seed: int, extra: Sequence[str] = ()) -> Cell:
+        """The cell of a seed."""
+        return cell(root, self.name, seed, [*self.args, *extra], self.identity, self.split_hash)
+
+
+def find_group(path: str) -> Path:
+    """A file of ``conf``, the shipped one where there is none here.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    here, inside = Path(path), shipped("conf") / Path(path).relative_to("conf") if path.startswith("conf/") else None
+    if here.is_file():
+        return here
+    if inside is not None and inside.is_file():
+        return inside
+    names = [f"conf/{file.parent.name}/{file.name}" for file in shipped("conf").glob("*/*.yaml")]
+    raise ValueError(f"no config file {path!r}{nearest(path, names)}")
+
+
+def of_methods(names: Sequence[str], shared: Sequence[str]) -> list[Entry]:
+    """Entries of methods by short name or class path, ``all`` = every installed one that reads features.
+
+    Raises:
+        ValueError: If a name is not installed.
+    """
+    installed = {entry.name: entry for entry in sorted(entry_points(group="plm.methods"), key=lambda e: e.name)}
+    wanted = list(installed) if list(names) == ["all"] else list(names)
+    unknown = [name for name in wanted if name not in installed and "." not in name]
+    if unknown:
+        near = nearest(unknown[0], installed)
+        raise ValueError(f"no method {unknown[0]!r}{near} (installed: {', '.join(installed) or 'none'})")
+    entries = []
+    for name in wanted:
+        if name not in installed:
+            entries.append(Entry(name.rpartition(".")[2], "method", name, (*shared, "--model", name)))
+            continue
+        value = installed[name].value.replace(":", ".")
+        entry = Entry(name, "method", value, (*shared, "--model", value))
+        try:
+            view = installed[name].load().view
+        except Exception as error:
+            entries.append(replace(entry, error=f"cannot be imported: {error!r}"))
+            continue
+        if view == "features" or list(names) != ["all"]:
+            entries.append(entry)
+    return entries
+
+
+def source_hash(method: type) -> str:
+    """sha256 of the file a method is written in, or of all files of the package that is the method."""
+    package = sys.modules.get(method.__module__.rpartition(".")[0])
+    own = Path(inspect.getfile(method))
+    is_package = own.name == "__init__.py" or getattr(package, method.__name__, None) is method
+    files = sorted(own.parent.glob("*.py")) if is_package else [own]
+    return hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def of_recipes(paths: Sequence[str], more: Sequence[str]) -> list[Entry]:
+    """Entries of recipes, called by their file names."""
+    names = [Path(path).stem for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected recipes with names of their own, got {twice[0]!r} twice; rename one")
+    return [Entry(name, "method", path, ("--config", path, *more)) for name, path in zip(names, paths, strict=True)]
+
+
+def shared_part(recipe: str, folder: Path) -> list[str]:
+    """What the opponents take from a recipe: its configs without the method, written into a folder."""
+    args = []
+    files = [Path(arg) for arg in expand(["--config", recipe]) if arg != "--config"]
+    for number, file in enumerate(files):
+        kept = {key: value for key, value in read_config(file).items() if key not in _OF_A_METHOD}
+        path = folder / f"{number}-{file.stem}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(kept), encoding="utf-8")
+        args += ["--config", str(path)]
+    return args
+
+
+def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
+    """Read all recipes; those that cannot be read keep their error.
+
+    Returns:
+        The entries and the data of the first that could be read.
+
+    Raises:
+        ValueError: If none can be read, or they do not share features and split.
+    """
+    found, data, keys = [], None, {}
+    for entry in entries:
+        if entry.error:
+            found.append(entry)
+            continue
+        log = io.StringIO()
+        try:
+            with output_to(log):
+                cli = training.run(["fit", *entry.args], ReadCLI)
+            config = cli.config["fit"]
+            module: PreferenceDataModule = cli.datamodule
+            keys[entry.name] = (module.split_hash, json.dumps(module.backbone.key(), sort_keys=True))
+            entry = replace(
+                entry,
+                identity=f"{source_hash(type(cli.model))}\n{cli._parser('fit').dump(config, skip_unset=False)}",
+                class_name=type(cli.model).__name__,
+                mode=config.checkpoint.mode,
+                split_hash=module.split_hash,
+            )
+            data = data or module
+        except SystemExit:
+            lines = [line for line in log.getvalue().splitlines() if line.startswith("error:")]
+            entry = replace(entry, error=(lines or ["the recipe was refused"])[-1].removeprefix("error: "))
+        except (ValueError, OSError) as error:
+            entry = replace(entry, error=str(error))
+        found.append(entry)
+    if data is None:
+        raise ValueError("no row can be run\n" + "\n".join(f"{entry.name}: {entry.error}" for entry in found))
+    for what, index in (("split", 0), ("features", 1)):
+        if len({key[index] for key in keys.values()}) > 1:
+            given = "\n".join(f"  {name}: {key[index][:300]}" for name, key in keys.items())
+            raise ValueError(
+                f"expected all rows on the same {what}, got\n{given}\ncompare them in separate leaderboards"
+            )
+    return found, data
+
+
+# ---------------------------------------------------------------------- search
+def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:
+    """The entry as it is, and ``budget - 1`` draws without repetition from its grid, ``conf/search/<class>.yaml``.
+
+    The draws depend on nothing but the name of the class.
+    """
+    path = shipped("conf") / "search" / f"{entry.class_name}.yaml"
+    if budget == 1 or not path.is_file():
+        return [{}]
+    grid: dict[str, list[Any]] = read_config(path)["select"]
+    names = [key.removeprefix("model.").removeprefix("init_args.") for key in grid]
+    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*grid.values())]
+    seed = int.from_bytes(hashlib.blake2b(entry.class_name.encode(), digest_size=8).digest(), "big")
+    order = np.random.default_rng(seed).permutation(len(every))[: budget - 1]
+    return [{}, *(every[index] for index in order.tolist())]
+
+
+def as_options(arguments: dict[str, Any]) -> list[str]:
+    """Arguments of a method as command line options."""
+    return [
+        part
+        for name, value in arguments.items()
+        for part in (f"--model.init_args.{name}", value if isinstance(value, str) else json.dumps(value))
+    ]
+
+
+def search(entries: Sequence[Entry], budget: int, root: Path, jobs: int, tell: Callable[[Cell], None]) -> list[Entry]:
+    """Fit every candidate of every method once, without a test, and keep the best by its validation value."""
+    plan: dict[str, list[tuple[dict[str, Any], Cell]]] = {}
+    for entry in entries:
+        if entry.kind == "method" and not entry.error and len(drawn := candidates(entry, budget)) > 1:
+            untested = ("--final_test", "false")
+            plan[entry.name] = [(one, entry.cell(root, 0, [*as_options(one), *untested])) for one in drawn]
+    run_cells([one for tried in plan.values() for _, one in tried], jobs, tell)
+    return [_pick(entry, plan[entry.name]) if entry.name in plan else entry for entry in entries]
+
+
+def _pick(entry: Entry, tried: list[tuple[dict[str, Any], Cell]]) -> Entry:
+    """The entry with the arguments of its best candidate."""
+    sign = 1.0 if entry.mode == "min" else -1.0
+    values = [sign * value if math.isfinite(value := _val_value(one)) else math.inf for _, one in tried]
+    best = int(np.argmin(values))
+    if math.isinf(values[best]):
+        errors = {one.error for _, one in tried if one.error}
+        return replace(entry, error="; ".join(sorted(errors)) or "no candidate reached a finite validation value")
+    arguments = tried[best][0]
+    args = (*entry.args, *as_options(arguments))
+    return replace(entry, args=args, arguments=arguments, num_candidates=len(tried))
+
+
+def _val_value(one: Cell) -> float:
+    if not one.is_done:
+        return math.nan
+    value = json.loads((one.folder / "facts.json").read_text(encoding="utf-8"))["val_value"]
+    return math.nan if value is None else float(value)

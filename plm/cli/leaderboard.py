@@ -1,0 +1,278 @@
+"""``plm leaderboard``: every method and its opponents on the same features and split, with several seeds."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import inspect
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+import plm
+from plm.cli import entries as book
+from plm.cli.cells import Cell, clean, run_cells
+from plm.cli.entries import Entry
+from plm.cli.options import OptionParser
+from plm.data import surface
+from plm.data.datamodule import PreferenceDataModule
+from plm.evaluation import USER_COLUMNS, summarize, user_rows, write_csv, write_json
+from plm.leaderboard import baselines as opponents
+from plm.leaderboard.figures import all_figures
+from plm.leaderboard.report import Leaderboard, records, terminal, write
+from plm.leaderboard.results import Row, make_row, other_user_row, read_run
+
+OPPONENT = "BradleyTerry"
+"""The row all others are compared with: ridge-tuned, one reward for everybody."""
+
+_ABOUT = {
+    "majority": "how often an item won among training pairs of seen users",
+    "length": "log length of the response, sign and scale learned",
+    "surface": "ridge logistic probe on lengths, brackets, digits and the like, no words",
+    "oracle": "the planted utilities themselves",
+}
+_ONE_STEP = ("--trainer.max_epochs", "1")
+
+
+def run(args: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: For whatever the user can mend.
+    """
+    options = _options(args)
+    console = _console()
+    more = [part for item in options.set for part in (f"--{item.partition('=')[0]}", item.partition("=")[2])]
+    if options.recipes:
+        folder = Path(options.output or f"runs/leaderboard/{Path(options.recipes[0]).stem}")
+        given = book.of_recipes(options.recipes, more)
+        shared = [*book.shared_part(options.recipes[0], folder / "shared"), *more]
+    else:
+        folder = Path(options.output or f"runs/leaderboard/{Path(options.data).stem}")
+        files = [book.find_group(path) for path in (options.trainer, options.data, options.backbone)]
+        shared = [*(part for file in files for part in ("--config", str(file))), *more]
+        given = book.of_methods(options.methods, shared)
+    field, data = book.read([*given, *_opponents(given, shared)])
+    field = [entry for entry in field if entry.name != "reference head" or data.reference_head is not None]
+    root = folder / "cells"
+    clean(root)
+    root.mkdir(parents=True, exist_ok=True)
+    tell = _Progress(console)
+    _warn_of_grids(field, options.budget, console)
+    if options.budget > 1:
+        field = book.search(field, options.budget, root, options.jobs, tell)
+    cells = {entry.name: [entry.cell(root, seed) for seed in range(_seeds(entry, options.seeds))] for entry in field}
+    run_cells([one for e in field if not e.error for one in cells[e.name]], options.jobs, tell)
+    rows = [_row(entry, cells[entry.name]) for entry in field]
+    best = _best(rows, {entry.name: entry for entry in field})
+    if best is not None:
+        entry = next(entry for entry in field if entry.name == best.name)
+        shuffled = _shuffled(entry)
+        again = [shuffled.cell(root, seed) for seed in range(options.seeds)]
+        run_cells(again, options.jobs, tell)
+        rows += [_row(shuffled, again), other_user_row(best)]
+    command = shlex.join(["plm", "leaderboard", *args])
+    rows += _baseline_rows(data, root, command)
+    board = Leaderboard(_title(options, data), rows, OPPONENT, data.summary(), _about(options, command))
+    figures = all_figures(board)
+    files = write(board, figures, folder)
+    for part in terminal(board):
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
+    console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
+    if options.wandb:
+        _to_wandb(board, files, folder, options.wandb)
+
+
+def _options(args: list[str]) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = OptionParser(
+        prog="plm leaderboard",
+        description="Which method wins, and is personalisation real? Recipes, or installed methods on one data set,\n"
+        "against ridge-tuned and per-user Bradley-Terry, majority, length and surface baselines, shuffled\n"
+        "users, another user's state and, on planted data, the truth. Finished runs are kept and not redone.",
+    )
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipes, all on the same data and backbone")
+    parser.add_argument("--data", metavar="FILE", help="instead of recipes: a data config, conf/data/polis.yaml")
+    parser.add_argument("--backbone", metavar="FILE", default="conf/backbone/minilm.yaml", help="default: %(default)s")
+    parser.add_argument("--trainer", metavar="FILE", default="conf/trainer/cpu.yaml", help="default: %(default)s")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        default=["all"],
+        help="short names or class paths; default: all installed",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="fits per row; intervals are over users (default: 3)")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=1,
+        help="candidates per method: its defaults and draws from conf/search, chosen on validation pairs (default: 1)",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process (default: 1, in this one)")
+    parser.add_argument("--output", metavar="DIR", help="default: runs/leaderboard/<data or first recipe>")
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="option of plm fit for every row")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log table and pictures to this project of Weights & Biases")
+    options = parser.parse(args)
+    if bool(options.recipes) == bool(options.data):
+        parser.error("expected either recipes or --data FILE")
+    for name in ("seeds", "budget", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    malformed = [item for item in options.set if "=" not in item]
+    if malformed:
+        parser.error(f"--set: expected KEY=VALUE, got {malformed[0]!r}")
+    return options
+
+
+# ---------------------------------------------------------------------- rows
+def _opponents(given: Sequence[Entry], shared: Sequence[str]) -> list[Entry]:
+    """The fitted rows that are always there."""
+    made = [
+        Entry(
+            "per-user BradleyTerry",
+            "baseline",
+            "every user alone, from their own pairs",
+            (*shared, *_ONE_STEP, "--model", "plm.leaderboard.per_user.PerUserBradleyTerry"),
+        ),
+        Entry(
+            "reference head",
+            "baseline",
+            "the reward model's own head",
+            (*shared, *_ONE_STEP, "--model", "plm.methods.lore.LoRe", "--model.num_bases", "0"),
+        ),
+    ]
+    if all(entry.name != OPPONENT for entry in given):
+        path = "plm.methods.bradley_terry.BradleyTerry"
+        made.insert(0, Entry(OPPONENT, "method", path, (*shared, "--model", path)))
+    return made
+
+
+def _seeds(entry: Entry, seeds: int) -> int:
+    """Baselines are solved, not trained: one seed says it all."""
+    return 1 if entry.kind == "baseline" else seeds
+
+
+def _row(entry: Entry, cells: Sequence[Cell]) -> Row:
+    """The row of an entry from its cells."""
+    row = Row(
+        entry.name,
+        entry.kind,
+        entry.about,
+        errors=dict.fromkeys([0], entry.error) if entry.error else {one.seed: one.error for one in cells if one.error},
+        arguments=entry.arguments,
+        num_candidates=entry.num_candidates,
+        command=shlex.join(["plm", "fit", *entry.args, "--seed_everything", "0"]),
+    )
+    return row if entry.error else make_row(row, {one.seed: read_run(one.folder) for one in cells if one.is_done})
+
+
+def _best(rows: Sequence[Row], entries: dict[str, Entry]) -> Row | None:
+    """The personal method with the best validation value: the test pairs have no say in the choice."""
+    personal = [row for row in rows if row.kind == "method" and row.is_personal and row.users]
+    return min(
+        personal,
+        key=lambda row: (1 if entries[row.name].mode == "min" else -1) * row.facts.get("val_value", float("inf")),
+        default=None,
+    )
+
+
+def _shuffled(entry: Entry) -> Entry:
+    """The same method on data whose users are permuted over the pairs of each part of the split."""
+    about = f"{entry.name} after user ids were permuted: nothing personal is left"
+    args = (*entry.args, "--data.shuffle_users", "true")
+    return replace(entry, name=f"{entry.name}, shuffled users", kind="control", about=about, args=args)
+
+
+def _baseline_rows(data: PreferenceDataModule, root: Path, command: str) -> list[Row]:
+    """Rows that need no features; done once, like every other cell."""
+    rows = []
+    for name, margins in opponents.baselines(data).items():
+        row = Row(name, "baseline", _ABOUT[name], command=command)
+        text = "\n".join([data.split_hash, *(inspect.getsource(module) for module in (opponents, surface))])
+        folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        try:
+            if not folder.is_dir():
+                part = folder.with_name(f"{folder.name}.part")
+                start = time.perf_counter()
+                groups = opponents.judge(margins(), data.table, data.splits)
+                write_json(part / "facts.json", {"fit_seconds": time.perf_counter() - start})
+                numbers = {group: summarize(table) for group, table in groups.items()}
+                write_json(part / "metrics.json", {"split_hash": data.split_hash, **numbers})
+                write_csv(part / "per_user.csv", USER_COLUMNS, user_rows(groups, data.all_user_ids))
+                os.replace(part, folder)
+            rows.append(make_row(row, {0: read_run(folder)}))
+        except Exception as error:
+            shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
+            rows.append(replace(row, errors={0: f"{type(error).__name__}: {error}"}))
+    return rows
+
+
+def _warn_of_grids(field: Sequence[Entry], budget: int, console: Console) -> None:
+    """Say whose search is shorter than the others'."""
+    for entry in field:
+        num = len(book.candidates(entry, budget))
+        if entry.kind == "method" and not entry.error and num < budget:
+            console.print(f"{entry.name} has {num} of {budget} candidates: its grid conf/search is missing or small")
+
+
+# ---------------------------------------------------------------------- words
+class _Progress:
+    """Prints a line per finished run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.start = time.perf_counter()
+
+    def __call__(self, one: Cell) -> None:
+        seconds = time.perf_counter() - self.start
+        end = "done" if one.is_done else f"failed: {one.error}"
+        self.console.print(f"{seconds:6.0f} s  {one.row}, seed {one.seed}: {end}", highlight=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """Wide enough for the tables where the output is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 190))
+
+
+def _title(options: argparse.Namespace, data: PreferenceDataModule) -> str:
+    if options.data:
+        return f"{Path(options.data).stem}, {Path(options.backbone).stem}"
+    return f"{data.source.name}, {type(data.backbone).__name__}"
+
+
+def _about(options: argparse.Namespace, command: str) -> dict[str, object]:
+    """Where the numbers come from."""
+    asked = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.strip() or "unknown",
+        "plm": plm.__version__,
+        "python": sys.version.split()[0],
+        "seeds": options.seeds,
+        "candidates per method": options.budget,
+        "runs at a time": options.jobs,
+    }
+
+
+def _to_wandb(board: Leaderboard, files: Sequence[Path], folder: Path, project: str) -> None:
+    """Log table and pictures as one run."""
+    import wandb
+
+    columns, rows = records(board)
+    about = dict(board.about)
+    with wandb.init(project=project, job_type="leaderboard", name=board.title, dir=str(folder), config=about) as run:
+        images = {file.stem: wandb.Image(str(file)) for file in files if file.suffix == ".png"}
+        run.log({"leaderboard": wandb.Table(columns=[*columns], data=rows), **images})

@@ -1,0 +1,41 @@
+"""Statistics over users: intervals, comparisons, verdicts, and the tables, files and pictures they end in."""
+
+from plm.evaluation.comparison import Comparison, compare, holm
+from plm.evaluation.figures import few_shot_figure, gain_figure
+from plm.evaluation.report import (
+    USER_COLUMNS,
+    few_shot_table,
+    plain_table,
+    summary_table,
+    user_rows,
+    write_csv,
+    write_json,
+    write_text,
+)
+from plm.evaluation.statistics import CONFIDENCE, MIN_USERS, cluster_bootstrap, summarize, summarize_few_shot
+from plm.evaluation.wording import difference, interval, points, verdict
+
+__all__ = [
+    "CONFIDENCE",
+    "MIN_USERS",
+    "USER_COLUMNS",
+    "Comparison",
+    "cluster_bootstrap",
+    "compare",
+    "difference",
+    "few_shot_figure",
+    "few_shot_table",
+    "gain_figure",
+    "holm",
+    "interval",
+    "plain_table",
+    "points",
+    "summarize",
+    "summarize_few_shot",
+    "summary_table",
+    "user_rows",
+    "verdict",
+    "write_csv",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,47 @@
+"""Numbers and verdicts in words: accuracies in per cent, differences in points, intervals in brackets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from plm.evaluation.statistics import MIN_USERS
+
+
+def verdict(name: str, numbers: Mapping[str, float]) -> str:
+    """One sentence about a group of users: does personalisation help, and is it theirs?
+
+    Helping asks for two intervals above zero: over the global control, and over another user's state where measured.
+    """
+    if "personal_minus_global" not in numbers:
+        return f"{name}: no global control was measured"
+    low, high = numbers["personal_minus_global_low"], numbers["personal_minus_global_high"]
+    gain = difference(numbers, "personal_minus_global", " points")
+    if math.isnan(low):
+        return f"{name}: no verdict: an interval needs {MIN_USERS} users, got {numbers['num_users']:.0f}"
+    other = ""
+    if "personal_minus_other" in numbers:
+        other = f"{difference(numbers, 'personal_minus_other')} over another user's state"
+    if high < 0:
+        return f"{name}: personalisation harms: {gain} against its global control"
+    if low <= 0:
+        return f"{name}: no evidence of personalisation: {gain} over its global control"
+    if other and numbers["personal_minus_other_low"] <= 0:
+        return f"{name}: no evidence of personalisation: {gain} over its global control, but only {other}"
+    return f"{name}: personalisation helps: {gain} over its global control" + (f", {other}" if other else "")
+
+
+def points(value: float, sign: str = "+") -> str:
+    """Hundred times ``value`` with one decimal and never a negative zero: 0.043 -> ``+4.3``."""
+    return format(round(100 * value, 1) + 0.0, f"{sign}.1f")
+
+
+def interval(numbers: Mapping[str, float], name: str) -> str:
+    """`` [low, high]`` of a named number, times hundred; empty where there is none."""
+    low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
+    return "" if math.isnan(low) else f" [{points(low, '')}, {points(high, '')}]"
+
+
+def difference(numbers: Mapping[str, float], name: str, unit: str = "") -> str:
+    """A named number with its sign and interval, times hundred: ``+3.4 points [2.1, 4.7]``."""
+    return f"{points(numbers[name])}{unit}{interval(numbers, name)}"

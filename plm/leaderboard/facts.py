@@ -1,0 +1,82 @@
+"""What a run costs: parameters, seconds of the fit, milliseconds per adapted user. Written beside its metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, cast
+
+import lightning as L
+import torch
+
+from plm.callbacks import run_dir
+from plm.evaluation import write_json
+from plm.types import PreferenceBatch, UserState
+
+UNCERTAINTY = ("precision", "log_var")
+"""Tensors of a state that say how sure the others are: no parameters."""
+
+
+class RunFacts(L.Callback):
+    """Writes ``facts.json``: class, parameters, seconds, the best monitored value and the time to adapt a user.
+
+    The time is that of one call for all unseen users who fit into a batch, divided by their number; the faster of two.
+    """
+
+    def __init__(self) -> None:
+        """See the class."""
+        self._start = math.nan
+        self._facts: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock, after data and features are loaded."""
+        self._start = time.perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write what is known without a test."""
+        method = cast(Any, pl_module)
+        best = getattr(trainer.checkpoint_callback, "best_model_score", None)
+        per_user = state_size(method.population_state(1))
+        tables = set(method.user_tables)
+        trained = sum(p.numel() for name, p in method.named_parameters() if p.requires_grad and name not in tables)
+        self._facts = {
+            "class_path": f"{type(method).__module__}.{type(method).__qualname__}",
+            "num_users": method.num_users,
+            "shared_parameters": trained,
+            "parameters_per_user": per_user,
+            "parameters": trained + per_user * method.num_users,
+            "fit_seconds": time.perf_counter() - self._start,
+            "val_value": math.nan if best is None else float(best),
+        }
+        self._write(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Time the adaptation of unseen users."""
+        data = cast(Any, trainer).datamodule
+        names = data.eval_names("test")
+        if "unseen" not in names:
+            return
+        batch: PreferenceBatch = next(iter(data.test_dataloader()[names.index("unseen")]))
+        if batch.context is None:
+            return
+        context = type(batch.context)(
+            **{name: value.to(pl_module.device) for name, value in batch.context._asdict().items() if value is not None}
+        )
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            cast(Any, pl_module).adapt(context)
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        self._facts["adapt_ms"] = 1000 * min(seconds) / context.num_users
+        self._write(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            write_json(run_dir(trainer) / "facts.json", self._facts)
+
+
+def state_size(state: UserState) -> int:
+    """Numbers a user's state holds, uncertainties left out."""
+    return sum(value[0].numel() for name, value in state.tensors.items() if name not in UNCERTAINTY)

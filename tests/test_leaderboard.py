@@ -1,0 +1,221 @@
+"""The command, on planted users and hashed words: one run that is resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import yaml
+
+from plm.cli import cells, entries, main
+from plm.cli.cells import Cell, run_cells
+from plm.cli.entries import Entry, as_options, candidates, source_hash
+from plm.config import shipped
+from plm.method import PersonalizationMethod
+from plm.methods.bradley_terry import BradleyTerry
+
+DATA = {
+    "data": {
+        "source": {
+            "class_path": "plm.data.sources.synthetic.SyntheticPairs",
+            "init_args": {"num_users": 40, "pairs_per_user": 20},
+        },
+        "backbone": {"class_path": "plm.backbones.HashingBackbone", "init_args": {"dim": 32}},
+        "shots": [0, 4],
+        "repeats": 1,
+    }
+}
+SMALL = ["trainer.max_epochs=4", "metrics.num_resamples=100", "few_shot.num_resamples=100"]
+
+
+class Broken(BradleyTerry):
+    """A method that fails while it is trained."""
+
+    def loss(self, batch: Any) -> Any:
+        raise RuntimeError("it does not work")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("board")
+    data = {"data": {**DATA["data"], "cache_dir": str(folder / "cache")}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
+    (folder / "empty.yaml").write_text("{}\n")
+    yield folder
+
+
+def leaderboard(place: Path, *more: str, out: str = "out") -> int:
+    base = ["--data", str(place / "tiny.yaml"), "--backbone", str(place / "empty.yaml")]
+    return main(["leaderboard", *base, "--output", str(place / out), *more, "--set", *SMALL])
+
+
+@pytest.fixture(scope="module")
+def board(place: Path) -> dict[str, Any]:
+    """Run once; a failing method is in the field."""
+    names = ["BradleyTerry", "LoRe", f"{__name__}.Broken"]
+    assert leaderboard(place, "--methods", *names, "--seeds", "1") == 0
+    found: dict[str, Any] = json.loads((place / "out" / "leaderboard.json").read_text())
+    return found
+
+
+def test_all_rows_and_controls_are_there(board: dict[str, Any], place: Path) -> None:
+    rows = {row["name"]: row for row in board["rows"]}
+    assert set(rows) == {
+        "BradleyTerry",
+        "LoRe",
+        "Broken",
+        "per-user BradleyTerry",
+        "LoRe, shuffled users",
+        "LoRe, another user",
+        "majority",
+        "length",
+        "surface",
+        "oracle",
+    }
+    assert rows["Broken"]["errors"] == {"0": "RuntimeError: it does not work"} and not rows["Broken"]["numbers"]
+    assert rows["LoRe"]["facts"]["parameters_per_user"] == 8
+    assert rows["BradleyTerry"]["facts"]["parameters"] == 5 * 32
+    assert rows["LoRe"]["few_shot"]["shots"] == [0, 4]
+    best = max(row["numbers"]["seen"]["accuracy"] for row in rows.values() if row["numbers"])
+    assert rows["oracle"]["numbers"]["seen"]["accuracy"] == best
+    assert {len(row["numbers"]["unseen"]) > 10 for name, row in rows.items() if name != "Broken"} == {True}
+    hashes = {json.loads(file.read_text())["split_hash"] for file in place.glob("out/cells/*/metrics.json")}
+    assert hashes == {board["data"]["split_hash"]}
+    for kind in ("md", "csv", "html"):
+        assert (place / "out" / f"leaderboard.{kind}").stat().st_size > 1000
+
+
+def test_a_command_of_the_table_gives_the_number_of_the_table(board: dict[str, Any], place: Path) -> None:
+    (row,) = [row for row in board["rows"] if row["name"] == "BradleyTerry"]
+    args = row["command"].split()[1:]
+    assert main([*args, "--trainer.default_root_dir", str(place / "again"), "--trainer.logger", "false"]) == 0
+    again = json.loads((place / "again" / "run" / "metrics.json").read_text())
+    assert again["unseen"]["accuracy"] == pytest.approx(row["numbers"]["unseen"]["accuracy"], abs=1e-9)
+
+
+def test_finished_cells_are_kept_and_lost_ones_are_redone(
+    board: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "out", place / "resumed")
+    root = place / "resumed" / "cells"
+    (lost,) = root.glob("LoRe-seed0-*")
+    lost.rename(lost.with_name(f"{lost.name}.part"))  # as a killed run leaves it
+    done = []
+    monkeypatch.setattr(cells, "run_here", lambda one, run=cells.run_here: (done.append(one.row), run(one)))
+    args = ["--methods", "BradleyTerry", "LoRe", "--seeds", "1"]
+    assert leaderboard(place, *args, out="resumed") == 0
+    assert done == ["LoRe"], "the shuffled control and the baselines are kept too"
+    again = json.loads((place / "resumed" / "leaderboard.json").read_text())
+    for row in again["rows"]:
+        (before,) = [one for one in board["rows"] if one["name"] == row["name"]]
+        assert row["numbers"]["seen"]["accuracy"] == pytest.approx(before["numbers"]["seen"]["accuracy"])
+    assert not list(root.glob("*.part"))
+
+
+def test_search_spends_the_same_budget_on_validation_pairs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, ...]] = []
+
+    def pretend(todo: list[Cell], jobs: int, tell: Any) -> None:
+        for one in todo:
+            tried.append(one.args)
+            one.folder.mkdir(parents=True)
+            value = 0.1 if "--model.init_args.num_bases" in one.args and "32" in one.args else 0.5
+            (one.folder / "facts.json").write_text(json.dumps({"val_value": value}))
+
+    monkeypatch.setattr(entries, "run_cells", pretend)
+    field = [Entry(name, "method", "", (), class_name=name) for name in ("LoRe", "BradleyTerry")]
+    found = entries.search(field, 12, place / "search", 1, lambda one: None)
+    assert [entry.num_candidates for entry in found] == [12, 12]
+    assert all(args[-2:] == ("--final_test", "false") for args in tried) and len(tried) == 24
+    assert found[0].arguments["num_bases"] == 32 and "--model.init_args.num_bases" in found[0].args
+    assert found[1].arguments == {}, "equal values: the defaults come first"
+
+
+def test_candidates_are_distinct_and_start_with_the_defaults() -> None:
+    for path in (shipped("conf") / "search").glob("*.yaml"):
+        drawn = candidates(Entry(path.stem, "method", "", (), class_name=path.stem), 12)
+        assert drawn[0] == {} and len(drawn) == 12
+        assert len({json.dumps(one, sort_keys=True) for one in drawn}) == 12
+        assert drawn[:5] == candidates(Entry("other", "method", "", (), class_name=path.stem), 5)
+    assert candidates(Entry("x", "method", "", (), class_name="NoGrid"), 12) == [{}]
+    assert as_options({"lr": 0.1, "decoder": "film", "ridges": [1.0, 2.0]}) == [
+        *("--model.init_args.lr", "0.1"),
+        *("--model.init_args.decoder", "film"),
+        *("--model.init_args.ridges", "[1.0, 2.0]"),
+    ]
+
+
+def test_recipes_on_different_splits_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        recipe = {**DATA, "model": {"class_path": "plm.methods.bradley_terry.BradleyTerry"}}
+        recipe["data"] = {**DATA["data"], "split_seed": seed}
+        (place / f"seed{seed}.yaml").write_text(yaml.safe_dump(recipe))
+    paths = [str(place / f"seed{seed}.yaml") for seed in (0, 1)]
+    assert main(["leaderboard", *paths, "--output", str(place / "refused")]) == 1
+    message = capsys.readouterr().err
+    assert "expected all rows on the same split" in message and "seed0: " in message and "seed1: " in message
+    assert not (place / "refused" / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "expected either recipes or --data FILE"),
+        (["a.yaml", "--data", "b.yaml"], "expected either recipes or --data FILE"),
+        (["--data", "conf/data/poliss.yaml"], "did you mean 'conf/data/polis.yaml'?"),
+        (["--data", "conf/data/synthetic.yaml", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--data", "conf/data/synthetic.yaml", "--set", "lr"], "--set: expected KEY=VALUE, got 'lr'"),
+        (["--data", "conf/data/synthetic.yaml", "--method", "LoRe"], "did you mean '--methods'?"),
+        (["--data", "conf/data/synthetic.yaml", "--methods", "Lore"], "did you mean 'LoRe'?"),
+    ],
+)
+def test_mistakes_get_one_message(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["leaderboard", *args]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_process_that_dies_leaves_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = SimpleNamespace(stderr="Traceback\nMemoryError", returncode=-9)
+    monkeypatch.setattr(cells.subprocess, "run", lambda *args, **kwargs: dead)
+    one = Cell("LoRe", 3, (), tmp_path / "LoRe-seed3", "")
+    told: list[Cell] = []
+    run_cells([one], 2, told.append)
+    assert told == [one] and not one.is_done
+    assert one.error == "the process ended with status -9: MemoryError"
+
+
+def test_the_hash_follows_the_source_of_a_method(tmp_path: Path) -> None:
+    assert source_hash(BradleyTerry) != source_hash(Broken)
+    assert source_hash(Broken) == source_hash(type("Other", (PersonalizationMethod,), {"__module__": __name__}))
+
+
+def test_the_table_goes_to_wandb(board: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    logged: dict[str, Any] = {}
+    run = MagicMock()
+    run.__enter__.return_value.log = logged.update
+    monkeypatch.setattr(wandb, "init", MagicMock(return_value=run))
+    args = ["--methods", "BradleyTerry", "LoRe", f"{__name__}.Broken", "--seeds", "1", "--wandb", "team"]
+    assert leaderboard(place, *args) == 0
+    assert wandb.init.call_args.kwargs["project"] == "team" and wandb.init.call_args.kwargs["config"]["seeds"] == 1
+    assert set(logged) == {"leaderboard", "accuracy", "few-shot_curves", "parameters"}
+    rows = {tuple(line[:3]) for line in logged["leaderboard"].data}
+    assert ("LoRe", "method", "unseen") in rows and ("oracle", "baseline", "seen") in rows
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_numbers(board: dict[str, Any], place: Path) -> None:
+    args = ["--methods", "BradleyTerry", "LoRe", "--seeds", "1", "--jobs", "2"]
+    assert leaderboard(place, *args, out="apart") == 0
+    apart = json.loads((place / "apart" / "leaderboard.json").read_text())
+    for row in apart["rows"]:
+        (here,) = [one for one in board["rows"] if one["name"] == row["name"]]
+        assert row["numbers"]["unseen"]["accuracy"] == pytest.approx(here["numbers"]["unseen"]["accuracy"], abs=1e-6)
