@@ -326,7 +326,7 @@ def test_wandb_gets_the_users_and_the_pictures(tmp_path: Path, monkeypatch: pyte
     summary = dict(logger.experiment.summary)
     logger.experiment.finish()
     assert run_dir(run) == tmp_path / "p" / "abc"
-    assert (summary["test/users"]["ncols"], summary["test/users"]["nrows"]) == (6, SEEN + UNSEEN)
+    assert (summary["test/users"]["ncols"], summary["test/users"]["nrows"]) == (8, SEEN + UNSEEN)
     assert summary["test/histogram"]["count"] == summary["test/few_shot"]["count"] == 1
     assert summary["test/unseen/num_users"] == UNSEEN
 

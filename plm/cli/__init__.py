@@ -25,7 +25,12 @@ _VERBS = {
     "predict": "margins of a checkpoint on the test rows",
     "adapt": "learn new users of a checkpoint from their pairs",
     "score": "rewards of responses for given users",
+    "query": "choose the pairs whose answers would tell most about a user",
+    "data": "check preference pairs before training on them",
+    "rewardbench": "RewardBench 2 scores of a checkpoint",
     "users": "list, export or delete the users of a checkpoint",
+    "portfolio": "choose few policies that serve everybody, with a certificate",
+    "leaderboard": "compare methods and baselines on one split, with intervals and verdicts",
     "methods": "list the installed methods",
 }
 _TRAINING = ("fit", "validate", "test", "predict")
@@ -71,6 +76,26 @@ def _dispatch(args: list[str]) -> int:
         from plm.cli import commands
 
         commands.run(verb, args[1:])
+    elif verb == "query":
+        from plm.cli import query
+
+        query.run(args[1:])
+    elif verb == "portfolio":
+        from plm.cli import portfolio
+
+        portfolio.run(args[1:])
+    elif verb == "leaderboard":
+        from plm.cli import leaderboard
+
+        leaderboard.run(args[1:])
+    elif verb == "rewardbench":
+        from plm.cli import rewardbench
+
+        rewardbench.run(args[1:])
+    elif verb == "data":
+        from plm.cli import data_check
+
+        return data_check.run(args[1:])
     elif verb in _TRAINING or verb in ("-c", "--config") or verb.startswith("--config="):
         from plm.cli import training
 
@@ -95,7 +120,7 @@ def _usage_error(message: str) -> int:
 
 def _help() -> str:
     """The text of ``plm --help``."""
-    verbs = "\n".join(f"  {verb:<9} {text}" for verb, text in _VERBS.items())
+    verbs = "\n".join(f"  {verb:<11} {text}" for verb, text in _VERBS.items())
     return f"""usage: plm COMMAND [options]
 
 {plm.__doc__.splitlines()[0] if plm.__doc__ else ""}

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from plm.checkpoint import KnownUsers, load_method, read_checkpoint
+from plm.cli.options import OptionParser
 from plm.config import nearest
 from plm.data.collate import FeaturedPairs, build_context
 from plm.data.schema import read_pairs
 from plm.data.values import short, to_id, to_prompt, to_response
-from plm.method import CHECKPOINT_KEY
+from plm.functional import win_probability
+from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.types import Context, UserState
 from plm.users import UserStore, store_path
 
 _SHOWN = 20
 _ADAPT_USERS = 1024  # users whose padded pairs are in memory at once
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with one-message errors that name the nearest option."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def parse(self, args: list[str]) -> argparse.Namespace:
-        """Parse all arguments or stop with one message."""
-        parsed, unknown = self.parse_known_args(args)
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"no option {unknown[0]!r}{nearest(unknown[0].partition('=')[0], options)}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} ({self.prog} --help)\n")
+_Parsed = TypeVar("_Parsed")
 
 
 class Row(NamedTuple):
@@ -64,7 +50,7 @@ def run(verb: str, args: list[str]) -> None:
 
 # ---------------------------------------------------------------------- adapt
 def _adapt(args: list[str]) -> None:
-    parser = _Parser(
+    parser = OptionParser(
         prog="plm adapt",
         description="Learn users of a checkpoint from their pairs. The checkpoint stays as it is: the users go to the "
         "store beside it, <stem>.users/. A user who is already there is learned anew from the given pairs alone.",
@@ -120,27 +106,37 @@ def _to(context: Context, device: torch.device) -> Context:
 
 # ---------------------------------------------------------------------- score
 def _score(args: list[str]) -> None:
-    parser = _Parser(
+    parser = OptionParser(
         prog="plm score",
         description='Rewards of responses. Input rows: {"response": ..., "prompt": ..., "user_id": ...}, '
         "the last two optional.\n"
         "Output rows: the input with reward and user_known; an unknown user gets the population reward.\n"
-        "Rewards compare responses for one user; they do not compare users.",
+        "Rewards compare responses for one user; they do not compare users. --reference adds win_probability: how\n"
+        "likely the user prefers the response to one of the reference responses, on one scale for all users.",
     )
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
     parser.add_argument("--input", required=True, metavar="FILE", help="JSONL file of responses")
     parser.add_argument("--user", metavar="ID", help="user of the rows without a user_id")
+    parser.add_argument(
+        "--reference", metavar="FILE", help="JSONL file of responses to be compared with, a few hundred"
+    )
     parser.add_argument("--output", metavar="FILE", help="JSONL file of rewards; default: standard output")
     options = parser.parse(args)
-    rows = _read_rows(Path(options.input), options.user)
+    rows = read_rows(Path(options.input), lambda record: _row(record, options.user), '{"response": ...}')
     method = load_method(options.ckpt_path)
     assert method.encode is not None and isinstance(method.find_users, KnownUsers)
     users, is_known = method.find_users.lookup([row.user_id for row in rows])
     features = method.encode([row.prompt for row in rows], [row.text for row in rows])
-    rewards, known = method.score(features, users).tolist(), is_known.tolist()
+    rewards, known = method.score(features, users), is_known.tolist()
+    scaled: list[dict[str, float]] = [{}] * len(rows)
+    if options.reference:
+        reference = read_rows(Path(options.reference), lambda record: _row(record, None), '{"response": ...}')
+        scaled = [{"win_probability": value} for value in _win_probabilities(method, rows, users, rewards, reference)]
     lines = [
-        json.dumps({**row.record, "user_id": row.user_id, "reward": reward, "user_known": sure}, ensure_ascii=False)
-        for row, reward, sure in zip(rows, rewards, known, strict=True)
+        json.dumps(
+            {**row.record, "user_id": row.user_id, "reward": reward, "user_known": sure, **extra}, ensure_ascii=False
+        )
+        for row, reward, sure, extra in zip(rows, rewards.tolist(), known, scaled, strict=True)
     ]
     text = "".join(f"{line}\n" for line in lines)
     if options.output:
@@ -154,14 +150,30 @@ def _score(args: list[str]) -> None:
         )
 
 
-def _read_rows(path: Path, default_user: str | None) -> list[Row]:
+def _win_probabilities(
+    method: PersonalizationMethod, rows: list[Row], users: UserState, rewards: Tensor, reference: list[Row]
+) -> list[float]:
+    """`win_probability` of every row against the reference responses, as its own user rewards them."""
+    assert method.encode is not None
+    features = method.encode([row.prompt for row in reference], [row.text for row in reference])
+    groups: dict[str | None, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.user_id, []).append(index)
+    wins = torch.zeros_like(rewards)
+    for indices in groups.values():
+        states = users.take(torch.full((len(reference),), indices[0], device=features.device))
+        wins[indices] = win_probability(rewards[indices], method.score(features, states))
+    return [float(value) for value in wins]
+
+
+def read_rows(path: Path, parse: Callable[[Any], _Parsed], example: str) -> list[_Parsed]:
     """Rows of a JSONL file; all malformed ones are reported together as ``file:line``."""
     rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(_row(json.loads(line), default_user))
+            rows.append(parse(json.loads(line)))
         except json.JSONDecodeError as error:
             problems.append(f"{path}:{number}: malformed JSON: {error.msg}")
         except ValueError as error:
@@ -170,7 +182,7 @@ def _read_rows(path: Path, default_user: str | None) -> list[Row]:
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise ValueError("\n".join([f"{len(problems)} malformed rows", *problems[:_SHOWN], *more]))
     if not rows:
-        raise ValueError(f'expected rows like {{"response": ...}} in {path}, got an empty file')
+        raise ValueError(f"expected rows like {example} in {path}, got an empty file")
     return rows
 
 
@@ -197,7 +209,7 @@ def _row(record: Any, default_user: str | None) -> Row:
 
 # ---------------------------------------------------------------------- users
 def _users(args: list[str]) -> None:
-    parser = _Parser(
+    parser = OptionParser(
         prog="plm users",
         description="list: id and number of pairs of every user, tab separated\n"
         "export: rows of some or all users as JSONL\n"
