@@ -16,10 +16,16 @@ if TYPE_CHECKING:
     from plm.method import PersonalizationMethod
     from plm.methods.bradley_terry import BradleyTerry
     from plm.methods.lore import LoRe
+    from plm.methods.pal import PAL
+    from plm.methods.palm import PALM
+    from plm.methods.vpl import VPL
     from plm.types import Context, PreferenceBatch, Tokens, UserState
     from plm.users import UserStore
 
 __all__ = [
+    "PAL",
+    "PALM",
+    "VPL",
     "BradleyTerry",
     "Context",
     "LoRe",
@@ -37,6 +43,9 @@ _MODULE_OF = {
     "BradleyTerry": "plm.methods.bradley_terry",
     "Context": "plm.types",
     "LoRe": "plm.methods.lore",
+    "PAL": "plm.methods.pal",
+    "PALM": "plm.methods.palm",
+    "VPL": "plm.methods.vpl",
     "PersonalizationMethod": "plm.method",
     "PreferenceBatch": "plm.types",
     "PreferenceDataModule": "plm.data.datamodule",

@@ -312,6 +312,19 @@ def fit_simplex_by_adam(pairs: PairList, centre: Tensor, num_steps: int = 500, l
     return torch.where((count == 0)[:, None], centre, torch.softmax(logits.detach(), -1))
 
 
+def expected_losses(margin: Tensor, design: Tensor, target: Tensor, precision: Tensor, user: Tensor) -> Tensor:
+    """Expected loss of each pair under its user's posterior N(mode, precision^-1), to second order: ``(N,)``.
+
+    ``bt(z) + p (1 - p) / 2 * J' precision^-1 J`` with ``bt'' = p (1 - p)``, z and J at the mode: the part of the
+    evidence lower bound that depends on the shared parameters. The second term is the price of not knowing the user;
+    it keeps shared parameters from spreading users further than their pairs can tell.
+    """
+    chance = torch.sigmoid(margin.detach())
+    covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision)).to(design)
+    variance = torch.einsum("nj,njk,nk->n", design, covariance[user], design)
+    return bt_losses(margin, target) + 0.5 * chance * (1 - chance) * variance
+
+
 def _inside(value: Tensor, step: Tensor) -> Tensor:
     """Longest step ``(U,)``, at most 1, that keeps 0.5 % of the distance of ``value > 0`` to zero."""
     ratio = torch.where(step < 0, -value / step.clamp_max(-1e-300), torch.inf)

@@ -16,9 +16,9 @@ from torch import Tensor
 from plm.backbones import HashingBackbone
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
-from plm.functional import PairList, fit_gaussian, fit_simplex
+from plm.functional import PairList, expected_losses, fit_gaussian, fit_simplex
 from plm.methods.pal import PAL
-from plm.methods.pal.solver import expected_losses, fit_deviations, linearised
+from plm.methods.pal.solver import fit_deviations, linearised
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import Context, PreferenceBatch
 

@@ -5,11 +5,10 @@ Axes: B pairs in a batch, N pairs of several users, D feature width, K bases, U 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plm.functional import Posterior, bt_losses
+from plm.functional import Posterior, expected_losses
 
 
 def basis_margins(difference: Tensor, bases: Tensor, weights: Tensor) -> Tensor:
@@ -58,9 +57,5 @@ def evidence_losses(design: Tensor, offset: Tensor, target: Tensor, posterior: P
     it, unless it pays by better margins. Minimising the first term alone (a joint mode of bases and weights) has no
     such price and a degenerate scale: bases grow while weights and their penalty vanish.
     """
-    mean = posterior.mean[user]
-    margin = offset + (design * mean).sum(-1)
-    chance = torch.sigmoid(margin.detach())
-    covariance = torch.cholesky_inverse(torch.linalg.cholesky(posterior.precision))
-    variance = torch.einsum("nj,njk,nk->n", design, covariance[user], design)
-    return bt_losses(margin, target) + 0.5 * chance * (1 - chance) * variance
+    margin = offset + (design * posterior.mean[user]).sum(-1)
+    return expected_losses(margin, design, target, posterior.precision, user)

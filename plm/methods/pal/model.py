@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.functional import bt_losses, targets
+from plm.functional import bt_losses, expected_losses, targets
 from plm.method import PersonalizationMethod
 from plm.methods.pal.export import PromptedRewardModel, RewardHead, check_pooling, with_head
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, as_double, distinct_pairs, distinct_rows
 from plm.methods.pal.heads import Head, Loss, bound_penalty, pair_losses
 from plm.methods.pal.optimizer import RowAdam
 from plm.methods.pal.options import GROUPS, Mixing, Residual, Users, Variant, check_groups, check_options
-from plm.methods.pal.solver import expected_losses, linearised
+from plm.methods.pal.solver import linearised
 from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_logits, solve_table
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 

@@ -129,16 +129,3 @@ def _derivatives(
             (row,) = torch.autograd.grad(slopes[index], rows, retain_graph=True)
             bend[:, index] = per_user_sum(row, user, num_users)
     return Derivatives(gradient, hessian, bend)
-
-
-def expected_losses(margin: Tensor, design: Tensor, target: Tensor, precision: Tensor, user: Tensor) -> Tensor:
-    """Expected loss of each pair under its user's posterior N(mode, precision^-1), to second order: ``(N,)``.
-
-    ``bt(z) + p (1 - p) / 2 * J' precision^-1 J`` with ``bt'' = p (1 - p)``, z and J at the mode: the part of the
-    evidence lower bound that depends on the shared parameters. The second term is the price of not knowing the user;
-    it keeps the prototypes from moving apart further than the pairs of a user can tell.
-    """
-    chance = torch.sigmoid(margin.detach())
-    covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision)).to(design)
-    variance = torch.einsum("nj,njk,nk->n", design, covariance[user], design)
-    return bt_losses(margin, target) + 0.5 * chance * (1 - chance) * variance
