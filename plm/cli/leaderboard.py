@@ -36,7 +36,7 @@ OPPONENT = "BradleyTerry"
 
 _ABOUT = {
     "majority": "how often an item won among training pairs of seen users",
-    "length": "log length of the response, sign and scale learned",
+    "length": "characters and words of the response, signs and scales learned",
     "surface": "ridge logistic probe on lengths, brackets, digits and the like, no words",
     "oracle": "the planted utilities themselves",
 }
