@@ -7,6 +7,7 @@ A recipe may start with ``defaults: [{data: synthetic}, {trainer: cpu}]``. Each 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from typing import Any
 import yaml
 
 _PACKAGE = Path(__file__).parent
+
+
+def debug() -> bool:
+    """Whether ``PLM_DEBUG`` asks for tracebacks."""
+    return os.environ.get("PLM_DEBUG", "0") not in ("", "0")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ Nothing here imports torch: the light commands must answer at once, and the othe
 from __future__ import annotations
 
 import ast
-import os
 import sys
 import traceback
 import warnings
@@ -16,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import plm
-from plm.config import nearest
+from plm.config import debug, nearest
 
 _VERBS = {
     "fit": "train a method on preference pairs, then test its best checkpoint",
@@ -53,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (ValueError, OSError) as error:
-        if os.environ.get("PLM_DEBUG", "0") not in ("", "0"):
+        if debug():
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1

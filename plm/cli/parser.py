@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn, get_args
@@ -11,12 +10,7 @@ from typing import Any, NoReturn, get_args
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
-from plm.config import nearest
-
-
-def debug() -> bool:
-    """Whether ``PLM_DEBUG`` asks for tracebacks."""
-    return os.environ.get("PLM_DEBUG", "0") not in ("", "0")
+from plm.config import debug, nearest
 
 
 def shorten(message: str) -> str:
