@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from plm.checkpoint import load_method
     from plm.data.datamodule import PreferenceDataModule
+    from plm.generation import best_of_n, sample
     from plm.method import PersonalizationMethod
     from plm.methods.bradley_terry import BradleyTerry
     from plm.methods.lore import LoRe
@@ -36,7 +37,9 @@ __all__ = [
     "UserState",
     "UserStore",
     "__version__",
+    "best_of_n",
     "load_method",
+    "sample",
 ]
 
 _MODULE_OF = {
@@ -52,7 +55,9 @@ _MODULE_OF = {
     "Tokens": "plm.types",
     "UserState": "plm.types",
     "UserStore": "plm.users",
+    "best_of_n": "plm.generation",
     "load_method": "plm.checkpoint",
+    "sample": "plm.generation",
 }
 
 

@@ -1,7 +1,8 @@
 """Callbacks that turn what the evaluation steps return into metrics, files and pictures, and keep the user states.
 
 Methods are never touched: a callback reads ``margin``, ``population_margin`` and ``other_margin`` of a step's output,
-and the user rows of its batch. Every process computes, process zero writes.
+and the user rows of its batch. Every process computes, process zero writes. A ``fast_dev_run`` sees one batch, so
+nothing is written or printed of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from plm.evaluation import (
     USER_COLUMNS,
+    calibration_figure,
     few_shot_figure,
     few_shot_table,
     gain_figure,
@@ -52,12 +55,18 @@ def run_dir(trainer: L.Trainer) -> Path:
     return Path(os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version))
 
 
+def is_fast_dev_run(trainer: L.Trainer) -> bool:
+    """Whether the trainer runs one batch of everything to find bugs: nothing of it is kept or shown."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 class PreferenceMetrics(L.Callback):
     """Logs accuracy, log-loss, calibration and controls of seen and unseen users; writes the results of a test.
 
     Validation logs ``val/<users>/`` accuracy, log_loss, global_accuracy and personal_minus_global. A test logs
     everything under ``test/<users>/`` with intervals, prints a table with a verdict, and writes ``metrics.json``,
-    ``per_user.csv`` and ``histogram.png`` into the run's folder.
+    ``per_user.csv``, ``histogram.png`` and ``calibration.png`` into the run's folder. What a method reports of itself,
+    such as signs of collapse, goes to ``val/method/``, ``test/method/`` and ``method`` of ``metrics.json``.
 
     Args:
         num_resamples: Bootstrap resamples of the users behind each 95 % interval of a test.
@@ -99,19 +108,22 @@ class PreferenceMetrics(L.Callback):
         for name, metric in self._metrics.items():
             numbers = metric.table().estimates()
             _log(pl_module, f"val/{name}", {key: numbers[key] for key in VALIDATION_KEYS if key in numbers})
+        _log(pl_module, "val/method", cast(Any, pl_module).report())
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log every number with its interval and write the files."""
         tables = {name: metric.table() for name, metric in self._metrics.items()}
         groups = {name: summarize(table, self.num_resamples, self.seed) for name, table in tables.items()}
         for name, numbers in groups.items():
-            _log(pl_module, f"test/{name}", {key: value for key, value in numbers.items() if not math.isnan(value)})
-        if not trainer.is_global_zero:
+            _log(pl_module, f"test/{name}", numbers)
+        report = cast(Any, pl_module).report()
+        _log(pl_module, "test/method", report)
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         data = _datamodule(trainer)
         verdicts = {name: verdict(name, numbers) for name, numbers in groups.items()}
         about = {
-            "method": type(pl_module).__name__,
+            "method": {"name": type(pl_module).__name__, **report},
             "split_hash": data.split_hash,
             "num_resamples": self.num_resamples,
             "seed": self.seed,
@@ -124,7 +136,8 @@ class PreferenceMetrics(L.Callback):
             if isinstance(logger, WandbLogger):
                 logger.log_table("test/users", columns=USER_COLUMNS, data=rows)
         _show(trainer, "test/histogram", gain_figure(tables), folder / "histogram.png")
-        files = f"metrics.json, per_user.csv and histogram.png in {folder}"
+        _show(trainer, "test/calibration", calibration_figure(tables), folder / "calibration.png")
+        files = f"metrics.json, per_user.csv, histogram.png and calibration.png in {folder}"
         self._report = [summary_table(groups), *verdicts.values(), files]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -171,7 +184,7 @@ class FewShotCurve(L.Callback):
         data = _datamodule(trainer)
         names = data.eval_names("test")
         self._metric = self._curve = None
-        if "few_shot" in names:
+        if "few_shot" in names and not is_fast_dev_run(trainer):
             self._loader = names.index("few_shot")
             metric = FewShotMetric(len(data.all_user_ids), data.shots, data.repeats)
             self._metric = metric.to(_device(pl_module))
@@ -218,23 +231,39 @@ class FewShotCurve(L.Callback):
         self._report = _print(self._report)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint of a fit, also of one that is resumed: a resumed run has a folder of its own."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what was best before; Lightning forgets it where the folder is another."""
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+
 class SaveUserStates(L.Callback):
     """Writes the states of all seen users beside the best checkpoint when a fit ends, as a `UserStore`."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the states off the best checkpoint's weights; the model keeps its own."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
-            rank_zero_warn("user states are not saved: this fit wrote no checkpoint they could stand beside")
+            rank_zero_warn(
+                "neither a checkpoint nor user states are saved: checkpoints are off, or this fit ended before its "
+                "first validation; train longer, or lower trainer.check_val_every_n_epoch or trainer.val_check_interval"
+            )
+            return
+        if Path(path).is_dir():
+            rank_zero_warn(f"user states are not saved: {path} is a folder of parts of a checkpoint; make it one file")
             return
         best = torch.load(path, map_location=pl_module.device, weights_only=True)["state_dict"]
-        last = {name: value.clone() for name, value in pl_module.state_dict().items() if name in best}
+        own = pl_module.state_dict()
+        # what other processes hold parts of is a network, and stays: no state of a user is read off it
+        last = {name: own[name].clone() for name in best if name in own and type(own[name]) is type(best[name])}
         was_training = pl_module.training
         pl_module.eval()
         try:
-            pl_module.load_state_dict(best, strict=pl_module.strict_loading)
+            pl_module.load_state_dict({name: best[name] for name in last}, strict=pl_module.strict_loading)
             with torch.no_grad():
                 method = cast(Any, pl_module)
                 states = method.user_states(torch.arange(method.num_users, device=pl_module.device))
@@ -273,8 +302,9 @@ def _required(batch: PreferenceBatch, name: str) -> Tensor:
 
 
 def _log(pl_module: L.LightningModule, prefix: str, numbers: dict[str, float]) -> None:
-    """Log numbers that are already equal in all processes; sync_dist only quiets Lightning's advice to set it."""
-    pl_module.log_dict({f"{prefix}/{key}": value for key, value in numbers.items()}, sync_dist=True)
+    """Log numbers that are already equal in all processes, nan left out; sync_dist quiets advice of Lightning's."""
+    known = {f"{prefix}/{key}": value for key, value in numbers.items() if not math.isnan(value)}
+    pl_module.log_dict(known, sync_dist=True)
 
 
 def _show(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""load_method: any method's checkpoint, ours or a third party's, ready to score text."""
+"""load_method: any method's checkpoint, ours or a third party's, ready to score text and, of a policy, to write it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plm.backbones import Backbone
+from plm.backbones import Backbone, CausalLM
+from plm.data.values import plain_prompt
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
-from plm.types import UserState
+from plm.types import Tokens, UserState
 from plm.users import UserStore, shared_hash, store_path
-
-_COMMON = tuple(inspect.signature(PersonalizationMethod).parameters)
 
 
 def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -108,15 +107,15 @@ class KnownUsers:
         unknown = list(dict.fromkeys(i for i, is_known in zip(user_ids, known.tolist(), strict=True) if not is_known))
         if unknown:
             shown = ", ".join(repr(user_id) for user_id in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-            warnings.warn(f"unknown users get the population reward: {shown} ({len(unknown)} in all)", stacklevel=3)
+            warnings.warn(f"unknown users are treated as the population: {shown} ({len(unknown)} in all)", stacklevel=3)
         return state
 
 
 class TextEncoder:
-    """Texts -> features by the backbone a checkpoint was trained with, loaded on first use.
+    """Texts -> features, or tokens, by the backbone a checkpoint was trained with, loaded on first use.
 
     Args:
-        method: The loaded method; features go to its device.
+        method: The loaded method; what it reads goes to its device.
         spec: ``{class_path, init_args}`` of its backbone.
     """
 
@@ -132,12 +131,32 @@ class TextEncoder:
             raise ValueError("the checkpoint names no backbone: give features (B, D), not texts")
         return Backbone.from_spec(self.spec)
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
-        """Features ``(B, D)`` of B responses to B prompts; a repeated text is encoded once."""
-        rendered = [self.backbone.render(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(rendered))}
-        features = self.backbone.encode(list(row_of))
-        return features[[row_of[text] for text in rendered]].to(self.method.device)
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor | Tokens:
+        """Features ``(B, D)``, or tokens, of B responses to B prompts."""
+        if not texts and self.method.view == "features":
+            return self.method.reference.new_zeros(0, self.method.feature_dim)
+        return self._on_device(self.backbone.represent(prompts, texts))
+
+    def prompts(self, prompts: Sequence[str]) -> Tensor | None:
+        """Features ``(B, D)`` of B prompts alone, those of ``data.prompt_features``; None if the method reads none."""
+        if not self.method.reads_prompts:
+            return None
+        reader = self.backbone.prompt_backbone
+        if isinstance(reader, CausalLM):
+            features = self._on_device(reader.represent_prompts(prompts))
+        elif not prompts:
+            return self.method.reference.new_zeros(0, reader.feature_dim)
+        else:
+            features = self._on_device(reader.represent([""] * len(prompts), [plain_prompt(text) for text in prompts]))
+        assert isinstance(features, Tensor)
+        return features
+
+    def _on_device(self, read: Tensor | Tokens) -> Tensor | Tokens:
+        """What the method reads, where it is."""
+        device = self.method.device
+        if isinstance(read, Tokens):
+            return self.method.read_tokens(read.map(lambda value: value.to(device)))
+        return read.to(device)
 
 
 def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> PersonalizationMethod:
@@ -163,11 +182,14 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
     hparams = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
     parameters = inspect.signature(cls).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        # linked values and those a method hands to the base are written even where the class has no such parameter
-        hparams = {key: value for key, value in hparams.items() if key in parameters or key not in _COMMON}
+        # linked values and those a method hands to its bases are written even where the class has no such parameter
+        bases = [base for base in cls.__mro__[1:] if issubclass(base, PersonalizationMethod)]
+        given_on = {name for base in bases for name in inspect.signature(base).parameters} | {"prompt_dim"}
+        hparams = {key: value for key, value in hparams.items() if key in parameters or key not in given_on}
     try:
         method = cls(**hparams)
         method.user_ids = list(about["user_ids"])
+        method.configure_model()
         method.on_load_checkpoint(checkpoint)
         method.load_state_dict(checkpoint["state_dict"], strict=method.strict_loading)
     except (TypeError, RuntimeError, KeyError) as error:
@@ -177,6 +199,7 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
             "load it with the version that wrote it"
         ) from error
     method.to(map_location).eval().requires_grad_(False)
-    method.encode = TextEncoder(method, checkpoint.get("hyper_parameters", {}).get("backbone"))
+    encoder = TextEncoder(method, checkpoint.get("hyper_parameters", {}).get("backbone"))
+    method.encode, method.encode_prompts = encoder, encoder.prompts
     method.find_users = KnownUsers(method, store_path(path))
     return method

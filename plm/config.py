@@ -22,10 +22,15 @@ def debug() -> bool:
     return os.environ.get("PLM_DEBUG", "0") not in ("", "0")
 
 
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name most like ``name``, if one is like it."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the valid name most like ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(name, valid)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def shipped(kind: str) -> Path:

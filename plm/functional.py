@@ -6,7 +6,7 @@ each pair's user, so that users of very different size share a call without padd
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,55 @@ def unit_mean_per_user(weight: Tensor, user: Tensor, num_users: int) -> Tensor:
     >>> unit_mean_per_user(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).tolist()
     [0.5, 1.5, 1.0]
     """
-    total = per_user_sum(weight, user, num_users).clamp_min(torch.finfo(weight.dtype).tiny)
+    total = per_user_sum(weight, user, num_users)
     count = per_user_sum(torch.ones_like(weight), user, num_users)
-    return weight * (count / total)[user]
+    return weight * torch.where(total > 0, count / total, 0.0)[user]  # a user whose pairs weigh nothing has none
+
+
+class SequenceLogps(NamedTuple):
+    """Log-probabilities of B responses, token by token; n tokens in all."""
+
+    total: Tensor
+    """``(B,)`` summed over the tokens of each response."""
+    length: Tensor
+    """``(B,)`` int64, how many tokens each response has."""
+    token: Tensor
+    """``(n,)`` log-probability of every token, in reading order."""
+    row: Tensor
+    """``(n,)`` int64, the response each token belongs to."""
+
+
+def sequence_logps(logits: Tensor, token: Tensor, row: Tensor, num_rows: int) -> SequenceLogps:
+    """Log-probability of responses from the logits that predict their tokens, in float32 at least.
+
+    Args:
+        logits: ``(n, V)`` vocabulary scores at the places that predict a response token.
+        token: ``(n,)`` int64, the token that followed.
+        row: ``(n,)`` int64, the response it belongs to.
+        num_rows: Number B of responses.
+
+    >>> logps = sequence_logps(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
+    >>> [round(value, 4) for value in logps.total.tolist()], logps.length.tolist()
+    ([-2.7726, -1.3863], [2, 1])
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return response_logps(logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1), row, num_rows)
+
+
+def response_logps(token_logps: Tensor, row: Tensor, num_rows: int) -> SequenceLogps:
+    """Log-probability of responses from those of their tokens.
+
+    Args:
+        token_logps: ``(n,)``.
+        row: ``(n,)`` int64, the response each token belongs to.
+        num_rows: Number B of responses.
+
+    >>> response_logps(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 1, 1]), 3).total.tolist()
+    [-1.0, -6.0, 0.0]
+    """
+    length = torch.zeros(num_rows, dtype=torch.long, device=row.device).index_add(0, row, torch.ones_like(row))
+    total = token_logps.new_zeros(num_rows).index_add(0, row, token_logps)
+    return SequenceLogps(total, length, token_logps, row)
 
 
 class PairList(NamedTuple):
@@ -93,7 +139,7 @@ def flatten_context(context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)[context.mask]
     tie = torch.zeros_like(context.mask) if context.tie is None else context.tie
-    difference = context.chosen[context.mask] - context.rejected[context.mask]
+    difference = cast("Tensor", context.chosen)[context.mask] - cast("Tensor", context.rejected)[context.mask]
     weight = unit_mean_per_user(context.weight[context.mask], user, context.num_users)
     return difference, targets(tie[context.mask]).to(weight), weight, user
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Protocol, final, runtime_checkable
 
 import lightning as L
 import torch
@@ -16,6 +16,22 @@ from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 CHECKPOINT_KEY = "plm"
 """Where a checkpoint keeps what is not a weight: class path, format version, seen user ids."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A loader of training batches that can go on in the middle of an epoch."""
+
+    def skip(self, num_batches: int) -> None:
+        """Leave out the first batches of the epoch that is read next; of a whole epoch, none."""
+
+
+@runtime_checkable
+class ByUser(Protocol):
+    """A loader of training batches over which a user's pairs are spread, that can also give whole users."""
+
+    def whole_users(self) -> Iterable[PreferenceBatch]:
+        """Every training pair of this process once, a user's in one batch; each user belongs to one process."""
 
 
 class PersonalizationMethod(L.LightningModule, ABC):
@@ -34,7 +50,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
     view: ClassVar[Literal["features", "tokens", "latents"]]
     uses_context: ClassVar[bool] = False
-    user_tables: ClassVar[tuple[str, ...]] = ()
+    user_tables: tuple[str, ...] = ()
     """Names of parameters and buffers with one row per seen user: copied by user id when a checkpoint is loaded."""
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None, lr: float) -> None:
@@ -45,7 +61,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
         self.feature_dim = feature_dim
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
-        self.encode: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None
+        self.encode: Callable[[Sequence[str], Sequence[str]], Tensor | Tokens] | None = None
+        self.encode_prompts: Callable[[Sequence[str]], Tensor | None] | None = None
         self.find_users: Callable[[Sequence[str]], UserState] | None = None
         self.num_train_pairs = 1
         self.reference: Tensor
@@ -60,7 +77,10 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
     @abstractmethod
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
-        """Reward of each response for the user in the same row: ``(B, D), U=B -> (B,)``."""
+        """Reward of each response for the user in the same row: ``(B, D), U=B -> (B,)``.
+
+        With `reads_prompts` there is a third argument, ``prompt_features``: ``(B, D)`` of the prompts alone.
+        """
 
     @abstractmethod
     def _adapt(self, context: Context) -> UserState:
@@ -84,6 +104,19 @@ class PersonalizationMethod(L.LightningModule, ABC):
         ``train_pass`` and ``val_pass`` give the pairs.
         """
 
+    def report(self) -> dict[str, float]:
+        """Numbers about the fitted method for ``metrics.json``, such as signs of collapse; nan = not known."""
+        return {}
+
+    def read_tokens(self, tokens: Tokens) -> Tensor | Tokens:
+        """What is kept of texts that are scored or learned from after training: the tokens, or what they became."""
+        return tokens
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether ``_score`` takes ``prompt_features``, as batches carry them with ``data.prompt_features: true``."""
+        return False
+
     # ------------------------------------------------------------------ what users call
     @final
     def adapt(self, context: Context) -> UserState:
@@ -95,13 +128,14 @@ class PersonalizationMethod(L.LightningModule, ABC):
         Returns:
             Detached states, one row per user of ``context``, in order.
         """
+        if isinstance(context.chosen, Tensor):
+            self._check_width(context.chosen)
         was_training = self.training
         self.eval()
         try:
             # trainer.test runs under inference mode, whose tensors can never enter autograd: leave it and clone.
             with torch.inference_mode(False), torch.enable_grad():
-                given = {name: value.clone() for name, value in context._asdict().items() if value is not None}
-                return self._adapt(Context(**given)).detach()
+                return self._adapt(Context(*map(_clone, context))).detach()
         finally:
             self.train(was_training)
 
@@ -113,6 +147,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
         *,
         user_id: str | Sequence[str] | None = None,
         prompts: str | Sequence[str] = "",
+        prompt_features: Tensor | Tokens | None = None,
     ) -> Tensor:
         """Reward of each response for its user.
 
@@ -122,6 +157,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
             users: States with one row per response; instead of ``user_id``.
             user_id: One id for all responses or one each; an unknown id gets the population reward and a warning.
             prompts: The prompt of each text, or one for all.
+            prompt_features: ``(B, D)`` of the prompts alone, or their tokens, for a method that reads them.
 
         Returns:
             ``(B,)`` rewards, comparable within one user only.
@@ -142,7 +178,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
             texts, asked = list(responses), [prompts] * num_responses if isinstance(prompts, str) else list(prompts)
             if not all(isinstance(text, str) for text in texts) or len(asked) != num_responses:
                 raise ValueError(f"expected texts with one prompt each, got {len(asked)} prompts and {texts[:3]!r}")
-            responses = self.encode(asked, texts) if texts else self.reference.new_zeros(0, self.feature_dim)
+            responses = self.encode(asked, texts)
+            prompt_features = self.encode_prompts(asked) if self.encode_prompts else None
         if user_id is not None:
             if self.find_users is None:
                 raise ValueError("score got user ids, but this method knows none; load it with plm.load_method(path)")
@@ -151,17 +188,25 @@ class PersonalizationMethod(L.LightningModule, ABC):
             users = self.population_state(num_responses)
         if users.num_users != num_responses:
             raise ValueError(f"expected one user per response, got {users.num_users} for {num_responses} responses")
-        if isinstance(responses, Tensor) and responses.shape[-1] != self.feature_dim:
+        if isinstance(responses, Tensor):
+            self._check_width(responses)
+        return self._score(responses, users, **self._asked(prompt_features))
+
+    def _asked(self, prompt_features: Tensor | Tokens | None) -> dict[str, Any]:
+        return {"prompt_features": prompt_features} if self.reads_prompts else {}
+
+    def _check_width(self, features: Tensor) -> None:
+        if features.shape[-1] != self.feature_dim:
             raise ValueError(
-                f"{type(self).__name__} expects features of width {self.feature_dim}, got {responses.shape[-1]}; "
+                f"{type(self).__name__} expects features of width {self.feature_dim}, got {features.shape[-1]}; "
                 "encode with the backbone it was trained with"
             )
-        return self._score(responses, users)
 
     def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
         """Reward of chosen minus reward of rejected, ``(B,)``; ``users`` default to those of the batch."""
         users = self.batch_states(batch) if users is None else users
-        return self._score(batch.chosen, users) - self._score(batch.rejected, users)
+        given = self._asked(batch.prompt)
+        return self._score(batch.chosen, users, **given) - self._score(batch.rejected, users, **given)
 
     @final
     def batch_states(self, batch: PreferenceBatch) -> UserState:
@@ -173,11 +218,16 @@ class PersonalizationMethod(L.LightningModule, ABC):
     # ------------------------------------------------------------------ Lightning
     def setup(self, stage: str) -> None:
         """Take user ids and the reference head from the datamodule and check that its view fits."""
+        if self.device_mesh is not None and type(self).configure_model is L.LightningModule.configure_model:
+            raise ValueError(
+                f"trainer.strategy: {type(self).__name__} trains no language model that could be shared out; take ddp"
+            )
         data = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
         if data.view != self.view:
-            raise ValueError(f"{type(self).__name__} reads {self.view!r} batches, the data give {data.view!r}")
+            fix = "; set data.backbone to a plm.backbones.CausalLM" if self.view == "tokens" else ""
+            raise ValueError(f"{type(self).__name__} reads {self.view!r} batches, the data give {data.view!r}{fix}")
         if len(data.user_ids) == self.num_users:
             self.user_ids = list(data.user_ids)
         if data.reference_head is not None:
@@ -204,10 +254,22 @@ class PersonalizationMethod(L.LightningModule, ABC):
         self.num_train_pairs = int(num_pairs)
         if self.trainer.global_step == 0 and length > 0:
             self.feature_scale.fill_((length / num_pairs) ** 0.5)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Tell the loader how far a resumed fit has come in its epoch; called when training starts.
+
+        Lightning does so itself only where nobody has asked for the length of the fit before, as schedules do.
+        """
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, Resumable):
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            loader.skip(progress.processed)
 
     def train_pass(self) -> Iterator[PreferenceBatch]:
         """Every training pair of this process once; a user's pairs are never spread over batches."""
-        return self._pass(self.trainer.train_dataloader)
+        loader = self.trainer.train_dataloader
+        return self._pass(loader.whole_users() if isinstance(loader, ByUser) else loader)
 
     def val_pass(self) -> Iterator[PreferenceBatch]:
         """Every validation pair of this process once."""
@@ -271,7 +333,18 @@ class PersonalizationMethod(L.LightningModule, ABC):
         checkpoint[CHECKPOINT_KEY] = about
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Copy rows of user tables by user id, never by position."""
+        """Copy rows of user tables by user id, never by position.
+
+        Raises:
+            ValueError: If the checkpoint was trained on latents of another model.
+        """
+        specs = (checkpoint.get("hyper_parameters", {}).get("backbone"), self.hparams.get("backbone"))
+        saved_content, content = ((spec or {}).get("init_args", {}).get("content") for spec in specs)
+        if None not in (saved_content, content) and saved_content != content:
+            raise ValueError(
+                f"the checkpoint was trained on latents of the model {saved_content}, the data give those of "
+                f"{content}; set data.backbone to the one it was trained with, or train again"
+            )
         saved: list[str] | None = checkpoint.get(CHECKPOINT_KEY, {}).get("user_ids")
         if saved is None or saved == self.user_ids or not self.user_tables:
             return
@@ -293,3 +366,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
     def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
         """Row of a user table for a user a checkpoint does not know; None = as initialised."""
         return None
+
+
+def _clone(value: Tensor | Tokens | None) -> Any:
+    """A copy that autograd may record."""
+    return value.map(torch.clone) if isinstance(value, Tokens) else None if value is None else value.clone()

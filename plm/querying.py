@@ -1,7 +1,7 @@
 """Which pair to ask a user about next: the answers that tell most about the user, from samples of the posterior.
 
-Works with every method whose user state holds a normal posterior, as ``mean`` and ``log_var`` (diagonal) or as
-``weights`` and ``precision`` (full).
+Works with every method whose user state holds a normal posterior: ``mean`` and ``log_var`` (diagonal), ``weights`` and
+``precision`` (full), or ``weights`` on the simplex and ``log_precision``, the precision of their logarithms.
 
 Axes: N candidate pairs, U users, M posterior samples, D feature width, K weights, C sequences of answers.
 """
@@ -24,6 +24,10 @@ MAX_FLOATS = 2**24
 """Feature values scored at once (64 MiB)."""
 
 
+FORMS = (("mean", "log_var"), ("weights", "precision"), ("weights", "log_precision"))
+"""Tensors of a user's state that are a posterior: where it is, and how wide."""
+
+
 class Query(NamedTuple):
     """A pair worth asking about."""
 
@@ -39,8 +43,8 @@ def posterior_samples(users: UserState, num_samples: int, seed: int = 0) -> User
     """Draws from the posteriors of U users, as states with M rows per user, user by user.
 
     Args:
-        users: States with ``mean`` and ``log_var`` ``(U, Z)``, or ``weights`` ``(U, K)`` and ``precision``
-            ``(U, K, K)``; the draws stand where the mean or the weights were.
+        users: States with ``mean`` and ``log_var`` ``(U, Z)``, or with ``weights`` ``(U, K)`` and ``precision`` or
+            ``log_precision`` ``(U, K, K)``; the draws stand where the mean or the weights were.
         num_samples: Number M of draws per user.
         seed: Seed; the same for every user, so that a draw does not depend on who else is asked.
 
@@ -51,15 +55,18 @@ def posterior_samples(users: UserState, num_samples: int, seed: int = 0) -> User
         ValueError: If the states hold no normal posterior, or an improper one.
     """
     tensors = users.tensors
-    names = ("mean", "log_var") if {"mean", "log_var"} <= tensors.keys() else ("weights", "precision")
-    if not set(names) <= tensors.keys():
+    names = next((pair for pair in FORMS if set(pair) <= tensors.keys()), None)
+    if names is None:
+        forms = ", ".join(" and ".join(pair) for pair in FORMS)
         raise ValueError(
-            "choosing pairs needs users with an uncertainty, mean and log_var or weights and precision, got "
-            f"{sorted(tensors) or 'nothing'}; use a method with a posterior, such as LoRe or VPL"
+            f"choosing pairs needs users with an uncertainty, one of {forms}, got {sorted(tensors) or 'nothing'}; use "
+            "a method with a posterior, such as LoRe, PAL or VPL"
         )
     centre, spread = (tensors[name].double() for name in names)
+    if not (centre.isfinite().all() and spread.isfinite().all()):
+        raise ValueError("choosing pairs needs a finite posterior, got nan or inf; adapt the user anew")
     noise = torch.randn(num_samples, centre.shape[-1], generator=torch.Generator().manual_seed(seed)).to(centre)
-    if names[0] == "mean":
+    if names[1] == "log_var":
         draws = centre[:, None] + (0.5 * spread).exp()[:, None] * noise
     else:
         factor, failed = torch.linalg.cholesky_ex(spread)
@@ -70,13 +77,30 @@ def posterior_samples(users: UserState, num_samples: int, seed: int = 0) -> User
             )
         # precision = L L', so L'^-1 noise has its inverse as covariance
         wide = noise.mT.expand(len(centre), -1, -1)
-        draws = centre[:, None] + torch.linalg.solve_triangular(factor.mT, wide, upper=True).mT
+        shift = torch.linalg.solve_triangular(factor.mT, wide, upper=True).mT
+        if names[1] == "precision":
+            draws = centre[:, None] + shift
+        else:
+            tiny = torch.finfo(tensors[names[0]].dtype).tiny
+            draws = torch.softmax(centre.clamp_min(tiny).log()[:, None] + shift, -1)
     repeated = users.take(torch.arange(users.num_users, device=centre.device).repeat_interleave(num_samples))
     return repeated._replace(tensors={**repeated.tensors, names[0]: draws.flatten(0, 1).to(tensors[names[0]])})
 
 
-def sampled_chances(method: PersonalizationMethod, left: Tensor, right: Tensor, samples: UserState) -> Tensor:
-    """Probability that each sample of a user prefers left: ``(N, D)``, ``(N, D)``, M rows -> ``(M, N)``."""
+def sampled_chances(
+    method: PersonalizationMethod,
+    left: Tensor,
+    right: Tensor,
+    samples: UserState,
+    prompt_features: Tensor | None = None,
+) -> Tensor:
+    """Probability that each sample of a user prefers left: ``(N, D)``, ``(N, D)``, M rows -> ``(M, N)``.
+
+    ``prompt_features`` ``(N, D)`` are for a method that reads prompts.
+
+    Raises:
+        ValueError: If rewards are not finite.
+    """
     num_samples, num_pairs = samples.num_users, len(left)
     block = max(1, MAX_FLOATS // max(left.numel(), 1))
     chances = []
@@ -84,9 +108,16 @@ def sampled_chances(method: PersonalizationMethod, left: Tensor, right: Tensor, 
         for start in range(0, num_samples, block):
             rows = torch.arange(start, min(start + block, num_samples), device=left.device)
             states = samples.take(rows.repeat_interleave(num_pairs))
-            rewards = [method.score(side.repeat(len(rows), 1), states) for side in (left, right)]
+            asked = None if prompt_features is None else prompt_features.repeat(len(rows), 1)
+            rewards = [method.score(side.repeat(len(rows), 1), states, prompt_features=asked) for side in (left, right)]
             chances.append(torch.sigmoid(rewards[0] - rewards[1]).view(-1, num_pairs))
-    return torch.cat(chances)
+    both = torch.cat(chances)
+    if both.isnan().any():
+        raise ValueError(
+            f"expected finite rewards from {type(method).__name__}, got nan; its training diverged: fit again with a "
+            "lower model.lr"
+        )
+    return both
 
 
 def entropy(chance: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Batches are NamedTuples because Lightning refuses frozen dataclasses and pinned 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,21 +23,60 @@ class Tokens(NamedTuple):
     """``(B, T)`` bool, True = a real token."""
     completion_mask: Tensor
     """``(B, T)`` bool, True = a token of the response."""
+    ref_logps: Tensor | None = None
+    """``(B,)`` summed log-probability of the response under the reference policy, where the data bring it."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of texts, B."""
+        return self.input_ids.shape[0]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """Apply a function to every tensor."""
+        ref_logps = None if self.ref_logps is None else change(self.ref_logps)
+        return Tokens(change(self.input_ids), change(self.attention_mask), change(self.completion_mask), ref_logps)
+
+    def take(self, rows: Tensor) -> Tokens:
+        """Gather texts: ``(n,)`` int64 rows, or a mask ``(B,)``."""
+        return self.map(lambda value: value[rows])
+
+    def trimmed(self) -> Tokens:
+        """Leave out columns that are padding in every row."""
+        kept = self.attention_mask.flatten(0, -2).any(0)
+        return Tokens(
+            self.input_ids[..., kept], self.attention_mask[..., kept], self.completion_mask[..., kept], self.ref_logps
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """Stack texts, padding the shorter batches on the right."""
+        width = max(part.input_ids.shape[1] for part in parts)
+
+        def stack(values: Sequence[Tensor]) -> Tensor:
+            return torch.cat([torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values])
+
+        refs = [part.ref_logps for part in parts if part.ref_logps is not None]
+        return Tokens(
+            stack([part.input_ids for part in parts]),
+            stack([part.attention_mask for part in parts]),
+            stack([part.completion_mask for part in parts]),
+            torch.cat(refs) if len(refs) == len(parts) else None,
+        )
 
 
 class Context(NamedTuple):
     """The pairs from which unseen users are adapted, padded to the longest user."""
 
-    chosen: Tensor
-    """``(U, S, D)`` features of the preferred responses; padding rows hold zeros."""
-    rejected: Tensor
-    """``(U, S, D)`` features of the other responses."""
+    chosen: Tensor | Tokens
+    """``(U, S, D)`` features of the preferred responses, or tokens ``(U, S, T)``; padding rows hold zeros."""
+    rejected: Tensor | Tokens
+    """The same for the other responses."""
     mask: Tensor
     """``(U, S)`` bool, True = a real pair."""
     weight: Tensor
     """``(U, S)`` non-negative pair weights; 1 where the corpus gives none."""
-    prompt: Tensor | None = None
-    """``(U, S, D)`` features of the prompts, for methods that read them."""
+    prompt: Tensor | Tokens | None = None
+    """``(U, S, D)`` features of the prompts, or their tokens, for methods that read them."""
     tie: Tensor | None = None
     """``(U, S)`` bool, True = the user found both responses equally good."""
 

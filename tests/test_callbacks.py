@@ -46,6 +46,9 @@ class TinyMethod(PersonalizationMethod):
         mean = ((context.chosen - context.rejected) * context.mask[..., None]).sum(1) / num_pairs.clamp(min=1)[:, None]
         return UserState({"own": mean}, num_pairs)
 
+    def report(self) -> dict[str, float]:
+        return {"length": float(self.shared.norm()), "unknown": math.nan}
+
     def user_states(self, user_index: torch.Tensor) -> UserState:
         return UserState({"own": self.own[user_index]}, torch.full_like(user_index, PAIRS))
 
@@ -146,7 +149,7 @@ def metrics_json(run: L.Trainer) -> dict[str, Any]:
 def test_validation_logs_only_what_training_watches(tmp_path: Path):
     run = trainer(tmp_path, PreferenceMetrics())
     logged = run.validate(TinyMethod(), Planted(), verbose=False)[0]
-    assert set(logged) == {f"val/seen/{key}" for key in VALIDATION_KEYS}
+    assert set(logged) == {f"val/seen/{key}" for key in VALIDATION_KEYS} | {"val/method/length"}
     assert logged["val/seen/log_loss"] == pytest.approx(math.log(2))  # nothing learned: every margin is zero
     assert logged["val/seen/accuracy"] == 0.5
     assert not (run_dir(run) / "metrics.json").exists()
@@ -178,7 +181,8 @@ def test_a_test_logs_every_number(tested: tuple[L.Trainer, dict[str, float]]):
     plain |= {"num_users", "num_pairs", "ties", "labelled_ties"}
     names = intervals | plain | {f"{name}_{end}" for name in intervals for end in ("low", "high")}
     expected = {f"test/{users}/{name}" for users in ("seen", "unseen") for name in names}
-    assert set(logged) == expected | {f"test/few_shot/accuracy@{shots}" for shots in SHOTS}
+    expected |= {f"test/few_shot/accuracy@{shots}" for shots in SHOTS}
+    assert set(logged) == expected | {"test/method/length"}  # what is not known is not logged
     assert logged["test/seen/num_users"] == SEEN
     assert logged["test/unseen/num_pairs"] == UNSEEN * (PAIRS - 1)
     assert logged["test/unseen/labelled_ties"] == UNSEEN
@@ -191,12 +195,10 @@ def test_a_test_logs_every_number(tested: tuple[L.Trainer, dict[str, float]]):
 def test_metrics_json_holds_the_logged_numbers(tested: tuple[L.Trainer, dict[str, float]]):
     run, logged = tested
     found = metrics_json(run)
-    assert {found[key] for key in ("method", "split_hash", "num_resamples", "seed")} == {
-        "TinyMethod",
-        "0123abcd",
-        300,
-        1,
-    }
+    assert {found[key] for key in ("split_hash", "num_resamples", "seed")} == {"0123abcd", 300, 1}
+    length = logged["test/method/length"]
+    assert found["method"] == {"name": "TinyMethod", "length": pytest.approx(length, rel=1e-6), "unknown": None}
+    assert length > 0
     for users in ("seen", "unseen"):
         for name, value in found[users].items():
             assert logged[f"test/{users}/{name}"] == pytest.approx(value, rel=1e-6), name
@@ -208,7 +210,7 @@ def test_metrics_json_holds_the_logged_numbers(tested: tuple[L.Trainer, dict[str
 
 def test_files_of_a_test(tested: tuple[L.Trainer, dict[str, float]]):
     folder = run_dir(tested[0])
-    for picture in ("histogram.png", "few_shot.png"):
+    for picture in ("histogram.png", "calibration.png", "few_shot.png"):
         assert (folder / picture).read_bytes()[:4] == b"\x89PNG"
     with (folder / "per_user.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -233,7 +235,12 @@ def test_without_few_shot_batches_the_curve_is_silent(tmp_path: Path):
     run = trainer(tmp_path, PreferenceMetrics(100), FewShotCurve(100), logger=False)
     run.test(TinyMethod(), Planted(with_few_shot=False), verbose=False)
     assert "few_shot" not in metrics_json(run)
-    assert sorted(file.name for file in run_dir(run).iterdir()) == ["histogram.png", "metrics.json", "per_user.csv"]
+    assert sorted(file.name for file in run_dir(run).iterdir()) == [
+        "calibration.png",
+        "histogram.png",
+        "metrics.json",
+        "per_user.csv",
+    ]
 
 
 def test_a_second_test_in_the_same_folder_leaves_nothing_old(tmp_path: Path):
@@ -285,7 +292,7 @@ def test_user_states_are_those_of_the_best_weights_and_the_model_keeps_its_own(t
 
 
 def test_without_a_checkpoint_user_states_warn(tmp_path: Path):
-    with pytest.warns(UserWarning, match="user states are not saved"):
+    with pytest.warns(UserWarning, match="ended before its first validation"):
         trainer(tmp_path, SaveUserStates(), max_epochs=1).fit(TinyMethod(), Planted())
 
 
@@ -314,7 +321,7 @@ def test_tensorboard_gets_the_pictures(tmp_path: Path):
     logger.finalize("success")
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert set(events.Tags()["images"]) == {"test/histogram", "test/few_shot"}
+    assert set(events.Tags()["images"]) == {"test/histogram", "test/calibration", "test/few_shot"}
     assert "test/unseen/personal_minus_global" in events.Tags()["scalars"]
 
 
@@ -327,7 +334,12 @@ def test_wandb_gets_the_users_and_the_pictures(tmp_path: Path, monkeypatch: pyte
     logger.experiment.finish()
     assert run_dir(run) == tmp_path / "p" / "abc"
     assert (summary["test/users"]["ncols"], summary["test/users"]["nrows"]) == (8, SEEN + UNSEEN)
-    assert summary["test/histogram"]["count"] == summary["test/few_shot"]["count"] == 1
+    assert (
+        summary["test/histogram"]["count"]
+        == summary["test/calibration"]["count"]
+        == summary["test/few_shot"]["count"]
+        == 1
+    )
     assert summary["test/unseen/num_users"] == UNSEEN
 
 

@@ -100,7 +100,7 @@ def test_adapted_users_are_found_and_unknown_ones_get_the_population(method: Tab
     population = method.score(features)
     ones = method.score(features, UserState({"rows": torch.ones(4, DIM)}, torch.ones(4).long()))
     assert torch.equal(loaded.score(TEXTS, user_id=["dora", "ben", "dora", "ben"]), ones)  # the newer row of ben counts
-    with pytest.warns(UserWarning, match=r"population reward: 'cleo', 'zoe' \(2 in all\)"):
+    with pytest.warns(UserWarning, match=r"as the population: 'cleo', 'zoe' \(2 in all\)"):
         rewards = loaded.score(TEXTS, user_id=["cleo", "zoe", "cleo", "dora"])
     assert torch.equal(rewards, torch.cat([population[:3], ones[3:]]))
 

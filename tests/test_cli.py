@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import gzip
 import json
 import os
 import subprocess
@@ -12,6 +14,8 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -85,6 +89,13 @@ class MeanMethod(PersonalizationMethod):
 
 class OtherMethod(MeanMethod):
     """Another class of the same shapes."""
+
+
+class BrokenMethod(MeanMethod):
+    """A method with a mistake in its code."""
+
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        return {"loss": {}["nll"]}
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +269,7 @@ def test_select_keeps_the_best_candidate_by_validation_alone(folder: Path, capsy
     loaded = load_method(run / "checkpoints" / "best.ckpt")
     assert isinstance(loaded, MeanMethod) and (loaded.ridge, loaded.num_bases) == (chosen["ridge"], chosen["num_bases"])
     best = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
-    (state,) = [state for key, state in best["callbacks"].items() if key.startswith("ModelCheckpoint")]
+    (state,) = [state for key, state in best["callbacks"].items() if key.startswith("BestCheckpoint")]
     assert state["best_model_score"].item() == min(values)  # fitted again from the same seed: the same value
     assert yaml.safe_load((run / "recipe.yaml").read_text())["select"] == yaml.safe_load(grid)
     # the recipe of the chosen candidate fits the checkpoint and reruns to it
@@ -319,7 +330,7 @@ def test_a_wrong_option_gives_one_message(error: Callable[..., str], args: list[
         ("MeanMethod", "MeanMethd", "has no attribute 'MeanMethd'; did you mean 'MeanMethod'?"),
         ("num_bases: 2", "num_users: 2", "model.init_args.num_users is filled from data.num_users"),
         ("num_bases: 2", "num_bases: ${data.nope}", "data.nope"),
-        ("{trainer: cpu}", "{trainer: cpus}", "no trainer named 'cpus'; did you mean 'cpu'? (trainer: cpu, ddp, gpu1)"),
+        ("{trainer: cpu}", "{trainer: cpus}", "no trainer named 'cpus'; did you mean 'cpu'? (trainer: cpu, ddp, "),
         ("{trainer: cpu}", "{trainr: cpu}", "no group 'trainr' in defaults; did you mean 'trainer'?"),
         ("SyntheticPairs", "SyntheticPair", "did you mean 'SyntheticPairs'?"),
     ],
@@ -365,17 +376,96 @@ def test_malformed_rows_to_score_are_named_by_line(capsys: pytest.CaptureFixture
         2: "malformed JSON",
         3: "did you mean 'respnse'",
         4: "empty text",
-        5: "an object",
+        5: "a JSON object",
         6: "user_id",
     }.items():
         assert any(row.startswith(f"rows.jsonl:{line}: ") and text in row for row in shown.splitlines()), shown
     assert "5 malformed rows" in shown and "rows.jsonl:1:" not in shown
 
 
+def test_score_reads_what_the_data_read_and_refuses_rewards_that_are_nan(
+    folder: Path, error: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = fit("--final_test", "false") / "checkpoints" / "best.ckpt"
+    day = datetime.date(2026, 11, 21)
+    rows = [{"response": "alpha", "user_id": "seen-1", "day": day}, {"response": "beta", "user_id": None, "day": day}]
+    pq.write_table(pa.Table.from_pylist(rows), "rows.parquet")
+    with gzip.open("rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+    Path("rows.csv").write_text("response,user_id,day\nalpha,seen-1,2026-11-21\nbeta,,2026-11-21\n")
+    score = ["score", "--ckpt_path", str(checkpoint), "--input"]
+    capsys.readouterr()
+    shown = []
+    for name in ("rows.parquet", "rows.jsonl.gz", "rows.csv"):
+        assert main([*score, name]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+    scored = [json.loads(line) for line in shown[0].splitlines()]
+    assert [(row["response"], row["user_id"], row["day"]) for row in scored] == [
+        ("alpha", "seen-1", "2026-11-21"),
+        ("beta", None, "2026-11-21"),
+    ]
+    pq.write_table(pa.Table.from_pylist([{"response": "x"}, {"response": ""}]), "bad.parquet")
+    assert main([*score, "bad.parquet"]) == 1
+    assert "bad.parquet:row 1: response: empty text" in capsys.readouterr().err
+    assert "expected a file ending in .jsonl, .jsonl.gz, .csv" in error(*score, "recipe.yaml")
+
+    store = UserStore.load(store_path(checkpoint))
+    state, _ = store.get(store.ids[:1])
+    store.add(["damaged"], UserState({"shift": torch.full_like(state.tensors["shift"], torch.nan)}, state.num_pairs))
+    store.save(store_path(checkpoint))
+    message = error(*score, "rows.csv", "--user", "damaged")
+    assert "got nan for 1 of 2 rows, the first 'beta' for user 'damaged'" in message
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PLM_DEBUG", "1")
     assert main(["fit", "--config", "nope.yaml"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "recipe.yaml", "--model", f"{__name__}.BrokenMethod"]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "KeyError: 'nll'" in shown
+    assert "this is a bug in plm or in the method's code; report it" in shown.splitlines()[-1]
+
+
+# ---------------------------------------------------------------------- what a run leaves behind
+def test_loggers_write_below_the_folder_that_is_set(folder: Path) -> None:
+    elsewhere = folder / "elsewhere"
+    args = ["fit", "--config", "recipe.yaml", "--trainer.default_root_dir", str(elsewhere)]
+    assert main(args) == 0
+    assert {"recipe.yaml", "metrics.csv", "metrics.json"} <= {path.name for path in elsewhere.glob("plm/version_0/*")}
+    Path("recipe.yaml").write_text(RECIPE.replace("logger: csv", "logger: tensorboard"))
+    assert main(args) == 0
+    assert list(elsewhere.glob("plm/version_1/events.*")) and not Path("runs").exists()
+
+
+def test_a_fast_dev_run_leaves_nothing_behind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = ["fit", "--config", "recipe.yaml", "--trainer.fast_dev_run", "true"]
+    assert main(fast) == 0 and main([*fast, "--select", "{model.num_bases: [1, 2]}"]) == 0
+    assert "nan" not in capsys.readouterr().out and not Path("runs").exists()
+    checkpoint = str(fit() / "checkpoints" / "best.ckpt")
+    before = set(folder.rglob("*"))
+    predict = ["predict", "--config", "recipe.yaml", "--data.cache_dir", "cache", "--ckpt_path", checkpoint]
+    assert main([*predict, "--trainer.fast_dev_run", "true"]) == 0
+    assert set(folder.rglob("*")) == before
+
+
+def test_a_fit_that_few_steps_end_is_validated_and_saved(folder: Path) -> None:
+    steps = ["--trainer.max_epochs", "300", "--trainer.max_steps", "3"]
+    checkpoint = fit(*steps) / "checkpoints" / "best.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
+    assert len(UserStore.load(store_path(checkpoint))) == 16
+    with pytest.warns(
+        UserWarning, match=r"ended before its first validation; .*trainer\.check_val_every_n_epoch"
+    ) as warned:
+        many = fit(
+            *steps, "--data.batch_size", "20"
+        )  # ends in the first epoch: no validation to choose a checkpoint by
+    assert not (many / "checkpoints").exists() and (many / "metrics.json").is_file()
+    assert len(warned) == 1
 
 
 # ---------------------------------------------------------------------- configuration

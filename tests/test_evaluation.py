@@ -15,6 +15,7 @@ from rich.console import Console
 from plm.evaluation import (
     MIN_USERS,
     USER_COLUMNS,
+    calibration_figure,
     cluster_bootstrap,
     few_shot_figure,
     few_shot_table,
@@ -300,6 +301,20 @@ def test_gain_figure_counts_every_user(tmp_path: Path):
     assert figure.axes[-1].get_xlabel()
     figure.savefig(tmp_path / "histogram.png")
     assert (tmp_path / "histogram.png").stat().st_size > 5000
+
+
+def test_calibration_figure_draws_every_bin_that_has_pairs(tmp_path: Path):
+    """Two bins: half right at confidence 0.6, three of four right at 0.9."""
+    table = user_table(60)
+    bins = np.zeros((15, 3))
+    bins[3], bins[12] = (4, 2.4, 2), (8, 7.2, 6)
+    table = UserTable(**{**vars(table), "bins": bins})
+    figure = calibration_figure({"seen": table, "unseen": table})
+    for axes in figure.axes:
+        confidence, accuracy = axes.lines[1].get_data()
+        assert np.allclose(confidence, [60, 90]) and np.allclose(accuracy, [50, 75])
+        assert "calibration error 0.133" in axes.texts[0].get_text()  # (4 * 0.1 + 8 * 0.15) / 12
+    figure.savefig(tmp_path / "calibration.png")
 
 
 def test_gain_figure_of_a_method_without_a_personal_part():

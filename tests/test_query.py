@@ -17,6 +17,7 @@ from plm.functional import win_probability
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lore import LoRe
+from plm.methods.pal import PAL
 from plm.methods.vpl import VPL
 from plm.querying import choose_pairs, entropy, posterior_samples, sampled_chances
 from plm.testing import TinyBackbone, saved
@@ -93,6 +94,23 @@ def test_samples_have_the_moments_of_both_forms_of_posterior() -> None:
         assert not torch.equal(posterior_samples(state, 5, 1).tensors[name], posterior_samples(state, 5).tensors[name])
 
 
+def test_samples_of_weights_on_the_simplex_stay_there() -> None:
+    """Differences of log weights are normal, with the inverse of ``log_precision`` as covariance."""
+    root = draw(3, 3, seed=1)
+    covariance = root @ root.mT + 0.1 * torch.eye(3)
+    weights = torch.softmax(draw(1, 3), -1)
+    state = UserState({"weights": weights, "log_precision": torch.linalg.inv(covariance)[None]}, torch.tensor([4]))
+    draws = posterior_samples(state, 20_000).tensors["weights"]
+    assert torch.allclose(draws.sum(-1), torch.ones(()).double()) and (draws > 0).all()
+    contrast = torch.tensor([[1.0, -1, 0], [0, 1, -1]]).double()
+    found = draws.log() @ contrast.T
+    assert torch.allclose(found.mean(0), (weights.log() @ contrast.T)[0], atol=0.1)
+    expected = contrast @ covariance @ contrast.T
+    assert torch.allclose(found.T.cov(), expected, atol=0.05 * float(expected.max()))
+    sure = UserState({"weights": torch.tensor([[1.0, 0.0]]), "log_precision": torch.eye(2)[None]}, torch.tensor([4]))
+    assert posterior_samples(sure, 5).tensors["weights"].isfinite().all()
+
+
 def test_users_without_a_posterior_are_refused() -> None:
     with pytest.raises(ValueError, match="needs users with an uncertainty"):
         posterior_samples(BradleyTerry(2, DIM).population_state(1), 3)
@@ -166,7 +184,14 @@ def state_after(method: PersonalizationMethod, pool: Tensor, likes: Tensor, rows
 
 # ---------------------------------------------------------------------- the command
 @pytest.mark.parametrize(
-    "make", [lambda: LoRe(2, DIM, num_bases=3), lambda: VPL(2, DIM, latent_dim=3, hidden_dim=4)], ids=["LoRe", "VPL"]
+    "make",
+    [
+        lambda: LoRe(2, DIM, num_bases=3),
+        lambda: VPL(2, DIM, latent_dim=3, hidden_dim=4),
+        lambda: PAL(2, DIM, num_prototypes=3),
+        lambda: PAL(2, DIM, num_prototypes=3, users="table", head="dist", partition=True),
+    ],
+    ids=["LoRe", "VPL", "PAL", "PAL partition"],
 )
 def test_query_writes_the_best_pairs_of_a_pool(
     make: Callable[[], PersonalizationMethod], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -203,6 +228,37 @@ def test_query_writes_the_best_pairs_of_a_pool(
     assert out[0]["id"] == int(gain.argmax()) and out[0]["information"] == pytest.approx(float(gain.max()), abs=1e-5)
 
 
+def test_query_says_what_it_cannot_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Repeated pairs are asked once, also the other way round; nothing is told by answers where users are all alike."""
+    rows = [{"prompt": "hi", "responses": ["a walk", "tea"], "id": 0}]
+    rows += [{"prompt": "hi", "responses": ["tea", "a walk"], "id": 1}, {"responses": ["a walk", "tea"], "id": 2}]
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def query(method: PersonalizationMethod, *args: str) -> tuple[int, str, str]:
+        spec = TinyBackbone(DIM).spec()
+        with saved(method, lambda checkpoint: checkpoint["hyper_parameters"].update(backbone=spec)) as path:
+            capsys.readouterr()
+            status = main(["query", "--ckpt_path", str(path), "--user", "1", "--pool", str(pool), *args])
+        shown = capsys.readouterr()
+        return status, shown.out, shown.err
+
+    status, out, err = query(PAL(2, DIM, num_prototypes=3))
+    assert status == 0 and {json.loads(line)["id"] for line in out.splitlines()} == {0, 2}
+    assert "1 of 3 rows repeat a pair of the pool: asked once" in err and "no answer" not in err
+    status, out, err = query(PAL(2, DIM, num_prototypes=1))
+    assert status == 0 and "no answer would tell anything about '1'" in err
+    assert query(PAL(2, DIM), "--samples", "1")[::2] == (
+        2,
+        "error: --samples: expected an integer >= 2, got 1 (plm query --help)\n",
+    )
+    broken, damaged = PAL(2, DIM), PAL(2, DIM)
+    broken.geometry.prototypes.data.fill_(torch.nan)  # type: ignore[union-attr]
+    damaged.precision.fill_(torch.nan)
+    assert "expected finite rewards from PAL, got nan" in query(broken)[2]
+    assert "needs a finite posterior" in query(damaged)[2]
+
+
 def test_malformed_pools_are_named_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool = tmp_path / "pool.jsonl"
     lines = [
@@ -225,7 +281,7 @@ def test_malformed_pools_are_named_by_line(tmp_path: Path, capsys: pytest.Captur
         ":2: responses: expected a list of two",
         ":3:",
         "two different texts",
-        ":4: expected an object",
+        ":4: expected a JSON object",
         ":5: malformed JSON",
         ":6:",
     ):

@@ -1,9 +1,47 @@
-"""Texts to features: what a frozen model makes of a response."""
+"""Texts to features, or to the tokens of a language model: the only room that knows transformers and peft."""
 
 from __future__ import annotations
 
 from plm.backbones.backbone import Backbone, Key
+from plm.backbones.causal_lm import CausalLM, Completion, TooLong, completion_tokens
+from plm.backbones.fresh import FreshCausalLM
 from plm.backbones.hashing import HashingBackbone
+from plm.backbones.head import TokenFacts, token_facts
 from plm.backbones.huggingface import HFBackbone
+from plm.backbones.latents import LatentBackbone
+from plm.backbones.lora import LoRA
+from plm.backbones.pieces import KeyValueMaker, first_layers
+from plm.backbones.policy import Completions, Policy, Prefix, TextWriter, Writing
+from plm.backbones.prefix import PrefixShape
+from plm.backbones.reading import Reading, SplitTexts, split_texts
+from plm.backbones.reference import ReferenceLogps
+from plm.backbones.warpers import Warpers
 
-__all__ = ["Backbone", "HFBackbone", "HashingBackbone", "Key"]
+__all__ = [
+    "Backbone",
+    "CausalLM",
+    "Completion",
+    "Completions",
+    "FreshCausalLM",
+    "HFBackbone",
+    "HashingBackbone",
+    "Key",
+    "KeyValueMaker",
+    "LatentBackbone",
+    "LoRA",
+    "Policy",
+    "Prefix",
+    "PrefixShape",
+    "Reading",
+    "ReferenceLogps",
+    "SplitTexts",
+    "TextWriter",
+    "TokenFacts",
+    "TooLong",
+    "Warpers",
+    "Writing",
+    "completion_tokens",
+    "first_layers",
+    "split_texts",
+    "token_facts",
+]

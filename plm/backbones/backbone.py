@@ -10,9 +10,11 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
+
+from plm.types import Tokens
 
 Key: TypeAlias = dict[str, str | int | bool | None]
 
@@ -53,6 +55,9 @@ class Backbone(ABC):
     one is cheap: weights are loaded when the first text is encoded.
     """
 
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
+    """What batches made with it hold: features, or the tokens that a method runs its own model on."""
+
     @property
     @abstractmethod
     def feature_dim(self) -> int:
@@ -69,6 +74,17 @@ class Backbone(ABC):
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Features ``(N, D)`` float32 on the CPU of N rendered texts, each independent of the others."""
+
+    def represent(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Tokens:
+        """What methods read of B responses to B prompts: features ``(B, D)``, a repeated text encoded once."""
+        rendered = [self.render(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(rendered))}
+        return self.encode(list(row_of))[[row_of[text] for text in rendered]]
+
+    @property
+    def prompt_backbone(self) -> Backbone:
+        """What makes the features of prompts alone: another backbone where those of responses are no use for it."""
+        return self
 
     @property
     def reference_head(self) -> Tensor | None:

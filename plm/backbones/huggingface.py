@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -293,9 +294,23 @@ class HFBackbone(Backbone):
         rows = self._tokenize(texts)  # before the weights: what is wrong with a text or max_length shows at once
         if self._network is None:
             self._load()
-        for batch in self._batches(rows):
-            features[batch] = self._forward([rows[index] for index in batch]).cpu()
+        batches = list(self._batches(rows))
+        for batch, part in zip(batches, self._forward_all(rows, batches), strict=True):
+            features[batch] = part.cpu()
         return features
+
+    def _forward_all(self, rows: list[list[int]], batches: list[list[int]]) -> Iterator[Tensor]:
+        """Pooled features of every batch; on a CPU each core has a batch of its own, so that none waits for another."""
+        parts = ([rows[index] for index in batch] for batch in batches)
+        threads = torch.get_num_threads()
+        if self._network.device.type != "cpu" or threads == 1 or len(batches) < threads:
+            yield from map(self._forward, parts)
+            return
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield from pool.map(self._forward, parts)
+        finally:
+            torch.set_num_threads(threads)  # some math libraries have one setting for all threads
 
     def _batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
         """Indices of rows of similar length, the longest first, at most ``batch_tokens`` of them with padding."""

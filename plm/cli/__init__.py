@@ -24,14 +24,24 @@ _VERBS = {
     "predict": "margins of a checkpoint on the test rows",
     "adapt": "learn new users of a checkpoint from their pairs",
     "score": "rewards of responses for given users",
+    "export": "write the model of a user for software other than plm",
     "query": "choose the pairs whose answers would tell most about a user",
+    "generate": "texts written for given users",
+    "sample": "many responses of a policy to each prompt",
+    "label": "let people, rules or models compare sampled responses",
+    "judge": "whether users' policies write what they like",
     "data": "check preference pairs before training on them",
     "rewardbench": "RewardBench 2 scores of a checkpoint",
     "users": "list, export or delete the users of a checkpoint",
     "portfolio": "choose few policies that serve everybody, with a certificate",
     "leaderboard": "compare methods and baselines on one split, with intervals and verdicts",
+    "dashboard": "make a saved Weights & Biases workspace for a project of runs",
     "methods": "list the installed methods",
 }
+_BUG = (
+    "error: unless the message above says otherwise, as out of memory does, this is a bug in plm or in the method's "
+    "code; report it with all that stands above, the recipe and `plm --version`"
+)
 _TRAINING = ("fit", "validate", "test", "predict")
 
 
@@ -43,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for an error while running, 2 for a wrong command line or recipe. A user's mistake is
-        shown as one message; ``PLM_DEBUG=1`` shows the traceback too.
+        shown as one message; ``PLM_DEBUG=1`` shows the traceback too. Anything else shows its traceback: a bug.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
@@ -55,6 +65,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug():
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        print(_BUG, file=sys.stderr)
         return 1
 
 
@@ -75,10 +89,30 @@ def _dispatch(args: list[str]) -> int:
         from plm.cli import commands
 
         commands.run(verb, args[1:])
+    elif verb == "export":
+        from plm.cli import export
+
+        export.run(args[1:])
     elif verb == "query":
         from plm.cli import query
 
         query.run(args[1:])
+    elif verb == "generate":
+        from plm.cli import generate
+
+        generate.run(args[1:])
+    elif verb == "sample":
+        from plm.cli import sample
+
+        sample.run(args[1:])
+    elif verb == "label":
+        from plm.cli import label
+
+        label.run(args[1:])
+    elif verb == "judge":
+        from plm.cli import judge
+
+        judge.run(args[1:])
     elif verb == "portfolio":
         from plm.cli import portfolio
 
@@ -87,6 +121,10 @@ def _dispatch(args: list[str]) -> int:
         from plm.cli import leaderboard
 
         leaderboard.run(args[1:])
+    elif verb == "dashboard":
+        from plm.cli import dashboard
+
+        dashboard.run(args[1:])
     elif verb == "rewardbench":
         from plm.cli import rewardbench
 

@@ -14,15 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from plm.backbones import TooLong
 from plm.checkpoint import KnownUsers, load_method, read_checkpoint
 from plm.cli.options import OptionParser
 from plm.config import nearest
 from plm.data.collate import FeaturedPairs, build_context
-from plm.data.schema import read_pairs
+from plm.data.files import position, read_records
+from plm.data.rows import FeatureRows, token_rows
+from plm.data.schema import PairTable, read_pairs
 from plm.data.values import short, to_id, to_prompt, to_response
 from plm.functional import win_probability
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
-from plm.types import Context, UserState
+from plm.policy_method import PolicyMethod
+from plm.types import Context, Tokens, UserState
 from plm.users import UserStore, store_path
 
 _SHOWN = 20
@@ -70,12 +74,11 @@ def _adapt(args: list[str]) -> None:
         parser.error(f"--columns: expected NAME=COLUMN, got {malformed[0]!r}")
     method = load_method(options.ckpt_path)
     table = read_pairs(options.pairs, dict(item.split("=", 1) for item in options.columns))
-    assert method.encode is not None and isinstance(method.find_users, KnownUsers)
-    features = method.encode(*(list(column) for column in zip(*table.texts(), strict=True)))
+    assert isinstance(method.find_users, KnownUsers)
+    data = _encoded(method, table)
+    table = data.table
     store = method.find_users.store
     already = [user_id in store for user_id in table.user_ids]
-    user_index = np.full(table.num_users, -1, dtype=np.int64)
-    data = FeaturedPairs(table, features.cpu().numpy(), None, user_index)
     by_length = np.argsort(
         np.bincount(table.user, minlength=table.num_users), kind="stable"
     )  # little padding per group
@@ -98,10 +101,29 @@ def _adapt(args: list[str]) -> None:
     console.print(f"written to {store_path(options.ckpt_path)}", soft_wrap=True, highlight=False)
 
 
+def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:
+    """Pairs of unseen users with the features, or tokens, that the method reads."""
+    user_index = np.full(table.num_users, -1, dtype=np.int64)
+    if isinstance(method, PolicyMethod):
+        table, tokens = token_rows(table, method.causal_lm, TooLong)
+        return FeaturedPairs(table, tokens, None, user_index)
+    assert method.encode is not None and method.encode_prompts is not None
+    features = method.encode(*(list(column) for column in zip(*table.texts(), strict=True)))
+    assert isinstance(features, Tensor)
+    prompts = method.encode_prompts(table.prompts)
+    asked = None if prompts is None else FeatureRows(prompts.cpu().numpy())
+    return FeaturedPairs(table, FeatureRows(features.cpu().numpy()), asked, user_index)
+
+
 def _to(context: Context, device: torch.device) -> Context:
     """The context on another device."""
-    moved = {name: value.to(device) for name, value in context._asdict().items() if value is not None}
-    return context._replace(**moved)
+
+    def move(value: Tensor | Tokens | None) -> Any:
+        if isinstance(value, Tokens):
+            return value.map(lambda tensor: tensor.to(device))
+        return None if value is None else value.to(device)
+
+    return Context(*map(move, context))
 
 
 # ---------------------------------------------------------------------- score
@@ -115,26 +137,29 @@ def _score(args: list[str]) -> None:
         "likely the user prefers the response to one of the reference responses, on one scale for all users.",
     )
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
-    parser.add_argument("--input", required=True, metavar="FILE", help="JSONL file of responses")
+    parser.add_argument("--input", required=True, metavar="FILE", help="responses: JSONL(.gz), CSV or Parquet")
     parser.add_argument("--user", metavar="ID", help="user of the rows without a user_id")
     parser.add_argument(
-        "--reference", metavar="FILE", help="JSONL file of responses to be compared with, a few hundred"
+        "--reference", metavar="FILE", help="responses to be compared with, a few hundred, in the same formats"
     )
     parser.add_argument("--output", metavar="FILE", help="JSONL file of rewards; default: standard output")
     options = parser.parse(args)
     rows = read_rows(Path(options.input), lambda record: _row(record, options.user), '{"response": ...}')
     method = load_method(options.ckpt_path)
-    assert method.encode is not None and isinstance(method.find_users, KnownUsers)
+    assert isinstance(method.find_users, KnownUsers)
     users, is_known = method.find_users.lookup([row.user_id for row in rows])
-    features = method.encode([row.prompt for row in rows], [row.text for row in rows])
-    rewards, known = method.score(features, users), is_known.tolist()
+    rewards = method.score([row.text for row in rows], users, prompts=[row.prompt for row in rows])
+    _refuse_nan(rewards, rows, options.ckpt_path)
+    known = is_known.tolist()
     scaled: list[dict[str, float]] = [{}] * len(rows)
     if options.reference:
         reference = read_rows(Path(options.reference), lambda record: _row(record, None), '{"response": ...}')
         scaled = [{"win_probability": value} for value in _win_probabilities(method, rows, users, rewards, reference)]
     lines = [
         json.dumps(
-            {**row.record, "user_id": row.user_id, "reward": reward, "user_known": sure, **extra}, ensure_ascii=False
+            {**row.record, "user_id": row.user_id, "reward": reward, "user_known": sure, **extra},
+            ensure_ascii=False,
+            default=str,  # dates and the like of a Parquet file
         )
         for row, reward, sure, extra in zip(rows, rewards.tolist(), known, scaled, strict=True)
     ]
@@ -150,53 +175,62 @@ def _score(args: list[str]) -> None:
         )
 
 
+def _refuse_nan(rewards: Tensor, rows: list[Row], ckpt_path: str) -> None:
+    """Rewards that are not finite say nothing, and JSON has no word for them."""
+    bad = (~rewards.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        row = rows[bad[0]]
+        raise ValueError(
+            f"expected finite rewards from {ckpt_path!r}, got {float(rewards[bad[0]])} for {len(bad)} of {len(rows)} "
+            f"rows, the first {short(row.text)} for user {row.user_id!r}; its training diverged (fit again with a "
+            "lower model.lr), or the state of that user is damaged (plm adapt learns it anew)"
+        )
+
+
 def _win_probabilities(
     method: PersonalizationMethod, rows: list[Row], users: UserState, rewards: Tensor, reference: list[Row]
 ) -> list[float]:
     """`win_probability` of every row against the reference responses, as its own user rewards them."""
-    assert method.encode is not None
-    features = method.encode([row.prompt for row in reference], [row.text for row in reference])
+    assert method.encode is not None and method.encode_prompts is not None
+    prompts = [row.prompt for row in reference]
+    features, asked = method.encode(prompts, [row.text for row in reference]), method.encode_prompts(prompts)
     groups: dict[str | None, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(row.user_id, []).append(index)
     wins = torch.zeros_like(rewards)
     for indices in groups.values():
-        states = users.take(torch.full((len(reference),), indices[0], device=features.device))
-        wins[indices] = win_probability(rewards[indices], method.score(features, states))
+        states = users.take(torch.full((len(reference),), indices[0], device=users.num_pairs.device))
+        wins[indices] = win_probability(rewards[indices], method.score(features, states, prompt_features=asked))
     return [float(value) for value in wins]
 
 
-def read_rows(path: Path, parse: Callable[[Any], _Parsed], example: str) -> list[_Parsed]:
-    """Rows of a JSONL file; all malformed ones are reported together as ``file:line``."""
-    rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+def read_rows(path: Path, parse: Callable[[dict[str, Any]], _Parsed], example: str) -> list[_Parsed]:
+    """Rows of a JSONL(.gz), CSV(.gz) or Parquet file; all malformed ones are reported together as ``file:line``."""
+    records = read_records(path)
+    rows, problems = [], records.problems
+    for line, record in zip(records.lines, records.rows, strict=True):
         try:
-            rows.append(parse(json.loads(line)))
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: malformed JSON: {error.msg}")
+            rows.append(parse(record))
         except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
+            problems.append((line, str(error)))
     if problems:
+        shown = [f"{position(path, line)}: {text}" for line, text in sorted(problems)[:_SHOWN]]
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise ValueError("\n".join([f"{len(problems)} malformed rows", *problems[:_SHOWN], *more]))
+        raise ValueError("\n".join([f"{len(problems)} malformed rows", *shown, *more]))
     if not rows:
         raise ValueError(f"expected rows like {example} in {path}, got an empty file")
     return rows
 
 
-def _row(record: Any, default_user: str | None) -> Row:
-    """Check one row."""
-    if not isinstance(record, dict):
-        raise ValueError(f'expected an object like {{"response": ...}}, got {short(record)}')
+def _row(record: dict[str, Any], default_user: str | None) -> Row:
+    """Check one row; an empty prompt or user, as CSV has them, is not given."""
     if "response" not in record:
         raise ValueError(f"missing 'response'{nearest('response', record)}, got the keys {sorted(record)}")
     try:
         response = to_response(record["response"])
     except ValueError as error:
         raise ValueError(f"response: {error}, got {short(record['response'])}") from error
-    prompt, user = record.get("prompt"), record.get("user_id")
+    prompt, user = (None if record.get(name) == "" else record.get(name) for name in ("prompt", "user_id"))
     try:
         user_id = default_user if user is None else to_id(user)
     except ValueError as error:

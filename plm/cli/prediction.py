@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from plm.callbacks import run_dir
+from plm.callbacks import is_fast_dev_run, run_dir
 from plm.types import PreferenceBatch
 
 COLUMNS = ("users", "user_id", "margin", "population_margin", "other_margin")
@@ -18,7 +18,7 @@ class SavePredictions(L.Callback):
     """Writes ``predictions.csv`` into the folder of the run, one file per process where there are several.
 
     One row per test pair, users in turn, each one's pairs in the order of the source: seen or unseen, user id, and the
-    margins of the personal model and of its two controls.
+    margins of the personal model and of its two controls. A ``fast_dev_run`` writes none.
     """
 
     def __init__(self) -> None:
@@ -45,6 +45,8 @@ class SavePredictions(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""
+        if is_fast_dev_run(trainer):
+            return
         part = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = Path(run_dir(trainer)) / f"predictions{part}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli.commands import read_rows
 from plm.cli.options import OptionParser
@@ -14,6 +16,7 @@ from plm.config import nearest
 from plm.data.values import short, to_prompt, to_response
 from plm.querying import choose_pairs, posterior_samples, sampled_chances
 
+_NOTHING = 1e-6  # nats
 _EXAMPLE = '{"prompt": ..., "responses": [..., ...]}'
 
 
@@ -41,23 +44,32 @@ def run(args: list[str]) -> None:
     )
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
     parser.add_argument("--user", required=True, metavar="ID", help="whom to ask")
-    parser.add_argument("--pool", required=True, metavar="FILE", help="JSONL file of pairs to choose from")
+    parser.add_argument("--pool", required=True, metavar="FILE", help="pairs to choose from: JSONL, CSV or Parquet")
     parser.add_argument("--num", type=int, default=5, metavar="N", help="how many pairs (default 5)")
     parser.add_argument("--samples", type=int, default=256, metavar="M", help="posterior samples (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--output", metavar="FILE", help="JSONL file; default: standard output")
     options = parser.parse(args)
-    for name in ("num", "samples"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected an integer >= 1, got {getattr(options, name)}")
-    pool = read_rows(Path(options.pool), _candidate, _EXAMPLE)
+    for name, least in (("num", 1), ("samples", 2)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name}: expected an integer >= {least}, got {getattr(options, name)}")
+    rows = read_rows(Path(options.pool), _candidate, _EXAMPLE)
+    distinct: dict[tuple[str, frozenset[str]], Candidate] = {}
+    for row in rows:
+        distinct.setdefault((row.prompt, frozenset((row.left, row.right))), row)
+    pool = list(distinct.values())
     method = load_method(options.ckpt_path)
-    assert method.encode is not None and isinstance(method.find_users, KnownUsers)
+    assert method.encode is not None and method.encode_prompts is not None
+    assert isinstance(method.find_users, KnownUsers)
     state, known = method.find_users.lookup([options.user])
     samples = posterior_samples(state, options.samples, options.seed)
     prompts = [pair.prompt for pair in pool]
     features = method.encode(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
-    chances = sampled_chances(method, features[: len(pool)], features[len(pool) :], samples)
+    if not isinstance(features, Tensor):
+        raise ValueError(f"plm query needs a method that reads features, got {type(method).__name__}")
+    left, right = features[: len(pool)], features[len(pool) :]
+    chances = sampled_chances(method, left, right, samples, method.encode_prompts(prompts))
+    queries = choose_pairs(chances, options.num, options.seed)
     lines = [
         json.dumps(
             {
@@ -67,22 +79,29 @@ def run(args: list[str]) -> None:
                 "chance": query.chance,
             },
             ensure_ascii=False,
+            default=str,  # dates and the like of a Parquet file
         )
-        for query in choose_pairs(chances, options.num, options.seed)
+        for query in queries
     ]
     text = "".join(f"{line}\n" for line in lines)
     if options.output:
         Path(options.output).write_text(text, encoding="utf-8")
     else:
         sys.stdout.write(text)
+    if len(pool) < len(rows):
+        print(f"{len(rows) - len(pool)} of {len(rows)} rows repeat a pair of the pool: asked once", file=sys.stderr)
+    if queries[0].information < _NOTHING:
+        print(
+            f"no answer would tell anything about {options.user!r}: {type(method).__name__} is sure of the user, or "
+            "treats all users alike",
+            file=sys.stderr,
+        )
     if not known.all():
         print(f"unknown user {options.user!r}: the pairs that tell most about a new user", file=sys.stderr)
 
 
-def _candidate(record: Any) -> Candidate:
+def _candidate(record: dict[str, Any]) -> Candidate:
     """Check one row."""
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object like {_EXAMPLE}, got {short(record)}")
     sides = record.get("responses", [record[name] for name in ("chosen", "rejected") if name in record] or None)
     if sides is None:
         raise ValueError(f"missing 'responses'{nearest('responses', record)}, got the keys {sorted(record)}")

@@ -241,7 +241,9 @@ class LoReBases(RewardSource):
         prompts = [table.prompts[row] for row in table.items[:, 0]]
         texts = [table.responses[row] for row in table.items[:, 1]]
         assert self._method.encode is not None
-        rewards = (self._method.encode(prompts, texts) @ self._bases).double().numpy()
+        features = self._method.encode(prompts, texts)
+        assert isinstance(features, Tensor)
+        rewards = (features @ self._bases).double().numpy()
         groups = [np.flatnonzero(table.items[:, 0] == prompt) for prompt in range(len(table.prompts))]
         most = max(map(len, groups))
         if most < 2 * self.candidates:

@@ -20,15 +20,20 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
 
-from plm.callbacks import run_dir
+from plm.callbacks import is_fast_dev_run, run_dir
 from plm.cli.parser import RecipeParser, shorten
 from plm.method import PersonalizationMethod
 
 if TYPE_CHECKING:
     from plm.cli.training import RecipeCLI
 
-LINKS = {"num_users": "data.num_users", "feature_dim": "data.feature_dim", "backbone": "data.backbone_spec"}
-"""Argument of the method -> attribute of the data it is filled from."""
+LINKS = {
+    "num_users": "data.num_users",
+    "feature_dim": "data.feature_dim",
+    "backbone": "data.backbone_spec",
+    "prompt_dim": "data.prompt_dim",
+}
+"""Argument of the method -> attribute of the data it is filled from, where the method has it."""
 
 
 class BestValue(L.Callback):
@@ -157,7 +162,9 @@ def _fit(cli: RecipeCLI, candidate: dict[str, Any], index: int, monitor: str, mo
 
 
 def _report(cli: RecipeCLI, candidates: list[dict[str, Any]], values: list[float], best: int) -> None:
-    """Write and print the table of candidates."""
+    """Write and print the table of candidates; a ``fast_dev_run`` leaves nothing behind."""
+    if is_fast_dev_run(cli.trainer):
+        return
     config = cli.config["fit"]
     folder = run_dir(cli.trainer)
     rows = [

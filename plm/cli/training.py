@@ -15,15 +15,15 @@ from typing import Any
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
-from plm.callbacks import FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
+from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
 from plm.checkpoint import find_class, read_checkpoint
 from plm.cli.parser import RecipeParser, shorten
 from plm.cli.prediction import SavePredictions
@@ -45,6 +45,8 @@ _QUIET = (  # about loaders of ready batches and Lightning's own internals: noth
     ".*Your `IterableDataset` has `__len__` defined.*",
     ".*The dirpath has changed from.*",
     ".*treespec, LeafSpec.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",
+    ".*FSDP2-wrapped module .* returned a view tensor.*",
     ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",
 )
 
@@ -89,7 +91,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(PreferenceMetrics, "metrics")
         parser.add_lightning_class_args(FewShotCurve, "few_shot")
         parser.add_lightning_class_args(SaveUserStates, "user_states")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults({"checkpoint.monitor": MONITOR, "checkpoint.mode": "min", "checkpoint.filename": "best"})
         parser.set_defaults({"early_stopping.monitor": MONITOR})
@@ -122,9 +124,10 @@ class RecipeCLI(LightningCLI):
             )
         config.defaults = None  # expanded by now: the saved recipe stands on its own
         _refuse_link_targets(parser, args, recipes)
-        every, epochs = config.trainer.check_val_every_n_epoch, config.trainer.max_epochs
-        if every and epochs and 0 < epochs < every:  # else a short fit would end without a checkpoint
-            config.trainer.check_val_every_n_epoch = epochs
+        every, limits = config.trainer.check_val_every_n_epoch, (config.trainer.max_epochs, config.trainer.max_steps)
+        shortest = min((limit for limit in limits if limit and limit > 0), default=None)
+        if every and shortest and shortest < every:  # else a short fit would end without a checkpoint; an epoch is
+            config.trainer.check_val_every_n_epoch = shortest  # one step unless data.batch_size is set
         if config.select:
             check_grid(config.select)
 
@@ -149,7 +152,11 @@ class RecipeCLI(LightningCLI):
             self.untouched = copy.deepcopy((parts[0].as_dict(), *parts[1:]))
         if self.subcommand == "predict":
             self.trainer_defaults = {**self.trainer_defaults, "callbacks": SavePredictions()}
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        # the first of several checkpoints is the one that the test reads: not those that are kept for resuming
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda one: isinstance(one, Checkpoint) + (type(one) is not BestCheckpoint))
+        return trainer
 
     def before_fit(self) -> None:
         """Check that there is something to validate on; replace the method by the best candidate of a selection."""

@@ -10,32 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from plm.data.files import IntArray
 from plm.data.keys import KeyArray
+from plm.data.rows import Rows
 from plm.data.schema import FloatArray, PairTable
 from plm.data.splits import nested_supports
-from plm.types import Context, PreferenceBatch
-
-MAX_FLOATS = 2**26
-"""How many feature values an evaluation batch may hold (256 MiB)."""
+from plm.types import Context, PreferenceBatch, Tokens
 
 
 @dataclass(frozen=True)
 class FeaturedPairs:
-    """A table together with the features of its texts."""
+    """A table together with the features, or tokens, of its texts."""
 
     table: PairTable
-    features: npt.NDArray[np.float32]
-    """``(I, D)`` of the items; may be memory-mapped."""
-    prompts: npt.NDArray[np.float32] | None
-    """``(P, D)`` of the prompts alone, or None."""
+    items: Rows
+    """One row per item."""
+    prompts: Rows | None
+    """One row per prompt alone, or None."""
     user_index: IntArray
     """``(U,)`` row of every user in the training table, -1 if unseen."""
 
@@ -62,12 +59,12 @@ def pair_batch(data: FeaturedPairs, rows: IntArray, weight: FloatArray, *, evalu
     """
     table = data.table
     return PreferenceBatch(
-        chosen=torch.from_numpy(_gather(data.features, table.chosen[rows])),
-        rejected=torch.from_numpy(_gather(data.features, table.rejected[rows])),
+        chosen=data.items.gather(table.chosen[rows]),
+        rejected=data.items.gather(table.rejected[rows]),
         user_index=torch.from_numpy(data.user_index[table.user[rows]]),
         weight=torch.from_numpy(weight),
         tie=torch.from_numpy(table.tie[rows]),
-        prompt=None if data.prompts is None else torch.from_numpy(_gather(data.prompts, table.prompt[rows])),
+        prompt=None if data.prompts is None else data.prompts.gather(table.prompt[rows]),
         chosen_score=torch.from_numpy(table.chosen_score[rows]),
         rejected_score=torch.from_numpy(table.rejected_score[rows]),
         user_row=torch.from_numpy(table.user[rows]) if evaluation else None,
@@ -95,18 +92,24 @@ def build_context(data: FeaturedPairs, rows: IntArray, users: IntArray) -> Conte
     count = np.bincount(owner, minlength=len(users))
     mask = np.arange(max(int(count.max(initial=0)), 1))[None, :] < count[:, None]  # (U, S)
 
-    def pad(values: npt.NDArray[Any]) -> Tensor:
-        out = np.zeros((*mask.shape, *values.shape[1:]), dtype=values.dtype)
-        out[mask] = values
-        return torch.from_numpy(out)
+    slots = torch.from_numpy(mask)
+
+    def pad(values: Tensor) -> Tensor:
+        out = values.new_zeros((*mask.shape, *values.shape[1:]))
+        out[slots] = values
+        return out
+
+    def side(source: Rows, which: IntArray) -> Tensor | Tokens:
+        gathered = source.gather(which)
+        return gathered.map(pad) if isinstance(gathered, Tokens) else pad(gathered)
 
     return Context(
-        chosen=pad(_gather(data.features, table.chosen[rows])),
-        rejected=pad(_gather(data.features, table.rejected[rows])),
-        mask=torch.from_numpy(mask),
-        weight=pad(table.weight[rows]),
-        prompt=None if data.prompts is None else pad(_gather(data.prompts, table.prompt[rows])),
-        tie=pad(table.tie[rows]),
+        chosen=side(data.items, table.chosen[rows]),
+        rejected=side(data.items, table.rejected[rows]),
+        mask=slots,
+        weight=pad(torch.from_numpy(table.weight[rows])),
+        prompt=None if data.prompts is None else side(data.prompts, table.prompt[rows]),
+        tie=pad(torch.from_numpy(table.tie[rows])),
     )
 
 
@@ -249,7 +252,7 @@ class EvalBatches:
             num_support = num_support if num_shots is None else np.minimum(num_support, num_shots)
             if not self.few_shot:
                 num_support = np.maximum(num_support, num_support[self.other])
-        limit = MAX_FLOATS // (2 * self.data.features.shape[1])
+        limit = self.data.items.max_rows // 2
         users = np.array_split(self.circle[num_query[self.circle] > 0], world_size)[rank]
         chunks: list[list[int]] = [[]]
         total = longest = 0
@@ -311,7 +314,3 @@ class EvalBatches:
             context_row=torch.from_numpy(place[user]),
         )
         return batch._replace(other_row=torch.from_numpy(place[self.other[user]])) if with_other else batch
-
-
-def _gather(features: npt.NDArray[np.float32], rows: IntArray) -> npt.NDArray[np.float32]:
-    return np.ascontiguousarray(features[rows], dtype=np.float32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from plm.backbones import Backbone
+from plm.backbones import Backbone, CausalLM, ReferenceLogps, TooLong
 from plm.data.collate import (
     EvalBatches,
     FeaturedPairs,
@@ -30,6 +28,7 @@ from plm.data.collate import (
 from plm.data.features import FeatureCache
 from plm.data.files import IntArray
 from plm.data.keys import content_keys
+from plm.data.rows import FeatureRows, TokenRows, token_rows
 from plm.data.schema import PairTable
 from plm.data.sources import PairSource
 from plm.data.splits import (
@@ -45,11 +44,14 @@ from plm.data.splits import (
     other_users,
     shuffled_users,
     split_pairs,
+    write_splits,
 )
+from plm.data.token_batches import TokenBatches
 from plm.data.values import plain_prompt
 from plm.types import Context, PreferenceBatch
 
 DEFAULT_SHOTS = (0, 1, 2, 4, 8, 16, 32)
+TOKEN_BATCH_SIZE = 16
 
 
 class PreferenceDataModule(L.LightningDataModule):
@@ -64,17 +66,21 @@ class PreferenceDataModule(L.LightningDataModule):
         val_rows: Share of a seen user's training pairs used for validation, where the source names none.
         test_rows: Share of every user's pairs used for the test, where the source names none.
         split_seed: Seed of the split, the few-shot draws, the other-user control and the shuffling.
-        batch_size: About how many pairs per training batch and process, always whole users; null = the whole split as
-            one batch, the fastest on features.
+        batch_size: About how many pairs per training batch and process; null = the whole split as one batch, the
+            fastest on features, and 16 on tokens. Batches of features are whole users.
+        pairs_per_user: Tokens only: a training batch holds this many pairs of every user in it, for methods that train
+            a part of their own for each; null = pairs of similar length, whosever.
+        prompts_per_batch: Tokens only: a training batch holds all pairs of this many prompts, for methods that hold
+            responses to one prompt against each other; null = as above.
         macro: Whether every user weighs the same in training, whatever the number of pairs.
         shots: Support sizes of the few-shot curve; an empty list leaves it out.
         repeats: How many random draws of the support the few-shot curve averages.
         max_support: Most pairs an unseen user is adapted on, drawn at random; null = all.
         shuffle_users: Permute the users over the pairs of each part of the split: the control without personal signal.
-        prompt_features: Whether batches carry features of the prompts alone.
+        prompt_features: Whether batches carry features, or tokens, of the prompts alone.
+        reference_logps: Tokens only: whether the log-probability of every response under the untrained model is
+            computed once and cached, so that training never runs the reference.
     """
-
-    view = "features"
 
     def __init__(
         self,
@@ -87,12 +93,15 @@ class PreferenceDataModule(L.LightningDataModule):
         test_rows: float = 0.3,
         split_seed: int = 0,
         batch_size: int | None = None,
+        pairs_per_user: int | None = None,
+        prompts_per_batch: int | None = None,
         macro: bool = True,
         shots: Sequence[int] = DEFAULT_SHOTS,
         repeats: int = 5,
         max_support: int | None = None,
         shuffle_users: bool = False,
         prompt_features: bool = False,
+        reference_logps: bool = False,
     ) -> None:
         """See the class."""
         super().__init__()
@@ -103,7 +112,10 @@ class PreferenceDataModule(L.LightningDataModule):
         self.batch_size, self.macro = batch_size, macro
         self.shots, self.repeats, self.max_support = list(shots), repeats, max_support
         self.shuffle_users, self.prompt_features = shuffle_users, prompt_features
+        self.pairs_per_user, self.prompts_per_batch = pairs_per_user, prompts_per_batch
+        self.reference_logps = reference_logps
         self._on_device: tuple[PreferenceBatch, PreferenceBatch] | None = None
+        self._tokens: TokenRows | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -117,6 +129,8 @@ class PreferenceDataModule(L.LightningDataModule):
             f"data.{name}: expected an integer >= 1{' or null' if nullable else ''}, got {value!r}"
             for name, nullable in (
                 ("batch_size", True),
+                ("pairs_per_user", True),
+                ("prompts_per_batch", True),
                 ("max_support", True),
                 ("repeats", False),
             )
@@ -126,6 +140,15 @@ class PreferenceDataModule(L.LightningDataModule):
             problems.append(f"data.shots: expected increasing numbers >= 0, got {self.shots!r}")
         if self.group_by not in ("auto", "dialogue", "prompt", "response", "pair"):
             problems.append(f"data.group_by: expected auto, dialogue, prompt, response or pair, got {self.group_by!r}")
+        if self.view != "tokens":
+            problems += [
+                f"data.{name}: has an effect on tokens only, and {type(self.backbone).__name__} gives {self.view}; "
+                "remove it, or set data.backbone to a plm.backbones.CausalLM"
+                for name in ("pairs_per_user", "prompts_per_batch", "reference_logps")
+                if getattr(self, name)
+            ]
+        if self.pairs_per_user is not None and self.prompts_per_batch is not None:
+            problems.append("data.pairs_per_user, data.prompts_per_batch: expected one of them at most, got both")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -133,6 +156,9 @@ class PreferenceDataModule(L.LightningDataModule):
     @cached_property
     def _split_table(self) -> tuple[PairTable, Splits]:
         table = self.source.load()
+        if isinstance(self.backbone, CausalLM):
+            self.backbone.prepare(prompt + text for prompt, text in table.texts())
+            table, self._tokens = token_rows(table, self.backbone, TooLong)
         splits = split_pairs(
             table,
             group_by=self.group_by,
@@ -162,24 +188,25 @@ class PreferenceDataModule(L.LightningDataModule):
         user_index = np.full(self.table.num_users, -1, dtype=np.int64)
         seen = self._users(SEEN)
         user_index[seen] = np.arange(len(seen))
-        return self._featured(self.table, user_index)
+        return self._featured(self.table, user_index, self._tokens)
 
-    def _featured(self, table: PairTable, user_index: IntArray) -> FeaturedPairs:
-        cache = FeatureCache(self.backbone, self.cache_dir)
-        features = _array(cache.features(table.texts()))
-        if features.shape != (len(table.items), self.feature_dim):
-            raise ValueError(
-                f"expected features of shape {(len(table.items), self.feature_dim)} from "
-                f"{type(self.backbone).__name__}, got {features.shape}; correct its feature_dim or clear the cache "
-                f"{self.cache_dir}"
-            )
-        prompts = None
-        if self.prompt_features:
-            prompts = _array(cache.features([("", plain_prompt(prompt)) for prompt in table.prompts]))
-        self.backbone.release()
-        return FeaturedPairs(table, features, prompts, user_index)
+    def _featured(self, table: PairTable, user_index: IntArray, tokens: TokenRows | None = None) -> FeaturedPairs:
+        return featured_pairs(
+            table,
+            user_index,
+            self.backbone,
+            self.cache_dir,
+            prompt_features=self.prompt_features,
+            reference_logps=self.reference_logps,
+            tokens=tokens,
+        )
 
     # ------------------------------------------------------------------ what methods, callbacks and commands read
+    @property
+    def view(self) -> Literal["features", "tokens", "latents"]:
+        """What batches hold, by the backbone."""
+        return self.backbone.view
+
     @property
     def num_users(self) -> int:
         """Number of seen users: rows of the training table."""
@@ -189,6 +216,11 @@ class PreferenceDataModule(L.LightningDataModule):
     def feature_dim(self) -> int:
         """Width D of the features."""
         return self.backbone.feature_dim
+
+    @property
+    def prompt_dim(self) -> int:
+        """Width F of the prompt features; 0 where batches carry none."""
+        return self.backbone.prompt_backbone.feature_dim if self.prompt_features and self.view != "tokens" else 0
 
     @property
     def backbone_spec(self) -> dict[str, Any]:
@@ -252,36 +284,17 @@ class PreferenceDataModule(L.LightningDataModule):
             "pairs_left_out": int((splits.stage == LEFT_OUT).sum()),
             "dropped_crossing": splits.num_crossing,
             "dropped_duplicates": dropped.get("duplicates", 0),
+            "dropped_too_long": dropped.get("too_long", 0),
             "dropped_other_user_split": dropped.get("other_user_split", 0),
             "prompts": len(np.unique(self.table.prompt)),
             "items": len(self.table.items),
         }
 
     def save_splits(self, path: str | Path) -> None:
-        """Write the split as JSON: hash, seed, shares, counts, users, and where every pair of the table went.
-
-        ``pairs`` has one letter per pair in the order of the source: r train or support, v validation, t test or query,
-        ``-`` left out.
-        """
-        ids = self.table.user_ids
-        text = {
-            **{
-                key: getattr(self, key)
-                for key in ("split_seed", "unseen_users", "val_rows", "test_rows", "shuffle_users")
-            },
-            **self.summary(),
-            "hash": self.splits.hash,
-            "users": {
-                name: [ids[row] for row in self._users(code)]
-                for name, code in (("seen", SEEN), ("unseen", UNSEEN), ("left_out", LEFT_OUT))
-            },
-            "pairs": "".join("rvt-"[code] for code in self.splits.stage.tolist()),
-        }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(part, path)
+        """Write the split as JSON, with the arguments that made it; see `write_splits`."""
+        names = ("split_seed", "unseen_users", "val_rows", "test_rows", "shuffle_users")
+        about = {**{name: getattr(self, name) for name in names}, **self.summary()}
+        write_splits(path, self.splits, self.table.user_ids, about)
 
     # ------------------------------------------------------------------ Lightning
     def prepare_data(self) -> None:
@@ -296,10 +309,22 @@ class PreferenceDataModule(L.LightningDataModule):
         """Free the training batch on the device."""
         self._on_device = None
 
-    def train_dataloader(self) -> TrainBatches:
+    def train_dataloader(self) -> TrainBatches | TokenBatches:
         """Training pairs of seen users."""
         rows = self._rows(SEEN, TRAIN)
         weight = split_weights(self.table, rows, self.macro)
+        if self.view == "tokens":
+            return TokenBatches(
+                self._data,
+                rows,
+                weight,
+                self.batch_size or TOKEN_BATCH_SIZE,
+                self.pairs_per_user,
+                self.split_seed,
+                content_keys(self.table).user,
+                self._place,
+                self.prompts_per_batch,
+            )
         return TrainBatches(self._data, rows, weight, self.batch_size, self.split_seed, self._place)
 
     def val_dataloader(self) -> list[EvalBatches]:
@@ -367,6 +392,55 @@ class PreferenceDataModule(L.LightningDataModule):
             support = Support(pool, keys.pair[pool], draws, self.split_seed)
         weight = split_weights(table, rows, self.macro, evaluation=True)
         return EvalBatches(self._data, rows, weight, circle, support, name == "few_shot", self._place)
+
+
+def featured_pairs(
+    table: PairTable,
+    user_index: IntArray,
+    backbone: Backbone,
+    cache_dir: str,
+    *,
+    prompt_features: bool = False,
+    reference_logps: bool = False,
+    tokens: TokenRows | None = None,
+) -> FeaturedPairs:
+    """A table with the features of its texts, or with their tokens where the backbone is a language model.
+
+    Args:
+        table: The pairs.
+        user_index: ``(U,)`` row of every user in the training table, -1 if unseen.
+        backbone: What turns texts into features or tokens.
+        cache_dir: Folder of the feature cache.
+        prompt_features: Whether prompts alone are wanted, too.
+        reference_logps: Whether log-probabilities under the untrained language model are wanted, too.
+        tokens: The tokens of the table, where they are known already.
+
+    Raises:
+        ValueError: If features have another shape than the backbone promises, or no pair fits the language model.
+    """
+    if isinstance(backbone, CausalLM):
+        if tokens is None:
+            table, tokens = token_rows(table, backbone, TooLong)
+        if reference_logps:
+            reference = ReferenceLogps(backbone.spec())
+            tokens = replace(tokens, ref_logps=_array(FeatureCache(reference, cache_dir).features(table.texts()))[:, 0])
+            reference.release()
+        return FeaturedPairs(table, tokens, tokens.prompts_alone() if prompt_features else None, user_index)
+    cache = FeatureCache(backbone, cache_dir)
+    features = _array(cache.features(table.texts()))
+    if features.shape != (len(table.items), backbone.feature_dim):
+        raise ValueError(
+            f"expected features of shape {(len(table.items), backbone.feature_dim)} from {type(backbone).__name__}, "
+            f"got {features.shape}; correct its feature_dim or clear the cache {cache_dir}"
+        )
+    prompts = None
+    if prompt_features:
+        reader = backbone.prompt_backbone
+        cache = cache if reader is backbone else FeatureCache(reader, cache_dir)
+        prompts = FeatureRows(_array(cache.features([("", plain_prompt(prompt)) for prompt in table.prompts])))
+        reader.release()
+    backbone.release()
+    return FeaturedPairs(table, FeatureRows(features), prompts, user_index)
 
 
 def _array(features: Any) -> npt.NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Pairs files to factorised columns: JSONL, CSV (both also .gz) and Parquet, unvalidated.
+"""Files to rows, and pairs files to factorised columns: JSONL, CSV (both also .gz) and Parquet, unvalidated.
 
 Axes: N rows of a file.
 """
@@ -6,7 +6,6 @@ Axes: N rows of a file.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from plm.config import closest, nearest
 from plm.data.values import short
 
 IntArray = npt.NDArray[np.int64]
@@ -45,6 +45,18 @@ class Column(NamedTuple):
     values: list[Any]
 
 
+class Records(NamedTuple):
+    """Rows of one file as they are; CSV cells are texts."""
+
+    names: list[str]
+    """All columns."""
+    rows: list[dict[str, Any]]
+    lines: list[int]
+    """Line of every row; Parquet: its number from 0."""
+    problems: list[tuple[int, str]]
+    """Lines that could not be parsed."""
+
+
 class RawPairs(NamedTuple):
     """Columns of one file under our names, unvalidated."""
 
@@ -59,7 +71,7 @@ def column_names(columns: dict[str, str | None]) -> dict[str, str]:
     unknown = [name for name in columns if name not in known]
     if unknown:
         raise ValueError(
-            f"columns: expected keys among {', '.join(known)}, got {unknown!r}{_nearest(unknown[0], known)}"
+            f"columns: expected keys among {', '.join(known)}, got {unknown!r}{nearest(unknown[0], known)}"
         )
     unread = [name for name in REQUIRED if name in columns and columns[name] is None]
     if unread:
@@ -68,9 +80,9 @@ def column_names(columns: dict[str, str | None]) -> dict[str, str]:
     return {name: file_name for name, file_name in named.items() if file_name is not None}
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def position(file: str | Path, line: int) -> str:
+    """Where a row stands, for messages."""
+    return f"{file}:row {line}" if str(file).endswith(".parquet") else f"{file}:{line}"
 
 
 def _require(path: Path, names: dict[str, str], present: Sequence[str]) -> None:
@@ -79,17 +91,33 @@ def _require(path: Path, names: dict[str, str], present: Sequence[str]) -> None:
         return
     parts = []
     for name in missing:
-        hint = _nearest(names[name], present)
-        close = difflib.get_close_matches(names[name], present, n=1, cutoff=0.5)
-        fix = (
-            f" Set columns: {{{name}: {close[0]}}}." if close else f" Set columns: {{{name}: <its name in the file>}}."
-        )
-        parts.append(f"column {names[name]!r} is missing{hint}{fix}")
+        close = closest(names[name], present) or "<its name in the file>"
+        hint = nearest(names[name], present) or "."
+        parts.append(f"column {names[name]!r} is missing{hint} Set columns: {{{name}: {close}}}.")
     raise ValueError(f"{path}: expected columns {', '.join(REQUIRED)}, got {', '.join(present)}: " + " ".join(parts))
 
 
+def read_records(path: Path) -> Records:
+    """Read all rows and columns of one file.
+
+    Args:
+        path: The file; its ending says the format.
+
+    Raises:
+        ValueError: If the format is unknown or the file is not of that format.
+    """
+    if _format(path) == "parquet":
+        try:
+            table = pq.read_table(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
+        return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+        return _read_jsonl(stream) if _format(path) == "jsonl" else _read_csv(path, stream)
+
+
 def read_columns(path: Path, names: dict[str, str]) -> RawPairs:
-    """Read the columns of one file.
+    """Read the columns of one file of pairs.
 
     Args:
         path: The file; its ending says the format.
@@ -101,13 +129,25 @@ def read_columns(path: Path, names: dict[str, str]) -> RawPairs:
     Raises:
         ValueError: If the format is unknown or a required column is missing.
     """
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if _format(path) == "parquet":
+        return _read_parquet(path, names)
+    records = read_records(path)
+    if records.names:
+        _require(path, names, records.names)
+    found = {name: file_name for name, file_name in names.items() if file_name in records.names}
+    columns = {name: factorise(row.get(file_name) for row in records.rows) for name, file_name in found.items()}
+    if _format(path) == "csv":
+        for name in OPTIONAL:  # an empty cell means "not given"
+            if name in columns and "" in columns[name].values:
+                codes, values = columns[name]
+                columns[name] = Column(np.where(codes == values.index(""), -1, codes), values)
+    return RawPairs(columns, np.array(records.lines, dtype=np.int64), records.problems)
+
+
+def _format(path: Path) -> str:
     if not path.name.endswith(FORMATS):
         raise ValueError(f"{path}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
-    if kind == "parquet":
-        return _read_parquet(path, names)
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-        return _read_jsonl(path, stream, names) if kind == "jsonl" else _read_csv(path, stream, names)
+    return path.name.removesuffix(".gz").rsplit(".", 1)[-1]
 
 
 def _read_parquet(path: Path, names: dict[str, str]) -> RawPairs:
@@ -155,8 +195,8 @@ def factorise(values: Iterable[Any]) -> Column:
     return Column(np.array(codes, dtype=np.int64), distinct)
 
 
-def _read_jsonl(path: Path, stream: Any, names: dict[str, str]) -> RawPairs:
-    records, lines, problems = [], [], []
+def _read_jsonl(stream: Any) -> Records:
+    rows, lines, problems = [], [], []
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -168,21 +208,18 @@ def _read_jsonl(path: Path, stream: Any, names: dict[str, str]) -> RawPairs:
         if not isinstance(record, dict):
             problems.append((number, f"expected a JSON object, got {short(record)}"))
             continue
-        records.append(record)
+        rows.append(record)
         lines.append(number)
-    present = list(dict.fromkeys(key for record in records for key in record))
-    if records:
-        _require(path, names, present)
-    return RawPairs(_columns_of(records, names, present), np.array(lines, dtype=np.int64), problems)
+    return Records(list(dict.fromkeys(key for row in rows for key in row)), rows, lines, problems)
 
 
-def _read_csv(path: Path, stream: Any, names: dict[str, str]) -> RawPairs:
-    records, lines, problems = [], [], []
+def _read_csv(path: Path, stream: Any) -> Records:
+    header: list[str] = []
+    rows, lines, problems = [], [], []
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
         try:
             header = next(reader, [])
-            _require(path, names, header)
             end = reader.line_num
             for cells in reader:
                 start, end = end + 1, reader.line_num  # a quoted cell may span lines: name the first one
@@ -191,23 +228,13 @@ def _read_csv(path: Path, stream: Any, names: dict[str, str]) -> RawPairs:
                 if len(cells) != len(header):
                     problems.append((start, f"expected {len(header)} cells, got {len(cells)}: {short(cells)}"))
                     continue
-                records.append(dict(zip(header, cells, strict=True)))
+                rows.append(dict(zip(header, cells, strict=True)))
                 lines.append(start)
         except csv.Error as error:
             problems.append((reader.line_num, f"malformed CSV ({error})"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected UTF-8 text, got {error}; save the file as UTF-8") from error
-    columns = _columns_of(records, names, header)
-    for name in OPTIONAL:  # an empty cell means "not given"
-        if name in columns and "" in columns[name].values:
-            codes, values = columns[name]
-            columns[name] = Column(np.where(codes == values.index(""), -1, codes), values)
-    return RawPairs(columns, np.array(lines, dtype=np.int64), problems)
-
-
-def _columns_of(records: Sequence[dict[str, Any]], names: dict[str, str], present: Sequence[str]) -> dict[str, Column]:
-    found = {name: file_name for name, file_name in names.items() if file_name in present}
-    return {name: factorise(record.get(file_name) for record in records) for name, file_name in found.items()}
+    return Records(header, rows, lines, problems)
 
 
 def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:

@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plm.data.files import OPTIONAL, REQUIRED, Column, IntArray, column_names, factorise, read_columns, stack
+from plm.data.files import (
+    OPTIONAL,
+    REQUIRED,
+    Column,
+    IntArray,
+    column_names,
+    factorise,
+    position,
+    read_columns,
+    stack,
+)
 from plm.data.values import (
     USER_SPLITS,
     Response,
@@ -103,7 +113,7 @@ class PairTable:
     def position(self, row: int) -> str:
         """Where a pair was read, as ``file:line``."""
         file, line = self.where[row]
-        return _position(self.files[file], int(line)) if self.files else f"pair {row}"
+        return position(self.files[file], int(line)) if self.files else f"pair {row}"
 
     def take(self, index: npt.NDArray[Any]) -> PairTable:
         """Keep the pairs at ``index`` (or under a bool mask), in that order; users and texts keep their rows."""
@@ -399,13 +409,9 @@ def _take(values: list[bool], codes: IntArray) -> npt.NDArray[np.bool_]:
     return np.array([*values, False], dtype=np.bool_)[codes]
 
 
-def _position(file: str, line: int) -> str:
-    return f"{file}:row {line}" if file.endswith(".parquet") else f"{file}:{line}"
-
-
 def _lines(files: list[str], problems: Sequence[tuple[int, int, str]]) -> Iterator[str]:
     for file, line, text in problems[:NUM_SHOWN]:
-        yield f"  {_position(files[file], line)}: {text}"
+        yield f"  {position(files[file], line)}: {text}"
     if len(problems) > NUM_SHOWN:
         yield f"  ... and {len(problems) - NUM_SHOWN} more"
 

@@ -9,9 +9,13 @@ and for every order of the rows, and no user's split depends on who else is in t
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -411,3 +415,25 @@ def _unit_keys(table: PairTable, keys: Keys, level: str) -> KeyArray:
         return np.where(table.dialogue >= 0, dialogue[table.dialogue], keys.prompt[table.prompt])
     item = mix(keys.prompt[table.items[:, 0]], keys.response[table.items[:, 1]])
     return item[table.chosen] ^ item[table.rejected]
+
+
+def write_splits(path: str | Path, splits: Splits, user_ids: Sequence[str], about: Mapping[str, Any]) -> None:
+    """Write a split as JSON: ``about``, its hash, the users of each side, and where every pair of the table went.
+
+    ``pairs`` has one letter per pair in the order of the source: r train or support, v validation, t test or query,
+    ``-`` left out.
+    """
+    sides = (("seen", SEEN), ("unseen", UNSEEN), ("left_out", LEFT_OUT))
+    text = {
+        **about,
+        "hash": splits.hash,
+        "users": {
+            name: [user_ids[row] for row in np.flatnonzero(splits.user_split == code).tolist()] for name, code in sides
+        },
+        "pairs": "".join("rvt-"[code] for code in splits.stage.tolist()),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(part, path)

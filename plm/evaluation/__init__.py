@@ -1,7 +1,7 @@
 """Statistics over users: intervals, comparisons, verdicts, and the tables, files and pictures they end in."""
 
 from plm.evaluation.comparison import Comparison, compare, holm
-from plm.evaluation.figures import few_shot_figure, gain_figure
+from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_figure
 from plm.evaluation.report import (
     USER_COLUMNS,
     few_shot_table,
@@ -20,6 +20,7 @@ __all__ = [
     "MIN_USERS",
     "USER_COLUMNS",
     "Comparison",
+    "calibration_figure",
     "cluster_bootstrap",
     "compare",
     "difference",

@@ -85,6 +85,24 @@ def gain_figure(groups: Mapping[str, UserTable]) -> Figure:
     return figure
 
 
+def calibration_figure(groups: Mapping[str, UserTable]) -> Figure:
+    """How often the model is right against how sure it is, one panel per group of users; the diagonal is calibrated."""
+    figure = blank(3.8 * max(len(groups), 1) + 0.4, 4.2)
+    panels = figure.subplots(1, max(len(groups), 1), sharey=True, squeeze=False)[0]
+    for axes, (name, table) in zip(panels, groups.items(), strict=False):
+        tidy(axes)
+        pairs, confidence, correct = table.bins[table.bins[:, 0] > 0].T
+        axes.plot([50, 100], [50, 100], color=FAINT, linewidth=1.1, linestyle=(0, (4, 3)))
+        axes.plot(100 * confidence / pairs, 100 * correct / pairs, color=_CURVE, linewidth=1.4, zorder=2)
+        area = 12 + 180 * pairs / max(pairs.max(initial=0), 1)
+        axes.scatter(100 * confidence / pairs, 100 * correct / pairs, area, color=_CURVE, edgecolor="white", zorder=3)
+        axes.set_xlabel("confidence (%)")
+        error = f"calibration error {table.calibration_error:.3f}" if len(pairs) else "no pairs"
+        headline(axes, f"{name.capitalize()} users", f"{error}; dot area: pairs")
+    panels[0].set_ylabel("accuracy (%)")
+    return figure
+
+
 def _gain_edges(reach: float, num_users: int) -> FloatArray:
     """Bin edges with a bin centred on zero, symmetric, about sqrt(users) bins between 11 and 41."""
     half = int(np.clip(math.sqrt(max(num_users, 1)) / 2, 5, 20))

@@ -13,7 +13,7 @@ from plm.callbacks import run_dir
 from plm.evaluation import write_json
 from plm.types import PreferenceBatch, UserState
 
-UNCERTAINTY = ("precision", "log_var")
+UNCERTAINTY = ("precision", "log_precision", "log_var")
 """Tensors of a state that say how sure the others are: no parameters."""
 
 

@@ -38,7 +38,7 @@ class PerUserBradleyTerry(PersonalizationMethod):
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
-    user_tables: ClassVar[tuple[str, ...]] = ("weights", "num_pairs")
+    user_tables: tuple[str, ...] = ("weights", "num_pairs")
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None = None) -> None:
         """See the class."""

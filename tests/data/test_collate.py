@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from plm.data import collate
+from plm.data import rows
 from plm.data.collate import (
     EvalBatches,
     FeaturedPairs,
@@ -19,6 +19,7 @@ from plm.data.collate import (
     split_weights,
 )
 from plm.data.keys import content_keys
+from plm.data.rows import FeatureRows
 from plm.data.schema import PairTable, pair_table
 from plm.data.splits import other_users
 from plm.types import PreferenceBatch
@@ -46,7 +47,9 @@ def table() -> PairTable:
 def data(table: PairTable) -> FeaturedPairs:
     """The first feature says whose and which response it is: pair n compares responses 2n and 2n + 1."""
     features = np.stack([table.items[:, 1], np.ones(len(table.items))], axis=1).astype(np.float32)
-    return FeaturedPairs(table, features, np.eye(2, dtype=np.float32), np.array([0, 1, 2, -1, -1, -1]))
+    return FeaturedPairs(
+        table, FeatureRows(features), FeatureRows(np.eye(2, dtype=np.float32)), np.array([0, 1, 2, -1, -1, -1])
+    )
 
 
 def place(rank: int = 0, world_size: int = 1, epoch: int = 0) -> Any:
@@ -202,7 +205,7 @@ def others(batches: list[PreferenceBatch]) -> dict[int, int]:
 
 def test_chunks_and_ranks_change_nothing(data: FeaturedPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(evaluation(data, [(None, 0)]))
-    monkeypatch.setattr(collate, "MAX_FLOATS", 60)
+    monkeypatch.setattr(rows, "MAX_FLOATS", 60)
     loader = evaluation(data, [(None, 0)])
     chunks = list(loader)
     assert len(chunks) == len(loader) == 3 and items(chunks) == items(whole)

@@ -263,7 +263,7 @@ def test_hashed_words_express_the_planted_attributes(make: Any, world: Any) -> N
     """A linear map of the features recovers every attribute of held-out texts."""
     source = SyntheticPairs(world, num_users=60, pairs_per_user=40)
     data = PreferenceDataModule(source, HashingBackbone(512), make().cache_dir)
-    features, attributes = np.asarray(data._data.features, np.float64), source.truth.attributes
+    features, attributes = np.asarray(data._data.items.features, np.float64), source.truth.attributes
     train = np.arange(len(features)) % 2 == 0
     gram = features[train].T @ features[train] + 1e-3 * np.eye(512)
     guess = features[~train] @ np.linalg.solve(gram, features[train].T @ attributes[train])

@@ -445,3 +445,17 @@ def test_training_step_of_our_estimator_is_the_evidence_bound_plus_priors() -> N
         total += float((weight[mine] * losses).sum())
     penalty = 0.5 * (0.3 * (v[:, 0] ** 2).sum() + 2.0 * (v[:, 1:] ** 2).sum())
     assert loss == pytest.approx((total + penalty) / batch.num_pairs, abs=1e-6)
+
+
+def test_report_counts_the_directions_in_which_users_differ() -> None:
+    """Against the singular values of the users' reward directions less their mean; none at all with one basis."""
+    method = lore(BASES)
+    method.bases.data, method.weights.data = draw(DIM, BASES), draw(USERS, BASES, seed=1)
+    rewards = (method.weights @ method._bases().T).detach().numpy()
+    variance = np.linalg.svd(rewards - rewards.mean(0), compute_uv=False) ** 2
+    assert method.report() == {"effective_bases": pytest.approx(variance.sum() ** 2 / (variance**2).sum())}
+    method.weights.data = method.weights[:1].expand(USERS, -1) + draw(USERS, 1) * draw(1, BASES)
+    assert method.report()["effective_bases"] == pytest.approx(1.0)
+    method.weights.data = method.weights[:1].expand(USERS, -1).clone()
+    assert method.report()["effective_bases"] == 0.0
+    assert lore(1).report() == {}

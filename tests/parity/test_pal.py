@@ -22,8 +22,8 @@ from plm.methods.pal.heads import (
     pair_losses,
     start_logit_scale,
 )
-from plm.methods.pal.optimizer import RowAdam
 from plm.methods.pal.projectors import Projectors, parse_projector
+from plm.optimizer import RowAdam
 from plm.types import PreferenceBatch
 
 USERS, DIM, K = 5, 6, 3
@@ -210,10 +210,12 @@ def test_margins_of_variant_a(learner: str, head: str) -> None:
     assert method.geometry.prototypes.grad.isfinite().all()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("learner", ["f(P)w", "|f(P)|w"])
-def test_margins_of_variant_b(learner: str) -> None:
-    """z = sum_k w_k g_k(c), reward = s cos(z, f(x)): each prompt mixes prototypes of its own."""
-    method = pal(variant="B", head="angle", user_learner=learner)
+@pytest.mark.parametrize(("learner", "head"), list(itertools.product(LEARNERS[2:], HEADS)))
+def test_margins_of_variant_b(learner: str, head: str) -> None:
+    """z = sum_k w_k g_k(c), reward of f(x) for z by the head: each prompt mixes prototypes of its own."""
+    method = pal(variant="B", head=head, user_learner=learner, loss="hinge" if head == "angle_hinge" else "logistic")
+    method.trained_on_prompts.fill_(True)
+    method.geometry.logit_scale.data.fill_(-2.0)
     batch = batch_of(prompts=True)
     margin = method.margin(batch).detach()
     assert margin.shape == (30,)
@@ -224,15 +226,38 @@ def test_margins_of_variant_b(learner: str) -> None:
         assert points.shape == (K, DIM)
         points = points / points.norm(dim=1, keepdim=True) if learner == "|f(P)|w" else points
         point = weights[batch.user_index[row]] @ points
-        length = (point @ point + FLOOR**2 * points.square().sum(1).mean()).sqrt()
-        reward = [
-            scale * (point @ item) / length / item.norm()
-            for item in (geometry.projector(side[row : row + 1])[0, 0] for side in (batch.chosen, batch.rejected))  # type: ignore[index]
-        ]
-        assert margin[row].item() == pytest.approx((reward[0] - reward[1]).item(), abs=1e-8)
-    with pytest.raises(ValueError, match="without their prompts"):
-        method.reads_prompts.fill_(True)
-        method.margin(batch._replace(prompt=None))
+        size = points.square().sum(1).mean()
+        reward = []
+        for item in (geometry.projector(side[row : row + 1])[0, 0] for side in (batch.chosen, batch.rejected)):  # type: ignore[index]
+            cosine = point @ item / (point @ point + FLOOR**2 * size).sqrt() / item.norm()
+            reward.append(
+                {
+                    "dist": -(item - point).norm(),
+                    "dist_squared": -(item - point).square().sum(),
+                    "dist_normalization": -(2 - 2 * cosine).sqrt(),
+                    "dist_logistic": -scale * (item - point).norm(),
+                    "angle": scale * cosine,
+                    "angle_hinge": scale * cosine,
+                }[head]
+            )
+        assert margin[row].item() == pytest.approx((reward[0] - reward[1]).item(), abs=1e-7)
+    method.loss(batch)["loss"].backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in geometry.user_projectors.parameters())  # type: ignore[union-attr]
+
+
+def test_variant_b_reads_prompts_as_in_training() -> None:
+    method, batch = pal(variant="B", head="angle"), batch_of(prompts=True)
+    assert isinstance(batch.prompt, Tensor)
+    with torch.no_grad():  # what training did not see is not read
+        torch.testing.assert_close(method.margin(batch), method.margin(batch._replace(prompt=None)))
+    method.trained_on_prompts.fill_(True)
+    for prompt, got in (
+        (None, "none"),
+        (batch.prompt[1:], r"shape \(29, 6\)"),
+        (batch.prompt[:, 1:], r"shape \(30, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"with prompts: expected .* \(30, 6\), got {got}; set data.prompt"):
+            method.margin(batch._replace(prompt=prompt))
 
 
 def test_an_affine_projector_commutes_with_mixing() -> None:
@@ -247,6 +272,7 @@ def test_an_affine_projector_commutes_with_mixing() -> None:
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_invariances(variant: str) -> None:
     method, batch = pal(variant=variant, head="angle", loss="cross_entropy"), batch_of(prompts=variant == "B")
+    method.trained_on_prompts.fill_(variant == "B")
     margin, loss = method.margin(batch), method.loss(batch)["nll"]
     swapped = batch._replace(chosen=batch.rejected, rejected=batch.chosen)
     torch.testing.assert_close(method.margin(swapped), -margin)
@@ -292,9 +318,11 @@ def test_mixing_and_partition() -> None:
     assert torch.allclose(soft.sum(-1), torch.ones(()).double()) and (soft.max(-1).values < 1).all()
     method = pal(partition=True)
     method.num_pairs.fill_(1)
-    weights = method.user_states(torch.arange(USERS)).tensors["weights"]
-    assert torch.equal(weights, torch.nn.functional.one_hot(method.logits.argmax(-1), K).double())
-    assert not torch.equal(method.population_state(1).tensors["weights"][0].round(), weights[0])
+    users, everybody = method.user_states(torch.arange(USERS)), method.population_state(USERS)
+    one_hot = torch.nn.functional.one_hot(method.logits.argmax(-1), K).double()
+    assert torch.equal(method._served(users.tensors["weights"], users.num_pairs), one_hot)
+    shared = everybody.tensors["weights"]
+    assert torch.equal(method._served(shared, everybody.num_pairs), shared) and shared.max() < 0.5
     with torch.no_grad():
         assert method.loss(batch_of())["loss"].isfinite()
 
@@ -459,6 +487,7 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
         ({"users": "posterior", "mixing": "gumbel"}, r"model\.mixing"),
         ({"user_projector": "identity"}, r"model\.user_projector"),
         ({"head": "cosine", "num_prototypes": 0, "temperature": 0.0}, r"(?s)model\.head.*num_prototypes.*temperature"),
+        ({"dim": 0, "lr": -0.1}, r"(?s)model\.dim: expected an integer >= 1, got 0.*model\.lr: expected a number >= 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

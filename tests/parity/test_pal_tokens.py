@@ -1,4 +1,4 @@
-"""PAL on tokens: the supervised window, live backbones, and the exported reward model."""
+"""PAL on tokens: the supervised window and live backbones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
-from plm.methods.pal import PAL, LivePAL
+from plm.methods.pal import LivePAL
 from plm.methods.pal.tokens import last_tokens, token_losses, token_weights, token_window
-from plm.testing import PlantedData, quiet_trainer
+from plm.testing import PlantedData, quiet_trainer, tiny_causal_lm
 from plm.types import PreferenceBatch, Tokens
 
 USERS, DIM, K = 3, 16, 2
@@ -24,22 +22,6 @@ def tokens(rows: list[list[int]], pad: int = 0, length: int | None = None) -> To
     mask = torch.tensor([[place < len(row) for place in range(length)] for row in rows])
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
     return Tokens(ids, mask, mask)
-
-
-def network(cls: Any = LlamaModel) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=DIM,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        num_labels=1,
-    )
-    return cls(config).eval()
 
 
 CHOSEN = [[5, 6, 7, 8, 9], [5, 6, 9], [5, 6, 7, 7]]
@@ -61,9 +43,11 @@ def batch_of(pad: int = 0, length: int = 6) -> PreferenceBatch:
 def live(**options: Any) -> LivePAL:
     torch.manual_seed(1)
     defaults: dict[str, Any] = {"num_prototypes": K, "users": "table", "projector": "mlp1-gelu-dropout0"}
+    defaults |= {"backbone": tiny_causal_lm("llama").spec(), "train_backbone": "none"}
     method = LivePAL(num_users=USERS, feature_dim=DIM, **{**defaults, **options})
+    method.configure_model()
     method.logits.data = torch.randn(USERS, K, generator=torch.Generator().manual_seed(2))
-    method.attach(network())
+    method.trained_on_prompts.fill_(method.variant == "B")
     return method
 
 
@@ -124,7 +108,7 @@ def test_a_row_that_has_ended_repeats_its_last_token() -> None:
 def test_live_loss_of_variant_a_by_loops() -> None:
     method, batch = live(head="dist", loss="hinge", user_learner="f(Pw)"), batch_of()
     weights = torch.softmax(method.logits, -1)
-    assert isinstance(batch.chosen, Tokens) and isinstance(batch.rejected, Tokens) and method.network is not None
+    assert isinstance(batch.chosen, Tokens) and isinstance(batch.rejected, Tokens)
     window, geometry, total = token_window(batch.chosen, batch.rejected), method.geometry, torch.zeros(())
     for row in range(3):
         point = geometry.projector((weights[row] @ geometry.raw_points())[None])[0, 0]
@@ -132,7 +116,7 @@ def test_live_loss_of_variant_a_by_loops() -> None:
         for place in window[row].nonzero()[:, 0].tolist():
             distance = []
             for ids in (CHOSEN[row], REJECTED[row]):
-                hidden = method.network(input_ids=torch.tensor([ids])).last_hidden_state[0]
+                hidden = method.policy.network.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
                 item = geometry.projector(hidden[min(place, len(ids) - 1)][None])[0, 0]
                 distance.append((item - point).norm())
             values.append((1 - (distance[1] - distance[0])).clamp_min(0))
@@ -169,112 +153,36 @@ def test_token_alignment_pairs_places_and_pooling_reads_the_whole_prompt() -> No
     torch.testing.assert_close(loss["pooled short"], loss["token short"])
 
 
-def test_backbone_is_trained_as_far_as_it_asks_for(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
+@pytest.mark.parametrize("kind", ["none", "lora", "full"])
+def test_backbone_is_trained_as_far_as_it_is_asked_for(kind: str, tmp_path: Path) -> None:
     data = PlantedData(num_users=USERS, feature_dim=DIM)
     data.view = "tokens"
     data.train_batch = data.val_batch = batch_of()  # type: ignore[assignment]
-    for kind in ("frozen", "lora", "full"):
-        method = live(lr=0.05)
-        method.network_lr = 0.01
-        assert method.network is not None
-        method.network.requires_grad_(kind == "full")
-        if kind == "lora":
-            method.attach(get_peft_model(method.network, LoraConfig(r=2, target_modules=["q_proj"])))  # type: ignore[arg-type]
-        before = {name: value.clone() for name, value in method.named_parameters()}
-        groups = {group["name"] for group in method.param_groups()}
-        assert ("network" in groups) is (kind != "frozen")
-        trainer = quiet_trainer(tmp_path, max_epochs=3)
-        trainer.fit(method, datamodule=data)
-        moved = {name for name, value in method.named_parameters() if not torch.equal(value, before[name])}
-        in_network = {name for name in moved if name.startswith("network.")}
-        assert {
-            "frozen": not in_network,
-            "lora": in_network and all("lora" in name for name in in_network),
-            "full": "network.embed_tokens.weight" in in_network,
-        }[kind]
-        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)["state_dict"]
-        kept = {name for name in state if name.startswith("network.")}
-        assert {"frozen": not kept, "lora": kept and all("lora" in name for name in kept), "full": len(kept) > 10}[kind]
+    method = live(lr=0.05, train_backbone=kind, backbone_lr=0.01, rank=2)
+    before = {name: value.clone() for name, value in method.named_parameters()}
+    assert ("backbone" in {group["name"] for group in method.param_groups()}) is (kind != "none")
+    trainer = quiet_trainer(tmp_path, max_epochs=3)
+    trainer.fit(method, datamodule=data)
+    moved = {name for name, value in method.named_parameters() if not torch.equal(value, before[name])}
+    network = {name for name in moved if name.startswith("policy.")}
+    assert ("adapter" in moved) is (kind == "lora")
+    assert bool(network) is (kind == "full") and (kind != "full" or any("embed_tokens" in name for name in network))
+    state = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)["state_dict"]
+    kept = {name for name in state if name.startswith("policy.")}
+    assert ("adapter" in state) is (kind == "lora") and (len(kept) > 10 if kind == "full" else not kept)
 
 
 def test_live_margins_are_those_of_last_token_features() -> None:
     method, batch = live(), batch_of()
-    assert isinstance(batch.chosen, Tokens) and method.network is not None
+    assert isinstance(batch.chosen, Tokens)
     with torch.no_grad():
         features = torch.stack(
-            [method.network(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in CHOSEN]
+            [method.policy.network.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in CHOSEN]
         )
         torch.testing.assert_close(method.features(batch.chosen), features, atol=1e-5, rtol=1e-5)
         users = method.user_states(batch.user_index)
         torch.testing.assert_close(method.score(batch.chosen, users), method.score(features, users), atol=1e-4, rtol=0)
         margin = method.score(batch.chosen, users) - method.score(batch.rejected, users)
         torch.testing.assert_close(method.margin(batch), margin, atol=1e-4, rtol=0)
-    method.network = None
-    with pytest.raises(ValueError, match="attach"):
-        method.loss(batch)
     with pytest.raises(ValueError, match="table"):
         live(users="posterior")
-
-
-# ---------------------------------------------------------------------- export
-def pal(**options: Any) -> PAL:
-    torch.manual_seed(1)
-    method = PAL(USERS, DIM, num_prototypes=K, projector="mlp1-gelu-dropout0", residual="bradley_terry", **options)
-    method.base.data = torch.randn(DIM)
-    method.feature_scale.fill_(1.7)
-    return method.eval()
-
-
-@pytest.mark.parametrize("options", [{"head": "dist"}, {"user_learner": "f(Pw)"}, {"head": "angle"}])
-@pytest.mark.parametrize("normalize", [False, True])
-def test_exported_model_gives_the_rewards_of_the_method(options: dict[str, Any], normalize: bool) -> None:
-    """As a plain Hugging Face model on token ids, for a user, a prototype and the population."""
-    method = pal(**options)
-    method.hparams["backbone"] = {"class_path": "x", "init_args": {"pooling": "last", "normalize": normalize}}
-    given = tokens(CHOSEN)
-    weights = torch.softmax(torch.randn(K), -1)
-    for chosen in (weights, torch.tensor([0.0, 1.0]), None):
-        model = method.export_reward_model(network(LlamaForSequenceClassification), chosen)
-        assert isinstance(model, LlamaForSequenceClassification)
-        with torch.no_grad():
-            logits: Tensor = model(input_ids=given.input_ids, attention_mask=given.attention_mask.long()).logits
-            features = torch.stack(
-                [model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in CHOSEN]
-            )
-            features = torch.nn.functional.normalize(features, dim=-1) if normalize else features
-            users = method.population_state(3)
-            if chosen is not None:
-                users.tensors["weights"] = chosen.expand(3, -1)
-            expected = method.score(features, users)
-        assert logits.shape == (3, 1)
-        torch.testing.assert_close(logits[:, 0], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_exported_variant_b_reads_the_prompt_apart() -> None:
-    method = pal(variant="B", head="angle")
-    model = method.export_reward_model(network(), torch.tensor([0.3, 0.7]))
-    response, prompt = tokens(CHOSEN), tokens(PROMPTS)
-    with torch.no_grad():
-        logits = model(response.input_ids, response.attention_mask, prompt.input_ids, prompt.attention_mask).logits
-        base = network()
-        features, prompts = (
-            torch.stack([base(input_ids=torch.tensor([ids])).last_hidden_state[0, -1] for ids in rows])
-            for rows in (CHOSEN, PROMPTS)
-        )
-        users = method.population_state(3)
-        users.tensors["weights"] = torch.tensor([[0.3, 0.7]]).expand(3, -1)
-        expected = method._score(features, users, prompts)
-    torch.testing.assert_close(logits[:, 0], expected, atol=1e-4, rtol=1e-4)
-
-
-def test_export_refuses_what_it_cannot_express() -> None:
-    method = pal()
-    with pytest.raises(ValueError, match="none negative, of sum one"):
-        method.export_reward_model(network(LlamaForSequenceClassification), torch.tensor([0.5, 0.6]))
-    with pytest.raises(ValueError, match="`score` layer"):
-        method.export_reward_model(network())
-    method.hparams["backbone"] = {"class_path": "x", "init_args": {"pooling": "mean"}}
-    with pytest.raises(ValueError, match="pooling='mean'"):
-        method.export_reward_model(network(LlamaForSequenceClassification))

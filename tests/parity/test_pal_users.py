@@ -6,20 +6,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 from scipy.special import expit, softmax
 from torch import Tensor
+from torch.distributions import MultivariateNormal, kl_divergence
 
 from plm.backbones import HashingBackbone
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.functional import PairList, expected_losses, fit_gaussian, fit_simplex
 from plm.methods.pal import PAL
+from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.solver import fit_deviations, linearised
-from plm.testing import PlantedData, quiet_trainer
+from plm.testing import PlantedData, quiet_trainer, saved
 from plm.types import Context, PreferenceBatch
 
 K = 3
@@ -152,7 +155,8 @@ def test_partition_gives_one_hot_weights() -> None:
     method.partition = True
     chosen = draw(6, 2, 4).float()
     mask = torch.tensor([[True, True]] * 5 + [[False, False]])
-    weights = method.adapt(Context(chosen, -chosen, mask, torch.ones(6, 2))).tensors["weights"]
+    state = method.adapt(Context(chosen, -chosen, mask, torch.ones(6, 2)))
+    weights = method._served(state.tensors["weights"], state.num_pairs)
     assert set(weights[:5].flatten().tolist()) == {0.0, 1.0} and weights[5].tolist() == [0.5, 0.5]
 
 
@@ -166,8 +170,51 @@ def test_more_pairs_are_surer() -> None:
     ]
     first = [float(state.tensors["weights"][0, 0]) for state in states]
     assert 0.5 < first[0] < first[1] < first[2]
-    prior = float(method.population_state(1).tensors["precision"][0].trace())
-    assert all(float(state.tensors["precision"][0].trace()) > prior for state in states)
+    prior = float(method.population_state(1).tensors["log_precision"][0].trace())
+    assert all(float(state.tensors["log_precision"][0].trace()) > prior for state in states)
+
+
+# ---------------------------------------------------------------------- what a fit says of itself
+def test_usage_of_prototypes_by_hand() -> None:
+    """Six users: three, two and one are nearest to the first three of four prototypes."""
+    weights = torch.eye(4)[torch.tensor([0, 0, 0, 1, 1, 2])]
+    entropy = -sum(share * np.log(share) for share in (3 / 6, 2 / 6, 1 / 6))
+    usage = prototype_usage(weights)
+    assert usage == pytest.approx(
+        {"effective_prototypes": np.exp(entropy), "dead_prototypes": 1.0, "assignment_entropy": 0.0}, rel=1e-5
+    )
+    alike = prototype_usage(torch.full((5, 4), 0.25))
+    assert alike == pytest.approx(
+        {"effective_prototypes": 1.0, "dead_prototypes": 3.0, "assignment_entropy": np.log(4)}, rel=1e-5
+    )
+    assert all(np.isnan(value) for value in prototype_usage(torch.zeros(0, 4)).values())
+
+
+def test_kl_of_users_is_that_of_torch() -> None:
+    root, deviation, scale = draw(5, K, K), draw(5, K, seed=1), torch.tensor(0.7).double()
+    precision = root @ root.mT + torch.eye(K)
+    posterior = MultivariateNormal(deviation, precision_matrix=precision)
+    prior = MultivariateNormal(torch.zeros(K).double(), scale_tril=scale * torch.eye(K).double())
+    expected = kl_divergence(posterior, prior).mean()
+    assert mean_kl(deviation, precision, scale) == pytest.approx(float(expected), rel=1e-9)
+    assert mean_kl(deviation * 0, (torch.eye(K) / scale**2).expand(5, K, K), scale) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"users": "table", "lr": 0.1}])
+def test_report_tells_personal_users_from_shuffled_ones(options: dict[str, Any], tmp_path: Path) -> None:
+    reports = []
+    for shuffle in (False, True):
+        data = PlantedData(num_users=60, pairs_per_user=30, num_test=20, shuffle_users=shuffle)
+        torch.manual_seed(0)
+        method = fit(PAL(60, 8, num_prototypes=4, residual="bradley_terry", **options), data, tmp_path)
+        reports.append(method.report())
+        again = PAL(60, 8, num_prototypes=4, residual="bradley_terry", **options)
+        again.load_state_dict(method.state_dict())
+        assert again.report() == method.report()
+    assert reports[0].keys() == {"kl", "effective_prototypes", "dead_prototypes", "assignment_entropy"}
+    assert reports[0]["kl"] > 1.0 and reports[0]["effective_prototypes"] > 2
+    if not options:
+        assert reports[1]["kl"] < 0.1
 
 
 # ---------------------------------------------------------------------- fits
@@ -245,8 +292,13 @@ def test_prompts_decide_in_variant_b(tmp_path: Path) -> None:
         assert (method.margin(batch) > 0).double().mean() > 0.95
         assert (method.margin(batch._replace(prompt=prompt.flip(0))) > 0).double().mean() < 0.05
     assert method.reads_prompts
-    with pytest.raises(ValueError, match="prompt_features: true"):
-        method.score(batch.chosen, method.user_states(batch.user_index))
+    users = method.user_states(batch.user_index)
+    with pytest.raises(ValueError, match="prompt_features: true, or give score the prompts"):
+        method.score(batch.chosen, users)
+    assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+    with torch.no_grad():
+        sides = (method.score(side, users, prompt_features=prompt) for side in (batch.chosen, batch.rejected))
+        torch.testing.assert_close(torch.stack(list(sides)).diff(dim=0)[0], -method.margin(batch), atol=1e-5, rtol=1e-5)
 
 
 def test_conflicting_groups_are_told_apart_by_five_pairs(tmp_path: Path) -> None:
@@ -278,3 +330,115 @@ def test_conflicting_groups_are_told_apart_by_five_pairs(tmp_path: Path) -> None
         np.mean([accuracy(method, batch, key) for batch in unseen]) for key in ("margin", "population_margin")
     )
     assert personal >= 0.9 and shared < 0.65
+
+
+# ---------------------------------------------------------------------- what users do to it
+MODES: dict[str, dict[str, Any]] = {
+    "posterior": {"residual": "bradley_terry"},
+    "table": {
+        "users": "table",
+        "head": "dist",
+        "loss": "hinge",
+        "user_learner": "f(Pw)",
+        "projector": "mlp1-relu-dropout0-batchnorm",
+    },
+    "B": {"variant": "B", "head": "angle", "projector": "mlp1-gelu-dropout5"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resuming_a_fit_changes_nothing(mode: str, tmp_path: Path) -> None:
+    """Interrupted after six of twelve epochs and resumed from the checkpoint: the same bits as without a break."""
+
+    class Break(L.Callback):
+        def __init__(self, at: int) -> None:
+            self.at = at
+
+        def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            torch.manual_seed(trainer.current_epoch)  # of what is drawn in an epoch
+
+        def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if trainer.current_epoch == self.at:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+                trainer.should_stop = True
+
+    data, states = PlantedData(num_users=6), []
+    for at, path in ((-1, None), (5, None), (-1, tmp_path / "half.ckpt")):
+        torch.manual_seed(len(states))
+        method = PAL(6, 8, num_prototypes=3, **MODES[mode])
+        if not states:
+            start = method.state_dict()
+            start = {name: value.clone() for name, value in start.items()}
+        method.load_state_dict(start)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = quiet_trainer(tmp_path, max_epochs=12, check_val_every_n_epoch=3, callbacks=[Break(at)])
+            trainer.fit(method, datamodule=data, ckpt_path=path)
+        states.append({name: value.clone() for name, value in method.state_dict().items()})
+    full, half, resumed = states
+    assert all(torch.equal(full[name], value) for name, value in resumed.items())
+    assert not all(torch.equal(full[name], value) for name, value in half.items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_features_of_another_precision(mode: str, tmp_path: Path) -> None:
+    """Half-precision features are read in the precision of the method; so do fits under bfloat16 autocast work."""
+    data = PlantedData(num_users=5)
+    torch.manual_seed(0)
+    method = fit(PAL(5, 8, num_prototypes=3, **MODES[mode]), data, tmp_path, epochs=4, precision="bf16-mixed")
+    batch, context = data.test_batch, data.context
+    users = method.user_states(batch.user_index)
+    assert (
+        isinstance(batch.chosen, Tensor) and isinstance(context.chosen, Tensor) and isinstance(context.rejected, Tensor)
+    )
+    with torch.no_grad():
+        expected = method.score(batch.chosen, users)
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            found = method.score(batch.chosen.to(dtype), users)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+            state = method.adapt(context._replace(chosen=context.chosen.to(dtype), rejected=context.rejected.to(dtype)))
+            assert all(value.dtype == torch.float32 for value in state.tensors.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_worlds(mode: str, tmp_path: Path) -> None:
+    """One user; one pair per user; more prototypes than users; one prototype; ties alone; the same response twice."""
+    options = MODES[mode]
+    alone = PlantedData(num_users=1, num_unseen=1)
+    short = PlantedData(num_users=2, pairs_per_user=1, num_test=1, num_unseen=2, num_shots=1)
+    tied = PlantedData(num_users=3)
+    tied.train_batch = tied.train_batch._replace(tie=torch.ones_like(tied.train_batch.tie))
+    same = PlantedData(num_users=3)
+    same.train_batch = same.train_batch._replace(rejected=same.train_batch.chosen)
+    for data, num_prototypes in ((alone, 3), (short, 2), (tied, 20), (same, 2), (PlantedData(num_users=3), 1)):
+        torch.manual_seed(0)
+        method = fit(PAL(data.num_users, 8, num_prototypes=num_prototypes, **options), data, tmp_path, epochs=4)
+        with torch.no_grad():
+            facts = [method.evaluate(batch) for batch in (data.test_batch, data.unseen_batch)]
+        assert all(value.isfinite().all() for fact in facts for value in fact.values())
+        assert np.isfinite(list(method.report().values())).all()
+        if num_prototypes == 1:
+            assert torch.equal(facts[1]["margin"], facts[1]["population_margin"])
+
+
+def test_a_user_the_checkpoint_does_not_know_starts_at_its_prior(tmp_path: Path) -> None:
+    data = PlantedData(num_users=8)
+    for options in ({}, {"users": "table", "lr": 0.1}):
+        method = fit(PAL(8, 8, num_prototypes=3, **options), data, tmp_path)  # type: ignore[arg-type]
+        other = PAL(2, 8, num_prototypes=3, **options)  # type: ignore[arg-type]
+        other.user_ids = ["newcomer", data.user_ids[3]]
+        with saved(method) as path, pytest.warns(UserWarning, match="1 of 2 users are not in the checkpoint"):
+            checkpoint = torch.load(path, weights_only=True)
+            other.on_load_checkpoint(checkpoint)
+        other.load_state_dict(checkpoint["state_dict"])
+        with torch.no_grad():
+            state, prior = other.user_states(torch.tensor([0])), other.population_state(1)
+        for name, value in prior.tensors.items():
+            torch.testing.assert_close(state.tensors[name], value)
+
+
+def test_variant_b_without_prompts_warns(tmp_path: Path) -> None:
+    method = PAL(12, 8, num_prototypes=2, variant="B", head="angle", projector="mlp0-linear-dropout0")
+    with pytest.warns(UserWarning, match=r"set data\.prompt_features: true"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(method, datamodule=PlantedData())

@@ -45,6 +45,15 @@ def by_user(correct: Tensor, batch: PreferenceBatch) -> np.ndarray:
     return out
 
 
+def oracle_gain(method: LoRe, batch: PreferenceBatch, data: PlantedData) -> float:
+    """Mean accuracy of the planted users' own rewards minus that of the method's global control, on the same pairs."""
+    assert batch.user_row is not None and isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+    margin = ((batch.chosen - batch.rejected) * data.directions[batch.user_row]).sum(-1)
+    with torch.no_grad():
+        population = method.evaluate(batch)["population_margin"]
+    return float(by_user((margin > 0).float() - (population > 0).float(), batch).mean())
+
+
 def gains(method: LoRe, batch: PreferenceBatch) -> np.ndarray:
     """``(U,)`` accuracy of the personal model minus that of its own global control."""
     with torch.no_grad():
@@ -57,6 +66,12 @@ def log_losses(method: LoRe, batch: PreferenceBatch) -> tuple[float, float]:
     with torch.no_grad():
         facts = method.evaluate(batch)
     return tuple(float(torch.nn.functional.softplus(-facts[name]).mean()) for name in ("margin", "population_margin"))  # type: ignore[return-value]
+
+
+def first_pairs(batch: PreferenceBatch, num_users: int, count: int) -> PreferenceBatch:
+    """The first ``count`` pairs of every user of a batch in which all have equally many."""
+    kept = torch.arange(batch.num_pairs) % (batch.num_pairs // num_users) < count
+    return batch._replace(**{name: value[kept] for name, value in batch._asdict().items() if isinstance(value, Tensor)})
 
 
 def with_shots(batch: PreferenceBatch, count: int) -> PreferenceBatch:
@@ -98,18 +113,37 @@ def test_the_gain_grows_with_shots(rich: tuple[LoRe, PlantedData]) -> None:
     assert all(later > earlier + 0.01 for earlier, later in pairwise(curve)), curve
 
 
-def test_few_pairs_do_not_pretend(tmp_path: Path) -> None:
-    """Ten pairs of each of 40 users do not determine the subspace, and what is claimed holds on new pairs.
+@pytest.mark.parametrize("pairs_per_user", [2, 5, 10])
+def test_few_pairs_do_not_pretend(pairs_per_user: int, tmp_path: Path) -> None:
+    """Few pairs of 40 users leave the subspace open, and what is claimed about users holds on new pairs.
 
-    The personal model must not be worse than its global control in log-loss, which overconfidence would make it.
+    The number of users matters because the subspace is shared: what determines it is all pairs together, so 40 users
+    with 10 pairs are too few where 200 users are enough (see the next test). 40 leave it open at 2, 5 and 10.
+
+    Overconfidence shows in three ways, none of which may occur, with no more than 2 validation pairs per user to choose
+    the spread by: a personal log-loss worse than that of the global control (0.02 nats are allowed; over ten seeds the
+    most was 0.007), a personal accuracy below the control's, and an interval of personal - global that reaches above
+    what the planted rewards themselves gain. The control is not judged here: its ridge is fixed, and at 2 and 5 pairs
+    per user it is worse than a coin itself (log-loss 0.65 to 1.01).
     """
-    data = PlantedData(40, 60, pairs_per_user=10, num_shots=10, num_test=60, feature_dim=DIM, rank=RANK)
+    data = PlantedData(40, 60, pairs_per_user, num_shots=pairs_per_user, num_test=60, feature_dim=DIM, rank=RANK)
+    data.val_batch = first_pairs(data.val_batch, data.num_users, 2)
     method = fit(data, tmp_path)
-    assert overlap(method, data) < 0.7
+    assert overlap(method, data) < 0.7  # recovered would be 0.9; over ten seeds 0.13 to 0.64
     for batch in (data.test_batch, data.unseen_batch):
         personal, population = log_losses(method, batch)
-        assert personal < population + 0.01
-        assert -0.01 < gains(method, batch).mean() < 0.08
+        assert personal < population + 0.02
+        gain = gains(method, batch)
+        assert gain.mean() > -0.01
+        assert cluster_bootstrap(gain)[1] < oracle_gain(method, batch, data)
+
+
+def test_more_users_with_as_few_pairs_recover_the_subspace(tmp_path: Path) -> None:
+    """10 pairs of 200 users are as many as 50 of 40: overlap 0.92, where 10 pairs of 40 users reach 0.56."""
+    data = PlantedData(200, 60, pairs_per_user=10, num_shots=10, num_test=60, feature_dim=DIM, rank=RANK)
+    method = fit(data, tmp_path)
+    assert overlap(method, data) > 0.85
+    assert cluster_bootstrap(gains(method, data.unseen_batch))[0] > 0.05
 
 
 @pytest.mark.parametrize("pairs_per_user", [10, 60])

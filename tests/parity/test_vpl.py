@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import plm.methods.vpl as vpl
-from plm.methods.vpl import VPL, target_bound
+from plm.methods.vpl import VPL, is_collapsed, target_bound
 from plm.methods.vpl.episodes import draw_episodes, response_ids, response_nodes
 from plm.methods.vpl.networks import DECODERS, Gaussian, anneal_factor, bounded, on_sphere, pooled_attention, swap_guide
 from plm.testing import PlantedData, quiet_trainer
@@ -480,32 +481,57 @@ def test_planted_users_are_recovered_with_shots(tmp_path: Path) -> None:
             direction = direction - method.score(torch.zeros(40, DIM), state)[:, None]
         cosines.append(float(torch.cosine_similarity(direction, data.directions[80:]).mean()))
     assert cosines[0] < cosines[1] < cosines[2] and cosines[2] > 0.85
-    report = method._report
-    assert report is not None and not report.collapsed() and report.active_units >= 1
-    assert report.accuracy > report.shuffled_accuracy + 0.1
-    variances = [report.variance[shots] for shots in (1, 2, 4, 8, 16, 32)]
+    report = method.report()
+    assert not is_collapsed(report) and report["active_units"] >= 1
+    assert report["val_accuracy"] > report["val_other_accuracy"] + 0.1
+    variances = [report[f"variance@{shots}"] for shots in (1, 2, 4, 8, 16, 32)]
     assert all(later < earlier for earlier, later in pairwise(variances))
 
 
-def test_collapse_is_logged_and_warned_about(tmp_path: Path) -> None:
-    """A KL weight that forbids the latent; the numbers are those of the report."""
-
-    class Logged(L.Callback):
-        numbers: dict[str, float]
-
-        def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-            self.numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-    logged, data = Logged(), PlantedData(12, feature_dim=DIM)
+def test_collapse_is_reported_and_warned_about(tmp_path: Path) -> None:
+    """A KL weight that forbids the latent."""
+    data = PlantedData(12, feature_dim=DIM)
     torch.manual_seed(0)
     method = VPL(12, DIM, kl_weight=1000.0, free_bits=0.0, anneal="none", lr=0.1, **SMALL)
+    assert math.isnan(method.report()["val_accuracy"])  # not known before a fit
     with pytest.warns(UserWarning, match="posterior collapse: 0 of 3 latent dimensions are active"):
-        quiet_trainer(tmp_path, max_epochs=60, check_val_every_n_epoch=30, callbacks=[logged]).fit(
-            method, datamodule=data
-        )
-    assert logged.numbers["val/latent/kl"] < 0.05 and logged.numbers["val/latent/active_units"] == 0
-    assert abs(logged.numbers["val/latent/accuracy"] - logged.numbers["val/latent/shuffled_accuracy"]) < 0.1
-    assert logged.numbers["val/latent/variance@1"] > 0.9
+        quiet_trainer(tmp_path, max_epochs=60, check_val_every_n_epoch=30).fit(method, datamodule=data)
+    report = method.report()
+    assert report["kl"] < 0.05 and report["active_units"] == 0 and is_collapsed(report)
+    assert abs(report["val_accuracy"] - report["val_other_accuracy"]) < 0.1
+    assert report["variance@1"] > 0.9 and math.isnan(report["variance@32"])  # users have 30 pairs
+
+
+def test_the_report_is_that_of_its_definitions(tmp_path: Path) -> None:
+    """Against loops over users; the numbers stay with the checkpoint."""
+    data = PlantedData(8, feature_dim=DIM, pairs_per_user=10)
+    torch.manual_seed(0)
+    method = fit(VPL(8, DIM, **SMALL), data, tmp_path, max_epochs=20, check_val_every_n_epoch=20)
+    batch, val, report = data.train_batch, data.val_batch, method.report()
+    kl, variance = 0.0, {1: 0.0, 4: 0.0, 8: 0.0}
+    for user in range(8):
+        rows = (batch.user_index == user).nonzero()[:, 0]
+        for shots in (10, *variance):
+            few = rows[:shots]
+            state = method.adapt(
+                Context(batch.chosen[few][None], batch.rejected[few][None], few[None] >= 0, batch.weight[few][None])  # type: ignore[index]
+            )
+            if shots in variance:
+                variance[shots] += float(state.tensors["log_var"].exp().mean()) / 8
+            else:
+                own = Normal(state.tensors["mean"], (state.tensors["log_var"] / 2).exp())
+                kl += float(kl_divergence(own, Normal(0.0, 1.0)).sum()) / 8
+    assert report["kl"] == pytest.approx(kl, rel=1e-4)
+    for shots, value in variance.items():
+        assert report[f"variance@{shots}"] == pytest.approx(value, rel=1e-4)
+    assert math.isnan(report["variance@16"])
+    with torch.no_grad():
+        facts = method.evaluate(val)
+    for name, key in (("val_accuracy", "margin"), ("val_other_accuracy", "other_margin")):
+        assert report[name] == pytest.approx(float((facts[key] > 0).float().mean()), abs=1e-6)
+    again = VPL(8, DIM, **SMALL)
+    again.load_state_dict(method.state_dict())
+    assert str(again.report()) == str(report)  # nan included
 
 
 def test_without_personal_signal_nothing_is_lost(tmp_path: Path) -> None:
@@ -521,8 +547,14 @@ def test_without_personal_signal_nothing_is_lost(tmp_path: Path) -> None:
 
 def test_everything_that_does_not_fit_is_named_at_once() -> None:
     with pytest.raises(ValueError) as error:
-        VPL(2, 3, latent_dim=0, kl_weight=-1.0, swap_guide=0.1, min_context=2)
-    for text in ("model.latent_dim", "model.kl_weight", "model.swap_guide acts only", "model.min_context acts only"):
+        VPL(2, 3, latent_dim=0, kl_weight=-1.0, swap_guide=0.1, min_context=2, lr=-1.0)
+    for text in (
+        "model.lr: expected a number >= 0",
+        "model.latent_dim",
+        "model.kl_weight",
+        "model.swap_guide acts only",
+        "model.min_context acts only",
+    ):
         assert text in str(error.value)
     with pytest.raises(ValueError, match=r"model\.ridge acts only with model\.decoder bilinear"):
         VPL(2, 3, decoder="film", ridge=0.1)
@@ -542,3 +574,89 @@ def test_presets_hold_the_published_numbers() -> None:
     )
     assert (paper.kl_weight, paper.anneal_steps, paper.num_targets, paper.max_context) == (3e-6, 10_000, 1, 8)
     assert VPL(2, 3, preset="paper", lr=0.5, **SMALL).lr == 0.5 and VPL(2, 3).lr == 0.005
+
+
+# ---------------------------------------------------------------------- what users do to it
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"preset": "paper"},
+    "bilinear": {"decoder": "bilinear", "posterior": "attention", "target_rule": "rest"},
+    "guided": {"pair_features": "concat", "swap_guide": 0.1, "latent_map": "sphere", "decoder": "concat"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_features_of_another_precision(name: str, tmp_path: Path) -> None:
+    """Half-precision features are read in the precision of the method; so do fits under bfloat16 autocast work."""
+    data = PlantedData(5, feature_dim=DIM)
+    torch.manual_seed(0)
+    method = VPL(5, DIM, **SMALL, **VARIANTS[name])
+    fit(method, data, tmp_path, max_epochs=4, check_val_every_n_epoch=2, precision="bf16-mixed").eval()
+    batch, context = data.test_batch, data.context
+    users = method.user_states(batch.user_index)
+    assert isinstance(batch.chosen, Tensor) and isinstance(context.chosen, Tensor)
+    assert isinstance(context.rejected, Tensor)
+    with torch.no_grad():
+        expected = method.score(batch.chosen, users)
+        for dtype in (torch.float16, torch.bfloat16, torch.float64):
+            found = method.score(batch.chosen.to(dtype), users)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+            state = method.adapt(context._replace(chosen=context.chosen.to(dtype), rejected=context.rejected.to(dtype)))
+            assert all(value.dtype == torch.float32 for value in state.tensors.values())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_small_worlds(name: str, tmp_path: Path) -> None:
+    """One user, who is no collapse; one pair per user; ties alone; the same response twice; no validation pairs."""
+    alone = PlantedData(1, num_unseen=1, feature_dim=DIM)
+    short = PlantedData(2, num_unseen=2, feature_dim=DIM, pairs_per_user=1, num_test=1, num_shots=1)
+    tied, same, blind = (PlantedData(3, feature_dim=DIM) for _ in range(3))
+    tied.train_batch = tied.train_batch._replace(tie=torch.ones_like(tied.train_batch.tie))
+    same.train_batch = same.train_batch._replace(rejected=same.train_batch.chosen)
+    blind.val_dataloader = lambda: []  # type: ignore[method-assign]
+    for data in (alone, short, tied, same, blind):
+        torch.manual_seed(0)
+        method = VPL(data.num_users, DIM, **SMALL, **VARIANTS[name])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=2).fit(method, datamodule=data)
+        said = [str(warning.message) for warning in caught if "collapse" in str(warning.message)]
+        assert data is not alone or not said
+        assert data is not blind or not any("nan" in text for text in said)
+        method.eval()
+        with torch.no_grad():
+            facts = [method.evaluate(batch) for batch in (data.test_batch, data.unseen_batch)]
+        assert all(value.isfinite().all() for fact in facts for value in fact.values())
+        assert np.isfinite([method.report()[name] for name in ("kl", "active_units", "variance@1")]).all()
+
+
+@pytest.mark.parametrize("name", ["default", "paper"])
+def test_resuming_a_fit_changes_nothing(name: str, tmp_path: Path) -> None:
+    """Interrupted after six of twelve epochs and resumed from the checkpoint: the same bits as without a break."""
+
+    class Break(L.Callback):
+        def __init__(self, at: int) -> None:
+            self.at = at
+
+        def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            torch.manual_seed(trainer.current_epoch)  # of the episodes of an epoch
+
+        def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if trainer.current_epoch == self.at:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+                trainer.should_stop = True
+
+    data, states = PlantedData(6, feature_dim=DIM), []
+    start = VPL(6, DIM, **SMALL, **VARIANTS[name]).state_dict()
+    for at, path in ((-1, None), (5, None), (-1, tmp_path / "half.ckpt")):
+        method = VPL(6, DIM, **SMALL, **VARIANTS[name])
+        method.load_state_dict(start)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = quiet_trainer(tmp_path, max_epochs=12, check_val_every_n_epoch=3, callbacks=[Break(at)])
+            trainer.fit(method, datamodule=data, ckpt_path=path)
+        states.append({key: value.clone() for key, value in method.state_dict().items()})
+    full, half, resumed = states
+    assert all(torch.equal(full[key], value) for key, value in resumed.items())
+    assert not all(torch.equal(full[key], value) for key, value in half.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import glob
 import gzip
 import json
@@ -13,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from plm.config import nearest
 from plm.data.values import short
 
 PARQUET = "refs/convert/parquet"
@@ -99,9 +99,8 @@ def read_rows(files: Sequence[str], columns: dict[str, str]) -> list[dict[str, A
         present, records = _read(file, list(dict.fromkeys(wanted.values())))
         missing = [column for name, column in wanted.items() if column not in present and columns[name] == column]
         if missing:
-            close = difflib.get_close_matches(missing[0], present, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{file}: expected the columns {missing}, got {present}{hint}")
+            near = nearest(missing[0], present)
+            raise ValueError(f"{file}: expected the columns {missing}, got {present}{near}")
         rows += [{name: record.get(column) for name, column in wanted.items()} for record in records]
     return rows
 

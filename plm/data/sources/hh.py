@@ -13,6 +13,7 @@ Licence: MIT. The texts hold offensive content.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -47,26 +48,22 @@ class HHPairs(TypedPairs):
 
     Args:
         path: Folder with ``helpful-base/`` and ``harmless-base/``; null = download from the hub.
-        num_seen: People to train on, of each type.
-        num_unseen: People held out, of each type.
         support_pairs: Pairs an unseen person gives.
         target_pairs: Further training pairs of a seen person.
         test_pairs: Test pairs of everyone.
-        seed: Another seed draws other pairs.
+        **people: The other arguments of `TypedPairs`.
     """
 
     def __init__(
         self,
         path: str | None = None,
-        num_seen: int = 100,
-        num_unseen: int = 100,
         support_pairs: int = 16,
         target_pairs: int = 64,
         test_pairs: int = 64,
-        seed: int = 0,
+        **people: Any,
     ) -> None:
         """See the class."""
-        super().__init__(num_seen, num_unseen, support_pairs, target_pairs, test_pairs, seed)
+        super().__init__(support_pairs=support_pairs, target_pairs=target_pairs, test_pairs=test_pairs, **people)
         self.path = path
 
     @property

@@ -12,6 +12,8 @@ Licence: see the dataset card on the hub.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from plm.data.sources.corpus import PARQUET, corpus_files, read_rows
@@ -30,32 +32,13 @@ class PersonalLlmPairs(PopulationPairs):
 
     Args:
         path: Folder with ``default/train/*.parquet`` and ``default/test/*.parquet``; null = download from the hub.
-        concentration: Of the Dirichlet weights: 0.001 very diverse, 0.01 moderate, 0.1 closer to each other.
-        num_seen: People to train on.
-        num_unseen: People held out.
-        seen_pairs: Training prompts shown to a seen person.
-        unseen_pairs: Support prompts shown to an unseen person.
-        test_pairs: Test prompts shown to everyone, drawn for each person; null = all of them.
         z_score: Whether rewards are brought to one scale before they are weighed; false as in LoRe.
-        seed: Another seed gives another population.
+        **population: The other arguments of `PopulationPairs`.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        concentration: float = 0.01,
-        num_seen: int = 1000,
-        num_unseen: int = 1000,
-        seen_pairs: int = 45,
-        unseen_pairs: int = 9,
-        test_pairs: int | None = None,
-        z_score: bool = False,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, path: str | None = None, z_score: bool = False, **population: Any) -> None:
         """See the class."""
-        super().__init__(
-            concentration, num_seen, num_unseen, seen_pairs, unseen_pairs, test_pairs, z_score=z_score, seed=seed
-        )
+        super().__init__(z_score=z_score, **population)
         self.path = path
 
     @property

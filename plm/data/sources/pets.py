@@ -11,7 +11,7 @@ Licence: that of this package.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,27 +57,14 @@ class PetsPairs(TypedPairs):
     Args:
         variant: full = half of the pairs are in dispute; controversial = all are.
         pool_size: Training pairs written; a fifth as many for the test.
-        num_seen: People to train on, of each type.
-        num_unseen: People held out, of each type.
-        support_pairs: Pairs an unseen person gives.
-        target_pairs: Further training pairs of a seen person.
-        test_pairs: Test pairs of everyone.
-        seed: Another seed writes and draws other pairs.
+        **people: The arguments of `TypedPairs`.
     """
 
     def __init__(
-        self,
-        variant: Literal["full", "controversial"] = "full",
-        pool_size: int = 2000,
-        num_seen: int = 100,
-        num_unseen: int = 100,
-        support_pairs: int = 8,
-        target_pairs: int = 32,
-        test_pairs: int = 32,
-        seed: int = 0,
+        self, variant: Literal["full", "controversial"] = "full", pool_size: int = 2000, **people: Any
     ) -> None:
         """See the class."""
-        super().__init__(num_seen, num_unseen, support_pairs, target_pairs, test_pairs, seed)
+        super().__init__(**people)
         self.variant, self.pool_size = variant, pool_size
 
     @property

@@ -98,7 +98,7 @@ class PopulationPairs(PairSource):
         unseen_pairs: Support prompts shown to an unseen person.
         test_pairs: Test prompts shown to everyone, drawn for each person; null = all of them.
         z_score: Whether attributes are brought to one scale before they are weighed.
-        seed: Another seed gives another population.
+        seed: Another seed gives another population, and other candidates and test prompts where these are drawn.
     """
 
     def __init__(

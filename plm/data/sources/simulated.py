@@ -65,14 +65,7 @@ class SimulatedPairs(PopulationPairs):
         response: Column of the response text.
         candidates: Responses drawn per prompt.
         test_share: Share of the prompts asked in the test only.
-        concentration: Of the Dirichlet weights: 0.001 very diverse, 0.01 moderate, 0.1 closer to each other.
-        num_seen: People to train on.
-        num_unseen: People held out.
-        seen_pairs: Training prompts shown to a seen person.
-        unseen_pairs: Support prompts shown to an unseen person.
-        test_pairs: Test prompts shown to everyone, drawn for each person; null = all of them.
-        z_score: Whether attributes are brought to one scale before they are weighed.
-        seed: Another seed gives other people, candidates and test prompts.
+        **population: The other arguments of `PopulationPairs`.
     """
 
     def __init__(
@@ -85,19 +78,10 @@ class SimulatedPairs(PopulationPairs):
         response: str = "response",
         candidates: int = 8,
         test_share: float = 0.2,
-        concentration: float = 0.01,
-        num_seen: int = 1000,
-        num_unseen: int = 1000,
-        seen_pairs: int = 45,
-        unseen_pairs: int = 9,
-        test_pairs: int | None = None,
-        z_score: bool = True,
-        seed: int = 0,
+        **population: Any,
     ) -> None:
         """See the class."""
-        super().__init__(
-            concentration, num_seen, num_unseen, seen_pairs, unseen_pairs, test_pairs, z_score=z_score, seed=seed
-        )
+        super().__init__(**population)
         self.path, self.attributes, self.prompts = path, list(attributes), prompts
         self.key, self.prompt, self.response = key, prompt, response
         self.candidates, self.test_share = candidates, test_share

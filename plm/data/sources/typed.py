@@ -57,10 +57,10 @@ class TypedPairs(PairSource):
     Args:
         num_seen: People to train on, of each type.
         num_unseen: People held out, of each type.
-        support_pairs: Survey pairs shown to everyone, drawn for each person.
+        support_pairs: Pairs an unseen person gives; everyone's are drawn from the survey, where there is one.
         target_pairs: Further training pairs of a seen person.
         test_pairs: Test pairs of everyone.
-        seed: Another seed draws other pairs.
+        seed: Another seed draws, and where they are made up, writes other pairs.
     """
 
     def __init__(

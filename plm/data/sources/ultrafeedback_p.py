@@ -58,12 +58,7 @@ class UltraFeedbackPPairs(TypedPairs):
         path: Folder with one subfolder per dataset, named as on the hub; null = download from the hub.
         types: Attributes that have people: two of them for UF-P-2, all four for UF-P-4.
         survey_size: Pairs set apart as the only source of support.
-        num_seen: People to train on, of each type.
-        num_unseen: People held out, of each type.
-        support_pairs: Survey pairs shown to everyone, drawn for each person.
-        target_pairs: Further training pairs of a seen person.
-        test_pairs: Test pairs of everyone.
-        seed: Another seed draws other pairs.
+        **people: The arguments of `TypedPairs`.
     """
 
     def __init__(
@@ -71,15 +66,10 @@ class UltraFeedbackPPairs(TypedPairs):
         path: str | None = None,
         types: Sequence[str] = ("helpfulness", "honesty"),
         survey_size: int = 100,
-        num_seen: int = 100,
-        num_unseen: int = 100,
-        support_pairs: int = 8,
-        target_pairs: int = 32,
-        test_pairs: int = 32,
-        seed: int = 0,
+        **people: Any,
     ) -> None:
         """See the class."""
-        super().__init__(num_seen, num_unseen, support_pairs, target_pairs, test_pairs, seed)
+        super().__init__(**people)
         self.path, self.types, self.survey_size = path, list(types), survey_size
         if len(set(self.types)) < 2 or not set(self.types) <= set(ATTRIBUTES):
             raise ValueError(f"types: expected two or more of {', '.join(ATTRIBUTES)}, got {self.types!r}")

@@ -72,7 +72,7 @@ class LoRe(PersonalizationMethod):
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
-    user_tables: ClassVar[tuple[str, ...]] = ("weights", "precision", "num_pairs")
+    user_tables: tuple[str, ...] = ("weights", "precision", "num_pairs")
 
     def __init__(
         self,
@@ -349,6 +349,19 @@ class LoRe(PersonalizationMethod):
         missing = known == 0
         weights = torch.where(missing[:, None], prior.tensors["weights"], weights)
         return weights, torch.where(missing[:, None, None], prior.tensors["precision"], precision)
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """``effective_bases``: participation ratio of the directions in which rewards of seen users differ."""
+        if not self._is_personal:
+            return {}
+        weights, bases = (
+            self.user_states(torch.arange(self.num_users)).tensors["weights"].double(),
+            self._bases().double(),
+        )
+        spread = torch.cov(weights.T, correction=0) @ (bases.T @ bases)  # eigenvalues: variance along each direction
+        total, squares = spread.trace(), (spread @ spread).trace()
+        return {"effective_bases": float(total**2 / squares) if squares > 0 else 0.0}
 
     def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
         """The population's row in the units of the checkpoint."""

@@ -169,6 +169,13 @@ class Geometry(torch.nn.Module):
         mean = self.prototypes.mean(0)
         return mean + self.unit * (self.prototypes - mean)
 
+    def prototype_squares(self) -> tuple[Tensor | float, Tensor | float]:
+        """Squared length of twice the mean prototype, and summed over the deviations from it; zeros for variant B."""
+        if self.prototypes is None:
+            return 0.0, 0.0
+        mean = self.prototypes.mean(0)
+        return (2 * mean).square().sum(), (self.prototypes - mean).square().sum()
+
     def points(self) -> Tensor:
         """``(K, E)`` prototypes as points of the preference space (variant A)."""
         points = self.raw_points()

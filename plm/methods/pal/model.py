@@ -14,31 +14,44 @@ Axes: B pairs in a batch, N pairs of several users, D feature width, E preferenc
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from plm.backbones.export import reward_backbone, reward_model, save_reward_model
 from plm.functional import bt_losses, expected_losses, targets
-from plm.method import PersonalizationMethod
-from plm.methods.pal.export import PromptedRewardModel, RewardHead, check_pooling, with_head
+from plm.methods.pal.export import head_parts
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, as_double, distinct_pairs, distinct_rows
+from plm.methods.pal.groups import GroupedMethod
 from plm.methods.pal.heads import Head, Loss, bound_penalty, pair_losses
-from plm.methods.pal.optimizer import RowAdam
-from plm.methods.pal.options import GROUPS, Mixing, Residual, Users, Variant, check_groups, check_options
+from plm.methods.pal.measures import mean_kl, prototype_usage
+from plm.methods.pal.options import Mixing, Residual, Users, Variant, check_options, configure_groups
 from plm.methods.pal.solver import linearised
-from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_logits, solve_table
+from plm.methods.pal.users import (
+    MAX_STEPS,
+    Prior,
+    Solvable,
+    context_pairs,
+    gumbel_weights,
+    solve_logits,
+    solve_table,
+    table_prior,
+)
 from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+if TYPE_CHECKING:
+    from plm.backbones.modeling_reward import RewardModel
 
 PRIOR_SCALES = (1e-3, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
 """Candidates for the spread of users around the population, in units of the spread that training learned."""
-LEAST_SPREAD = 0.1
-"""Smallest prior spread read off a table of logits, whose rows all start at zero."""
 
 
-class PAL(PersonalizationMethod):
+class PAL(GroupedMethod):
     """Ideal points mixed from K prototypes; a reward is closeness to the user's own point.
 
     Args:
@@ -80,7 +93,7 @@ class PAL(PersonalizationMethod):
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
-    user_tables: ClassVar[tuple[str, ...]] = ("logits", "precision", "num_pairs")
+    user_tables: tuple[str, ...] = ("logits", "precision", "num_pairs")
 
     def __init__(
         self,
@@ -139,17 +152,17 @@ class PAL(PersonalizationMethod):
         self.num_pairs: Tensor
         self.prior_centre: Tensor
         self.prior_scale: Tensor
-        self.reads_prompts: Tensor
+        self.trained_on_prompts: Tensor
         for name, value in {
             "precision": torch.eye(num_prototypes).repeat(num_users, 1, 1),
             "num_pairs": torch.zeros(num_users, dtype=torch.long),
             "prior_centre": torch.zeros(num_prototypes),
             "prior_scale": torch.ones(()),
-            "reads_prompts": torch.tensor(False),
+            "trained_on_prompts": torch.tensor(False),
         }.items():
             self.register_buffer(name, value)
         self._train_pairs: tuple[Tensor, Distinct] | None = None
-        self._freeze(groups or {}, freeze or [])
+        self.group_options = configure_groups(self._members(), lr, groups or {}, freeze or [])
 
     # ------------------------------------------------------------------ parameter groups
     def _members(self) -> dict[str, list[torch.nn.Parameter]]:
@@ -161,34 +174,6 @@ class PAL(PersonalizationMethod):
             "temperature": [self.log_temperature],
         }
         return {name: [p for p in group if p.requires_grad] for name, group in members.items()}
-
-    def _freeze(self, changes: dict[str, dict[str, float]], freeze: list[str]) -> None:
-        """Check the names of groups and freeze some."""
-        members = self._members()
-        check_groups(members, changes, freeze)
-        for name in freeze:
-            for parameter in members[name]:
-                parameter.requires_grad_(False)
-        self.group_options = {k: {"lr": self.lr, **GROUPS.get(k, {}), **changes.get(k, {})} for k in members}
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """One group per kind of parameter, with its own learning rate and weight decay."""
-        members = self._members()
-        groups = [{"params": value, "name": key, **self.group_options[key]} for key, value in members.items() if value]
-        assert sum(len(group) for group in members.values()) == sum(p.requires_grad for p in self.parameters())
-        return groups
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, lazy on the table of users, decaying linearly to zero."""
-        groups = self.param_groups()
-        if not groups:
-            return None
-        optimizer = RowAdam(groups, lr=self.lr)
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            return optimizer
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1.0 - step / max(steps, 1), 0.0))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     # ------------------------------------------------------------------ shared by training and use
     def setup(self, stage: str) -> None:
@@ -202,9 +187,11 @@ class PAL(PersonalizationMethod):
 
     def on_train_start(self) -> None:
         """Also note whether training has prompts."""
-        super().on_train_start()
         if self.variant == "B":
-            self.reads_prompts.fill_(any(batch.prompt is not None for batch in self.train_pass()))
+            self.trained_on_prompts.fill_(any(b.prompt is not None for b in self.trainer.train_dataloader or []))
+            if not self.reads_prompts:
+                rank_zero_warn("PAL-B without prompts has the same prototypes at all; set data.prompt_features: true")
+        super().on_train_start()
 
     def _base_direction(self) -> Tensor:
         """``(D,)`` the reward that is the same for everybody."""
@@ -212,28 +199,40 @@ class PAL(PersonalizationMethod):
             return self.reference * self.reference_scale
         return self.base / self.feature_scale
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Variant B that was trained with prompts does."""
+        return bool(self.trained_on_prompts)
+
     def _prompts(self, prompt: Tensor | Tokens | None, num_rows: int) -> Tensor | None:
-        """Prompts ``(B, D)`` for variant B; ones, the same for all, where training had none.
+        """Prompts ``(B, D)`` for variant B, as in training: where it had none, ones, the same for all.
 
         Raises:
-            ValueError: If training had prompts and these pairs have none.
+            ValueError: If training had prompts and these pairs have none, or none that fit.
         """
         if self.variant == "A":
             return None
-        if prompt is None and self.reads_prompts:
-            raise ValueError(
-                "PAL-B was trained with prompts, got responses without their prompts; set data.prompt_features: true"
-            )
-        if prompt is None:
+        if not self.reads_prompts:
             return torch.ones_like(self.reference).expand(num_rows, -1)
-        assert isinstance(prompt, Tensor)
+        if not isinstance(prompt, Tensor) or prompt.shape != (num_rows, self.feature_dim):
+            got = "none" if prompt is None else f"shape {tuple(getattr(prompt, 'shape', ()))}"
+            raise ValueError(
+                f"PAL-B was trained with prompts: expected prompt_features of shape {(num_rows, self.feature_dim)}, "
+                f"got {got}; set data.prompt_features: true, or give score the prompts"
+            )
         return prompt
 
     def _cache(self, pairs: Distinct) -> Cache:
-        """What margins need of pairs whose features come in their own units."""
-        prompts = None if pairs.prompts is None else pairs.prompts / self.feature_scale
-        scaled = pairs._replace(responses=pairs.responses / self.feature_scale, prompts=prompts)
-        return self.geometry.cache(scaled, pairs.responses @ self._base_direction())
+        """What margins need of pairs whose features come in their own units and precision."""
+        scale, responses = self.feature_scale, pairs.responses.to(self.feature_scale.dtype)
+        prompts = None if pairs.prompts is None else pairs.prompts.to(scale.dtype) / scale
+        scaled = pairs._replace(responses=responses / scale, prompts=prompts)
+        return self.geometry.cache(scaled, responses @ self._base_direction())
+
+    @property
+    def _prior(self) -> Prior:
+        """Of users nobody has seen."""
+        return Prior(self.prior_centre, self.prior_scale)
 
     def _weights(self, logits: Tensor) -> Tensor:
         """Logits ``(..., K)`` -> weights on the simplex."""
@@ -268,12 +267,7 @@ class PAL(PersonalizationMethod):
 
     def _drawn(self, logits: Tensor) -> Tensor:
         """Weights of the table's logits, as samples where asked for."""
-        if self.mixing == "softmax":
-            return self._weights(logits)
-        soft = self._weights(logits - torch.empty_like(logits).exponential_().log())
-        if self.mixing == "gumbel":
-            return soft
-        return F.one_hot(soft.argmax(-1), self.num_prototypes) + soft - soft.detach()
+        return self._weights(logits) if self.mixing == "softmax" else gumbel_weights(self._weights, logits, self.mixing)
 
     def _posterior_losses(self, batch: PreferenceBatch, cache: Cache, target: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(B, K)`` and `expected_losses` ``(B,)`` after one Gauss-Newton step of the users in the batch."""
@@ -289,11 +283,9 @@ class PAL(PersonalizationMethod):
     def _penalty(self) -> Tensor:
         """The normal priors of prototypes and base, divided by the number of pairs."""
         squares = self.ridge * self.base.square().sum()
-        prototypes = self.geometry.prototypes
-        if prototypes is not None and self.users == "posterior":
-            mean = prototypes.mean(0)
-            spread = (prototypes - mean).square().sum()
-            squares = squares + self.ridge * (2 * mean).square().sum() + self.prototype_ridge * spread
+        if self.users == "posterior":
+            mean, spread = self.geometry.prototype_squares()
+            squares = squares + self.ridge * mean + self.prototype_ridge * spread
         return 0.5 * squares / self.num_train_pairs
 
     def refresh_users(self) -> None:
@@ -313,7 +305,10 @@ class PAL(PersonalizationMethod):
                 self.num_pairs += torch.bincount(pairs.row, minlength=self.num_users)
             self.num_pairs.copy_(self.sum_over_processes(self.num_pairs))
             if isinstance(self.logits, torch.nn.Parameter):
-                self._take_stock(train)
+                logits, prior = self.logits.detach(), table_prior(self.logits.detach(), self.num_pairs, self._prior)
+                self.prior_centre.copy_(prior.centre)
+                self.prior_scale.copy_(prior.scale)
+                self.precision.copy_(self._solve(train, prior, logits, num_steps=0)[1])
             else:
                 self._choose_scale(train)
         self.train(was_training)
@@ -336,7 +331,9 @@ class PAL(PersonalizationMethod):
             logits, precision = self._solve(train, Prior(self.prior_centre, scale), logits)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for pairs in val:
-                margin = self.geometry.margins(pairs.cache, self._mixture(logits, self.num_pairs)[pairs.row].double())
+                margin = self.geometry.margins(
+                    pairs.cache, self._served(self._weights(logits), self.num_pairs)[pairs.row].double()
+                )
                 total += (pairs.weight * bt_losses(margin, pairs.target)).sum()
             loss = float(self.sum_over_processes(total))
             if best is None or loss < best[0]:
@@ -344,16 +341,6 @@ class PAL(PersonalizationMethod):
         assert best is not None
         for own, value in zip((self.prior_scale, self.logits, self.precision), best[1:], strict=True):
             own.copy_(value)
-
-    def _take_stock(self, train: list[Solvable]) -> None:
-        """Centre, spread and precision of the table's rows."""
-        logits = self.logits.detach()
-        known = logits[self.num_pairs > 0]
-        if len(known):
-            self.prior_centre.copy_(known.mean(0))
-            spread = (known - self.prior_centre).square().mean().sqrt()
-            self.prior_scale.copy_(spread.clamp_min(LEAST_SPREAD))
-        self.precision.copy_(self._solve(train, Prior(self.prior_centre, self.prior_scale), logits, num_steps=0)[1])
 
     def _solve(
         self, train: list[Solvable], prior: Prior, start: Tensor, num_steps: int = MAX_STEPS
@@ -366,21 +353,20 @@ class PAL(PersonalizationMethod):
         return torch.where(missing, prior.centre, logits), torch.where(missing[..., None], eye, precision)
 
     # ------------------------------------------------------------------ use
-    def _mixture(self, logits: Tensor, num_pairs: Tensor) -> Tensor:
+    def _served(self, weights: Tensor, num_pairs: Tensor) -> Tensor:
         """Weights ``(U, K)`` that users are served with; with ``partition`` one-hot for users with pairs."""
-        weights = self._weights(logits)
         if not self.partition:
             return weights
-        return torch.where(
-            num_pairs[:, None] > 0, F.one_hot(logits.argmax(-1), self.num_prototypes).to(weights), weights
-        )
+        one_hot = F.one_hot(weights.argmax(-1), self.num_prototypes).to(weights)
+        return torch.where(num_pairs[:, None] > 0, one_hot, weights)
 
     def _state(self, logits: Tensor, precision: Tensor, num_pairs: Tensor) -> UserState:
-        """What is kept of users: weights on the simplex, and the precision of their logits."""
-        return UserState({"weights": self._mixture(logits, num_pairs), "precision": precision}, num_pairs)
+        """What is kept of users: weights on the simplex, and the precision of their logarithms."""
+        precision = precision * self.log_temperature.exp().square()
+        return UserState({"weights": self._weights(logits), "log_precision": precision}, num_pairs)
 
     def user_states(self, user_index: Tensor) -> UserState:
-        """Weights of seen users, and the precision of their logits as last refreshed."""
+        """Weights of seen users, and the precision of their logarithms as last refreshed."""
         return self._state(self.logits[user_index], self.precision[user_index], self.num_pairs[user_index])
 
     def population_state(self, num_users: int) -> UserState:
@@ -390,15 +376,35 @@ class PAL(PersonalizationMethod):
         logits = self.prior_centre.expand(num_users, -1)
         return self._state(logits, precision.expand(num_users, -1, -1).clone(), num_pairs)
 
-    def _score(self, responses: Tensor | Tokens, users: UserState, prompt: Tensor | Tokens | None = None) -> Tensor:
+    def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
+        """The prior of the checkpoint."""
+        if name == "logits":
+            return state_dict["prior_centre"]
+        eye = torch.eye(self.num_prototypes)
+        return eye / state_dict["prior_scale"].cpu().square() if name == "precision" else None
+
+    def report(self) -> dict[str, float]:
+        """How seen users use the prototypes, see `prototype_usage`, and ``kl``, what their pairs say in nats."""
+        known = (self.num_pairs > 0).nonzero()[:, 0]
+        with torch.no_grad():
+            weights = self._served(self._weights(self.logits[known]), self.num_pairs[known])
+            kl = mean_kl(self.logits[known] - self.prior_centre, self.precision[known], self.prior_scale)
+        return {"kl": kl, **prototype_usage(weights)}
+
+    def _score(
+        self, responses: Tensor | Tokens, users: UserState, prompt_features: Tensor | Tokens | None = None
+    ) -> Tensor:
         """Reward of each response: ``(B, D)`` -> ``(B,)``."""
         assert isinstance(responses, Tensor)
         row = torch.arange(len(responses), device=responses.device)
-        prompts, prompt_row = self._prompts(prompt, len(responses)), None
+        prompts, prompt_row = self._prompts(prompt_features, len(responses)), None
         if prompts is not None:
             prompts, prompt_row = distinct_rows(prompts)
         cache = self._cache(Distinct(responses, row, row, prompts, prompt_row))
-        return responses @ self._base_direction() + self.geometry.rewards(cache, users.tensors["weights"])[0]
+        weights = self._served(users.tensors["weights"], users.num_pairs)
+        return (
+            responses.to(self.feature_scale.dtype) @ self._base_direction() + self.geometry.rewards(cache, weights)[0]
+        )
 
     def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
         """Reward of chosen minus reward of rejected, given the prompt: ``(B,)``."""
@@ -406,42 +412,39 @@ class PAL(PersonalizationMethod):
         users = self.batch_states(batch) if users is None else users
         prompt = self._prompts(batch.prompt, batch.num_pairs)
         cache = self._cache(distinct_pairs(batch.chosen, batch.rejected, prompt))
-        return self.geometry.margins(cache, users.tensors["weights"])
+        return self.geometry.margins(cache, self._served(users.tensors["weights"], users.num_pairs))
 
     def _adapt(self, context: Context) -> UserState:
         """Posterior mode of the logits under the prior of unseen users, from its centre; prototypes stay fixed."""
         with torch.no_grad():
-            user = torch.arange(context.num_users, device=context.mask.device)
-            user = user[:, None].expand_as(context.mask)[context.mask]
-            chosen, rejected = context.chosen[context.mask], context.rejected[context.mask]
-            prompt = self._prompts(None if context.prompt is None else context.prompt[context.mask], len(user))
-            tie = torch.zeros_like(context.mask) if context.tie is None else context.tie
-            weight = context.weight[context.mask]
-            cache = as_double(self._cache(distinct_pairs(chosen, rejected, prompt)))
-            pairs = Solvable(cache, targets(tie[context.mask]).to(weight), weight, user)
-            prior = Prior(self.prior_centre, self.prior_scale)
+            chosen, rejected, prompt, target, weight, user = context_pairs(context)
+            prompt = self._prompts(prompt, len(user))
+            pairs = Solvable(as_double(self._cache(distinct_pairs(chosen, rejected, prompt))), target, weight, user)
             start = self.prior_centre.expand(context.num_users, -1)
-            logits, precision = solve_logits(self._logit_margins, pairs, prior, start)
+            logits, precision = solve_logits(self._logit_margins, pairs, self._prior, start)
             return self._state(logits, precision, context.mask.sum(-1))
 
-    def export_reward_model(self, model: torch.nn.Module, weights: Tensor | None = None) -> torch.nn.Module:
-        """One mixture of prototypes as a Hugging Face reward model, without users.
+    # ------------------------------------------------------------------ export
+    def export_reward_model(self, weights: Tensor | None = None) -> RewardModel:
+        """One mixture of prototypes over its backbone as a Hugging Face sequence-classification model, without users.
 
         Args:
-            model: A sequence-classification model over the backbone the features came from (variant A), whose
-                ``score`` layer is replaced; its config decides the padding token. Variant B takes the bare backbone,
-                because it reads prompt and response apart.
             weights: ``(K,)`` a user's ``state.tensors["weights"][row]``, a one-hot row for a prototype, or None for
                 the population.
 
         Returns:
-            Variant A: ``model`` itself, whose ``logits`` ``(B, 1)`` are rewards. Variant B: a module with two more
+            A model whose ``logits`` ``(B, 1)`` are rewards. Where they depend on the prompt (variant B) it has two more
             inputs, ``prompt_input_ids`` and ``prompt_attention_mask``.
 
         Raises:
-            ValueError: If the weights are no point of the simplex, or the features are not of the last token.
+            ValueError: If the weights are no point of the simplex, or the backbone is no Hugging Face model.
         """
         weights = self.population_state(1).tensors["weights"][0] if weights is None else weights
-        normalize = check_pooling(self.hparams.get("backbone"))
-        head = RewardHead(self.geometry, weights, self.feature_scale, self._base_direction(), normalize)
-        return PromptedRewardModel(model, head) if self.variant == "B" else with_head(model, head)
+        prompt = None if self.variant == "A" or self.reads_prompts else torch.ones_like(self.reference)
+        parts = head_parts(self.geometry, weights, self.feature_scale, self._base_direction(), prompt)
+        return reward_model(reward_backbone(self.hparams.get("backbone")), parts)
+
+    def export(self, folder: Path, user: UserState) -> None:
+        """Write the reward model of one user into a folder; it loads without plm."""
+        model = self.export_reward_model(self._served(user.tensors["weights"], user.num_pairs)[0])
+        save_reward_model(model, reward_backbone(self.hparams.get("backbone")), folder)

@@ -46,8 +46,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         for name, choice in CHOICES.items()
         if options[name] not in get_args(choice)
     ]
-    if options["num_prototypes"] < 1:
-        problems.append(f"model.num_prototypes: expected an integer >= 1, got {options['num_prototypes']!r}")
+    problems += [
+        f"model.{name}: expected an integer >= 1, got {options[name]!r}"
+        for name in ("num_prototypes", "dim")
+        if options[name] is not None and options[name] < 1
+    ]
     problems += [
         f"model.{name}: expected a number > 0, got {options[name]!r}"
         for name in ("temperature", "gamma")
@@ -55,7 +58,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     ]
     problems += [
         f"model.{name}: expected a number >= 0, got {options[name]!r}"
-        for name in ("ridge", "prototype_ridge", "bound")
+        for name in ("ridge", "prototype_ridge", "bound", "lr")
         if (options[name] or 0.0) < 0
     ]
     head, loss, learner = options["head"], options["loss"], options["user_learner"]
@@ -78,13 +81,17 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def check_groups(
-    members: Mapping[str, Sequence[Parameter]], changes: Mapping[str, Mapping[str, float]], freeze: Sequence[str]
-) -> None:
-    """Check that every named group has something to train.
+def configure_groups(
+    members: Mapping[str, Sequence[Parameter]],
+    lr: float,
+    changes: Mapping[str, Mapping[str, float]],
+    freeze: Sequence[str],
+) -> dict[str, dict[str, float]]:
+    """Freeze some groups; options of every group by its name.
 
     Args:
         members: Trainable parameters of every group.
+        lr: Learning rate of groups without one of their own.
         changes: Options by group.
         freeze: Groups not to train.
 
@@ -106,3 +113,7 @@ def check_groups(
     ]
     if problems:
         raise ValueError("\n".join(problems))
+    for name in freeze:
+        for parameter in members[name]:
+            parameter.requires_grad_(False)
+    return {name: {"lr": lr, **GROUPS.get(name, {}), **changes.get(name, {})} for name in members}

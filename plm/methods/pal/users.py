@@ -6,18 +6,21 @@ Axes: N pairs, U users, K prototypes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from plm.functional import unit_mean_per_user
+from plm.functional import targets, unit_mean_per_user
 from plm.methods.pal.geometry import Cache
 from plm.methods.pal.solver import fit_deviations
+from plm.types import Context
 
 LogitMargins = Callable[[Cache, Tensor], Tensor]
 """What margins need of N pairs, logits of each pair's user ``(N, K)`` -> margins ``(N,)``."""
 MAX_STEPS = 40
+LEAST_SPREAD = 0.1
+"""Smallest prior spread read off a table of logits, whose rows all start at zero."""
 
 
 class Prior(NamedTuple):
@@ -27,6 +30,15 @@ class Prior(NamedTuple):
     """``(K,)``."""
     scale: Tensor
     """``()``."""
+
+
+def table_prior(logits: Tensor, num_pairs: Tensor, default: Prior) -> Prior:
+    """Centre and spread of the rows ``(U, K)`` of users who have pairs."""
+    known = logits[num_pairs > 0]
+    if not len(known):
+        return default
+    centre = known.mean(0)
+    return Prior(centre, (known - centre).square().mean().sqrt().clamp_min(LEAST_SPREAD))
 
 
 class Solvable(NamedTuple):
@@ -39,6 +51,48 @@ class Solvable(NamedTuple):
     """``(N,)``."""
     row: Tensor
     """``(N,)`` the user of each pair."""
+
+
+class ContextPairs(NamedTuple):
+    """N pairs of several users."""
+
+    chosen: Tensor
+    """``(N, D)``."""
+    rejected: Tensor
+    """``(N, D)``."""
+    prompt: Tensor | None
+    """``(N, D)``, or None."""
+    target: Tensor
+    """``(N,)``."""
+    weight: Tensor
+    """``(N,)``."""
+    row: Tensor
+    """``(N,)`` the user of each pair."""
+
+
+def context_pairs(context: Context) -> ContextPairs:
+    """The real pairs of a padded context as flat lists."""
+    mask = context.mask
+    row = torch.arange(context.num_users, device=mask.device)[:, None].expand_as(mask)[mask]
+    chosen, rejected = (cast("Tensor", side)[mask] for side in (context.chosen, context.rejected))
+    prompt = None if context.prompt is None else cast("Tensor", context.prompt)[mask]
+    tie = torch.zeros_like(row, dtype=torch.bool) if context.tie is None else context.tie[mask]
+    weight = context.weight[mask]
+    return ContextPairs(chosen, rejected, prompt, targets(tie).to(weight), weight, row)
+
+
+def gumbel_weights(weights: Callable[[Tensor], Tensor], logits: Tensor, mixing: str) -> Tensor:
+    """Samples of weights ``(N, K)``: gumbel = soft; gumbel_hard = one-hot, with the gradient of the soft ones.
+
+    Args:
+        weights: Logits to weights.
+        logits: ``(N, K)``.
+        mixing: The kind.
+    """
+    soft = weights(logits - torch.empty_like(logits).exponential_().log())
+    if mixing == "gumbel":
+        return soft
+    return torch.nn.functional.one_hot(soft.argmax(-1), logits.shape[-1]) + soft - soft.detach()
 
 
 def solve_logits(

@@ -64,7 +64,7 @@ class PALM(PersonalizationMethod):
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
-    user_tables: ClassVar[tuple[str, ...]] = ("logits", "weights", "precision", "num_pairs")
+    user_tables: tuple[str, ...] = ("logits", "weights", "precision", "num_pairs")
     _of_any_length: ClassVar[tuple[str, ...]] = ("member_weights", "member_rewards", "member_costs", "planes")
 
     def __init__(

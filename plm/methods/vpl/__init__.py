@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -66,28 +67,9 @@ def target_bound(margin: Tensor, target: Tensor, weight: Tensor, user: Tensor, n
     return math.log(margin.shape[1]) - torch.logsumexp(-losses, -1)
 
 
-class LatentReport(NamedTuple):
-    """Whether the latent is used: posterior collapse shows in every one of these numbers."""
-
-    kl: float
-    """Nats between posterior and prior, mean over users."""
-    active_units: float
-    """Latent dimensions whose posterior means vary over users."""
-    accuracy: float
-    """Of validation pairs with their user's latent."""
-    shuffled_accuracy: float
-    """Of the same pairs with another user's latent."""
-    variance: dict[int, float]
-    """Number of pairs -> posterior variance, mean over dimensions and users with as many pairs."""
-
-    def collapsed(self) -> bool:
-        """Whether rewards depend on the user no more than by chance."""
-        return self.active_units < 1 or self.accuracy - self.shuffled_accuracy < 0.005
-
-    def numbers(self) -> dict[str, float]:
-        """Flat, for logs."""
-        known = {name: getattr(self, name) for name in ("kl", "active_units", "accuracy", "shuffled_accuracy")}
-        return known | {f"variance@{shots}": value for shots, value in self.variance.items()}
+def is_collapsed(report: Mapping[str, float]) -> bool:
+    """Whether rewards depend on the user no more than by chance, from `VPL.report`."""
+    return report["active_units"] < 1 or report["val_accuracy"] - report["val_other_accuracy"] < 0.005
 
 
 class VPL(PersonalizationMethod):
@@ -133,7 +115,7 @@ class VPL(PersonalizationMethod):
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
-    user_tables: ClassVar[tuple[str, ...]] = ("mean", "log_var", "num_pairs")
+    user_tables: tuple[str, ...] = ("mean", "log_var", "num_pairs")
 
     def __init__(
         self,
@@ -186,17 +168,20 @@ class VPL(PersonalizationMethod):
         self.log_var: Tensor
         self.num_pairs: Tensor
         self.latent_scale: Tensor
+        self.variance: Tensor
+        self.val_accuracies: Tensor
         self.register_buffer("mean", torch.zeros(num_users, options.latent_dim))
         self.register_buffer("log_var", torch.zeros(num_users, options.latent_dim))
         self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
         self.register_buffer("latent_scale", torch.ones(()))
+        self.register_buffer("variance", -torch.ones(len(SHOTS)))  # -1 = not known; nan is not equal to itself
+        self.register_buffer("val_accuracies", -torch.ones(2))
         self._nodes: tuple[Tensor, Tensor] | None = None  # features of the batch they belong to, nodes
-        self._report: LatentReport | None = None
 
     # ------------------------------------------------------------------ shared by training and use
     def _scaled(self, responses: Tensor) -> Tensor:
         """Features in units in which a difference has about unit variance per number."""
-        scaled: Tensor = responses * (self.feature_dim**0.5 / self.feature_scale)
+        scaled: Tensor = responses.to(self.feature_scale.dtype) * (self.feature_dim**0.5 / self.feature_scale)
         return scaled
 
     def _tokens(self, batch: PreferenceBatch | Context, rows: Tensor) -> PairTokens:
@@ -312,17 +297,14 @@ class VPL(PersonalizationMethod):
         self.log_var.copy_(self.sum_over_processes(log_var))
         self.num_pairs.copy_(self.sum_over_processes(num_pairs))
         total, users_at = self.sum_over_processes(spread).unbind(-1)
-        own, shuffled = self._choose_scale()
-        self._report = LatentReport(
-            kl=float(Gaussian(self.mean, self.log_var).kl().sum(-1).mean()),
-            active_units=float((self.mean.var(0, unbiased=False) > ACTIVE_VARIANCE).sum()),
-            accuracy=own,
-            shuffled_accuracy=shuffled,
-            variance={n: float(s / u) for n, s, u in zip(SHOTS, total, users_at, strict=True) if u > 0},
-        )
+        self.variance.copy_(torch.where(users_at > 0, total / users_at, -1.0))
+        self.val_accuracies.copy_(torch.tensor(self._choose_scale()))
 
     def _choose_scale(self) -> tuple[float, float]:
-        """Set ``latent_scale``; accuracy of validation pairs with their users' latents and with those of others."""
+        """Set ``latent_scale``; accuracy of validation pairs with their users' latents and with those of others.
+
+        Without validation pairs -1 and -1.
+        """
         scales = self.mean.new_tensor(LATENT_SCALES if self.options.calibrate else [1.0])
         sums = torch.zeros(len(scales), 4, dtype=torch.float64, device=self.device)  # loss, right, right shuffled, all
         for batch in self.val_pass():
@@ -343,34 +325,41 @@ class VPL(PersonalizationMethod):
         best = int(sums[:, 0].argmin()) if sums[0, 3] > 0 else one
         self.latent_scale.copy_(scales[best])
         _, right, right_shuffled, total = sums[best].tolist()
-        return (right / total, right_shuffled / total) if total else (math.nan, math.nan)
+        return (right / total, right_shuffled / total) if total else (-1.0, -1.0)
 
-    def on_validation_epoch_start(self) -> None:
-        """Log what shows collapse, as ``val/latent/...``."""
-        super().on_validation_epoch_start()
-        if self._report is not None and self.trainer.state.fn == "fit":
-            numbers = {name: value for name, value in self._report.numbers().items() if not math.isnan(value)}
-            self.log_dict({f"val/latent/{name}": value for name, value in numbers.items()}, sync_dist=True)
+    def report(self) -> dict[str, float]:
+        """Whether the latent is used; posterior collapse shows in every one of these numbers.
+
+        ``kl``: nats between posterior and prior, mean over seen users. ``active_units``: latent dimensions whose
+        posterior means vary over users. ``val_accuracy``, ``val_other_accuracy``: of validation pairs with their users'
+        latents and with those of others. ``variance@n``: of the posterior after n pairs, mean over users.
+        """
+        report = {
+            "kl": float(Gaussian(self.mean, self.log_var).kl().sum(-1).mean()),
+            "active_units": float((self.mean.var(0, unbiased=False) > ACTIVE_VARIANCE).sum()),
+        }
+        names = ("val_accuracy", "val_other_accuracy", *(f"variance@{shots}" for shots in SHOTS))
+        for name, value in zip(names, torch.cat([self.val_accuracies, self.variance]).tolist(), strict=True):
+            report[name] = value if value >= 0 else math.nan
+        return report
 
     def on_train_end(self) -> None:
-        """Warn when the latent ended unused."""
+        """Warn when the latent ended unused, where there are users to tell apart."""
         super().on_train_end()
-        report = self._report
-        if report is not None and report.collapsed() and self.trainer.is_global_zero:
+        report = self.report()
+        if self.num_users > 1 and is_collapsed(report) and self.trainer.is_global_zero:
+            known = not math.isnan(report["val_accuracy"])
+            control = (
+                f", and another user's latent changes validation accuracy from {100 * report['val_accuracy']:.1f} % to "
+                f"{100 * report['val_other_accuracy']:.1f} %"
+            )
             warnings.warn(
-                f"posterior collapse: {report.active_units:.0f} of {self.options.latent_dim} latent dimensions are "
-                f"active, the KL is {report.kl:.3f} nats, use multiplies the latent by {float(self.latent_scale):.2f}, "
-                f"and another user's latent changes validation accuracy from {100 * report.accuracy:.1f} % to "
-                f"{100 * report.shuffled_accuracy:.1f} %. Either users do not differ in these data, "
+                f"posterior collapse: {report['active_units']:.0f} of {self.options.latent_dim} latent dimensions are "
+                f"active, the KL is {report['kl']:.3f} nats, use multiplies the latent by "
+                f"{float(self.latent_scale):.2f}{control if known else ''}. Either users do not differ in these data, "
                 "or try a lower model.kl_weight, more model.free_bits, or another model.decoder",
                 stacklevel=2,
             )
-
-    def on_test_epoch_start(self) -> None:
-        """Log KL and active units of the seen users, as ``test/latent/...``."""
-        kl = Gaussian(self.mean, self.log_var).kl().sum(-1).mean()
-        active = (self.mean.var(0, unbiased=False) > ACTIVE_VARIANCE).sum().to(kl)
-        self.log_dict({"test/latent/kl": kl, "test/latent/active_units": active}, sync_dist=True)
 
     # ------------------------------------------------------------------ use
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:

@@ -156,7 +156,7 @@ class ProductPosterior(nn.Module):
     def forward(self, tokens: PairTokens, weight: Tensor, user: Tensor, num_users: int) -> Gaussian:
         """Tokens ``(N, H)``, ``(N,)`` weights, ``(N,)`` rows of users -> posteriors of U users."""
         gain = F.softplus(self.gain(tokens.strength)) * weight[:, None]
-        vote = bounded(self.vote(tokens.direction), -self.limit, self.limit, self.bounds)
+        vote = bounded(self.vote(tokens.direction), -self.limit, self.limit, self.bounds).to(gain.dtype)  # autocast
         zeros = vote.new_zeros(num_users, vote.shape[-1])
         precision = 1.0 + zeros.index_add(0, user, gain)
         return Gaussian(zeros.index_add(0, user, gain * vote) / precision, -precision.log())

@@ -46,7 +46,7 @@ class Options:
     def problems(self) -> list[str]:
         """What is out of range, or contradicts something else."""
         counts = ("latent_dim", "hidden_dim", "anneal_steps", "num_samples", "max_context", "num_targets")
-        shares = ("kl_weight", "free_bits", "swap_guide", "min_context", "ridge", "basis_ridge", "weight_decay")
+        shares = ("kl_weight", "free_bits", "swap_guide", "min_context", "ridge", "basis_ridge", "weight_decay", "lr")
         found = [
             f"model.{name}: expected an integer >= 1, got {getattr(self, name)!r}"
             for name in counts

@@ -143,7 +143,9 @@ def test_personalllm_schema(tmp_path: Path) -> None:
         folder = tmp_path / "default" / half
         folder.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / "0000.parquet")
-    source = PersonalLlmPairs(str(tmp_path), 0.001, num_seen=6, num_unseen=4, seen_pairs=8, unseen_pairs=2)
+    source = PersonalLlmPairs(
+        str(tmp_path), concentration=0.001, num_seen=6, num_unseen=4, seen_pairs=8, unseen_pairs=2
+    )
     pairs = source.load()
     assert source.pool.scores.shape == (17, 8, 10) and source.name == "personalllm-0.001"
     assert pairs.num_pairs == 6 * 8 + 4 * 2 + 10 * 5

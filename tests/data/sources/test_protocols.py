@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jsonargparse import ArgumentError, ArgumentParser
 
 from plm.data.schema import PairTable
+from plm.data.sources import PairSource
 from plm.data.sources.arena import ArenaPairs, decided_pair
 from plm.data.sources.community_alignment import CommunityAlignmentPairs, dialogue_pairs
 from plm.data.sources.hh import HHPairs
+from plm.data.sources.personalllm import PersonalLlmPairs
 from plm.data.sources.pets import ENDINGS, NUM_TRAIN, PetsPairs, sentences
 from plm.data.sources.tldr import TldrPairs, comparison, select_workers
 from plm.data.sources.typed import SURVEY, TARGET, TEST, conflict
@@ -41,6 +45,31 @@ def texts(table: PairTable) -> list[tuple[str, str, str, str]]:
     item = table.texts()
     columns = zip(table.user, table.prompt, table.chosen, table.rejected, strict=True)
     return [(table.user_ids[u], table.prompts[p], item[c][1], item[r][1]) for u, p, c, r in columns]
+
+
+# ---------------------------------------------------------------------- options
+@pytest.mark.parametrize(
+    ("source", "option", "inherited"),
+    [
+        (PersonalLlmPairs, "z_score", {"concentration": 0.01, "num_seen": 1000, "seen_pairs": 45, "test_pairs": None}),
+        (HHPairs, "support_pairs", {"num_seen": 100, "num_unseen": 100, "seed": 0}),
+        (PetsPairs, "pool_size", {"num_seen": 100, "support_pairs": 8, "target_pairs": 32, "seed": 0}),
+        (UltraFeedbackPPairs, "survey_size", {"num_seen": 100, "support_pairs": 8, "target_pairs": 32, "seed": 0}),
+    ],
+)
+def test_inherited_arguments_are_options_of_a_recipe(
+    source: type[PairSource], option: str, inherited: dict[str, Any]
+) -> None:
+    """They are checked, documented and have the defaults of the parent, though a source takes them by ``**``."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(source, "source")
+    parsed = parser.parse_args([]).source
+    assert option in parsed and {name: parsed[name] for name in inherited} == inherited
+    shown = " ".join(parser.format_help().split())
+    assert all(re.search(rf"--source.{name} \S+ [A-Z]", shown) for name in inherited)  # a sentence follows
+    for wrong in ("--source.num_seen=many", "--source.num_sen=3"):
+        with pytest.raises(ArgumentError):
+            parser.parse_args([wrong])
 
 
 # ---------------------------------------------------------------------- TL;DR
@@ -160,7 +189,9 @@ def test_ultrafeedback_p2_is_balanced_and_its_survey_is_no_target(feedback: Path
 
 
 def test_ultrafeedback_p4_and_wrong_types(feedback: Path) -> None:
-    source = UltraFeedbackPPairs(str(feedback), ATTRIBUTES, 10, 2, 1, 4, 10, 5)
+    source = UltraFeedbackPPairs(
+        str(feedback), ATTRIBUTES, 10, num_seen=2, num_unseen=1, support_pairs=4, target_pairs=10, test_pairs=5
+    )
     assert source.load().num_users == 12 and source.name == "ultrafeedback-p-4"
     with pytest.raises(ValueError, match="types: expected two or more of helpfulness"):
         UltraFeedbackPPairs(None, ["helpfulness", "style"])

@@ -1,0 +1,271 @@
+"""A causal language model as the backbone of token methods: texts to token ids, and the network itself.
+
+Axes: T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+from plm.backbones.backbone import Key, chat_messages, choose, plain_text
+from plm.backbones.huggingface import FIXED_DATE, HFBackbone
+from plm.types import Tokens
+
+
+class Completion(NamedTuple):
+    """Token ids of a response and of the prompt before it."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+class TooLong(ValueError):
+    """A prompt that leaves no room for a response."""
+
+
+class CausalLM(HFBackbone):
+    """A Hugging Face causal language model that token methods train, steer and generate with.
+
+    With it the data hand out tokens instead of features. A response is what follows its prompt, closed by the end token
+    where the text has none. Of a prompt longer than ``max_prompt_length`` the end is kept, of a response that does not
+    fit the beginning; a pair whose prompt leaves no room is left out and counted.
+
+    Args:
+        model: Folder of a model, or its id on the Hugging Face hub.
+        revision: Branch, tag or commit of a model on the hub.
+        template: ``chat`` renders prompt and response with the tokenizer's chat template; ``plain`` joins them as they
+            stand, so that a response of running text begins with its own space.
+        max_length: Most tokens of prompt and response together; default: what the model can read.
+        max_prompt_length: Most tokens of a prompt; default: as many as leave room for one token of a response.
+        append_eos: Whether a response is closed by the end token; not for responses cut out of a longer text.
+        dtype: Precision of the frozen weights; trained weights stay in float32 under a mixed-precision trainer.
+        quantization: ``4bit`` loads the frozen weights with bitsandbytes (NF4), on a GPU.
+        attention: Attention kernel; ``auto`` is what transformers picks.
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "tokens"
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        template: Literal["chat", "plain"] = "plain",
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
+        append_eos: bool = True,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        quantization: Literal["4bit"] | None = None,
+        attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto",
+    ) -> None:
+        """See the class."""
+        choose("template", template, ("chat", "plain"))
+        choose("attention", attention, ("auto", "eager", "sdpa", "flash_attention_2"))
+        if quantization not in (None, "4bit"):
+            raise ValueError(f"expected quantization to be 4bit or null, got {quantization!r}")
+        if max_prompt_length is not None and max_prompt_length < 1:
+            raise ValueError(f"expected max_prompt_length to be at least 1, got {max_prompt_length!r}")
+        super().__init__(model, revision, kind="causal_lm", template=template, max_length=max_length, dtype=dtype)
+        self.max_prompt_length = max_prompt_length
+        self.append_eos = append_eos
+        self.quantization = quantization
+        self.attention = attention
+
+    def key(self) -> Key:
+        """Identity of what is cached with it: the model and everything that decides the tokens of a text."""
+        cut: Key = {"max_prompt_length": self.max_prompt_length, "append_eos": self.append_eos}
+        return {**super().key(), **cut, "quantization": self.quantization}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return self._tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of prompt and response together."""
+        return self._limit
+
+    # ------------------------------------------------------------------ texts
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """Token ids of a prompt alone, its end kept: what generation starts from.
+
+        Raises:
+            ValueError: If it leaves no room for a response, or has no token to start from.
+        """
+        ids = self._prompt_ids(prompt)
+        limit = self.max_prompt_length
+        if limit is not None and len(ids) > limit:
+            begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id and limit > 1 else []  # attention leans on it
+            ids = begin + ids[len(ids) - limit + len(begin) :]
+        if len(ids) >= self.max_tokens:
+            raise TooLong(
+                f"expected a prompt that leaves room for a response, got {len(ids)} tokens of at most "
+                f"{self.max_tokens}: {prompt[:60]!r}; raise max_length or set max_prompt_length"
+            )
+        return self._in_range(ids)
+
+    def completion(self, prompt: str, response: str) -> Completion:
+        """Token ids of a prompt and of the response to it; the response is cut where the model can read no more.
+
+        A response is tokenised together with its prompt, unless a token would span the border between the two.
+
+        Raises:
+            ValueError: If the prompt leaves no room, or the response has no tokens.
+        """
+        before, whole = self._text(prompt, None), self._text(prompt, response)
+        tokenizer, plain = self.tokenizer, self.template == "plain"
+        own, ids = self._prompt_ids(prompt), self._ids(whole, plain)
+        if before and whole.startswith(before) and ids[: len(own)] == own:
+            ids = ids[len(own) :]
+        else:
+            ids = self._ids(whole.removeprefix(before), False)
+        if not ids:
+            raise ValueError(f"expected a response of at least one token, got {response!r} for {self.model!r}")
+        end = tokenizer.eos_token_id
+        if self.append_eos and plain and end is not None and ids[-1] != end:
+            ids.append(end)
+        kept = self.prompt_tokens(prompt)
+        return Completion(kept, self._in_range(ids[: self.max_tokens - len(kept)]))
+
+    def represent(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
+        """Tokens ``(B, T)`` of B responses to B prompts."""
+        return completion_tokens([self.completion(*pair) for pair in zip(prompts, responses, strict=True)])
+
+    def represent_prompts(self, prompts: Sequence[str]) -> Tokens:
+        """Tokens ``(B, T)`` of B prompts alone, as they stand before their responses."""
+        return completion_tokens([Completion(self.prompt_tokens(prompt), []) for prompt in prompts])
+
+    def response_text(self, completion: Completion) -> str:
+        """The text of a response's tokens, as it stands after its prompt; special tokens are left out."""
+        decode = self.tokenizer.decode
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        before = decode(completion.prompt, **options)
+        whole = decode([*completion.prompt, *completion.response], **options)
+        if whole.startswith(before):  # decoded alone, some tokenizers drop the space a response begins with
+            return str(whole[len(before) :])
+        return str(decode(completion.response, **options))
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        """Token ids of a text of any length, with the tokens that open and close a text or without."""
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a whole prompt, at least one."""
+        tokenizer = self.tokenizer
+        ids = self._ids(self._text(prompt, None), self.template == "plain")
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and self.template == "plain":
+            ids = ids[:-1]  # some tokenizers close every text
+        if not ids:  # an empty prompt: begin where a text begins
+            start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            if start is None:
+                raise ValueError(f"expected a prompt, got {prompt!r}, and {self.model!r} has no token to start from")
+            ids = [start]
+        return ids
+
+    def _text(self, prompt: str, response: str | None) -> str:
+        """What the model reads; without a response up to where it begins."""
+        if self.template == "chat":
+            return self._chat(prompt, response)
+        begin = prompt if chat_messages(prompt) is None else plain_text(prompt, "")
+        return begin + (response or "")
+
+    def _chat(self, prompt: str, response: str | None) -> str:
+        """A conversation in the model's chat template; without a response up to where the reply begins."""
+        messages = chat_messages(prompt)
+        if messages is None:
+            messages = [{"role": "user", "content": prompt}]
+        if response is not None:
+            messages = [*messages, {"role": "assistant", "content": response}]
+        template = FIXED_DATE + self.tokenizer.chat_template
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, chat_template=template, add_generation_prompt=response is None
+            )
+        )
+
+    def _in_range(self, ids: list[int]) -> list[int]:
+        size = int(self._config.get_text_config().vocab_size)
+        if max(ids) >= size:
+            raise ValueError(
+                f"expected token ids below {size}, the vocabulary of {self.model!r}, got {max(ids)}; its tokenizer has "
+                f"{len(self.tokenizer)} tokens: take the tokenizer the model was trained with"
+            )
+        return ids
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Called with the texts to train on before any is tokenised; a model that exists needs none."""
+
+    # ------------------------------------------------------------------ the network
+    def load(self) -> torch.nn.Module:
+        """The language model on the CPU (4-bit: on the GPU), frozen, without dropout.
+
+        Raises:
+            ValueError: If it cannot be read, or 4-bit weights are asked for where they cannot be had.
+        """
+        import transformers
+
+        config = self._config
+        for name, value in config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+                setattr(config, name, 0.0)  # a policy and its reference must see the same network
+        options: dict[str, Any] = {"config": config, "dtype": getattr(torch, self.dtype)}
+        if self.attention != "auto":
+            options["attn_implementation"] = self.attention
+        if self.quantization is not None:
+            options["quantization_config"] = _four_bit(self.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            network = self._read(transformers.AutoModelForCausalLM.from_pretrained, **options)
+        network.config.use_cache = False
+        return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+    def fingerprint(self) -> str:
+        """Short hash of weights and tokenizer, whatever the folder's name: which network adapters belong to."""
+        identity = self._content or f"{self.model} at {self._commit}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def completion_tokens(rows: Sequence[Completion], *, left: bool = False) -> Tokens:
+    """Token ids of B texts as one padded batch.
+
+    Args:
+        rows: Prompt and response of each text.
+        left: Whether padding stands before the text, as for writing.
+    """
+    start = torch.tensor([len(prompt) for prompt, _ in rows], dtype=torch.long)[:, None]
+    length = start + torch.tensor([len(response) for _, response in rows], dtype=torch.long)[:, None]
+    column = torch.arange(int(length.max()) if rows else 0)[None, :]
+    if left:
+        column = column - (column.shape[1] - length)
+    attended = (column >= 0) & (column < length)
+    ids = torch.zeros(attended.shape, dtype=torch.long)
+    ids[attended] = torch.tensor(
+        [token for prompt, response in rows for token in (*prompt, *response)], dtype=torch.long
+    )
+    return Tokens(ids, attended, attended & (column >= start))
+
+
+def _four_bit(dtype: str) -> Any:
+    """Settings of 4-bit weights (Dettmers et al. 2023, arXiv 2305.14314).
+
+    Raises:
+        ValueError: Without bitsandbytes or without a GPU.
+    """
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+        raise ValueError(
+            "quantization='4bit' needs a CUDA device and bitsandbytes, got "
+            f"{'no bitsandbytes' if find_spec('bitsandbytes') is None else 'no CUDA device'}; "
+            "pip install 'plm[quantization]' on a machine with a GPU, or set quantization to null"
+        )
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )

@@ -1,0 +1,114 @@
+"""Rewards as Hugging Face models: a backbone and a head in one folder that needs no plm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.backbones.backbone import Backbone
+from plm.backbones.huggingface import HFBackbone
+
+if TYPE_CHECKING:
+    from plm.backbones.modeling_reward import RewardModel
+
+_TEXT = {
+    "plain": 'text = prompt + "\\n\\n" + response if prompt else response',
+    "response": "text = response",
+    "chat": """text = tokenizer.apply_chat_template(
+    [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], tokenize=False
+)""",
+}
+_README = """---
+library_name: transformers
+pipeline_tag: text-classification
+---
+
+# Reward model
+
+Exported by plm. Rewards compare responses with each other; `modeling_reward.py` is all the code that is needed.
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True).eval()
+{text}
+inputs = tokenizer(text, truncation=True{special}, return_tensors="pt")
+{call}
+```
+"""
+_CALL = "reward = model(**inputs).logits[0, 0]"
+_PROMPTED_CALL = """asked = tokenizer(prompt, truncation=True{special}, return_tensors="pt")
+reward = model(
+    **inputs, prompt_input_ids=asked["input_ids"], prompt_attention_mask=asked["attention_mask"]
+).logits[0, 0]"""
+
+
+class HeadParts(NamedTuple):
+    """The head of a reward model, as `plm.backbones.modeling_reward.RewardHead` reads it."""
+
+    options: dict[str, Any]
+    """Arguments of ``RewardConfig``."""
+    tensors: dict[str, Tensor]
+    """State of the head."""
+
+
+def reward_backbone(spec: Mapping[str, Any] | None) -> HFBackbone:
+    """The backbone of a checkpoint, for a model that holds it.
+
+    Raises:
+        ValueError: If it is no Hugging Face model.
+    """
+    backbone = Backbone.from_spec(spec) if spec else None
+    if type(backbone) is not HFBackbone:  # what derives from it reads other features off the model
+        name = "none" if backbone is None else type(backbone).__name__
+        raise ValueError(
+            f"a reward model holds its backbone: expected features of a Hugging Face model, got {name}; fit on a "
+            "plm.backbones.HFBackbone"
+        )
+    return backbone
+
+
+def reward_model(backbone: HFBackbone, head: HeadParts) -> RewardModel:
+    """Backbone and head as one model, in evaluation mode on the CPU."""
+    from transformers import AutoModel
+
+    from plm.backbones.modeling_reward import RewardConfig, RewardModel
+
+    base = backbone._read(AutoModel.from_pretrained, dtype=getattr(torch, backbone.dtype))
+    is_last = backbone._layer == base.config.get_text_config().num_hidden_layers
+    steps_over = backbone._kind == "sequence_classification" and backbone._head_pad >= 0
+    described = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
+    config = RewardConfig(
+        base=described,
+        pooling=backbone._pooling,
+        layer=-1 if is_last else backbone._layer,
+        normalize=backbone.normalize,
+        skip_token_id=backbone._head_pad if steps_over else None,
+        pad_token_id=backbone._pad,
+        dtype=backbone.dtype,
+        **head.options,
+    )
+    with torch.device("meta"):  # the weights are there already
+        model = RewardModel(config)
+    model.model = base
+    model.head.load_state_dict(head.tensors, assign=True)
+    model.train(False).requires_grad_(False)
+    return model
+
+
+def save_reward_model(model: RewardModel, backbone: HFBackbone, folder: Path) -> None:
+    """Write a reward model with its code, its tokenizer and a README that says how texts are put together."""
+    model.save_pretrained(folder)
+    tokenizer = backbone._tokenizer
+    tokenizer.model_max_length = backbone._limit
+    tokenizer.init_kwargs |= {"truncation_side": "left", "padding_side": "right"}
+    tokenizer.save_pretrained(folder)
+    special = ", add_special_tokens=False" if backbone.template == "chat" else ""
+    call = _PROMPTED_CALL.format(special=special) if model.config.num_prototypes else _CALL
+    text = _README.format(text=_TEXT[backbone.template], special=special, call=call)
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,55 @@
+"""Backbones whose features are posteriors over the latents that a language model writes from.
+
+Axes: B prompts, Z latent width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plm.backbones.backbone import Backbone
+from plm.backbones.policy import Policy, TextWriter
+
+
+class LatentBackbone(Backbone):
+    """Responses as mean and log-variance of q(z|x,y), side by side, and p(y|x,z) to write with.
+
+    A method that learns whom a latent pleases needs nothing else: features to learn from, which are cached, and
+    ``writing`` for what it has learned. ``spec()["init_args"]["content"]`` says which latents are meant; those of
+    another model mean something else.
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "latents"
+
+    @property
+    def latent_dim(self) -> int:
+        """Latent width Z, half that of the features."""
+        return self.feature_dim // 2
+
+    @property
+    @abstractmethod
+    def policy(self) -> Policy:
+        """The language model that writes."""
+
+    @abstractmethod
+    def writing(self, latents: Tensor) -> TextWriter:
+        """A batch of texts to be written, one for each of the latents ``(B, Z)``."""
+
+    def noise(self, prompts: Sequence[str], seed: int) -> Tensor:
+        """Standard normal numbers ``(B, Z)`` that depend on each prompt and the seed, not on the batch."""
+        rows = []
+        for prompt in prompts:
+            key = hashlib.blake2b(f"{seed}\0{prompt}".encode(errors="surrogatepass"), digest_size=16).digest()
+            rows.append(
+                np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).standard_normal(
+                    self.latent_dim
+                )
+            )
+        return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(prompts), self.latent_dim))

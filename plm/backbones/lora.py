@@ -1,0 +1,234 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of many users at once over one frozen network.
+
+An adapter is one flat row of P numbers, all A and B matrices one after the other, so that the adapters of U users are a
+matrix ``(U, P)``: rows to train together, gather, store and delete.
+
+Axes: U adapters, P numbers of one adapter, B texts, G groups of B / G texts, T tokens, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """A linear map that is adapted, and where its A and B stand in a flat adapter."""
+
+    name: str
+    width_in: int
+    width_out: int
+    start: int
+    is_conv: bool
+    """Whether it is a ``Conv1D`` of GPT-2, whose weight is transposed."""
+
+
+class LoRA:
+    """Adds ``scale * B A x`` to linear maps of a network: for every text of a batch by the adapter of its group.
+
+    The adapters themselves are given from outside, by `use`; without them the network is untouched, bit for bit.
+
+    Args:
+        network: The frozen network; hooks are registered on it.
+        rank: r.
+        alpha: The scale is ``alpha / rank``.
+        target_modules: Last parts of the names of the linear maps; None = what PEFT adapts in this architecture.
+
+    Raises:
+        ValueError: If the network has no such linear map.
+    """
+
+    def __init__(
+        self, network: torch.nn.Module, rank: int, alpha: float, target_modules: Sequence[str] | None = None
+    ) -> None:
+        """See the class."""
+        if rank < 1:
+            raise ValueError(f"expected rank to be at least 1, got {rank!r}")
+        self.rank, self.alpha = rank, alpha
+        self.target_modules = list(target_modules) if target_modules is not None else default_targets(network)
+        self.places: list[Place] = []
+        self._active: tuple[Sequence[Tensor], ...] = ()
+        start = 0
+        for name, module in network.named_modules():
+            sizes = _sizes(module)
+            if sizes is None or name.rpartition(".")[2] not in self.target_modules:
+                continue
+            place = Place(name, *sizes, start, type(module).__name__ == "Conv1D")
+            module.register_forward_hook(self._hook(len(self.places)))
+            self.places.append(place)
+            start += rank * (sizes[0] + sizes[1])
+        if not self.places:
+            linear = sorted({name.rpartition(".")[2] for name, m in network.named_modules() if _sizes(m) is not None})
+            raise ValueError(
+                f"target_modules: expected names of linear maps of {type(network).__name__}, got "
+                f"{self.target_modules!r}; it has {linear}"
+            )
+        self.num_parameters = start
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank term."""
+        return self.alpha / self.rank
+
+    def start(self, seed: int) -> Tensor:
+        """``(P,)`` a fresh adapter that changes nothing: A uniform as in PEFT, B zero.
+
+        Every user starts from the same draw, so that an adapter does not depend on who is trained beside it.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        flat = torch.zeros(self.num_parameters)
+        for place in self.places:
+            bound = 1 / math.sqrt(place.width_in)  # kaiming_uniform with a = sqrt(5)
+            size = self.rank * place.width_in
+            flat[place.start : place.start + size].uniform_(-bound, bound, generator=generator)
+        return flat
+
+    def matrices(self, adapters: Tensor) -> list[Tensor]:
+        """A ``(..., r, in)`` and B ``(..., out, r)`` of every linear map in turn, views of ``(..., P)``."""
+        shapes = [
+            shape for place in self.places for shape in ((self.rank, place.width_in), (place.width_out, self.rank))
+        ]
+        # one split, whose backward pass is one concatenation; a slice for each would add up as many (..., P) gradients
+        parts = torch.split(adapters, [rows * columns for rows, columns in shapes], -1)
+        return [part.reshape(*part.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @contextmanager
+    def use(self, *adapters: Tensor) -> Iterator[None]:
+        """Adapt the network inside the context.
+
+        Args:
+            *adapters: ``(G, P)`` each; the B texts of a forward pass are G consecutive groups of equal size, each read
+                with its adapter. The terms of several are added; none leaves the network as it is.
+        """
+        with self._using(tuple(self.matrices(flat) for flat in adapters)):
+            yield
+
+    @contextmanager
+    def _using(self, active: tuple[Sequence[Tensor], ...]) -> Iterator[None]:
+        before, self._active = self._active, active
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def checkpoint_contexts(self) -> tuple[Any, Any]:
+        """Contexts of a checkpointed block: its second run, in the backward pass, sees the adapters of the first."""
+        return self._using(self._active), self._using(self._active)
+
+    def _hook(self, index: int) -> Any:
+        def add(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            for matrices in self._active:
+                output = self._added(output, args[0], matrices[2 * index], matrices[2 * index + 1])
+            return output
+
+        return add
+
+    def _added(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """``output + scale * B A x``: ``(B, T, out)``, ``(B, T, in)``, A ``(G, r, in)``, B ``(G, out, r)``."""
+        groups, dtype = len(a), output.dtype
+        low = torch.bmm(x.reshape(groups, -1, x.shape[-1]), a.to(x.dtype).transpose(1, 2))  # (G, B / G * T, r)
+        whole = output.reshape(groups, -1, output.shape[-1])
+        added = torch.baddbmm(whole, low.to(dtype), b.to(dtype).transpose(1, 2), alpha=self.scale)
+        return added.view(output.shape)
+
+    def weighed(self, adapters: Tensor, weight: Tensor) -> Tensor:
+        """Adapters whose terms are ``weight`` times as large: ``(..., P)``, ``(...)`` -> ``(..., P)``."""
+        factor = torch.ones(self.num_parameters, dtype=torch.bool, device=adapters.device)
+        for place in self.places:
+            factor[place.start : place.start + self.rank * place.width_in] = False  # all of it into B
+        return torch.where(factor, adapters * weight[..., None], adapters)
+
+    # ------------------------------------------------------------------ PEFT folders
+    def save(self, adapters: Sequence[Tensor], folder: str | Path, base: str) -> None:
+        """Write the sum of adapters ``(P,)`` as a PEFT folder, which ``PeftModel.from_pretrained`` loads.
+
+        The sum of n adapters of rank r is one of rank ``n r``: their matrices side by side, exact.
+
+        Args:
+            adapters: The adapters, one or more.
+            folder: Where to write.
+            base: Name or folder of the network, kept in the folder's config.
+        """
+        from peft import LoraConfig
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        matrices = [self.matrices(adapter.detach().float().cpu()) for adapter in adapters]
+        for index, place in enumerate(self.places):
+            tensors[f"base_model.model.{place.name}.lora_A.weight"] = torch.cat([m[2 * index] for m in matrices])
+            tensors[f"base_model.model.{place.name}.lora_B.weight"] = torch.cat([m[2 * index + 1] for m in matrices], 1)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank * len(adapters),
+            lora_alpha=cast(Any, self.alpha * len(adapters)),  # fractions are fine
+            target_modules=self.target_modules,
+            fan_in_fan_out=any(place.is_conv for place in self.places),
+            base_model_name_or_path=base,
+            inference_mode=True,
+        )
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config.save_pretrained(str(folder))
+
+    def read(self, folder: str | Path) -> Tensor:
+        """Read a PEFT folder as an adapter ``(P,)``.
+
+        Raises:
+            ValueError: If it is none, or of another rank, scale or set of linear maps.
+        """
+        try:
+            config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+            tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"expected a PEFT folder, got {str(folder)!r}: {error}") from error
+        if (config.get("r"), float(config.get("lora_alpha", 0))) != (self.rank, float(self.alpha)):
+            raise ValueError(
+                f"expected an adapter of rank {self.rank} and alpha {self.alpha}, got {config.get('r')} and "
+                f"{config.get('lora_alpha')} in {str(folder)!r}"
+            )
+        flat = torch.zeros(self.num_parameters)
+        names = [f"base_model.model.{place.name}.lora_{letter}.weight" for place in self.places for letter in "AB"]
+        wanted = dict(zip(names, self.matrices(flat), strict=True))
+        if set(wanted) != set(tensors):
+            odd = sorted(set(wanted) ^ set(tensors))[:3]
+            raise ValueError(f"{str(folder)!r} adapts other linear maps than this method: {odd}")
+        for name, matrix in wanted.items():
+            if matrix.shape != tensors[name].shape:
+                raise ValueError(
+                    f"expected {name} of shape {tuple(matrix.shape)} in {str(folder)!r}, "
+                    f"got {tuple(tensors[name].shape)}"
+                )
+            matrix.copy_(tensors[name])
+        return flat
+
+
+def default_targets(network: torch.nn.Module) -> list[str]:
+    """What PEFT adapts in the architecture of a network.
+
+    Raises:
+        ValueError: If PEFT knows no default for it.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    kind = getattr(getattr(network, "config", None), "model_type", None)
+    if kind not in TARGETS:
+        raise ValueError(f"target_modules: PEFT has no default for {kind!r}; name the linear maps to adapt")
+    return list(TARGETS[kind])
+
+
+def _sizes(module: torch.nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear map, quantised or not; None for any other module."""
+    if isinstance(module, torch.nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":  # GPT-2: weight (in, out)
+        return int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[index]
+    return None

@@ -1,0 +1,402 @@
+"""A policy: the frozen network of a `CausalLM`, what it thinks of responses, and one batch of texts being written.
+
+Axes: B texts, T tokens, n response tokens of all texts, D width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from plm.backbones.causal_lm import CausalLM
+from plm.backbones.head import TokenFacts, token_logps
+from plm.backbones.lora import LoRA
+from plm.distributed import is_first
+from plm.types import Tokens
+
+Prefix = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values ``(B, H, p, d)`` of p virtual tokens before a text, one pair per layer."""
+
+
+class TextWriter(Protocol):
+    """A batch of texts being written, one token at a time."""
+
+    def start(self, prompts: Tokens) -> Tensor:
+        """Read the prompts, padded on the left; logits ``(B, V)`` of the first token."""
+
+    def step(self, token: Tensor) -> Tensor:
+        """Write one token ``(B,)`` to every text; logits ``(B, V)`` of the next."""
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with ``(n,)`` int64 rows of the B texts: without finished ones, or with one repeated."""
+
+
+class Completions(NamedTuple):
+    """The n response tokens of a batch and the hidden states that predict them."""
+
+    hidden: Tensor
+    """``(n, D)`` last hidden state at the place before each token."""
+    token: Tensor
+    """``(n,)`` int64."""
+    row: Tensor
+    """``(n,)`` int64, the text of each token."""
+
+
+class Policy(nn.Module):
+    """A causal language model as methods use it.
+
+    Args:
+        backbone: What is loaded.
+        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
+    """
+
+    def __init__(self, backbone: CausalLM, gradient_checkpointing: bool = False) -> None:
+        """See the class."""
+        super().__init__()
+        self.backbone = backbone
+        network: Any = backbone.load()
+        self.network = network
+        self.lora: LoRA | None = None
+        if gradient_checkpointing:
+            options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # has another name in later versions of transformers
+                self.network.gradient_checkpointing_enable(options)
+        self._head_is_whole = self._shares = False
+        self._sharded: list[Any] = []  # inner modules first
+        self.train()
+
+    def train(self, mode: bool = True) -> Policy:
+        """Remember the mode; the network stays as it is evaluated, so that policy and reference are one network."""
+        super().train(mode)
+        self.network.eval()
+        for module in self.network.modules():
+            if getattr(module, "gradient_checkpointing", False):  # blocks that are run again only when they train
+                module.training = mode
+        return self
+
+    def _checkpoint_contexts(self) -> tuple[Any, Any]:
+        return (nullcontext(), nullcontext()) if self.lora is None else self.lora.checkpoint_contexts()
+
+    def add_lora(self, rank: int, alpha: float, target_modules: Sequence[str] | None) -> LoRA:
+        """Make the network adaptable; see `LoRA`."""
+        self.lora = LoRA(self.network, rank, alpha, target_modules)
+        return self.lora
+
+    def shard(self, device_type: str) -> None:
+        """Share out the weights over all processes (FSDP2), but for the output embedding: it is used outside of a call.
+
+        Args:
+            device_type: Kind of device of the processes.
+
+        Raises:
+            ValueError: If the weights are quantized.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        if self.backbone.quantization is not None:
+            raise ValueError(
+                f"{self.backbone.quantization} weights cannot be shared out over processes; set "
+                "data.backbone.init_args.quantization to null, or train with strategy ddp"
+            )
+        base, kinds = self.network.base_model, set(self.network._no_split_modules or [])
+        mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
+        whole = set(self.network.get_output_embeddings().parameters())
+        self._sharded = [module for module in base.modules() if type(module).__name__ in kinds and module is not base]
+        self._sharded.append(base)
+        for module in self._sharded:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+
+    def gather(self) -> None:
+        """Keep all weights on every process until `scatter`, so that each may read on its own."""
+        for module in self._sharded:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+            module.unshard()
+
+    def scatter(self) -> None:
+        """Undo `gather`."""
+        for module in self._sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
+            module.reshard()
+
+    def save(self, folder: str | Path) -> None:
+        """Write network and tokenizer as a Hugging Face folder, replacing what is there in one step.
+
+        Where processes share the weights, all of them call this; the first writes.
+        """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        state = None
+        if self._sharded:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(self.network, options=options)
+        if not is_first():
+            return
+        folder = Path(folder)
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        self.network.save_pretrained(str(part), state_dict=state)
+        self.backbone.tokenizer.save_pretrained(str(part))
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, folder)
+
+    def adapted(self, *adapters: Tensor) -> AbstractContextManager[None]:
+        """Context in which the network is adapted, see `LoRA.use`."""
+        return nullcontext() if self.lora is None else self.lora.use(*adapters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the hidden states."""
+        return next(self.network.parameters()).dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end a text: the tokenizer's, and what else the model's generation config names."""
+        named = self.network.generation_config.eos_token_id
+        ids = [self.backbone.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        return sorted({int(token) for token in ids if token is not None})
+
+    # ------------------------------------------------------------------ reading
+    def hidden(self, tokens: Tokens, prefix: Prefix | None = None) -> Tensor:
+        """Last hidden states ``(B, T, D)``; padding may be on either side."""
+        mask = tokens.attention_mask
+        position = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return self._run(tokens.input_ids, mask, position, prefix)
+
+    def _run(self, ids: Tensor, mask: Tensor, position: Tensor, prefix: Prefix | None) -> Tensor:
+        cache = None
+        if prefix is not None:
+            cache, length = filled_cache(self.network.config, prefix), prefix[0][0].shape[2]
+            mask = torch.cat([mask.new_ones(len(mask), length), mask], 1)
+            position = position + length
+        return self.network.base_model(  # type: ignore[no-any-return]
+            input_ids=ids, attention_mask=mask.long(), position_ids=position, past_key_values=cache, use_cache=False
+        ).last_hidden_state
+
+    def completions(self, tokens: Tokens, prefix: Prefix | None = None) -> Completions:
+        """Response tokens of every text with the hidden states that predict them."""
+        hidden = self.hidden(tokens, prefix)
+        row, column = tokens.completion_mask.nonzero(as_tuple=True)
+        return Completions(hidden[row, column - 1], tokens.input_ids[row, column], row)
+
+    def shared_completions(self, chosen: Tokens, rejected: Tokens, prefix: Prefix | None = None) -> Completions:
+        """The same for both responses of B pairs, of which each pair's prompt is read once.
+
+        A pair is one text, prompt, chosen, rejected, in which no response sees the other and both stand at the places
+        they have alone. Rows 0..B-1 of the result are chosen, B..2B-1 rejected.
+        """
+        if not self._shares:
+            self._check_sharing()
+        return self._shared(chosen, rejected, prefix)
+
+    def _shared(self, chosen: Tokens, rejected: Tokens, prefix: Prefix | None) -> Completions:
+        packed, mask, position, source, column, row = pack_pairs(chosen, rejected)
+        window = getattr(self.network.config, "sliding_window", None)
+        if window is not None and packed.shape[1] > window:
+            raise ValueError(
+                f"expected at most {window} tokens of a prompt and both responses, the window of "
+                f"{type(self.network).__name__}'s attention, got {packed.shape[1]}; set model.share_prompts to "
+                "false, or data.backbone.init_args.max_length lower"
+            )
+        cache = None
+        if prefix is not None:
+            cache, length = filled_cache(self.network.config, prefix), prefix[0][0].shape[2]
+            mask = torch.cat([mask.new_ones(*mask.shape[:2], length), mask], 2)
+            position = position + length
+        bias = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
+        bias.masked_fill_(~mask, torch.finfo(self.dtype).min)
+        hidden = self.network.base_model(
+            input_ids=packed,
+            attention_mask=bias[:, None],
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        pair = row % len(packed)
+        return Completions(hidden[pair, source], packed[pair, column], row)
+
+    @torch.no_grad()
+    def _check_sharing(self) -> None:
+        """Raise unless the network reads a small pair in one text as it reads its responses apart."""
+        kernel = self.network.config._attn_implementation
+        row = torch.arange(1, 7, device=self.device)[None]
+        response = row > 3
+        one = Tokens(row, torch.ones_like(response), response)
+        two = one._replace(input_ids=torch.where(response, row + 6, row))
+        difference, size = float("inf"), 1.0
+        if "flash" not in kernel:  # these kernels take no mask
+            with self.adapted(), torch.compiler.set_stance("force_eager"):
+                apart = torch.cat([self.completions(side).hidden for side in (one, two)]).float()
+                together = self._shared(one, two, None).hidden.float()
+            difference, size = float((apart - together).abs().max()), float(apart.abs().max())
+        if difference > (1e-4 if self.dtype == torch.float32 else 5e-2) * max(size, 1.0):
+            raise ValueError(
+                f"{type(self.network).__name__} with attention {kernel!r} cannot read both responses of a pair after "
+                "one prompt; set model.share_prompts to false"
+            )
+        self._shares = True
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary scores ``(..., V)`` of last hidden states ``(..., D)``.
+
+        Raises:
+            ValueError: If the network does something else to them than its output embedding.
+        """
+        return self._head(hidden)  # type: ignore[no-any-return]
+
+    def token_logps(
+        self, hidden: Tensor, token: Tensor, *, with_facts: bool = False
+    ) -> tuple[Tensor, TokenFacts | None]:
+        """Log-probabilities ``(n,)`` of the tokens after hidden states ``(n, D)``, see `plm.backbones.head`."""
+        return token_logps(self._head, hidden, token, with_facts=with_facts)
+
+    @property
+    def _head(self) -> nn.Module:
+        """The output embedding, once it is known that nothing follows it."""
+        if not self._head_is_whole:
+            with self.adapted(), torch.compiler.set_stance("force_eager"):
+                self._check_head()
+        return self.network.get_output_embeddings()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        ids = torch.tensor([[1, 2, 3]], device=self.device)
+        whole = self.network(input_ids=ids, use_cache=False).logits.float()
+        hidden = self.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        ours = self.network.get_output_embeddings()(hidden).float()
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        if (whole - ours).abs().max() > tolerance * whole.abs().max().clamp(min=1):
+            raise ValueError(
+                f"{type(self.network).__name__} scales or bounds its logits after the output embedding; "
+                "such models are not supported"
+            )
+        self._head_is_whole = True
+
+    # ------------------------------------------------------------------ writing
+    def write(self, *adapters: Tensor, prefix: Prefix | None = None) -> Writing:
+        """A batch of texts to be written with ``adapters``, see `LoRA.use`, and after ``prefix``."""
+        return Writing(self, adapters, prefix)
+
+
+class Writing:
+    """One batch of texts being written, token by token, from a key/value cache.
+
+    Args:
+        policy: Who writes.
+        adapters: ``(G, P)`` each, of G equal groups of texts; may be empty.
+        prefix: Virtual tokens before every text, or None.
+    """
+
+    def __init__(self, policy: Policy, adapters: Sequence[Tensor], prefix: Prefix | None) -> None:
+        """See the class."""
+        self.policy, self.adapters, self.prefix = policy, adapters, prefix
+        self._cache: Any = None
+        self._mask = torch.empty(0)
+        self._offset = 0
+
+    @torch.no_grad()
+    def start(self, prompts: Tokens) -> Tensor:
+        """Read the prompts, padded on the left; logits ``(B, V)`` of the first token."""
+        from transformers import DynamicCache
+
+        network, mask = self.policy.network, prompts.attention_mask
+        position = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if self.prefix is None:
+            self._cache = DynamicCache(config=network.config)
+        else:
+            self._cache, self._offset = filled_cache(network.config, self.prefix), self.prefix[0][0].shape[2]
+        self._mask = torch.cat([mask.new_ones(len(mask), self._offset), mask], 1)
+        return self._next(prompts.input_ids, position + self._offset)
+
+    @torch.no_grad()
+    def step(self, token: Tensor) -> Tensor:
+        """Write one token ``(B,)`` to every text; logits ``(B, V)`` of the next."""
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], 1)
+        position = self._mask.long().sum(-1, keepdim=True) - 1
+        return self._next(token[:, None], position)
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with ``(n,)`` int64 rows of the B texts: without finished ones, or with one repeated."""
+        self._cache.batch_select_indices(rows)
+        size = len(self._mask)
+        self.adapters = [a if len(a) == 1 else a.repeat_interleave(size // len(a), 0)[rows] for a in self.adapters]
+        self._mask = self._mask[rows]
+
+    def _next(self, ids: Tensor, position: Tensor) -> Tensor:
+        with self.policy.adapted(*self.adapters):
+            hidden = self.policy.network.base_model(
+                input_ids=ids,
+                attention_mask=self._mask.long(),
+                position_ids=position,
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
+            return self.policy.logits(hidden[:, -1]).float()
+
+
+def filled_cache(config: Any, prefix: Prefix) -> Any:
+    """A key/value cache that holds ``prefix``."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    for layer, (key, value) in enumerate(prefix):
+        cache.update(key, value, layer)
+    return cache
+
+
+def pack_pairs(chosen: Tokens, rejected: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Prompt, chosen and rejected response of each pair in one row.
+
+    Returns:
+        Token ids ``(B, T)``; mask ``(B, T, T)`` bool, True = may look at; positions ``(B, T)``; and of the n response
+        tokens, all chosen ones first: the column that predicts them, their own column, and their text ``(n,)`` each,
+        0..B-1 for chosen and B..2B-1 for rejected.
+
+    Raises:
+        ValueError: If a pair's responses do not follow the same prompt.
+    """
+    num_pairs, device = chosen.num_rows, chosen.input_ids.device
+    prompts, parts = [], []
+    for side in (chosen, rejected):
+        before = side.attention_mask & ~side.completion_mask
+        prompts.append((before.sum(-1), side.input_ids[before]))
+        parts.append(side.completion_mask.sum(-1))
+    if not all(torch.equal(a, b) for a, b in zip(*prompts, strict=True)):
+        raise ValueError("expected both responses of a pair to follow the same prompt; set share_prompts to false")
+    p, c, r = prompts[0][0], parts[0], parts[1]  # (B,) each
+    column = torch.arange(int((p + c + r).max()), device=device)[None, :]  # (1, T)
+    start_c, start_r, end = p[:, None], (p + c)[:, None], (p + c + r)[:, None]
+    kind = (column >= start_c).long() + (column >= start_r).long() + (column >= end).long()  # 0 prompt .. 3 padding
+    packed = torch.zeros(num_pairs, column.shape[1], dtype=torch.long, device=device)
+    packed[kind == 0] = prompts[0][1]
+    packed[kind == 1] = chosen.input_ids[chosen.completion_mask]
+    packed[kind == 2] = rejected.input_ids[rejected.completion_mask]
+    position = torch.where(kind == 2, column - c[:, None], column).clamp(max=int((p + torch.maximum(c, r)).max()) - 1)
+    causal = column[:, :, None] >= column[:, None, :]
+    mask = causal & ((kind[:, None, :] == 0) | (kind[:, None, :] == kind[:, :, None]))
+    found = [(kind == which).nonzero(as_tuple=True) for which in (1, 2)]
+    row = torch.cat([found[0][0], found[1][0] + num_pairs])
+    own = torch.cat([found[0][1], found[1][1]])
+    first = own == torch.cat([start_c[:, 0], start_r[:, 0]])[row]
+    source = torch.where(first, p.repeat(2)[row] - 1, own - 1)
+    return packed, mask, position, source, own, row

@@ -1,0 +1,136 @@
+"""Texts that a network reads in parts, with virtual tokens between them where asked for.
+
+Axes: B texts, T tokens read now, S tokens read before, L layers, H key heads, p virtual tokens, d key width, D width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.types import Tokens
+
+if TYPE_CHECKING:
+    from plm.backbones.policy import Policy, Prefix
+
+
+class Reading:
+    """B texts as far as a network has read them: the keys and values that what follows looks at.
+
+    Every part is read after the parts before it as if all were one text, however each is padded; gradients flow through
+    all of them.
+
+    Args:
+        policy: Whose network reads.
+        num_rows: Number of texts B, of which nothing is read yet.
+    """
+
+    def __init__(self, policy: Policy, num_rows: int) -> None:
+        """See the class."""
+        from transformers import DynamicCache
+
+        self.policy = policy
+        self._cache: Any = DynamicCache(config=policy.network.config)
+        self._mask = torch.zeros(num_rows, 0, dtype=torch.bool, device=policy.device)
+        self._bias: Tensor | None = None  # (S,) added to the attention scores of what was read
+        self.position = torch.zeros(num_rows, dtype=torch.long, device=policy.device)
+        """``(B,)`` position of the next token."""
+
+    def insert(self, prefix: Prefix, log_gate: Tensor | None = None) -> None:
+        """Let virtual tokens follow.
+
+        Args:
+            prefix: Their keys and values ``(B, H, p, d)`` of every layer, turned to their positions already; they are
+                brought to the precision of the network.
+            log_gate: ``()`` logarithm of what the attention to them is multiplied by; with it they take no positions,
+                so that behind a closed gate nothing has moved. None = 0, and they take the next p positions.
+        """
+        num_rows, size = len(self._mask), prefix[0][0].shape[2]
+        for layer, (key, value) in enumerate(prefix):
+            self._cache.update(key.to(self.policy.dtype), value.to(self.policy.dtype), layer)
+        self._extend_bias(size, log_gate)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(num_rows, size)], 1)
+        if log_gate is None:
+            self.position = self.position + size
+
+    def read(self, ids: Tensor, attended: Tensor) -> Tensor:
+        """Read on: token ids and which of them are no padding, ``(B, T)`` each -> last hidden states ``(B, T, D)``."""
+        if not ids.shape[1]:
+            return torch.zeros(*ids.shape, self.policy.network.config.hidden_size, device=ids.device)
+        num_before = self._mask.shape[1]
+        count = attended.long().cumsum(-1)
+        position = (self.position[:, None] + count - 1).clamp(min=0)
+        self.position = self.position + count[:, -1]
+        self._check_room(num_before + ids.shape[1])
+        self._extend_bias(ids.shape[1], None)
+        self._mask = torch.cat([self._mask, attended], 1)
+        mask = self._mask.long() if self._bias is None else self._biased_mask(num_before)
+        return self.policy.network.base_model(  # type: ignore[no-any-return]
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self._cache, use_cache=True
+        ).last_hidden_state
+
+    def take(self, rows: Tensor) -> Reading:
+        """The readings of these texts, ``(n,)`` int64, each as often as it is named; this one stays as it is."""
+        taken = Reading(self.policy, 0)
+        for layer, cached in enumerate(self._cache.layers):
+            if cached.get_seq_length():
+                taken._cache.update(cached.keys[rows], cached.values[rows], layer)
+        taken._mask, taken._bias, taken.position = self._mask[rows], self._bias, self.position[rows]
+        return taken
+
+    def _check_room(self, width: int) -> None:
+        """Learned positions end somewhere."""
+        limit = int(self.policy.network.config.max_position_embeddings)
+        learned = hasattr(self.policy.network.base_model, "wpe")
+        if learned and width > limit and (longest := int(self.position.max())) > limit:
+            raise ValueError(
+                f"expected texts that are at most {limit} tokens long together with virtual tokens, got {longest}; "
+                "set data.backbone.init_args.max_length lower"
+            )
+
+    def _extend_bias(self, size: int, log_gate: Tensor | None) -> None:
+        if log_gate is None and self._bias is None:
+            return
+        before = torch.zeros(self._mask.shape[1], device=self._mask.device) if self._bias is None else self._bias
+        more = before.new_zeros(size) if log_gate is None else log_gate.expand(size)
+        self._bias = torch.cat([before, more])
+
+    def _biased_mask(self, num_before: int) -> Tensor:
+        """What is added to attention scores: the bias, or nearly minus infinity: ``(B, 1, T, S + T)``."""
+        assert self._bias is not None
+        column = torch.arange(self._mask.shape[1], device=self._mask.device)
+        seen = self._mask[:, None, :] & (column[None, :] <= column[num_before:, None])
+        least = torch.finfo(self.policy.dtype).min
+        return torch.where(seen, self._bias.to(self.policy.dtype), least)[:, None]
+
+
+class SplitTexts(NamedTuple):
+    """Texts cut before the last token of their prompts, which is where a response begins to be predicted."""
+
+    before: Tensor
+    """``(B, S)`` token ids of prompts without their last token, padded on the left; S may be 0."""
+    before_mask: Tensor
+    """``(B, S)`` bool, True = a token."""
+    after: Tensor
+    """``(B, T)`` the last token of the prompt and the response, padded on the right."""
+    after_mask: Tensor
+    """``(B, T)`` bool, True = a token."""
+
+
+def split_texts(tokens: Tokens) -> SplitTexts:
+    """Cut texts, padded on either side, before the last token of their prompts."""
+    prompt = tokens.attention_mask & ~tokens.completion_mask
+    num_before = prompt.sum(-1) - 1
+    after = tokens.attention_mask & (prompt.long().cumsum(-1) > num_before[:, None])
+    parts = []
+    for kept, left in ((tokens.attention_mask & ~after, True), (after, False)):
+        count = kept.sum(-1, keepdim=True)
+        width = int(count.max()) if len(count) else 0
+        column = torch.arange(width, device=kept.device)[None, :]
+        mask = column >= width - count if left else column < count
+        ids = torch.zeros(mask.shape, dtype=torch.long, device=kept.device)
+        ids[mask] = tokens.input_ids[kept]
+        parts += [ids, mask]
+    return SplitTexts(*parts)

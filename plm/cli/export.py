@@ -1,0 +1,51 @@
+"""``plm export``: what a method knows of one user as a model of other software."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from plm.checkpoint import KnownUsers, load_method
+from plm.cli.options import OptionParser
+from plm.config import nearest
+from plm.types import UserState
+
+
+@runtime_checkable
+class Exports(Protocol):
+    """A method that can be exported."""
+
+    def export(self, folder: Path, user: UserState) -> None:
+        """Write a model of one user, the one row of ``user``, into a folder that does not exist or is empty."""
+
+
+def run(args: list[str]) -> None:
+    """Write the model of a user into a folder.
+
+    Raises:
+        ValueError: For whatever the user can mend.
+    """
+    parser = OptionParser(
+        prog="plm export",
+        description="The model of one user as a folder that works without plm. PAL writes a Hugging Face\n"
+        "sequence-classification model whose logit is the user's reward; its README.md says how to load it.",
+    )
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
+    parser.add_argument("--user", metavar="ID", help="whose model; default: the population's")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    options = parser.parse(args)
+    folder = Path(options.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
+    method = load_method(options.ckpt_path)
+    if not isinstance(method, Exports):
+        raise ValueError(f"{type(method).__name__} has nothing to export: its class has no `export(folder, user)`")
+    assert isinstance(method.find_users, KnownUsers)
+    user, known = method.find_users.lookup([options.user])
+    if options.user is not None and not known.all():
+        raise ValueError(
+            f"no user {options.user!r}{nearest(options.user, method.find_users.store.ids)} beside "
+            f"{options.ckpt_path!r}; run plm adapt first, or leave --user out for the population"
+        )
+    method.export(folder, user)
+    print(f"written to {folder}")

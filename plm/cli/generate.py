@@ -1,0 +1,123 @@
+"""``plm generate``: texts for users of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plm.checkpoint import KnownUsers, load_method
+from plm.cli.options import OptionParser
+from plm.cli.prompts import Prompt, read_prompts
+from plm.cli.writing import PROMPTS, add_policy, add_settings, device, policy_of, progress_bar, settings_of
+from plm.generation import best_of_n, sample
+from plm.policy_method import PolicyMethod
+
+_SHOWN = 200
+
+
+def run(args: list[str]) -> None:
+    """Write texts for users.
+
+    Raises:
+        ValueError: For whatever the user can mend.
+    """
+    parser = OptionParser(
+        prog="plm generate",
+        description="Responses to prompts, written for users of a checkpoint, all of them in the same batches.\n"
+        "A method with a policy writes itself; any other chooses the best of N that --policy writes. An unknown user\n"
+        "gets the policy, or the reward, of the population. Output rows: the prompt's with user_id, user_known and\n"
+        "responses (chosen ones with rewards). A text depends on policy, prompt and seed, not on its batch.",
+    )
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=PROMPTS)
+    parser.add_argument(
+        "--user", nargs="+", metavar="ID", help="each writes on every prompt; default: the rows' user_id, or nobody"
+    )
+    parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts of each user (default 1)")
+    parser.add_argument("--best_of", type=int, metavar="N", help="choose the best of N by the method's reward")
+    parser.add_argument("--output", metavar="FILE", help="JSONL file; default: readable texts on standard output")
+    add_settings(parser)
+    add_policy(parser, required=False)
+    options = parser.parse(args)
+    if (options.policy is None) != (options.best_of is None):
+        parser.error("--policy and --best_of go together: N texts of the policy are written, the best is chosen")
+    if options.best_of is not None and options.num_samples > 1:
+        parser.error(f"--best_of chooses one text, got --num_samples {options.num_samples}")
+    prompts, users = asked(read_prompts(options.prompts, per_user=True), options.user, options.prompts)
+    texts = [prompt.text for prompt in prompts]
+    method = load_method(options.ckpt_path, device())
+    assert isinstance(method.find_users, KnownUsers)
+    if options.best_of is not None:
+        with progress_bar("writing", options.best_of * len(set(texts))) as tell:
+            best = best_of_n(
+                policy_of(options),
+                method,
+                texts,
+                n=options.best_of,
+                user_id=users,
+                progress=tell,
+                **settings_of(options),
+            )
+        made: list[dict[str, Any]] = [{"responses": [one.text], "rewards": [one.reward]} for one in best]
+    elif isinstance(method, PolicyMethod):
+        with progress_bar("writing", options.num_samples * len(texts)) as tell:
+            written = sample(
+                method,
+                texts,
+                user_id=users,
+                num_samples=options.num_samples,
+                progress=tell,
+                **settings_of(options),
+            )
+        made = [{"responses": [one.text for one in row]} for row in written]
+    else:
+        raise ValueError(
+            f"{type(method).__name__} has no policy that writes: give --policy MODEL --best_of N, and the texts are "
+            "chosen by its reward"
+        )
+    store = method.find_users.store
+    whose: list[str | None] = [None] * len(prompts) if users is None else [*users]
+    rows = [
+        {
+            **prompt.record,
+            "prompt": prompt.text,
+            "user_id": user,
+            "user_known": user is not None and user in store,
+            **own,
+        }
+        for prompt, user, own in zip(prompts, whose, made, strict=True)
+    ]
+    if options.output:
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+        Path(options.output).write_text("".join(lines), encoding="utf-8")
+    else:
+        sys.stdout.write("\n".join(map(_readable, rows)))
+
+
+def asked(prompts: Sequence[Prompt], users: Sequence[str] | None, path: str) -> tuple[list[Prompt], list[str] | None]:
+    """Prompts and the user of each: all of ``users`` on every prompt, else who stands in the rows; None = nobody.
+
+    Raises:
+        ValueError: If some rows name a user and others do not.
+    """
+    if users is not None:
+        distinct = list(dict.fromkeys(users))
+        return [prompt for prompt in prompts for _ in distinct], distinct * len(prompts)
+    named = [prompt.record.get("user_id") for prompt in prompts]
+    if not any(named):
+        return list(prompts), None
+    if not all(named):
+        raise ValueError(f"expected a user_id in all rows of {path} or in none, got it in some; give --user ID")
+    return list(prompts), [str(user) for user in named]
+
+
+def _readable(row: dict[str, Any]) -> str:
+    """Prompt and texts for the terminal."""
+    prompt = row["prompt"] if len(row["prompt"]) <= _SHOWN else "..." + row["prompt"][-_SHOWN:]
+    who = row["user_id"] or "population"
+    rewards = [f" ({reward:.3f})" for reward in row.get("rewards", [])] or [""] * len(row["responses"])
+    texts = [f"[{who}]{reward} {text.strip()}\n" for text, reward in zip(row["responses"], rewards, strict=True)]
+    return f"{prompt}\n{''.join(texts)}"

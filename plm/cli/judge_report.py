@@ -1,0 +1,97 @@
+"""What ``plm judge`` found, as terminal tables, Markdown and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from plm.evaluation import plain_table, write_json, write_text
+
+_TITLE = "Value of each policy's texts less that of the unaligned policy's, 95% intervals over prompts"
+_NOTE = (
+    "Own values are bold. Own − others: the difference by the user's own values less the mean of the differences by "
+    "everybody else's."
+)
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Print both tables and the samples."""
+    for title, names, rows in tables(result):
+        table = plain_table(title)
+        for name in names:
+            table.add_column(escape(name), justify="left" if name == names[0] else "right")
+        for row in rows:
+            table.add_row(
+                *(f"[bold]{escape(cell[2:-2])}[/]" if cell.startswith("**") else escape(cell) for cell in row)
+            )
+        console.print(table)
+    for entry in result["samples"]:
+        console.print(f"[bold]{escape(entry['prompt'])}[/]", highlight=False)
+        for name, text in entry.items():
+            if name != "prompt":
+                console.print(f"  [dim]{escape(name)}[/] {escape(' '.join(text.split()))}", highlight=False)
+
+
+def write(result: Mapping[str, Any], folder: Path) -> None:
+    """Write ``judge.md`` and ``judge.json``."""
+    write_json(folder / "judge.json", result)
+    write_text(folder / "judge.md", markdown(result))
+
+
+def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(heading, column names, rows); own values are between ``**``."""
+    people = list(result["unaligned"])
+    compared = any("own_minus_others" in own for own in result["users"].values())
+    rows = []
+    for user, own in result["users"].items():
+        cells = [_difference(own["people"][person], "difference") for person in people]
+        cells = [f"**{cell}**" if person == user else cell for person, cell in zip(people, cells, strict=True)]
+        if compared:
+            cells.append(_difference(own, "own_minus_others") if "own_minus_others" in own else "–")
+        rows.append([user, *cells])
+    heads = ["policy of", *(f"to {person}" for person in people), *(["own − others"] if compared else [])]
+    rewards = list(next(iter(result["texts"].values()))["rewards"])
+    facts = [
+        [name, *(f"{about['rewards'][reward]:.3f}" for reward in rewards)]
+        + [f"{about['perplexity']:.1f}", f"{about['words']:.1f}"]
+        + ["–" if math.isnan(about[key]) else f"{about[key]:.3f}" for key in ("distinct_1", "distinct_2")]
+        for name, about in result["texts"].items()
+    ]
+    columns = ["policy of", *rewards, "perplexity", "words", "distinct 1", "distinct 2"]
+    return [
+        (_TITLE, heads, rows),
+        ("Texts: mean rewards as they come, perplexity by the unaligned policy", columns, facts),
+    ]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+
+    def cell(text: str) -> str:
+        return " ".join(text.split()).replace("|", "\\|")
+
+    drawn = ", ".join(f"{name} {value}" for name, value in result["settings"].items() if value is not None)
+    lines = [
+        f"{result['num_prompts']} held-out prompts, {result['num_samples']} texts of each policy on each ({drawn}).",
+        _NOTE,
+    ]
+    for heading, names, rows in tables(result):
+        lines += ["", f"## {heading}", "", f"| {' | '.join(map(cell, names))} |"]
+        lines += ["|---" + "|---:" * (len(names) - 1) + "|", *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
+    lines += ["", "## Samples"]
+    for entry in result["samples"]:
+        lines += ["", f"**{cell(entry['prompt'])}**", ""]
+        lines += [f"- {name}: {cell(text)}" for name, text in entry.items() if name != "prompt"]
+    return "\n".join(["# Judged policies", "", *lines, ""])
+
+
+def _difference(numbers: Mapping[str, float], name: str) -> str:
+    """``+0.53 [0.41, 0.66]``."""
+    low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
+    ends = "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"
+    return f"{numbers[name]:+.2f}{ends}"

@@ -1,0 +1,98 @@
+"""Short texts of a small grammar: several responses to every prompt, whose manner is known.
+
+Written for what learns from all responses to a prompt. A response has a mood, a length, an address and an ending, each
+drawn evenly and shown by words, and says something about the topic of its prompt.
+
+Axes: P prompts, N responses of a prompt, A attributes.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from plm.data.schema import PairTable
+from plm.data.sources import PairSource
+from plm.data.sources.samples import everyone_pairs
+
+SUBJECTS = "tea coffee bread rain snow music chess trains ships birds bees moss stars paint soup clay".split()
+VERBS = "like know use see want trust need choose buy keep".split()
+WORDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "mood": (
+        ("dreadful", "boring", "poor", "sad"),
+        ("fine", "plain", "usual", "fair"),
+        ("lovely", "great", "merry", "best"),
+    ),
+    "address": (("",), ("friend ,", "dear ,", "mate ,"), ("sir ,", "madam ,", "doctor ,")),
+    "ending": ((".",), ("!", "! !"), ("?", ", no ?")),
+    "length": ((), ("by day",), ("by day", "and at night", "and in between")),
+}
+"""Attribute -> what may be said at each level; of a length all is said."""
+
+
+def attributes(text: str) -> dict[str, int]:
+    """Levels of a response, read off its words.
+
+    >>> attributes("sir , tea is lovely by day !")
+    {'mood': 2, 'address': 2, 'ending': 1, 'length': 1}
+    """
+    words, found = text.split(), {"mood": 1, "address": 0, "ending": 0, "length": 0}
+    for name in ("mood", "address"):
+        for level, choices in enumerate(WORDS[name]):
+            if any(choice.split(" ")[0] in words for choice in choices if choice):
+                found[name] = level
+    found["ending"] = {".": 0, "!": 1, "?": 2}.get(words[-1] if words else ".", 0)
+    found["length"] = 2 if "night" in words else int("day" in words)
+    return found
+
+
+class GrammarResponses(PairSource):
+    """All responses to prompts of a small grammar, as pairs of one user, everyone; nothing is meant by who is chosen.
+
+    Args:
+        num_prompts: Prompts P.
+        num_responses: Different responses N to each.
+        test_share: Share of the prompts kept for the test.
+        seed: Another seed writes other texts.
+    """
+
+    def __init__(self, num_prompts: int = 160, num_responses: int = 16, test_share: float = 0.2, seed: int = 0) -> None:
+        """See the class."""
+        self.num_prompts, self.num_responses, self.test_share, self.seed = num_prompts, num_responses, test_share, seed
+        most = len(SUBJECTS) * len(VERBS)
+        checks = {
+            f"num_prompts: expected 2 to {most}, got {num_prompts!r}": 2 <= num_prompts <= most,
+            f"num_responses: expected 2 to 64, got {num_responses!r}": 2 <= num_responses <= 64,
+            f"test_share: expected a share between 0 and 1, got {test_share!r}": 0 < test_share < 1,
+        }
+        problems = [f"GrammarResponses.{text}" for text, fine in checks.items() if not fine]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def name(self) -> str:
+        """Size."""
+        return f"grammar/{self.num_prompts}x{self.num_responses}"
+
+    def load(self) -> PairTable:
+        """Write the texts."""
+        rng = np.random.default_rng(self.seed)
+        asked = [topics for topics in product(SUBJECTS, VERBS)]
+        responses = []
+        for number in rng.permutation(len(asked))[: self.num_prompts].tolist():
+            subject, verb = asked[number]
+            own: dict[str, None] = {}
+            while len(own) < self.num_responses:
+                own[f" {_respond(subject, rng)}"] = None
+            responses.append((f"Do you {verb} {subject} ?", list(own)))
+        test = np.arange(self.num_prompts) < max(1, round(self.test_share * self.num_prompts))
+        return everyone_pairs(responses, test)
+
+
+def _respond(subject: str, rng: np.random.Generator) -> str:
+    """One response."""
+    levels = {name: choices[int(rng.integers(len(choices)))] for name, choices in WORDS.items()}
+    said = {name: level[int(rng.integers(len(level)))] for name, level in levels.items() if name != "length"}
+    parts = [said["address"], subject, "is", said["mood"], *levels["length"], said["ending"]]
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,212 @@
+"""Simulated people who compare responses that a policy has sampled, by rewards that are computed here.
+
+Protocol: each person weighs rewards, brought to one scale; of the responses to a prompt they compare the best with the
+worst (LatentDPO, arXiv 2412.20834 and its code; LoRe, arXiv 2504.14439, section 5), or two at random, and choose by the
+Bradley-Terry model.
+Deviations: which rewards, and how sure people are, is up to the recipe.
+
+Axes: P prompts, C responses of a prompt (padded), A rewards, U people, N pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from plm.config import nearest
+from plm.data.files import IntArray
+from plm.data.keys import digest
+from plm.data.rewards import Reward
+from plm.data.schema import PairTable, pair_table
+from plm.data.sources import PairSource
+from plm.data.sources.population import DoubleArray, Pool, best_and_worst, dirichlet_weights, standardise
+from plm.data.sources.samples import read_samples
+
+
+class SampledPairs(PairSource):
+    """People with known tastes who compare responses sampled from a policy.
+
+    Prompts of the training and of the test are disjoint for everybody. Scores of the pairs are the person's own reward
+    of each response. Equal responses to a prompt are one; a prompt of one response is left out and counted.
+
+    Args:
+        path: JSONL files with one prompt a line: ``prompt``, ``responses`` (a list), and ``split`` (train or test) in
+            all lines or in none. Relative paths are also looked up under PLM_DATA.
+        rewards: Name -> what responses are scored by.
+        people: Name -> weights of rewards by name, such as ``{positive: {sentiment: 1}, short: {length: -1}}``.
+        num_people: So many more people, whose weights are drawn from a Dirichlet distribution over all rewards.
+        concentration: Of that distribution: small gives people of one interest each.
+        pairs: ``best_worst`` compares the best with the worst response of a prompt, ``random`` two at random.
+        pairs_per_prompt: Comparisons of each prompt; more than one needs random pairs.
+        prompts_per_person: Most training prompts shown to each person, drawn for each; null = all.
+        temperature: A person prefers a to b with probability sigmoid((a - b) / temperature); 0 = never in doubt.
+        test_share: Share of the prompts kept for the test where the files name no split.
+        z_score: Whether each reward is brought to mean 0 and standard deviation 1 over all responses.
+        seed: Another seed draws other people, pairs and test prompts.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        rewards: dict[str, Reward],
+        people: dict[str, dict[str, float]] | None = None,
+        num_people: int = 0,
+        concentration: float = 0.1,
+        pairs: Literal["best_worst", "random"] = "best_worst",
+        pairs_per_prompt: int = 1,
+        prompts_per_person: int | None = None,
+        temperature: float = 0.0,
+        test_share: float = 0.2,
+        z_score: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        self.path, self.rewards, self.people = path, dict(rewards), dict(people or {})
+        self.num_people, self.concentration = num_people, concentration
+        self.pairs, self.pairs_per_prompt, self.prompts_per_person = pairs, pairs_per_prompt, prompts_per_person
+        self.temperature, self.test_share, self.z_score, self.seed = temperature, test_share, z_score, seed
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        """Raise one error about everything that is wrong."""
+        problems = []
+        if not self.rewards:
+            problems.append("rewards: expected at least one, got none")
+        if not self.people and self.num_people < 1:
+            problems.append("people: expected some, or num_people > 0, got none")
+        for person, weights in self.people.items():
+            problems += [
+                f"people.{person}: expected names of rewards ({', '.join(self.rewards)}), got {name!r}"
+                f"{nearest(name, self.rewards)}"
+                for name in weights
+                if name not in self.rewards
+            ]
+            if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
+                problems.append(f"people.{person}: expected finite weights that are not all 0, got {weights!r}")
+        least = {"num_people": 0, "pairs_per_prompt": 1, "prompts_per_person": 1, "temperature": 0}
+        problems += [
+            f"{name}: expected at least {low}, got {value!r}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) is not None and value < low
+        ]
+        if self.concentration <= 0:
+            problems.append(f"concentration: expected a number > 0, got {self.concentration!r}")
+        if not 0 < self.test_share < 1:
+            problems.append(f"test_share: expected a share between 0 and 1, got {self.test_share!r}")
+        if self.pairs not in ("best_worst", "random"):
+            problems.append(f"pairs: expected best_worst or random, got {self.pairs!r}")
+        elif self.pairs == "best_worst" and self.pairs_per_prompt > 1:
+            problems.append(f"pairs_per_prompt: best against worst is one pair, got {self.pairs_per_prompt!r}")
+        if problems:
+            raise ValueError("\n".join(f"SampledPairs.{problem}" for problem in problems))
+
+    @property
+    def name(self) -> str:
+        """Name of the first file."""
+        return f"sampled/{Path(self.path if isinstance(self.path, str) else self.path[0]).stem}"
+
+    @cached_property
+    def pool(self) -> Pool:
+        """Prompts and responses with their raw rewards ``(P, C, A)``, read and scored once."""
+        sampled, test, self._dropped = read_samples(self.path, self.test_share, self.seed)
+        responses: dict[str, int] = {}
+        table = np.full((len(sampled), max(map(len, sampled.values()))), -1, dtype=np.int64)
+        for number, own in enumerate(sampled.values()):
+            table[number, : len(own)] = [responses.setdefault(text, len(responses)) for text in own]
+        prompts, texts = list(sampled), list(responses)
+        row, column = np.nonzero(table >= 0)
+        asked, given = [prompts[i] for i in row.tolist()], [texts[i] for i in table[row, column].tolist()]
+        scores = np.full((*table.shape, len(self.rewards)), np.nan)
+        for axis, (name, reward) in enumerate(self.rewards.items()):
+            values = reward.score(asked, given)
+            if values.shape != row.shape or not np.isfinite(values).all():
+                raise ValueError(
+                    f"expected a finite score of each of {len(row)} responses from the reward {name!r}, got shape "
+                    f"{values.shape} with {int((~np.isfinite(values)).sum())} that are not"
+                )
+            scores[row, column, axis] = values
+        return Pool(prompts, texts, table, scores, test)
+
+    @cached_property
+    def weights(self) -> dict[str, DoubleArray]:
+        """Person -> weights ``(A,)``: those with a name, then those who were drawn."""
+        names = list(self.rewards)
+        own = {who: np.array([given.get(name, 0.0) for name in names]) for who, given in self.people.items()}
+        if self.num_people:
+            drawn = dirichlet_weights(self.num_people, len(names), self.concentration, self.seed)
+            digits = len(str(self.num_people - 1))
+            own |= {f"person-{row:0{digits}d}": weights for row, weights in enumerate(drawn)}
+        return own
+
+    def load(self) -> PairTable:
+        """Let everyone compare."""
+        pool, people = self.pool, list(self.weights)
+        scores = standardise(pool.scores) if self.z_score else pool.scores
+        columns: list[IntArray] = []
+        worth: list[DoubleArray] = []
+        ties = 0
+        for user, (who, weights) in enumerate(self.weights.items()):
+            rng = np.random.default_rng((self.seed, int(digest([who])[0])))
+            shown = self._shown(rng)
+            if self.pairs == "best_worst":
+                first, second = best_and_worst(scores, weights[None], shown[None])[0].T
+            else:
+                first, second = _two_of(np.isnan(scores[shown, :, 0]), self.pairs_per_prompt, rng)
+            prompt, value = np.repeat(shown, self.pairs_per_prompt), scores @ weights  # (N,), (P, C)
+            a, b = value[prompt, first], value[prompt, second]
+            chance = np.where(a > b, 1.0, 0.0) if self.temperature == 0 else _sigmoid((a - b) / self.temperature)
+            wins = rng.random(len(prompt)) < chance
+            chosen, rejected = np.where(wins, first, second), np.where(wins, second, first)
+            kept = (a > b) | (a < b)
+            ties += int((~kept).sum())
+            rows = np.stack([np.full(len(prompt), user), prompt, chosen, rejected])[:, kept]
+            columns.append(rows)
+            worth.append(value[rows[1], rows[2:]])
+        user_of, prompt, chosen, rejected = np.concatenate(columns, axis=1)
+        if not len(user_of):
+            raise ValueError(f"expected pairs, got none in {self.name}: all responses to a prompt are worth the same")
+        chosen_score, rejected_score = np.concatenate(worth, axis=1).astype(np.float32)
+        return pair_table(
+            people,
+            pool.prompts,
+            pool.responses,
+            user=user_of,
+            prompt=prompt,
+            chosen=pool.candidates[prompt, chosen],
+            rejected=pool.candidates[prompt, rejected],
+            chosen_score=chosen_score,
+            rejected_score=rejected_score,
+            row_split=np.where(pool.test[prompt], 2, 0),
+            dropped={why: count for why, count in {**self._dropped, "ties": ties}.items() if count},
+        )
+
+    def _shown(self, rng: np.random.Generator) -> IntArray:
+        """Prompts shown to a person: training ones, in part where there is a limit, then all of the test."""
+        train, test = np.flatnonzero(~self.pool.test), np.flatnonzero(self.pool.test)
+        if self.prompts_per_person is not None:
+            train = np.sort(rng.permutation(train)[: self.prompts_per_person])
+        return np.concatenate([train, test])
+
+
+def _two_of(missing: npt.NDArray[np.bool_], times: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+    """Columns ``(N,)`` of two different responses to each prompt, so many times.
+
+    Args:
+        missing: ``(P, C)`` True = no such response.
+        times: Pairs of each prompt.
+        rng: What draws them.
+    """
+    again = np.repeat(missing, times, axis=0)
+    two = np.argsort(rng.random(again.shape) + again, axis=1)[:, :2]  # what is missing comes last
+    return two[:, 0], two[:, 1]
+
+
+def _sigmoid(value: DoubleArray) -> DoubleArray:
+    """Logistic function without overflow."""
+    result: DoubleArray = 0.5 * (1.0 + np.tanh(0.5 * value))
+    return result

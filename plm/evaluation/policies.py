@@ -1,0 +1,80 @@
+"""Do personal policies write what their users like? Rewards of their texts against those of the unaligned policy.
+
+Prompts are the unit of sampling: all policies write on the same prompts with the same seeds, and intervals resample
+prompts.
+
+Axes: W writers, the unaligned policy first, P prompts, N texts of a writer on a prompt, V people who value texts,
+U = W - 1 users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from plm.evaluation.statistics import cluster_bootstrap
+from plm.metrics import FloatArray
+
+
+def compare_policies(
+    values: FloatArray, users: Sequence[str], people: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """Mean value of every user's policy to everybody, and how far it is from that of the unaligned policy.
+
+    Args:
+        values: ``(W, P, N, V)`` value of each text to each person.
+        users: U names, of the writers after the first.
+        people: V names; a user of the same name is that person.
+        num_resamples: Random draws of P prompts.
+        seed: Seed of the draws.
+
+    Returns:
+        ``unaligned``: person -> mean; ``users``: user -> ``people``: person -> ``mean``, ``difference`` to the
+        unaligned policy with ``difference_low`` and ``difference_high``; and, for a user who is one of several people,
+        ``own_minus_others``: the difference by their own values less the mean of the differences by the others', with
+        its ends. Ends are nan for fewer than `MIN_USERS` prompts.
+    """
+    means = values.mean(axis=2)  # (W, P, V)
+    gains = (means[1:] - means[:1]).transpose(1, 0, 2)  # (P, U, V)
+    low, high = cluster_bootstrap(gains, num_resamples=num_resamples, seed=seed)
+    out: dict[str, Any] = {"unaligned": dict(zip(people, means[0].mean(axis=0).tolist(), strict=True)), "users": {}}
+    for row, user in enumerate(users):
+        own: dict[str, Any] = {
+            "people": {
+                person: {
+                    "mean": float(means[row + 1, :, place].mean()),
+                    "difference": float(gains[:, row, place].mean()),
+                    "difference_low": float(low[row, place]),
+                    "difference_high": float(high[row, place]),
+                }
+                for place, person in enumerate(people)
+            }
+        }
+        if user in people and len(people) > 1:
+            place = list(people).index(user)
+            lead = gains[:, row, place] - np.delete(gains[:, row], place, axis=1).mean(axis=1)
+            ends = cluster_bootstrap(lead, num_resamples=num_resamples, seed=seed)
+            own |= {
+                "own_minus_others": float(lead.mean()),
+                "own_minus_others_low": float(ends[0]),
+                "own_minus_others_high": float(ends[1]),
+            }
+        out["users"][user] = own
+    return out
+
+
+def distinct(texts: Sequence[str], size: int) -> float:
+    """Distinct runs of ``size`` words by all runs of the texts (Li et al. 2016, arXiv 1510.03055); nan without any.
+
+    Example:
+        >>> distinct(["a b a b", "a b"], 1), distinct(["a b a b", "a b"], 2)
+        (0.3333333333333333, 0.5)
+    """
+    runs = [
+        tuple(words[start : start + size])
+        for words in (text.split() for text in texts)
+        for start in range(len(words) - size + 1)
+    ]
+    return len(set(runs)) / len(runs) if runs else float("nan")

@@ -1,0 +1,379 @@
+"""Text out of a policy: `sample` from what a method's users would write, `best_of_n` by what they would prefer.
+
+Axes: B texts of one batch, T tokens, V vocabulary, U users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.backbones import Completion, Policy, TextWriter, Warpers, completion_tokens
+from plm.functional import sequence_logps
+from plm.method import PersonalizationMethod
+from plm.policy_method import PolicyMethod
+from plm.types import Tokens, UserState
+
+BATCH_TOKENS = 16384
+"""Most tokens, of prompts and responses, that are written at once by default."""
+_WEYL = 0x9E3779B97F4A7C15 - 2**64
+_MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+"""Of splitmix64, as signed integers."""
+_SCORED = 1024  # candidates whose features and users' states are side by side
+
+
+class Sample(NamedTuple):
+    """A response that a policy has written."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """With the token that ended it, unless it was cut at ``max_new_tokens``."""
+
+
+class Best(NamedTuple):
+    """The response a user would prefer among n."""
+
+    text: str
+    reward: float
+    """Comparable within one user only."""
+
+
+@torch.no_grad()
+def sample(
+    method: PolicyMethod | Policy,
+    prompts: Sequence[str],
+    users: UserState | None = None,
+    *,
+    max_new_tokens: int,
+    user_id: str | Sequence[str] | None = None,
+    num_samples: int = 1,
+    min_new_tokens: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[Sample]]:
+    """Responses to prompts, each written for its user; users are mixed within a batch.
+
+    What is random depends on the seed, the prompt and the number of the sample alone. A response is therefore the same
+    whatever else is asked for, up to rounding where two tokens are about equally likely, and two policies that write
+    on the same prompt with the same seed differ by what they are, not by luck.
+
+    Args:
+        method: Who writes: a method for its users, or a policy as it is.
+        prompts: P prompts, plain texts or JSON lists of chat messages.
+        users: States with one row per prompt; instead of ``user_id``. Default: the population.
+        max_new_tokens: Tokens after which a response is cut.
+        user_id: One id for all prompts or one each, for a method of ``load_method``; an unknown id gets the
+            population state and a warning.
+        num_samples: Responses to each prompt, which is read once for all of them.
+        min_new_tokens: Tokens before which a response does not end.
+        temperature: What vocabulary scores are divided by; 0 always takes the most likely token.
+        top_k: Draw from so many most likely tokens.
+        top_p: Draw from the most likely tokens that together have this probability.
+        seed: Seed of what is random.
+        batch_tokens: Most tokens, of prompts and responses, that are written at once.
+        progress: Called with the number of responses finished since the last call.
+
+    Returns:
+        ``num_samples`` responses to each prompt.
+
+    Raises:
+        ValueError: If an argument is out of range, a prompt leaves no room for ``max_new_tokens``, or users or ids do
+            not fit the prompts or the method.
+    """
+    _check_settings(num_samples, max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_tokens)
+    if not prompts or isinstance(prompts, str):
+        raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
+    if temperature == 0 and num_samples > 1:
+        warnings.warn(f"temperature=0 writes the same text {num_samples} times; set num_samples to 1", stacklevel=2)
+    policy = method if isinstance(method, Policy) else method.policy
+    states, state_row = _states(method, len(prompts), users, user_id)
+    read = [policy.backbone.prompt_tokens(prompt) for prompt in prompts]
+    _check_room(policy, prompts, read, max_new_tokens)
+    ends = torch.tensor(policy.end_tokens, dtype=torch.long, device=policy.device)
+    warp = None if temperature == 0 else Warpers(temperature, top_k, top_p)
+    out: list[list[Sample]] = [[] for _ in prompts]
+    was_training = policy.training
+    policy.eval()
+    try:
+        for batch in _batches([len(ids) for ids in read], num_samples, max_new_tokens, batch_tokens):
+            rows = list(dict.fromkeys(row for row, _ in batch))
+            writing: TextWriter
+            if isinstance(method, Policy) or states is None:
+                writing = policy.write()
+            else:
+                own = states.take(state_row[rows].to(states.num_pairs.device)).to(policy.device)
+                writing = method.writing(own, [prompts[row] for row in rows])
+            logits = writing.start(
+                _to(completion_tokens([Completion(read[row], []) for row in rows], left=True), policy)
+            )
+            if len(batch) > len(rows):
+                place_of = {row: place for place, row in enumerate(rows)}
+                places = torch.tensor([place_of[row] for row, _ in batch], device=policy.device)
+                writing.take(places)
+                logits = logits[places]
+            keys = torch.tensor([_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
+            written = _write(writing, logits, keys, warp, ends, min_new_tokens, max_new_tokens)
+            for (row, _), ids in zip(batch, written, strict=True):
+                out[row].append(Sample(policy.backbone.response_text(Completion(read[row], ids)), tuple(ids)))
+            if progress is not None:
+                progress(len(batch))
+    finally:
+        policy.train(was_training)
+    return out
+
+
+def best_of_n(
+    policy: PolicyMethod | Policy,
+    method: PersonalizationMethod,
+    prompts: Sequence[str],
+    users: UserState | None = None,
+    n: int = 16,
+    *,
+    user_id: str | Sequence[str] | None = None,
+    **settings: Any,
+) -> list[Best]:
+    """The response that each prompt's user would prefer among n, for every method that scores responses.
+
+    A prompt that is asked for several users is written on once, and its responses are encoded once.
+
+    Args:
+        policy: Who writes; a method does so for its population.
+        method: Whose reward decides, from ``load_method``.
+        prompts: P prompts.
+        users: States of ``method`` with one row per prompt; instead of ``user_id``. Default: the population.
+        n: Responses to choose from.
+        user_id: One id for all prompts or one each.
+        **settings: Arguments of `sample`, ``max_new_tokens`` among them.
+
+    Returns:
+        One response per prompt; the first of equals.
+
+    Raises:
+        ValueError: See `sample`; or if the method cannot encode texts.
+    """
+    if n < 1:
+        raise ValueError(f"expected n >= 1, got {n!r}")
+    if method.encode is None:
+        raise ValueError("best_of_n got a method without an encoder; load it with plm.load_method(path)")
+    states, state_row = _states(method, len(prompts), users, user_id)
+    assert states is not None
+    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+    pool = [
+        response.text
+        for responses in sample(policy, list(distinct), num_samples=n, **settings)
+        for response in responses
+    ]
+    asked = [prompt for prompt in distinct for _ in range(n)]
+    represented = method.encode(asked, pool)
+    prompt_features = method.encode_prompts(asked) if method.encode_prompts is not None else None
+    candidate = torch.tensor([[distinct[prompt] * n + number for number in range(n)] for prompt in prompts]).flatten()
+    rewards = []
+    with torch.no_grad():
+        whose = state_row.repeat_interleave(n)
+        for start in range(0, len(candidate), _SCORED):
+            at = candidate[start : start + _SCORED].to(method.device)
+            chosen = represented.take(at) if isinstance(represented, Tokens) else represented[at]
+            own = states.take(whose[start : start + _SCORED].to(states.num_pairs.device)).to(method.device)
+            given = None if prompt_features is None else prompt_features[at]
+            rewards.append(method.score(chosen, own, prompt_features=given).float().cpu())
+    table = torch.cat(rewards).reshape(len(prompts), n)
+    best = table.argmax(1)
+    return [
+        Best(pool[distinct[prompt] * n + place], float(table[row, place]))
+        for row, (prompt, place) in enumerate(zip(prompts, best.tolist(), strict=True))
+    ]
+
+
+@torch.no_grad()
+def sample_logps(
+    policy: Policy, prompts: Sequence[str], samples: Sequence[Sample], batch_tokens: int = BATCH_TOKENS
+) -> Tensor:
+    """Log-probability ``(B,)`` of B responses to B prompts under a policy, as it is, at temperature 1.
+
+    Args:
+        policy: Whose opinion is asked; its tokenizer must be that of the policy that wrote.
+        prompts: The prompt of each response.
+        samples: The responses, token by token as they were written.
+        batch_tokens: Most tokens that are read at once.
+    """
+    rows = [
+        Completion(policy.backbone.prompt_tokens(prompt), list(one.token_ids))
+        for prompt, one in zip(prompts, samples, strict=True)
+    ]
+    out = torch.zeros(len(rows))
+    for batch in _batches([sum(map(len, row)) for row in rows], 1, 0, batch_tokens):
+        places = [place for place, _ in batch]
+        tokens = _to(completion_tokens([rows[place] for place in places]), policy)
+        hidden, token, row = policy.completions(tokens)
+        out[places] = sequence_logps(policy.logits(hidden), token, row, len(places)).total.float().cpu()
+    return out
+
+
+# ---------------------------------------------------------------------- writing
+def _write(
+    writing: TextWriter,
+    logits: Tensor,
+    keys: Tensor,
+    warp: Warpers | None,
+    ends: Tensor,
+    min_new_tokens: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Write B texts to their ends; a batch is narrowed when half of it has ended.
+
+    Args:
+        writing: A batch that has been started.
+        logits: ``(B, V)`` of the first tokens.
+        keys: ``(B,)`` what decides whatever is random in a text.
+        warp: How scores become a distribution; None = take the most likely token.
+        ends: Ids that end a text.
+        min_new_tokens: Tokens before which no text ends.
+        max_new_tokens: Tokens after which all end.
+    """
+    num_texts, device = len(logits), logits.device
+    tokens = torch.zeros(num_texts, max_new_tokens, dtype=torch.long, device=device)
+    length = torch.full((num_texts,), max_new_tokens, device=device)
+    row = torch.arange(num_texts, device=device)  # the text that each row of the batch is
+    ended = torch.zeros(num_texts, dtype=torch.bool, device=device)
+    for place in range(max_new_tokens):
+        if place < min_new_tokens:
+            logits = logits.index_fill(1, ends, -torch.inf)
+        if warp is None:
+            token = logits.argmax(-1)
+        else:
+            token = (warp(logits) + gumbel_noise(keys[row], place, logits.shape[1])).argmax(-1)
+        tokens[row, place] = token
+        ends_here = torch.isin(token, ends) & ~ended
+        length[row[ends_here]] = place + 1
+        ended |= ends_here
+        num_ended = int(ended.sum())
+        if num_ended == len(ended) or place + 1 == max_new_tokens:
+            break
+        if 2 * num_ended >= len(ended):
+            kept = (~ended).nonzero()[:, 0]
+            writing.take(kept)
+            row, token, ended = row[kept], token[kept], ended[kept]
+        logits = writing.step(token)
+    return [ids[:size] for ids, size in zip(tokens.tolist(), length.tolist(), strict=True)]
+
+
+def gumbel_noise(keys: Tensor, place: int, size: int) -> Tensor:
+    """Gumbel noise ``(B, size)`` for the tokens at one place of B texts: the largest of scores plus noise is a draw.
+
+    The noise of a token is a hash (splitmix64; Steele et al. 2014) of the key of its text, the place and the token, the
+    same on every device and in every batch. Distributions that differ little thus mostly give the same token.
+
+    Args:
+        keys: ``(B,)`` int64.
+        place: Number of the token that is drawn.
+        size: Tokens of the vocabulary.
+    """
+    counter = torch.arange(1, size + 1, device=keys.device) + (place << 32)
+    bits = keys[:, None] + counter * _WEYL
+    for shift, factor in _MIX:
+        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor  # >> keeps the sign, hence the mask
+    bits = bits ^ (bits >> 31 & (1 << 33) - 1)
+    uniform = ((bits >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log()
+
+
+def _key(seed: int, prompt: str, number: int) -> int:
+    """What all randomness of one sample of one prompt comes from."""
+    text = f"{seed}\0{number}\0{prompt}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def _batches(lengths: Sequence[int], num_samples: int, more: int, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """(text, number of the sample) in batches of texts of similar length, the longest first.
+
+    Args:
+        lengths: Tokens of each text now.
+        num_samples: How often each text occurs.
+        more: Tokens by which each will grow.
+        batch_tokens: Most tokens of a batch, padding included.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    rows = [(row, number) for row in order for number in range(num_samples)]
+    start = 0
+    while start < len(rows):
+        size = max(1, batch_tokens // (lengths[rows[start][0]] + more))
+        yield rows[start : start + size]
+        start += size
+
+
+def _to(tokens: Tokens, policy: Policy) -> Tokens:
+    return tokens.map(lambda value: value.to(policy.device))
+
+
+# ---------------------------------------------------------------------- arguments
+def _states(
+    method: PersonalizationMethod | Policy,
+    num_prompts: int,
+    users: UserState | None,
+    user_id: str | Sequence[str] | None,
+) -> tuple[UserState | None, Tensor]:
+    """States, each once, and the row of each prompt's in them; no states for a policy as it is."""
+    if isinstance(method, Policy):
+        if users is not None or user_id is not None:
+            raise ValueError("a Policy writes for nobody in particular, got users; give the method they belong to")
+        return None, torch.zeros(num_prompts, dtype=torch.long)
+    if users is not None and user_id is not None:
+        raise ValueError("expected either users or user_id, got both")
+    if users is not None:
+        if users.num_users != num_prompts:
+            raise ValueError(f"expected one user per prompt, got {users.num_users} for {num_prompts} prompts")
+        return users, torch.arange(num_prompts)
+    if user_id is None:
+        return method.population_state(1), torch.zeros(num_prompts, dtype=torch.long)
+    if method.find_users is None:
+        raise ValueError("got user ids, but this method knows none; load it with plm.load_method(path)")
+    ids = [user_id] * num_prompts if isinstance(user_id, str) else list(user_id)
+    if len(ids) != num_prompts:
+        raise ValueError(f"expected one user id per prompt, got {len(ids)} for {num_prompts} prompts")
+    row_of = {one: row for row, one in enumerate(dict.fromkeys(ids))}
+    return method.find_users(list(row_of)), torch.tensor([row_of[one] for one in ids])
+
+
+def _check_settings(
+    num_samples: int,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    batch_tokens: int,
+) -> None:
+    """Refuse settings that are out of range, all in one message."""
+    fine = {
+        f"num_samples >= 1, got {num_samples!r}": num_samples >= 1,
+        f"max_new_tokens >= 1, got {max_new_tokens!r}": max_new_tokens >= 1,
+        f"0 <= min_new_tokens <= max_new_tokens, got {min_new_tokens!r}": 0 <= min_new_tokens <= max_new_tokens,
+        f"temperature >= 0 and finite, got {temperature!r}": 0 <= temperature < float("inf"),
+        f"top_k >= 1 or None, got {top_k!r}": top_k is None or top_k >= 1,
+        f"0 < top_p <= 1 or None, got {top_p!r}": top_p is None or 0 < top_p <= 1,
+        f"batch_tokens >= 1, got {batch_tokens!r}": batch_tokens >= 1,
+    }
+    wrong = [f"expected {what}" for what, holds in fine.items() if not holds]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def _check_room(policy: Policy, prompts: Sequence[str], read: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse prompts after which the model cannot read ``max_new_tokens`` more."""
+    room = policy.backbone.max_tokens - max_new_tokens
+    longest = max(range(len(read)), key=lambda row: len(read[row]))
+    if len(read[longest]) > room:
+        raise ValueError(
+            f"expected prompts of at most {room} tokens, the {policy.backbone.max_tokens} of {policy.backbone.model!r} "
+            f"less max_new_tokens={max_new_tokens}, got {len(read[longest])}: {prompts[longest][:60]!r}; lower "
+            "max_new_tokens or set max_prompt_length"
+        )

@@ -1,0 +1,104 @@
+"""Rewards that a trained model gives: a user of a method, or a classifier of Hugging Face.
+
+They stand wherever `plm.data.rewards` do: in ``data.source`` of a recipe, in ``plm label`` and in ``plm judge``.
+
+Axes: N responses, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from plm.backbones.classifier import Classifier
+from plm.checkpoint import KnownUsers, load_method
+from plm.config import nearest
+from plm.data.rewards import Reward
+from plm.data.rewards.reward import DoubleArray
+from plm.method import PersonalizationMethod
+
+_SCORED = 1024  # responses that are in memory at once
+
+
+@lru_cache(maxsize=1)
+def _loaded(ckpt_path: str, written: int) -> PersonalizationMethod:
+    """A checkpoint as it was written at a time: its users share one copy of the weights."""
+    return load_method(ckpt_path, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+class MethodReward(Reward):
+    """What a user of a trained method thinks of a response.
+
+    Args:
+        ckpt_path: Checkpoint written by plm fit.
+        user: Id of the user; null = the population.
+    """
+
+    def __init__(self, ckpt_path: str, user: str | None = None) -> None:
+        """See the class."""
+        self.ckpt_path, self.user = ckpt_path, user
+
+    @cached_property
+    def method(self) -> PersonalizationMethod:
+        """The method, loaded on first use.
+
+        Raises:
+            ValueError: If it cannot be read, or does not know the user.
+        """
+        method = _loaded(
+            self.ckpt_path, Path(self.ckpt_path).stat().st_mtime_ns if Path(self.ckpt_path).exists() else 0
+        )
+        assert isinstance(method.find_users, KnownUsers)
+        store = method.find_users.store
+        if self.user is not None and self.user not in store:
+            raise ValueError(f"no user {self.user!r}{nearest(self.user, store.ids)} beside {self.ckpt_path!r}")
+        return method
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+        """Rewards ``(N,)``."""
+        parts = []
+        for start in range(0, len(responses), _SCORED):
+            texts, asked = responses[start : start + _SCORED], prompts[start : start + _SCORED]
+            with torch.no_grad():
+                rewards = self.method.score(list(texts), user_id=self.user, prompts=list(asked))
+            parts.append(rewards.double().cpu().numpy())
+        return np.concatenate([np.zeros(0), *parts])
+
+
+class ClassifierReward(Reward):
+    """Log-odds of a class under a sequence-classification model; the logit of a reward model.
+
+    Args:
+        model: Folder of the model, or its id on the Hugging Face hub.
+        label: The class that is liked, by name or number; null for a model with one output.
+        template: ``response`` leaves the prompt out, ``plain`` joins both as they stand, ``chat`` renders them with the
+            tokenizer's chat template.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        label: str | int | None = None,
+        template: Literal["chat", "plain", "response"] = "response",
+    ) -> None:
+        """See the class."""
+        self.model, self.label, self.template = model, label, template
+
+    @cached_property
+    def _classifier(self) -> Classifier:
+        return Classifier(self.model, template=self.template)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+        """Logit of the class less log-sum-exp of the others ``(N,)``."""
+        row = self._classifier.class_row(self.label)
+        logits = self._classifier.represent(prompts, responses)
+        assert isinstance(logits, torch.Tensor)
+        own = logits[:, row].double()
+        others = logits.double().index_select(1, torch.tensor([c for c in range(logits.shape[1]) if c != row]).long())
+        odds: DoubleArray = (own - others.logsumexp(1) if others.shape[1] else own).numpy()
+        return odds

@@ -1,0 +1,175 @@
+"""What a trained CLaP model makes of texts: latents for Latent DPO, features of prompts, and texts from latents.
+
+Axes: N texts, B texts of one batch, D width, Z latent width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plm.backbones import Backbone, Completion, Key, LatentBackbone, Policy, TextWriter, TooLong, completion_tokens
+from plm.checkpoint import find_class, load_method, read_checkpoint
+from plm.method import CHECKPOINT_KEY
+from plm.methods.clap import CLaP
+from plm.methods.clap.options import Options, resolved
+from plm.types import UserState
+from plm.users import shared_hash
+
+BATCH_TOKENS = 8192
+
+
+class ClapLatents(LatentBackbone):
+    """Posteriors of responses under a CLaP checkpoint: mean and log-variance side by side, ``(N, 2Z)``.
+
+    They are computed once per response and cached under the content of the checkpoint. Features of prompts are what its
+    encoder makes of prompts alone.
+
+    Args:
+        checkpoint: A checkpoint of `CLaP`.
+        content: Hash that the checkpoint must have, as ``spec`` writes it down: people belong to one CLaP model.
+    """
+
+    def __init__(self, checkpoint: str, content: str | None = None) -> None:
+        """See the class."""
+        self.checkpoint = str(checkpoint)
+        self._expected = content
+        self._method: CLaP | None = None
+
+    @cached_property
+    def _about(self) -> tuple[str, int, int]:
+        """Hash of all that decides latents and texts, width of the features, and of prompt features."""
+        held = read_checkpoint(self.checkpoint)
+        about, hparams = held[CHECKPOINT_KEY], held["hyper_parameters"]
+        if not issubclass(find_class(about["class_path"]), CLaP):
+            raise ValueError(f"expected a checkpoint of CLaP, got one of {about['class_path']} in {self.checkpoint!r}")
+        given = {name: hparams[name] for name in Options.__dataclass_fields__}
+        options = resolved(hparams["preset"], hparams["unfreeze"], given)
+        weights = shared_hash(held["state_dict"])
+        content = hashlib.sha256(f"{weights} {about['base_model']} {options!r}".encode()).hexdigest()[:16]
+        if self._expected not in (None, content):
+            raise ValueError(
+                f"expected the CLaP model {self._expected}, got {content} in {self.checkpoint!r}: latents of one model "
+                "mean nothing to another, nor do people who were learned on them; give the checkpoint they were "
+                "learned on, or learn them again"
+            )
+        return content, 2 * options.latent_dim, int(hparams["feature_dim"])
+
+    @property
+    def content(self) -> str:
+        """Hash of the checkpoint's weights, its options and its language model.
+
+        Raises:
+            ValueError: If the checkpoint is not one of CLaP, or has another hash than was asked for.
+        """
+        return self._about[0]
+
+    @property
+    def feature_dim(self) -> int:
+        """Width 2Z of the features."""
+        return self._about[1]
+
+    def key(self) -> Key:
+        """The content of the checkpoint, wherever it lies."""
+        return {"engine": "plm.methods.clap", "content": self.content, "features": "posterior"}
+
+    def render(self, prompt: str, response: str) -> str:
+        """Both texts, apart."""
+        return json.dumps([prompt, response], ensure_ascii=False)
+
+    @property
+    def prompt_backbone(self) -> ClapPrompts:
+        """The same encoder, of prompts alone."""
+        return ClapPrompts(self)
+
+    @property
+    def method(self) -> CLaP:
+        """The model itself, loaded when first needed."""
+        if self._method is None:
+            _ = self.content
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            method = load_method(self.checkpoint, device)
+            assert isinstance(method, CLaP)
+            self._method = method
+        return self._method
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Posteriors ``(N, 2Z)``; the prior for a prompt that leaves no room for a response."""
+        rows: list[Completion | None] = []
+        for text in texts:
+            try:
+                rows.append(self.method.causal_lm.completion(*json.loads(text)))
+            except TooLong:
+                rows.append(None)
+        return self._encoded(rows, self.feature_dim, lambda read: torch.cat([read.mean, read.log_var], 1))
+
+    def _encoded(self, rows: Sequence[Completion | None], width: int, values: Any) -> Tensor:
+        """What the encoder says of texts, ``(N, width)``, in batches of similar length; zeros where there is none."""
+        out = torch.zeros(len(rows), width)
+        known = [(index, row) for index, row in enumerate(rows) if row is not None]
+        known.sort(key=lambda item: sum(map(len, item[1])), reverse=True)
+        start, method = 0, self.method
+        while start < len(known):
+            longest = sum(map(len, known[start][1])) + method.options.num_queries
+            part = known[start : start + max(1, BATCH_TOKENS // longest)]
+            tokens = completion_tokens([row for _, row in part]).map(lambda value: value.to(method.device))
+            with torch.inference_mode():
+                out[[index for index, _ in part]] = values(method.encoder(tokens)).cpu()
+            start += len(part)
+        return out
+
+    def release(self) -> None:
+        """Free the weights."""
+        self._method = None
+
+    # ------------------------------------------------------------------ text
+    @property
+    def policy(self) -> Policy:
+        """The language model that writes."""
+        return self.method.policy
+
+    def writing(self, latents: Tensor) -> TextWriter:
+        """A batch of texts to be written, one for each of the latents ``(B, Z)``."""
+        nobody = torch.zeros(len(latents), dtype=torch.long)
+        return self.method.writing(UserState({"latent": latents}, nobody), [])
+
+
+class ClapPrompts(Backbone):
+    """Features ``(N, D)`` of prompts: mean last hidden state of the queries of a CLaP encoder.
+
+    Args:
+        latents: The model.
+    """
+
+    def __init__(self, latents: ClapLatents) -> None:
+        """See the class."""
+        self.latents = latents
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of the encoder."""
+        return self.latents._about[2]
+
+    def key(self) -> Key:
+        """The content of the checkpoint."""
+        return {**self.latents.key(), "features": "prompt"}
+
+    def render(self, prompt: str, response: str) -> str:
+        """The prompt, which stands where a response would: there is none before it."""
+        return response
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Features ``(N, D)``; zeros for a prompt that leaves no room for a response."""
+        rows: list[Completion | None] = []
+        for text in texts:
+            try:
+                rows.append(Completion([], self.latents.method.causal_lm.prompt_tokens(text)))
+            except TooLong:
+                rows.append(None)
+        return self.latents._encoded(rows, self.feature_dim, lambda read: read.hidden)

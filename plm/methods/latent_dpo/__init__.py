@@ -1,0 +1,348 @@
+"""Latent DPO: a person is a small policy over the latent of a language model that never runs while it is learned.
+
+Paper: Zhang, Bai, Li, Wang, Li, Lin, Rong, "Disentangling Preference Representation and Text Generation for Efficient
+    Individual Preference Alignment" (arXiv 2412.20834).
+Reference code: zhangjf-nlp/LatentDPO (no licence; nothing is taken from it).
+Deviations: ``preset: paper`` is the released variant A on cached prompt features. Log-densities are exact and their
+    log-variances clamped. The default takes the expected loss of a pair in closed form instead of sampling latents,
+    holds people near the prior by its KL, and keeps their variance at 1. ``preset: newton`` is the exact optimum of a
+    person who is one point of the latent space. Thousands of people train in one batch, each as if alone.
+
+Axes: B pairs or responses, U users, N pairs of several users, F width of prompt features, Z latent width, P numbers of
+one user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from plm.method import PersonalizationMethod
+from plm.methods.latent_dpo.families import FAMILIES, FamilyName, Variance
+from plm.methods.latent_dpo.maths import Gaussian, gaussian, response_rewards
+from plm.methods.latent_dpo.newton import solve_people
+from plm.methods.latent_dpo.optimizer import RowAdamW, row_gradient
+from plm.methods.latent_dpo.options import PRESETS, Options, Preset
+from plm.methods.latent_dpo.people import People, people_of_batch, people_of_context
+from plm.methods.latent_dpo.rules import RuleName
+from plm.methods.latent_dpo.training import (
+    Step,
+    make_optimizer,
+    num_steps,
+    step_in_parts,
+    train_people,
+    warmup_steps,
+    whole_losses,
+)
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+
+class LatentDPO(PersonalizationMethod):
+    """A policy p(z|x) over latents per user, learned by DPO from pairs of responses whose latents are cached.
+
+    Responses come as the mean and log-variance of their posterior q(z|x,y) side by side. A user's reward of a response
+    is ``beta E log p(z|x) / N(z; 0, I)`` over that posterior. An argument that is null takes the value of the preset;
+    the default preset's is given in brackets.
+
+    Args:
+        num_users: Number of seen users; linked from the data.
+        feature_dim: Width 2Z of a response, twice that of the latent; linked from the data.
+        backbone: What makes the latents; linked from the data.
+        prompt_dim: Width F of the prompt features, 0 = the data have none; linked from the data.
+        preset: fast = ours; paper = as published; newton = one point per user, solved exactly.
+        family: vector = one policy for all prompts; linear, mlp = of the prompt's features [mlp; newton vector].
+        hidden_dim: Hidden width of an mlp [128].
+        variance: unit = 1; free = learned; fixed_entropy = learned, with the entropy of the prior [unit; paper free].
+        rule: What a pair teaches. closed_form = expected loss of posterior draws without drawing; direct = the same,
+            drawn; evidence = latents of a pool whose reward differs most, as published; all_pairs = all latents of the
+            pool, ordered; topk = the best quarter against the worst; soft = all, with soft labels; expectation = the
+            expected latent reward itself; newton = posterior means, solved exactly [closed_form; paper evidence].
+        beta: Strength of the KL term that DPO implies [0.1].
+        kl_coef: Weight of the KL to the prior in nats. Hard labels have no finite optimum without it and leave the
+            region the decoder was trained on [0.01; paper 0].
+        num_samples: Latents drawn per source [16].
+        evidence_ratio: Share of the unordered pairs of latents that evidence keeps [0.5].
+        posterior_draws: Whether pools hold draws of the responses' posteriors besides those of the prior [true].
+        marginal: Whether every latent dimension is a problem of its own [false].
+        batch_size: Most pairs of a user in a step [64].
+        num_steps: Steps of a user; 0 = one pass over the user's pairs [200; paper 0].
+        warmup: Share of a user's steps over which the learning rate rises [0; paper 0.1].
+        clip_norm: Longest gradient of a user; 0 = no bound [0].
+        weight_decay: AdamW's [0].
+        patience: Validations without improvement after which a user stops; users are served by their best policy. 0 =
+            users are served by their last policy [0; paper 10].
+        seed: Seed of what is drawn; every user draws from a stream of the user's own.
+        lr: Learning rate [0.001; paper 0.0001].
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "latents"
+    user_tables: tuple[str, ...] = ("policies", "steps", "num_pairs")
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        prompt_dim: int = 0,
+        preset: Preset = "fast",
+        family: FamilyName | None = None,
+        hidden_dim: int | None = None,
+        variance: Variance | None = None,
+        rule: RuleName | None = None,
+        beta: float | None = None,
+        kl_coef: float | None = None,
+        num_samples: int | None = None,
+        evidence_ratio: float | None = None,
+        posterior_draws: bool | None = None,
+        marginal: bool | None = None,
+        batch_size: int | None = None,
+        num_steps: int | None = None,
+        warmup: float | None = None,
+        clip_norm: float | None = None,
+        weight_decay: float | None = None,
+        patience: int | None = None,
+        seed: int = 0,
+        lr: float | None = None,
+    ) -> None:
+        """See the class."""
+        values = locals()
+        if preset not in PRESETS:
+            raise ValueError(f"model.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+        given = {name: values[name] for name in Options.__dataclass_fields__ if values[name] is not None}
+        options = replace(PRESETS[preset], **given)
+        problems = options.problems() + options.without_effect(set(given))
+        if feature_dim < 2 or feature_dim % 2:
+            problems.append(f"expected features of even width, mean and log-variance side by side, got {feature_dim!r}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=options.lr)
+        self.preset, self.options, self.prompt_dim, self.seed = preset, options, prompt_dim, seed
+        self.family = FAMILIES[options.family](feature_dim // 2, prompt_dim, options.hidden_dim, options.variance)
+        self.automatic_optimization = False
+        self.start: Tensor
+        self.best_policies: Tensor
+        self.best_loss: Tensor
+        self.stale: Tensor
+        self.steps: Tensor
+        self.wanted: Tensor
+        self.num_pairs: Tensor
+        start = self.family.initial(seed)
+        self.register_buffer("start", start)
+        self.policies = torch.nn.Parameter(start.repeat(num_users, 1), requires_grad=options.rule != "newton")
+        for name in ("steps", "num_pairs"):
+            self.register_buffer(name, torch.zeros(num_users, dtype=torch.long))
+        self.register_buffer("wanted", torch.ones(num_users, dtype=torch.long), persistent=False)  # steps of each user
+        if options.patience:
+            self.user_tables = (*self.user_tables, "best_policies", "best_loss", "stale")
+            self.register_buffer("best_policies", start.repeat(num_users, 1))
+            self.register_buffer("best_loss", torch.full((num_users,), torch.inf))
+            self.register_buffer("stale", torch.zeros(num_users, dtype=torch.long))
+        self._trained = torch.zeros(num_users, dtype=torch.bool)  # rows that this process trains
+        self._cache: tuple[Tensor, Tensor, People] | None = None  # features of the batch they belong to, rows, pairs
+        self._report: dict[str, Tensor] = {}
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether policies depend on the prompt."""
+        return self.family.reads_prompts and self.prompt_dim > 0
+
+    # ------------------------------------------------------------------ training
+    def setup(self, stage: str) -> None:
+        """Check the precision: nothing scales losses here."""
+        super().setup(stage)
+        if self._trainer is not None and str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
+            raise ValueError(f"trainer.precision: expected 32-true or bf16-mixed, got {self.trainer.precision!r}")
+
+    def configure_optimizers(self) -> RowAdamW:
+        """AdamW, of which every user has one."""
+        return make_optimizer(self.policies, self.options)
+
+    def on_train_start(self) -> None:
+        """Also check that every user's pairs stay with one process."""
+        super().on_train_start()
+        if self.trainer.world_size > 1 and self.trainer.num_training_batches > 1:
+            raise ValueError(
+                f"several processes need all pairs in one batch, got {self.trainer.num_training_batches} per process, "
+                "between which users would wander; set data.batch_size null"
+            )
+        self._trained = torch.zeros_like(self.num_pairs, dtype=torch.bool)
+
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Mean over users of each user's loss at the user's next step, and of the metrics; without a graph."""
+        users, people = self._people(batch)
+        return _means(step_in_parts(self.policies[users], self.family, people, self.steps[users], self.options))
+
+    @torch.no_grad()
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """One step of every user who has not finished, as if the others were not there."""
+        users, people = self._people(batch)
+        optimizer: Any = self.optimizers()
+        self._trained[users], self.num_pairs[users] = True, people.num_pairs
+        self.wanted[users] = num_steps(people, self.options)
+        optimizer.param_groups[0]["warmup"] = warmup_steps(self.wanted, self.options)
+        rows = self._unfinished()[users].nonzero()[:, 0]
+        if not len(rows):
+            return self.policies.new_zeros(())
+        here, active = users[rows], people if len(rows) == len(users) else people.take(rows)
+        found = step_in_parts(self.policies[here], self.family, active, self.steps[here], self.options)
+        if self.options.rule == "newton":
+            self.policies[here] = solve_people(active, self.options.beta, self.options.kl_coef)
+        else:
+            self.policies.grad = row_gradient(self.policies, here, found.gradient)
+        optimizer.step()
+        self.policies.grad = None
+        self.steps[here] += 1
+        self._report = _means(found)
+        self.log_dict({f"train/{key}": value for key, value in self._report.items()}, batch_size=batch.num_pairs)
+        return self._report["loss"]
+
+    def _people(self, batch: PreferenceBatch) -> tuple[Tensor, People]:
+        """Rows of the batch's users and their pairs, kept while the same batch comes again."""
+        assert isinstance(batch.chosen, Tensor)
+        if self._cache is None or self._cache[0] is not batch.chosen:
+            users, people = people_of_batch(batch._replace(prompt=self._prompts(batch.prompt)), self.seed)
+            self._cache = batch.chosen, users, people
+        return self._cache[1:]
+
+    def _prompts(self, prompts: Tensor | Tokens | None) -> Tensor | None:
+        """Prompt features, where policies depend on them.
+
+        Raises:
+            ValueError: If they are missing or of another width.
+        """
+        if not self.reads_prompts:
+            return None
+        if not isinstance(prompts, Tensor) or prompts.shape[-1] != self.prompt_dim:
+            got = tuple(prompts.shape) if isinstance(prompts, Tensor) else prompts
+            raise ValueError(
+                f"LatentDPO with model.family {self.options.family} reads prompt features of width {self.prompt_dim}, "
+                f"got {got!r}; set data.prompt_features: true, or take model.family vector"
+            )
+        return prompts
+
+    def _unfinished(self) -> Tensor:
+        """``(U,)`` bool, True = takes another step."""
+        more = self.steps < self.wanted
+        return more & (self.stale < self.options.patience) if self.options.patience else more
+
+    @torch.no_grad()
+    def refresh_users(self) -> None:
+        """Bring processes together, keep every user's best policy so far, and end the fit when all have finished."""
+        self._share(("policies", "steps", "wanted", "num_pairs"), self._trained)
+        if self.options.patience:
+            self._keep_best()
+        if not self._unfinished().any():
+            self.trainer.should_stop = True
+
+    def _keep_best(self) -> None:
+        """Compare every user's policy with the best so far, on the user's own validation pairs."""
+        judged = torch.zeros_like(self._trained)
+        for batch in self.val_pass():
+            users, people = people_of_batch(batch._replace(prompt=self._prompts(batch.prompt)), self.seed)
+            losses = whole_losses(self.policies[users], self.family, people, self.options)
+            better = losses < self.best_loss[users]
+            self.stale[users] = torch.where(better, 0, self.stale[users] + 1)
+            self.best_loss[users] = torch.where(better, losses, self.best_loss[users])
+            self.best_policies[users[better]] = self.policies[users[better]]
+            judged[users] = True
+        self._share(("best_policies", "best_loss", "stale"), judged)
+
+    def _share(self, names: tuple[str, ...], owned: Tensor) -> None:
+        """Rows ``owned`` ``(U,)`` by this process go to all others."""
+        if self.trainer.world_size == 1:
+            return
+        owners = self.sum_over_processes(owned.long())
+        for name in names:
+            table = getattr(self, name).data
+            column = [-1, *[1] * (table.dim() - 1)]
+            rows = self.sum_over_processes(torch.where(owned.view(column), table, 0))
+            table.copy_(torch.where(owners.view(column) > 0, rows, table))
+
+    def report(self) -> dict[str, float]:
+        """The metrics of the last training step."""
+        return {name: float(value) for name, value in self._report.items()}
+
+    # ------------------------------------------------------------------ use
+    def latent_policies(self, users: UserState, prompt_features: Tensor | None = None) -> Gaussian:
+        """Policy p(z|x) of each row's user at the row's prompt: U = B, ``(B, F)`` -> ``(B, Z)``."""
+        table = users.tensors["policy"]
+        return self._policies_at(table, torch.arange(len(table), device=table.device), prompt_features)
+
+    def _policies_at(self, table: Tensor, row: Tensor, prompts: Tensor | Tokens | None) -> Gaussian:
+        """Policies ``(B, Z)`` of the users at ``row`` ``(B,)`` of a table ``(U, P)``; no user's numbers are copied."""
+        given = self._prompts(prompts)
+        if given is None:
+            policy = self.family.policy(table, None)
+            return Gaussian(policy.mean[row, 0], policy.log_var[row, 0])
+        order = row.argsort(stable=True)
+        count = torch.bincount(row, minlength=len(table))
+        place = torch.empty_like(row)
+        place[order] = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row[order]]
+        padded = given.new_zeros(len(table), max(int(count.max()), 1), self.prompt_dim)
+        padded[row, place] = given
+        policy = self.family.policy(table, padded)
+        return Gaussian(policy.mean[row, place], policy.log_var[row, place])
+
+    def _score(
+        self, responses: Tensor | Tokens, users: UserState, prompt_features: Tensor | Tokens | None = None
+    ) -> Tensor:
+        """``beta E h(z)`` over the posterior of each response: ``(B, 2Z)`` -> ``(B,)``."""
+        table = users.tensors["policy"]
+        policy = self._policies_at(table, torch.arange(len(table), device=table.device), prompt_features)
+        return self._reward(responses, policy)
+
+    def _reward(self, responses: Tensor | Tokens, policy: Gaussian) -> Tensor:
+        assert isinstance(responses, Tensor)
+        return self.options.beta * response_rewards(gaussian(responses), policy)[0]
+
+    def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """As for every method, but a user's network reads all the user's prompts instead of being copied for each."""
+        if batch.context is not None and batch.context_row is not None:
+            table, own, other = self.adapt(batch.context).tensors["policy"], batch.context_row, batch.other_row
+        else:
+            table, own, other = self._served(), batch.user_index, batch.other_index
+        facts = {"margin": self._margins(batch, table, own)}
+        if batch.num_shots is None:
+            facts["population_margin"] = self._margins(batch, self.start[None], torch.zeros_like(own))
+        if other is not None:
+            facts["other_margin"] = self._margins(batch, table, other)
+        return facts
+
+    def _margins(self, batch: PreferenceBatch, table: Tensor, rows: Tensor) -> Tensor:
+        """``(B,)`` for the users at ``rows`` of a table."""
+        users, row = torch.unique(rows, return_inverse=True)
+        policy = self._policies_at(table[users], row, batch.prompt)
+        return self._reward(batch.chosen, policy) - self._reward(batch.rejected, policy)
+
+    def _served(self) -> Tensor:
+        """``(U, P)`` policies that seen users are served by."""
+        if not self.options.patience:
+            return self.policies
+        return torch.where(self.best_loss[:, None].isfinite(), self.best_policies, self.policies)
+
+    def user_states(self, user_index: Tensor) -> UserState:
+        """Policies of seen users: the last ones, or with ``patience`` the best."""
+        return UserState({"policy": self._served()[user_index]}, self.num_pairs[user_index])
+
+    def population_state(self, num_users: int) -> UserState:
+        """The prior N(0, I), under which all responses are equally good."""
+        num_pairs = torch.zeros(num_users, dtype=torch.long, device=self.device)
+        return UserState({"policy": self.start.repeat(num_users, 1)}, num_pairs)
+
+    def _adapt(self, context: Context) -> UserState:
+        """Latent DPO from the prior, everybody side by side; nothing but the cached latents is read."""
+        people = people_of_context(context._replace(prompt=self._prompts(context.prompt)), self.seed)
+        with torch.no_grad():
+            if self.options.rule == "newton":
+                policies = solve_people(people, self.options.beta, self.options.kl_coef)
+            else:
+                policies = train_people(self.start, self.family, people, self.options)
+        return UserState({"policy": policies}, people.num_pairs)
+
+
+def _means(step: Step) -> dict[str, Tensor]:
+    """Over people."""
+    return {"loss": step.losses.mean(), **{name: value.mean() for name, value in step.metrics.items()}}

@@ -1,0 +1,138 @@
+"""Families of latent policies: P numbers of a person -> p(z|x), for many people at once.
+
+The numbers of a person are one flat row, so that every family is a table ``(U, P)`` to optimizers, user states and
+stores. A family is initialised at the prior: what makes the outputs starts at zero.
+
+Axes: U people, B prompts of each, F width of prompt features, H hidden width, O outputs of one person, P numbers of one
+person, Z latent width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plm.methods.latent_dpo.maths import LOG_VAR_BOUNDS, Gaussian
+from plm.methods.latent_dpo.noise import normals
+
+FamilyName = Literal["vector", "linear", "mlp"]
+Variance = Literal["free", "unit", "fixed_entropy"]
+
+
+class Family(ABC):
+    """Policies of one shape.
+
+    Args:
+        latent_dim: Latent width Z.
+        prompt_dim: Width F of the prompt features.
+        hidden_dim: Hidden width H of an mlp.
+        variance: free = learned and clamped; unit = 1; fixed_entropy = learned up to a factor, so that the entropy is
+            that of the prior.
+    """
+
+    reads_prompts: ClassVar[bool] = True
+
+    def __init__(self, latent_dim: int, prompt_dim: int, hidden_dim: int, variance: Variance) -> None:
+        """See the class."""
+        self.latent_dim, self.prompt_dim, self.hidden_dim = latent_dim, prompt_dim, hidden_dim
+        self.variance = variance
+        self.out_dim = latent_dim if variance == "unit" else 2 * latent_dim
+
+    @property
+    @abstractmethod
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of a person's tensors, in the order of the row."""
+
+    @abstractmethod
+    def outputs(self, tensors: list[Tensor], prompts: Tensor) -> Tensor:
+        """Tensors of U people and their prompts ``(U, B, F)`` -> ``(U, B, O)``, or ``(U, 1, O)`` without prompts."""
+
+    @property
+    def size(self) -> int:
+        """Numbers per person, P."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def initial(self, seed: int) -> Tensor:
+        """Numbers of a person without pairs, ``(P,)``: the policy is N(0, I) at every prompt."""
+        return torch.zeros(self.size)
+
+    def policy(self, table: Tensor, prompts: Tensor | None) -> Gaussian:
+        """Policies of U people: ``(U, P)``, ``(U, B, F)`` -> ``(U, B, Z)``, or ``(U, 1, Z)`` without prompts.
+
+        Prompt features are divided by their root mean square, which differs widely between encoders.
+        """
+        parts = torch.split(table, [math.prod(shape) for shape in self.shapes], dim=1)
+        tensors = [part.view(len(table), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        if prompts is None or not self.prompt_dim:
+            prompts = table.new_zeros(len(table), 1, 0)
+        else:
+            prompts = F.rms_norm(prompts, (self.prompt_dim,))
+        out = self.outputs(tensors, prompts)
+        if self.variance == "unit":
+            return Gaussian(out, torch.zeros_like(out))
+        mean, log_var = out.chunk(2, -1)
+        if self.variance == "fixed_entropy":
+            log_var = log_var - log_var.mean(-1, keepdim=True)
+        return Gaussian(mean, log_var.clamp(*LOG_VAR_BOUNDS))
+
+
+class Vector(Family):
+    """One policy for all prompts."""
+
+    reads_prompts = False
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The outputs themselves."""
+        return [(self.out_dim,)]
+
+    def outputs(self, tensors: list[Tensor], prompts: Tensor) -> Tensor:
+        """``(U, 1, O)``."""
+        return tensors[0][:, None]
+
+
+class Linear(Family):
+    """Outputs linear in the prompt."""
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Weights and bias."""
+        return [(self.prompt_dim, self.out_dim), (1, self.out_dim)]
+
+    def outputs(self, tensors: list[Tensor], prompts: Tensor) -> Tensor:
+        """``(U, B, O)``."""
+        weight, bias = tensors
+        return torch.baddbmm(bias, prompts, weight)
+
+
+class MLP(Family):
+    """One hidden layer with SiLU."""
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Weights and bias of the two layers."""
+        return [
+            (self.prompt_dim, self.hidden_dim),
+            (1, self.hidden_dim),
+            (self.hidden_dim, self.out_dim),
+            (1, self.out_dim),
+        ]
+
+    def initial(self, seed: int) -> Tensor:
+        """Random weights of the first layer, the same for everybody, so that people's networks can be averaged."""
+        count = self.prompt_dim * self.hidden_dim
+        first = normals(torch.tensor(seed), count) / max(self.prompt_dim, 1) ** 0.5
+        return torch.cat([first, torch.zeros(self.size - count)])
+
+    def outputs(self, tensors: list[Tensor], prompts: Tensor) -> Tensor:
+        """``(U, B, O)``."""
+        weight, bias, last_weight, last_bias = tensors
+        return torch.baddbmm(last_bias, F.silu(torch.baddbmm(bias, prompts, weight)), last_weight)
+
+
+FAMILIES: dict[FamilyName, type[Family]] = {"vector": Vector, "linear": Linear, "mlp": MLP}

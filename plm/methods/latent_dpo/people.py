@@ -1,0 +1,183 @@
+"""The pairs of many people, and the minibatch each of them learns from at a step.
+
+A person's minibatches and draws are named by the content of the person's pairs: they depend neither on who shares the
+batch nor on the order of anything.
+
+Axes: U people, S pairs of one person (padded), N pairs of all people, B pairs of a minibatch, K responses of a pair, F
+width of prompt features, Z latent width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.functional import per_user_sum, targets, unit_mean_per_user
+from plm.methods.latent_dpo.maths import Gaussian, gaussian
+from plm.methods.latent_dpo.noise import fold, normals, row_keys
+from plm.methods.latent_dpo.rules import Noise
+from plm.types import Context, PreferenceBatch
+
+
+class Minibatch(NamedTuple):
+    """Pairs of U people, padded to B with weight zero."""
+
+    responses: Gaussian
+    """Posteriors, ``(U, B, K, Z)``."""
+    grades: Tensor
+    """``(U, B, K)``."""
+    weight: Tensor
+    """``(U, B)``; the loss of a person is the sum of weighted losses."""
+    prompts: Tensor | None
+    """``(U, B, F)``."""
+    key: Tensor
+    """``(U,)`` int64, what each person's draws at this step are named by."""
+    response_key: Tensor
+    """``(U, B, K)`` int64, the content of each response."""
+
+    def noise(self, num_samples: int) -> Noise:
+        """Draws named by person, step and pair; those of a posterior by the response, whichever side it is on."""
+        latent_dim = self.responses.mean.shape[-1]
+        of_response = fold(self.key[:, None, None], self.response_key)
+        of_pair = fold(of_response.sum(-1), 0)
+        prior, posterior = (
+            normals(key, num_samples * latent_dim).view(*key.shape, num_samples, latent_dim)
+            for key in (of_pair, of_response)
+        )
+        return Noise(prior.to(self.responses.mean), posterior.to(self.responses.mean))
+
+
+class People(NamedTuple):
+    """Pairs of U people in one flat list, and where each person's are."""
+
+    responses: Tensor
+    """``(N, K, 2Z)`` posterior means and log-variances side by side."""
+    grades: Tensor
+    """``(N, K)`` in [0, 1]."""
+    weight: Tensor
+    """``(N,)`` of mean one for each person."""
+    prompts: Tensor | None
+    """``(N, F)``."""
+    slots: Tensor
+    """``(U, S)`` int64 rows of each person's pairs, ordered by content; beyond ``num_pairs`` any row."""
+    num_pairs: Tensor
+    """``(U,)`` int64, pairs of each person."""
+    response_key: Tensor
+    """``(N, K)`` int64, the content of each response beside its prompt."""
+    key: Tensor
+    """``(U,)`` int64, what each person's draws are named by."""
+
+    @property
+    def num_people(self) -> int:
+        """Number of people, U."""
+        return len(self.num_pairs)
+
+    def take(self, rows: Tensor) -> People:
+        """Some of the people: ``(R,)`` int64."""
+        count = self.num_pairs[rows]
+        longest = int(count.max()) if len(count) else 0
+        return self._replace(slots=self.slots[rows, :longest], num_pairs=count, key=self.key[rows])
+
+    def owners(self) -> tuple[Tensor, Tensor]:
+        """Rows ``(n,)`` of all pairs of these people, and whose ``(n,)`` each is."""
+        is_pair = torch.arange(self.slots.shape[1], device=self.num_pairs.device) < self.num_pairs[:, None]
+        user = torch.arange(self.num_people, device=self.num_pairs.device)[:, None].expand_as(is_pair)
+        return self.slots[is_pair], user[is_pair]
+
+    def num_batches(self, batch_size: int) -> Tensor:
+        """Minibatches of one pass over each person's pairs, ``(U,)``."""
+        return -(-self.num_pairs // batch_size)
+
+    def minibatch(self, step: Tensor, batch_size: int) -> Minibatch:
+        """Each person's pairs at the person's step ``(U,)``, at most B: every pass over the pairs is shuffled anew."""
+        num_batches = self.num_batches(batch_size).clamp_min(1)
+        place = torch.arange(min(batch_size, self.slots.shape[1]), device=step.device)
+        place = place + (step % num_batches)[:, None] * batch_size
+        is_pair = place < self.num_pairs[:, None]
+        order = self.slots
+        if self.slots.shape[1] > batch_size:
+            shuffled = fold(fold(self.key, step // num_batches)[:, None], self.response_key.sum(1)[self.slots])
+            beyond = torch.arange(self.slots.shape[1], device=step.device) >= self.num_pairs[:, None]
+            shuffled = torch.where(beyond, torch.iinfo(torch.int64).max, shuffled)
+            order = self.slots.gather(1, shuffled.argsort(1))
+        rows = order.gather(1, place.clamp_max(self.slots.shape[1] - 1))
+        present = is_pair.sum(1, keepdim=True).clamp_min(1)
+        return Minibatch(
+            gaussian(self.responses[rows]),
+            self.grades[rows],
+            self.weight[rows] * is_pair / present,
+            None if self.prompts is None else self.prompts[rows],
+            self.step_key(step),
+            self.response_key[rows],
+        )
+
+    def step_key(self, step: Tensor) -> Tensor:
+        """What draws at each person's step are named by, ``(U,)``; orders of passes have names >= 0."""
+        return fold(self.key, -1 - step)
+
+
+def make_people(
+    responses: Tensor,
+    grades: Tensor,
+    weight: Tensor,
+    prompts: Tensor | None,
+    user: Tensor,
+    num_people: int,
+    seed: int,
+) -> People:
+    """Index a flat list of pairs by person.
+
+    Args:
+        responses: ``(N, K, 2Z)``.
+        grades: ``(N, K)`` in [0, 1].
+        weight: ``(N,)``.
+        prompts: ``(N, F)`` features, or None.
+        user: ``(N,)`` int64, whose pair it is.
+        num_people: Number of people U.
+        seed: Seed of all draws.
+    """
+    response_key = row_keys(responses)
+    if prompts is not None:
+        response_key = fold(row_keys(prompts)[:, None], response_key)
+    pair_key = response_key.sum(1)  # the same with chosen and rejected exchanged
+    order = pair_key.argsort(stable=True)
+    order = order[user[order].argsort(stable=True)]
+    count = torch.bincount(user, minlength=num_people)
+    place = torch.arange(max(int(count.max()), 1), device=user.device)
+    slots = ((count.cumsum(0) - count)[:, None] + place).clamp_max(max(len(user) - 1, 0))
+    slots = order[slots] if len(order) else torch.zeros_like(slots)
+    key = fold(torch.full_like(count, seed), per_user_sum(fold(pair_key, 0), user, num_people))
+    weight = unit_mean_per_user(weight, user, num_people)
+    return People(responses, grades, weight, prompts, slots, count, response_key, key)
+
+
+def people_of_batch(batch: PreferenceBatch, seed: int) -> tuple[Tensor, People]:
+    """Rows ``(U,)`` of the seen users of a batch in the training table, and their pairs."""
+    users, user = torch.unique(batch.user_index, return_inverse=True)
+    assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
+    assert batch.prompt is None or isinstance(batch.prompt, Tensor)
+    responses = torch.stack([batch.chosen, batch.rejected], 1)
+    return users, make_people(
+        responses, pair_grades(batch.tie, responses), batch.weight, batch.prompt, user, len(users), seed
+    )
+
+
+def people_of_context(context: Context, seed: int) -> People:
+    """The pairs of unseen users."""
+    user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)
+    assert isinstance(context.chosen, Tensor) and isinstance(context.rejected, Tensor)
+    assert context.prompt is None or isinstance(context.prompt, Tensor)
+    mask = context.mask
+    responses = torch.stack([context.chosen[mask], context.rejected[mask]], 1)
+    tie = torch.zeros_like(mask) if context.tie is None else context.tie
+    prompts = None if context.prompt is None else context.prompt[mask]
+    grades = pair_grades(tie[mask], responses)
+    return make_people(responses, grades, context.weight[mask], prompts, user[mask], context.num_users, seed)
+
+
+def pair_grades(tie: Tensor, like: Tensor) -> Tensor:
+    """Grades of chosen and rejected: ``(N,)`` bool -> ``(N, 2)``, one half each at a tie."""
+    target = targets(tie).to(like)
+    return torch.stack([target, 1.0 - target], -1)

@@ -1,0 +1,264 @@
+"""LoRA-DPO: personal policies. A language model learns from pairs directly, through adapters that belong to users.
+
+Paper: Rafailov et al. 2023, arXiv 2305.18290 (DPO); Hu et al. 2021, arXiv 2106.09685 (LoRA). Peer: TRL's DPOTrainer.
+Deviations: the reference is the network without adapters; many users' adapters are trained at once as rows of a table;
+both responses of a pair share one reading of the prompt; a policy basis carries LoRe (arXiv 2504.14439, section 3) to
+generation: shared adapters, mixed per user by simplex weights.
+
+Axes: U users, B pairs, G groups of B / G pairs, P numbers of one adapter, K bases, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from plm.backbones import Policy, PrefixShape, TokenFacts
+from plm.distributed import pair_weights, world_size
+from plm.methods.lora_dpo.adapters import Owned
+from plm.methods.lora_dpo.adapting import Support, fit_weights, train_rows, user_shares
+from plm.methods.lora_dpo.losses import labelled_losses
+from plm.methods.lora_dpo.metrics import reward_metrics, token_metrics
+from plm.methods.lora_dpo.options import Divergence, LossOptions, LossType
+from plm.methods.lora_dpo.reading import PairReader
+from plm.methods.lora_dpo.tables import AdaptedPolicy, Adapter, Decoding, Mode
+from plm.optimizer import Schedule
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+
+class LoRADPO(AdaptedPolicy):
+    """Direct preference optimisation of low-rank adapters, shared or one per user.
+
+    Args:
+        num_users: Number of seen users; linked from the data in recipes.
+        feature_dim: Width of the hidden states; linked from the data in recipes.
+        backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
+        mode: ``shared``, one adapter for everybody; ``per_user``, one for each; ``shared_and_user``, the sum of both;
+            ``basis``, ``num_bases`` shared adapters and simplex weights for each user.
+        adapter: ``lora``; ``prefix``, learned keys and values before every text (P-Tuning v2); ``full``, all weights of
+            the network, in mode shared only.
+        rank: Rank of an adapter.
+        alpha: An adapter's term is scaled by ``alpha / rank``.
+        target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
+        num_virtual_tokens: Virtual tokens of a prefix.
+        num_bases: Shared adapters of mode basis.
+        decoding: How a basis writes: ``logits``, the mixture of the policies' next-token distributions; ``merged``, one
+            policy with the mixture of their weight changes, exact as a matrix and K times cheaper.
+        loss_type: One or several of TRL's losses, added.
+        loss_weights: Weight of each loss; null = 1.
+        beta: Strength of the pull to the reference.
+        label_smoothing: Assumed share of flipped labels, for the losses that read it.
+        f_divergence_type: What ties the policy to the reference.
+        f_alpha_divergence_coef: ``a`` of alpha_divergence.
+        discopop_tau: Temperature of discopop's blend.
+        ld_alpha: LD-DPO's weight of tokens past the shorter response; null = 1.
+        use_weighting: WPO: weigh pairs by how likely the policy would write them.
+        share_prompts: Whether both responses of a pair share one reading of the prompt in training.
+        adapt_steps: Full-batch steps in which an unseen user's adapter is trained.
+        adapt_lr: Learning rate of these steps; null = ``lr``.
+        seed: Seed of fresh adapters; all users start from the same.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        warmup: Share of all steps in which the learning rate rises from zero.
+        schedule: How it goes on: constant, or falling to zero along a line or a cosine.
+        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
+        compile_network: Whether the network is compiled by torch.compile.
+        batch_tokens: Most tokens that are scored at once outside training.
+    """
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        mode: Mode = "shared",
+        adapter: Adapter = "lora",
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: Sequence[str] | None = None,
+        num_virtual_tokens: int = 4,
+        num_bases: int = 4,
+        decoding: Decoding = "logits",
+        loss_type: Sequence[LossType] = ("sigmoid",),
+        loss_weights: Sequence[float] | None = None,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        f_divergence_type: Divergence = "reverse_kl",
+        f_alpha_divergence_coef: float = 0.5,
+        discopop_tau: float = 0.05,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+        share_prompts: bool = True,
+        adapt_steps: int = 40,
+        adapt_lr: float | None = None,
+        seed: int = 0,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: float = 0.1,
+        schedule: Schedule = "linear",
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
+        batch_tokens: int = 16384,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            num_users,
+            feature_dim,
+            backbone,
+            lr,
+            mode=mode,
+            adapter=adapter,
+            rank=rank,
+            alpha=alpha,
+            target_modules=target_modules,
+            num_virtual_tokens=num_virtual_tokens,
+            num_bases=num_bases,
+            decoding=decoding,
+            seed=seed,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=schedule,
+            gradient_checkpointing=gradient_checkpointing,
+            compile_network=compile_network,
+            batch_tokens=batch_tokens,
+        )
+        self.options = LossOptions(
+            tuple(loss_type),
+            None if loss_weights is None else tuple(loss_weights),
+            beta,
+            label_smoothing,
+            f_divergence_type,
+            f_alpha_divergence_coef,
+            discopop_tau,
+            ld_alpha,
+            use_weighting,
+        )
+        self.share_prompts, self.adapt_steps = share_prompts, adapt_steps
+        self.adapt_lr = lr if adapt_lr is None else adapt_lr
+        problems = self.options.problems()
+        if adapt_steps < 0:
+            problems.append(f"model.adapt_steps: expected at least 0, got {adapt_steps!r}")
+        if mode == "basis" and use_weighting:
+            problems.append("model.use_weighting: expected false with model.mode 'basis', whose policies are several")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def build(self, policy: Policy) -> None:
+        """Also what reads pairs."""
+        super().build(policy)
+        self._reader = PairReader(
+            policy,
+            self.reference_policy,
+            self.options,
+            self.shape if self.adapter == "prefix" and isinstance(self.shape, PrefixShape) else None,
+            share_prompts=self.share_prompts,
+            chunks=self.chunks,
+        )
+
+    # ------------------------------------------------------------------ training
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Mean over pairs, or, of users' own adapters, the sum over users of their means."""
+        chosen, rejected, user = cast(Tokens, batch.chosen), cast(Tokens, batch.rejected), batch.user_index
+        facts: list[TokenFacts] = []
+        if self.mode == "basis":
+            pairs = self._reader.mixed_pairs(self.bases, self.weights_of(user), chosen, rejected, user)
+        else:
+            owned, group = (self.owned(self.adapters, user), user) if self.personal else (self.owned(None, user), None)
+            pairs, facts = self._reader.pairs(owned, chosen, rejected, group, with_facts=True)
+        losses = labelled_losses(pairs, batch.tie, self.options)
+        if self.personal:
+            shares = user_shares(pair_weights(batch.weight), user, self.num_users, everywhere=True)
+            loss = (shares * losses).sum() * world_size()
+        else:
+            loss = (batch.weight * losses).mean()
+        out = {"loss": loss, **reward_metrics(pairs, self.options.beta)}
+        if facts:
+            out |= token_metrics(facts[0], facts[1], self.count_tokens(chosen, rejected))
+        return out
+
+    # ------------------------------------------------------------------ users
+    def _adapt(self, context: Context) -> UserState:
+        """Train fresh adapters, all users at once; of a basis, fit weights to the bases' log-ratios."""
+        counts = context.mask.sum(-1)
+        if self.mode == "shared":
+            return self.population_state(context.num_users)._replace(num_pairs=counts)
+        if self.mode == "basis":
+            centre = self.population_state(1).tensors["weights"][0]
+            with torch.no_grad():
+                return UserState({"weights": fit_weights(context, self._base_margins, centre)}, counts)
+        places = cast(Tokens, context.chosen).input_ids[0].numel()
+        size = max(1, self.batch_tokens // max(1, 2 * places))
+        users = torch.split(torch.arange(context.num_users, device=self.device), size)
+        return UserState({"adapter": torch.cat([self._train(context, part) for part in users])}, counts)
+
+    def _train(self, context: Context, users: Tensor) -> Tensor:
+        support = Support.of(context, users)
+        if len(support.user):
+            reference = self._reader.reference_totals(support.chosen, support.rejected)
+            chosen, rejected = support.chosen, support.rejected
+            support = support._replace(
+                chosen=chosen._replace(ref_logps=reference[0]), rejected=rejected._replace(ref_logps=reference[1])
+            )
+        return train_rows(
+            self.fresh,
+            support,
+            len(users),
+            self._losses,
+            num_steps=self.adapt_steps,
+            lr=self.adapt_lr,
+            weight_decay=self.weight_decay,
+        )
+
+    def _losses(self, own: Owned, support: Support) -> Tensor:
+        """Losses ``(B,)`` of the pairs of unseen users, read with their adapters."""
+        owned = self.owned(own.table, support.user)
+        pairs, _ = self._reader.pairs(owned, support.chosen, support.rejected, support.user, with_facts=False)
+        return labelled_losses(pairs, support.tie, self.options)
+
+    # ------------------------------------------------------------------ rewards
+    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
+        """``beta`` times the log-ratio of the user's policy to the reference."""
+        assert isinstance(responses, Tokens)
+        if self.mode == "basis":
+            rewards = self._reader.base_rewards(self.bases, responses)
+            return (rewards * users.tensors["weights"].to(rewards)).sum(-1)
+        row = torch.arange(users.num_users, device=responses.input_ids.device)
+        return self._reader.rewards(self.owned(users.tensors.get("adapter"), row), responses)
+
+    def _margins(self, table: Tensor | None, row: Tensor, chosen: Tokens, rejected: Tokens) -> Tensor:
+        """Margins ``(B,)`` of texts read with adapters of users ``(U, P)`` at ``(B,)``."""
+        owned = self.owned(table, row)
+        return self._reader.rewards(owned, chosen) - self._reader.rewards(owned, rejected)
+
+    def _base_margins(self, chosen: Tokens, rejected: Tokens) -> Tensor:
+        """Margins ``(B, K)`` under each basis."""
+        return self._reader.base_rewards(self.bases, chosen) - self._reader.base_rewards(self.bases, rejected)
+
+    @torch.no_grad()
+    def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Margins as of every method, with one reading of the reference and no copy of an adapter for every pair."""
+        sides = [self._reader.with_reference(cast(Tokens, side)) for side in (batch.chosen, batch.rejected)]
+        if batch.context is not None and batch.context_row is not None:
+            users, own, other = self.adapt(batch.context), batch.context_row, batch.other_row
+        else:
+            users, own, other = self.seen(), batch.user_index, batch.other_index
+        known: Tensor | None = None  # the same for all users
+        if self.mode == "basis":
+            known = self._base_margins(*sides)
+        elif self.mode == "shared":
+            known = self._margins(None, own, *sides)
+
+        def margin(users: UserState, row: Tensor) -> Tensor:
+            if known is None:
+                return self._margins(users.tensors["adapter"], row, *sides)
+            return (known * users.tensors["weights"][row].to(known)).sum(-1) if self.mode == "basis" else known
+
+        facts = {"margin": margin(users, own)}
+        if batch.num_shots is None:
+            facts["population_margin"] = margin(self.population_state(1), torch.zeros_like(own))
+        if other is not None:
+            facts["other_margin"] = margin(users, other)
+        return facts

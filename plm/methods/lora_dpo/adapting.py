@@ -1,0 +1,109 @@
+"""Adapters of unseen users, trained from their pairs alone, and simplex weights of unseen users of a basis.
+
+Axes: U users, S pairs of one user, B pairs of several users, P numbers of one adapter, K bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from plm.distributed import summed
+from plm.functional import PairList, fit_simplex, targets
+from plm.methods.lora_dpo.adapters import Owned
+from plm.optimizer import RowAdam
+from plm.types import Context, Tokens
+
+
+class Support(NamedTuple):
+    """The real pairs of a context, one user after the other."""
+
+    chosen: Tokens
+    rejected: Tokens
+    tie: Tensor
+    """``(B,)`` bool."""
+    weight: Tensor
+    """``(B,)`` as the context has it."""
+    user: Tensor
+    """``(B,)`` int64 row of the pair's user."""
+
+    @classmethod
+    def of(cls, context: Context, users: Tensor) -> Support:
+        """The pairs of some users ``(n,)`` of a context, who become the users 0 to n - 1."""
+        mask = context.mask[users]
+        chosen, rejected = (
+            cast(Tokens, side).map(lambda value: value[users][mask]).trimmed()
+            for side in (context.chosen, context.rejected)
+        )
+        user = torch.arange(len(users), device=mask.device)[:, None].expand_as(mask)[mask]
+        tie = mask.new_zeros(len(user)) if context.tie is None else context.tie[users][mask]
+        return cls(chosen, rejected, tie, context.weight[users][mask], user)
+
+    def shares(self, num_users: int) -> Tensor:
+        """Weights ``(B,)`` that sum to one for each user with any."""
+        return user_shares(self.weight, self.user, num_users)
+
+
+def user_shares(weight: Tensor, user: Tensor, num_users: int, *, everywhere: bool = False) -> Tensor:
+    """Pair weights that sum to one for each user: ``(B,)``, ``(B,)`` -> ``(B,)``; ``everywhere``, over all processes.
+
+    >>> user_shares(torch.tensor([1.0, 3.0, 5.0, 0.0]), torch.tensor([2, 2, 0, 1]), 3).tolist()
+    [0.25, 0.75, 1.0, 0.0]
+    """
+    total = weight.new_zeros(num_users).index_add(0, user, weight)
+    total = summed(total) if everywhere else total
+    return weight / total[user].clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def train_rows(
+    fresh: Tensor,
+    support: Support,
+    num_users: int,
+    losses: Callable[[Owned, Support], Tensor],
+    *,
+    num_steps: int,
+    lr: float,
+    weight_decay: float,
+) -> Tensor:
+    """Full-batch steps of one adapter for each user: ``(U, P)``; who has no pairs keeps the fresh one.
+
+    Args:
+        fresh: ``(P,)`` where everybody starts.
+        support: Pairs of U users.
+        num_users: U.
+        losses: Of the pairs, ``(B,)``, read with such adapters.
+        num_steps: Steps.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    table = fresh.repeat(num_users, 1).requires_grad_()
+    if not len(support.user):
+        return table.detach()
+    optimizer = RowAdam([{"params": [table], "weight_decay": weight_decay}], lr=lr)
+    share = support.shares(num_users)
+    for _ in range(num_steps):
+        loss = (share * losses(Owned(table, support.user), support)).sum()
+        (table.grad,) = torch.autograd.grad(loss, table)
+        optimizer.step()
+    return table.detach()
+
+
+def fit_weights(
+    context: Context, base_margins: Callable[[Tokens, Tokens], Tensor], centre: Tensor, precision: float = 0.01
+) -> Tensor:
+    """Simplex weights ``(U, K)`` of every user, by the convex logistic fit to the margins of the bases.
+
+    Args:
+        context: Support pairs.
+        base_margins: Rewards of chosen minus rewards of rejected, ``(B, K)``.
+        centre: ``(K,)`` weights of a user without pairs.
+        precision: Strength of the pull to them.
+    """
+    support = Support.of(context, torch.arange(context.num_users, device=context.mask.device))
+    design = base_margins(support.chosen, support.rejected)
+    offset, target = design.new_zeros(len(design)), targets(support.tie).to(design)
+    pairs = PairList(design, offset, target, support.weight, support.user, context.num_users)
+    return fit_simplex(pairs, centre, precision).mean

@@ -1,0 +1,288 @@
+"""What users of a language model own: one adapter for all, one each, or weights on shared ones; how they are kept.
+
+Axes: U users, B texts, P numbers of one adapter, K bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from plm.backbones import LoRA, Policy, PrefixShape, Writing
+from plm.distributed import summed
+from plm.methods.lora_dpo.adapters import MixedWriting, Owned
+from plm.optimizer import RowAdam, Schedule, clip_rows, rate_factor
+from plm.policy_method import PolicyMethod
+from plm.types import UserState
+
+Mode = Literal["shared", "per_user", "shared_and_user", "basis"]
+Adapter = Literal["lora", "prefix", "full"]
+Decoding = Literal["logits", "merged"]
+
+
+class AdaptedPolicy(PolicyMethod):
+    """A policy method whose users write with adapters over one frozen network.
+
+    Args:
+        num_users: Number of seen users.
+        feature_dim: Width of the hidden states.
+        backbone: The `CausalLM`, as ``{class_path, init_args}``.
+        lr: Learning rate.
+        mode: Who owns what.
+        adapter: What an adapter is.
+        rank: Rank of an adapter.
+        alpha: An adapter's term is scaled by ``alpha / rank``.
+        target_modules: Linear maps that are adapted; None = what PEFT adapts in this architecture.
+        num_virtual_tokens: Virtual tokens of a prefix.
+        num_bases: Shared adapters of mode basis.
+        decoding: How a basis writes.
+        seed: Seed of fresh adapters.
+        weight_decay: Decoupled weight decay.
+        warmup: Share of all steps in which the learning rate rises from zero.
+        schedule: How it goes on.
+        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
+        compile_network: Whether the network is compiled by torch.compile.
+        batch_tokens: Most tokens that are scored at once outside training.
+
+    Raises:
+        ValueError: If a number is out of range, or mode and adapter do not go together.
+    """
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None,
+        lr: float,
+        *,
+        mode: Mode,
+        adapter: Adapter,
+        rank: int,
+        alpha: float,
+        target_modules: Sequence[str] | None,
+        num_virtual_tokens: int,
+        num_bases: int,
+        decoding: Decoding,
+        seed: int,
+        weight_decay: float,
+        warmup: float,
+        schedule: Schedule,
+        gradient_checkpointing: bool,
+        compile_network: bool,
+        batch_tokens: int,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            num_users,
+            feature_dim,
+            backbone,
+            lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=schedule,
+            gradient_checkpointing=gradient_checkpointing,
+            compile_network=compile_network,
+            batch_tokens=batch_tokens,
+        )
+        self.mode, self.adapter, self.decoding, self.seed = mode, adapter, decoding, seed
+        self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
+        self.num_virtual_tokens, self.num_bases = num_virtual_tokens, num_bases
+        if mode != "shared":
+            self.user_tables = ("weight_logits",) if mode == "basis" else ("adapters",)
+        problems = [
+            f"model.{name}: expected at least 1, got {getattr(self, name)!r}"
+            for name in ("rank", "num_virtual_tokens", "num_bases")
+            if getattr(self, name) < 1
+        ]
+        fitting = {"lora": ("shared", "per_user", "shared_and_user", "basis"), "prefix": ("shared", "per_user")}
+        if mode not in (modes := fitting.get(adapter, ("shared",))):
+            problems.append(f"model.mode: expected {' or '.join(modes)} with model.adapter {adapter!r}, got {mode!r}")
+        if adapter == "prefix" and gradient_checkpointing:
+            problems.append(
+                "model.gradient_checkpointing: expected false with model.adapter 'prefix', whose keys and values a "
+                "block that is run again does not see, got true"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    # ------------------------------------------------------------------ parameters
+    shape: LoRA | PrefixShape
+    fresh: Tensor
+
+    def build(self, policy: Policy) -> None:
+        """Tables of adapters: of everybody, of each seen user, or of the bases."""
+        self._untrained: list[Policy] = []  # a list, so that it is no submodule
+        if self.adapter == "full":
+            policy.network.requires_grad_(True)
+            return
+        if self.adapter == "prefix":
+            self.shape = PrefixShape(policy, self.num_virtual_tokens)
+        else:
+            self.shape = policy.add_lora(self.rank, self.alpha, self.target_modules)
+        fresh = self.shape.start(self.seed)
+        self.register_buffer("fresh", fresh, persistent=False)
+        if self.mode in ("shared", "shared_and_user"):
+            self.shared = torch.nn.Parameter(fresh[None].clone())
+        if self.personal:
+            self.adapters = torch.nn.Parameter(fresh.repeat(self.num_users, 1))
+        if self.mode == "basis":
+            draws = [self.shape.start(self.seed + 1 + base) for base in range(self.num_bases)]
+            self.bases = torch.nn.Parameter(torch.stack(draws))
+            self.weight_logits = torch.nn.Parameter(torch.zeros(self.num_users, self.num_bases))
+
+    @property
+    def personal(self) -> bool:
+        """Whether users have adapters of their own."""
+        return self.mode in ("per_user", "shared_and_user")
+
+    def owned(self, table: Tensor | None, row: Tensor) -> list[Owned]:
+        """What B texts read with: the shared adapter, that of the user at ``(B,)`` of ``(U, P)``, or both; no basis."""
+        everybody = [Owned(self.shared)] if self.mode != "per_user" and self.adapter != "full" else []
+        return everybody if table is None else [*everybody, Owned(table.to(self.device), row)]
+
+    def weights_of(self, user_index: Tensor) -> Tensor:
+        """Simplex weights ``(B, K)`` of seen users on the bases; their gradient touches these users alone."""
+        return F.embedding(user_index, self.weight_logits, sparse=True).softmax(-1)
+
+    def reference_policy(self) -> Policy:
+        """The network without adapters; for full fine-tuning, an untrained copy of it."""
+        if self.adapter != "full":
+            return self.policy
+        if not self._untrained:
+            self._untrained.append(Policy(self.causal_lm))
+        return self._untrained[0].to(self.policy.device, self.policy.dtype)
+
+    # ------------------------------------------------------------------ training
+    def setup(self, stage: str) -> None:
+        """Check that no step is spread over batches, which hold different users."""
+        super().setup(stage)
+        if self.personal and stage == "fit" and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches: expected 1 with model.mode {self.mode!r}, whose users take steps of "
+                f"their own, got {self.trainer.accumulate_grad_batches}; set data.pairs_per_user to the pairs of a "
+                "step, and data.batch_size to what fits"
+            )
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group for users' tables; weights of a basis move a hundred times as fast as adapters."""
+        tables = [getattr(self, name) for name in self.user_tables]
+        rest = [p for p in self.parameters() if p.requires_grad and not any(p is table for table in tables)]
+        options = {"lr": 100 * self.lr, "weight_decay": 0.0} if self.mode == "basis" else {"lr": self.lr}
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": self.lr}, {"params": tables, **options}]
+        return [group for group in groups if group["params"]]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW; on users' tables in the lazy form, and of users' own adapters with a schedule for each."""
+        if not self.user_tables:
+            return super().configure_optimizers()
+        groups = [{"weight_decay": self.weight_decay, **group} for group in self.param_groups()]
+        if not self.personal:
+            return self.with_schedule(RowAdam(groups, lr=self.lr))
+        by_row = [group["params"][0] is self.adapters for group in groups]
+        return self.with_schedule(RowAdam(groups, lr=self.lr, row_rate=self._row_rate()), *by_row)
+
+    def _row_rate(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The schedule over each user's own steps, as many as batches of an epoch hold pairs of the user."""
+        if self.schedule == "constant" and not self.warmup:
+            return None
+        count, num_batches, num_steps = torch.zeros(self.num_users, device=self.device), 0, self.num_steps
+        for batch in self.trainer.train_dataloader or []:
+            is_here = torch.zeros_like(count)
+            is_here[batch.user_index] = 1
+            count += summed(is_here) > 0
+            num_batches += 1
+        total = (count * num_steps / max(num_batches, 1)).round()
+
+        def rate(rows: Tensor, taken: Tensor) -> Tensor:
+            return rate_factor(self.schedule, self.warmup, taken, total.to(rows.device)[rows])
+
+        return rate
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient of every user's row by itself."""
+        if not self.user_tables or not gradient_clip_val:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                clip_rows(parameter, gradient_clip_val, gradient_clip_algorithm or "norm")
+
+    # ------------------------------------------------------------------ users
+    def seen(self) -> UserState:
+        """All seen users, without a copy."""
+        tensors = {}
+        if self.personal:
+            tensors["adapter"] = self.adapters.detach()
+        elif self.mode == "basis":
+            tensors["weights"] = self.weight_logits.detach().softmax(-1)
+        return UserState(tensors, torch.zeros(self.num_users, dtype=torch.long, device=self.device))
+
+    def user_states(self, user_index: Tensor) -> UserState:
+        """Adapters or weights of seen users; nothing of a policy that is the same for all."""
+        return self.seen().take(user_index)
+
+    def population_state(self, num_users: int) -> UserState:
+        """A fresh adapter, or the mean weights of the seen users."""
+        tensors = {}
+        if self.personal:
+            tensors["adapter"] = self.fresh.expand(num_users, -1)
+        elif self.mode == "basis":
+            tensors["weights"] = self.weight_logits.detach().softmax(-1).mean(0).expand(num_users, -1)
+        return UserState(tensors, torch.zeros(num_users, dtype=torch.long, device=self.device))
+
+    def prior_row(self, name: str, state_dict: Any) -> Tensor | None:
+        """A fresh adapter; of a basis, equal weights."""
+        return self.fresh if name == "adapters" else None
+
+    # ------------------------------------------------------------------ text
+    @torch.no_grad()
+    def writing(self, users: UserState, prompts: Sequence[str]) -> Writing | MixedWriting:
+        """A batch of texts, one for each row of ``users``."""
+        if self.adapter == "full":
+            return self.policy.write()
+        if self.mode == "basis" and self.decoding == "logits":
+            weights = users.tensors["weights"].to(self.device)
+            return MixedWriting([self.policy.write(base) for base in torch.split(self.bases.detach(), 1)], weights)
+        terms = self._terms(users)
+        if isinstance(self.shape, PrefixShape):
+            return self.policy.write(prefix=self.shape.prefix(terms[0], users.num_users))
+        return self.policy.write(*terms)
+
+    def _terms(self, users: UserState) -> list[Tensor]:
+        """Adapters ``(1, P)`` or ``(B, P)`` that together steer the policy of B users."""
+        if self.mode != "basis":
+            row = torch.arange(users.num_users, device=self.device)
+            return [one.table.detach() for one in self.owned(users.tensors.get("adapter"), row)]
+        assert isinstance(self.shape, LoRA)
+        weights = users.tensors["weights"].to(self.device)
+        bases = self.bases.detach()
+        return [
+            self.shape.weighed(base.expand(len(weights), -1), weight)
+            for base, weight in zip(bases, weights.unbind(1), strict=True)
+        ]
+
+    def export(self, folder: str | Path, user: UserState) -> None:
+        """Write the policy of one user as a PEFT folder; of full fine-tuning, as a model folder.
+
+        A sum of adapters is one adapter of their ranks together, so is a mixture of bases, by their weight changes.
+
+        Raises:
+            ValueError: If ``user`` is not one.
+        """
+        if self.adapter == "full":
+            self.policy.save(folder)
+            return
+        if user.num_users != 1:
+            raise ValueError(f"expected one user to export, got {user.num_users}; name one with --user")
+        self.shape.save([term[0] for term in self._terms(user)], folder, self.causal_lm.model)

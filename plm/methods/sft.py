@@ -1,0 +1,150 @@
+"""SFT: a language model is trained on the responses that users preferred. One policy for everybody.
+
+Paper: Ouyang et al. 2022, arXiv 2203.02155, section 3.5: the first stage before preferences are learned.
+Deviations: as a preference model, the reward of a response is its log-probability, so that its accuracy stands beside
+that of the other methods; it knows no user.
+
+Axes: B texts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plm.backbones import Policy
+from plm.distributed import pair_weights, summed, world_size
+from plm.optimizer import Schedule
+from plm.policy_method import PolicyMethod
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+
+class SFT(PolicyMethod):
+    """Maximum likelihood on preferred responses: the baseline policy, and where preference methods start.
+
+    All weights are trained. The trained model is a folder that transformers loads: ``plm export`` writes it, and so
+    does the end of a fit where ``save_to`` names one.
+
+    Args:
+        num_users: Number of seen users; linked from the data in recipes.
+        feature_dim: Width of the hidden states; linked from the data in recipes.
+        backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay of AdamW.
+        warmup: Share of all steps in which the learning rate rises from zero.
+        schedule: How it goes on: constant, or falling to zero along a line or a cosine.
+        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
+        compile_network: Whether the network is compiled by torch.compile.
+        batch_tokens: Most tokens that are scored at once outside training.
+        save_to: Folder for the trained model, for later stages; null = none.
+    """
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        lr: float = 5e-4,
+        weight_decay: float = 0.01,
+        warmup: float = 0.05,
+        schedule: Schedule = "cosine",
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
+        batch_tokens: int = 16384,
+        save_to: str | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            num_users,
+            feature_dim,
+            backbone,
+            lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            schedule=schedule,
+            gradient_checkpointing=gradient_checkpointing,
+            compile_network=compile_network,
+            batch_tokens=batch_tokens,
+        )
+        self.save_to = save_to
+        self._nats = torch.zeros(2, dtype=torch.float64)
+        """Of the preferred responses evaluated so far, and how many tokens they have."""
+
+    def build(self, policy: Policy) -> None:
+        """Train every weight."""
+        policy.network.requires_grad_(True)
+
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Mean negative log-likelihood per token of the preferred responses, in nats."""
+        assert isinstance(batch.chosen, Tokens)
+        logps = self.logps(batch.chosen)
+        weight = pair_weights(batch.weight)[logps.row]
+        total = summed(weight.sum()) / world_size()  # so that the mean over processes is the mean over all tokens
+        loss = -(weight * logps.token).sum() / total.clamp(min=torch.finfo(weight.dtype).tiny)
+        return {"loss": loss, "num_tokens": self.count_tokens(batch.chosen)}
+
+    @torch.no_grad()
+    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
+        """Log-probability of each response."""
+        assert isinstance(responses, Tokens)
+        out = torch.zeros(responses.num_rows, device=responses.input_ids.device)
+        for rows in self.chunks(responses):
+            out[rows] = self.logps(responses.take(rows).trimmed()).total
+        return out
+
+    def user_states(self, user_index: Tensor) -> UserState:
+        """Nothing is known about anybody."""
+        return self.population_state(len(user_index))
+
+    def population_state(self, num_users: int) -> UserState:
+        """Nothing."""
+        return UserState({}, torch.zeros(num_users, dtype=torch.long, device=self.device))
+
+    def _adapt(self, context: Context) -> UserState:
+        """Nothing is learned from pairs."""
+        return UserState({}, context.mask.sum(-1))
+
+    def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Margins ``(B,)``, the same for every user, so computed once; keeps what ``report`` tells."""
+        assert isinstance(batch.chosen, Tokens)
+        nobody = self.population_state(batch.num_pairs)
+        chosen = self._score(batch.chosen, nobody)
+        margin = chosen - self._score(batch.rejected, nobody)
+        num_tokens = batch.chosen.completion_mask.sum()
+        self._nats += torch.stack([-chosen.sum().double(), num_tokens.double()]).cpu()
+        facts = {"margin": margin}
+        if batch.num_shots is None:
+            facts["population_margin"] = margin
+        if batch.other_index is not None or batch.other_row is not None:
+            facts["other_margin"] = margin
+        return facts
+
+    def on_validation_epoch_start(self) -> None:
+        """Count nats from zero."""
+        super().on_validation_epoch_start()
+        self._nats.zero_()
+
+    def on_test_epoch_start(self) -> None:
+        """Count nats from zero."""
+        self._nats.zero_()
+
+    def report(self) -> dict[str, float]:
+        """``nats_per_token``: mean negative log-likelihood of the preferred responses that were last evaluated."""
+        nats, num_tokens = self.sum_over_processes(self._nats.to(self.device)).tolist()
+        return {"nats_per_token": nats / num_tokens if num_tokens else float("nan")}
+
+    def on_fit_end(self) -> None:
+        """Write the best checkpoint as a model where ``save_to`` says."""
+        if self.save_to is None:
+            return
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if best and Path(best).is_file():
+            self.load_weights(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+        self.export(self.save_to)
+
+    def export(self, folder: str | Path, users: UserState | None = None) -> None:
+        """Write the model and its tokenizer as a Hugging Face folder; it is the same for every user."""
+        self.policy.save(folder)

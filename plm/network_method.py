@@ -1,0 +1,222 @@
+"""NetworkMethod: what every method that owns the network of a language model shares: loading, checkpoints, processes.
+
+Axes: B texts, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from plm.backbones import Backbone, CausalLM, Policy
+from plm.distributed import average_gradients, clip_gradients, summed, world_size
+from plm.method import CHECKPOINT_KEY, PersonalizationMethod
+from plm.types import PreferenceBatch, Tokens
+
+
+class NetworkMethod(PersonalizationMethod):
+    """A method that reads tokens with a language model of its own.
+
+    The network is loaded by ``configure_model``, frozen unless a subclass says otherwise in ``build``; what is frozen
+    of it is in no checkpoint. As a mixin it stands before the class whose constructor takes the other arguments.
+
+    Args:
+        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
+        compile_network: Whether the network is compiled by torch.compile.
+        batch_tokens: Most tokens that are read at once outside training.
+        **options: Arguments of the class that comes next, ``backbone`` among them: the `CausalLM`, as ``{class_path,
+            init_args}``; linked from the data.
+    """
+
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "tokens"
+
+    def __init__(
+        self,
+        *,
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
+        batch_tokens: int = 16384,
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(**options)
+        if options.get("backbone") is None:
+            raise ValueError(f"{type(self).__name__} needs a language model: set data.backbone to a CausalLM")
+        self.strict_loading = False  # frozen weights are in no checkpoint
+        self.gradient_checkpointing, self.compile_network = gradient_checkpointing, compile_network
+        self.batch_tokens = batch_tokens
+        self._spec: dict[str, Any] = options["backbone"]
+        self._frozen: frozenset[str] = frozenset()
+
+    # ------------------------------------------------------------------ what a method writes
+    def build(self, policy: Policy) -> None:
+        """Add the method's own parameters to the freshly loaded network."""
+
+    # ------------------------------------------------------------------ the network
+    policy: Policy
+
+    @property
+    def causal_lm(self) -> CausalLM:
+        """The backbone."""
+        return self.policy.backbone
+
+    def configure_model(self) -> None:
+        """Load the network, once, and shard it where the strategy says how."""
+        if "policy" in self._modules:
+            return
+        lm = Backbone.from_spec(self._spec)
+        if not isinstance(lm, CausalLM):
+            raise ValueError(
+                f"{type(self).__name__} needs data.backbone to be a plm.backbones.CausalLM, got {type(lm).__name__}"
+            )
+        before = {name for name, _ in self.named_parameters()}
+        self.policy = Policy(lm, self.gradient_checkpointing)
+        self.build(self.policy)
+        named = self.named_parameters(remove_duplicate=False)  # tied weights have two names
+        self._frozen = frozenset(name for name, value in named if not value.requires_grad and name not in before)
+        self._frozen |= {name for name, _ in self.policy.named_buffers(prefix="policy")}
+        if self.compile_network:
+            self.policy.network.base_model.compile(dynamic=True)  # the network around it is never called
+        if self.device_mesh is not None:
+            self.policy.shard(self.device_mesh.device_type)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Everything but the frozen weights, which the backbone brings."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self._frozen:
+            state.pop(prefix + name, None)
+        return state  # type: ignore[no-any-return]
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take the weights of a checkpoint's ``state_dict``, on every process, sharded or not."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(self, state, options=StateDictOptions(full_state_dict=True, strict=False))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keep which language model the weights belong to."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["base_model"] = self.causal_lm.fingerprint()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also refuse weights that belong to another language model.
+
+        Raises:
+            ValueError: If they do.
+        """
+        saved, own = checkpoint.get(CHECKPOINT_KEY, {}).get("base_model"), self.causal_lm.fingerprint()
+        if saved not in (None, own):
+            raise ValueError(
+                f"the checkpoint was trained over another language model ({saved}) than {self.causal_lm.model!r} is "
+                f"now ({own}): weights, config or tokenizer differ; set data.backbone.init_args.model to that model"
+            )
+        super().on_load_checkpoint(checkpoint)
+
+    # ------------------------------------------------------------------ reading
+    def chunks(self, tokens: Tokens) -> list[Tensor]:
+        """Rows of texts of similar length, at most ``batch_tokens`` at a time."""
+        length = tokens.attention_mask.sum(-1)
+        order = length.argsort(descending=True, stable=True)
+        chunks, start = [], 0
+        while start < len(order):
+            rows = max(1, self.batch_tokens // max(1, int(length[order[start]])))
+            chunks.append(order[start : start + rows])
+            start += rows
+        return chunks
+
+    def tokens_of(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
+        """Texts as tokens on the device of the method."""
+        return self.causal_lm.represent(prompts, responses).map(lambda value: value.to(self.device))
+
+    # ------------------------------------------------------------------ several processes
+    def setup(self, stage: str) -> None:
+        """Also refuse what a language model cannot be trained with here.
+
+        Raises:
+            ValueError: For a precision or a strategy that does not fit.
+        """
+        super().setup(stage)
+        precision, strategy = str(self.trainer.precision), self.trainer.strategy
+        dtype = self._spec.get("init_args", {}).get("dtype", "float32")
+        if precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise ValueError(
+                f"trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {precision!r}; adapters stay in "
+                "float32, the precision of the language model is data.backbone.init_args.dtype"
+            )
+        if dtype == "float16" and (strategy.root_device.type == "cpu" or precision == "bf16-mixed"):
+            raise ValueError(
+                f"data.backbone.init_args.dtype: expected float32 or bfloat16 with trainer.precision {precision!r} on "
+                f"{strategy.root_device.type}, got 'float16'"
+            )
+        if isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy: got FSDP, which cannot share out frozen and trained weights together; "
+                "take {trainer: fsdp2}"
+            )
+        if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+            raise ValueError(
+                "trainer.strategy.init_args.save_distributed_checkpoint: expected false, got true: a checkpoint is one "
+                "file, which any number of processes can read"
+            )
+
+    @property
+    def _trains_tables(self) -> bool:
+        """Whether users have trained tables, of which a batch touches few rows; DDP refuses their sparse gradients."""
+        return any(isinstance(getattr(self, name), torch.nn.Parameter) for name in self.user_tables)
+
+    def on_fit_start(self) -> None:
+        """Take the method out of DDP where gradients may be sparse; `on_before_optimizer_step` averages them.
+
+        Raises:
+            ValueError: Where they may be, under DeepSpeed.
+        """
+        super().on_fit_start()
+        strategy = self.trainer.strategy
+        if self._trains_tables and isinstance(strategy, DeepSpeedStrategy):
+            raise ValueError(
+                f"trainer.strategy: DeepSpeed cannot train tables of users ({', '.join(self.user_tables)}), whose "
+                "gradients are sparse; take ddp or {trainer: fsdp2}"
+            )
+        if self._trains_tables and isinstance(strategy.model, torch.nn.parallel.DistributedDataParallel):
+            strategy.model = self
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Log every scalar of ``loss`` under ``train/``, as the mean over the processes, and return the loss."""
+        out = self.loss(batch)
+        means = summed(torch.stack([value.detach().float() for value in out.values()])) / world_size()
+        scalars = {f"train/{key}": value for key, value in zip(out, means, strict=True)}
+        self.log_dict(scalars, batch_size=batch.num_pairs)
+        return out["loss"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average the gradients that nobody else does: what is not sharded by a sharding strategy, or is sparse."""
+        if self.device_mesh is not None or self._trains_tables:
+            average_gradients(self.parameters())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, and under a sharding strategy, too."""
+        if self.device_mesh is None or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm or "norm")
+
+    def on_validation_start(self) -> None:
+        """Under a sharding strategy, bring the network together: processes evaluate different numbers of batches."""
+        self.policy.gather()
+
+    def on_validation_end(self) -> None:
+        """Share out the network again."""
+        self.policy.scatter()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end

@@ -1,0 +1,148 @@
+"""PolicyMethod: what every method that writes text shares. No preference maths lives here.
+
+Axes: B texts, T tokens, G groups of texts, P numbers of one adapter, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from plm.backbones import Prefix, TextWriter
+from plm.distributed import summed
+from plm.functional import SequenceLogps, response_logps
+from plm.method import CHECKPOINT_KEY
+from plm.network_method import NetworkMethod
+from plm.optimizer import Schedule, rate_factor
+from plm.types import Tokens, UserState
+
+
+class PolicyMethod(NetworkMethod):
+    """A preference model that is a language model, or steers one: it reads tokens and writes text.
+
+    A subclass adds its own parameters in ``build``, see `NetworkMethod`.
+
+    Args:
+        num_users: Number of seen users; linked from the data in recipes.
+        feature_dim: Width of the hidden states; linked from the data in recipes.
+        backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay of AdamW.
+        warmup: Share of all steps in which the learning rate rises from zero.
+        schedule: How it goes on: constant, or falling to zero along a line or a cosine.
+        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
+        compile_network: Whether the network is compiled by torch.compile.
+        batch_tokens: Most tokens that are scored at once outside training.
+    """
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None,
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        warmup: float = 0.1,
+        schedule: Schedule = "linear",
+        gradient_checkpointing: bool = False,
+        compile_network: bool = False,
+        batch_tokens: int = 16384,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            num_users=num_users,
+            feature_dim=feature_dim,
+            backbone=backbone,
+            lr=lr,
+            gradient_checkpointing=gradient_checkpointing,
+            compile_network=compile_network,
+            batch_tokens=batch_tokens,
+        )
+        if not 0 <= warmup < 1:
+            raise ValueError(f"model.warmup: expected a share in [0, 1), got {warmup!r}")
+        self.weight_decay, self.warmup, self.schedule = weight_decay, warmup, schedule
+        self.num_tokens = 0
+
+    # ------------------------------------------------------------------ what a method writes
+    def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
+        """A batch of texts to be written, one for each row of ``users``, whose prompts are given in ``start``.
+
+        Args:
+            users: B states.
+            prompts: The prompts as texts, for policies that a prompt steers by more than its tokens.
+        """
+        return self.policy.write()
+
+    # ------------------------------------------------------------------ checkpoints
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keep how many tokens have been read."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[CHECKPOINT_KEY]["num_tokens"] = self.num_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also go on counting tokens."""
+        self.num_tokens = checkpoint.get(CHECKPOINT_KEY, {}).get("num_tokens", 0)
+        super().on_load_checkpoint(checkpoint)
+
+    # ------------------------------------------------------------------ reading
+    def logps(self, tokens: Tokens, *adapters: Tensor, prefix: Prefix | None = None) -> SequenceLogps:
+        """Log-probabilities of the responses of B texts, read with ``adapters``, see `LoRA.use`, after ``prefix``."""
+        with self.policy.adapted(*adapters):
+            hidden, token, row = self.policy.completions(tokens, prefix)
+            return response_logps(self.policy.token_logps(hidden, token)[0], row, tokens.num_rows)
+
+    def count_tokens(self, *read: Tokens) -> Tensor:
+        """``()`` how many tokens training has read so far, on all processes, with those of one more batch."""
+        new = torch.stack([tokens.attention_mask.sum() for tokens in read]).sum()
+        self.num_tokens += int(summed(new))
+        return torch.tensor(float(self.num_tokens), device=new.device)
+
+    # ------------------------------------------------------------------ Lightning
+    def on_train_start(self) -> None:
+        """The network has no dropout and no feature scale to measure."""
+        self.go_on()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over ``param_groups()`` with the schedule."""
+        optimizer = torch.optim.AdamW(self.param_groups(), lr=self.lr, weight_decay=self.weight_decay)
+        return self.with_schedule(optimizer)
+
+    def with_schedule(self, optimizer: torch.optim.Optimizer, *own: bool) -> OptimizerLRScheduler:
+        """An optimizer whose learning rate warms up and falls over the steps of the fit.
+
+        Args:
+            optimizer: The optimizer.
+            *own: For every parameter group, whether the optimizer itself takes care of it; default: of none.
+        """
+        total = self.num_steps
+        factors = [
+            (lambda step: 1.0)
+            if mine
+            else (lambda step: float(rate_factor(self.schedule, self.warmup, torch.tensor(step), torch.tensor(total))))
+            for mine in own or [False] * len(optimizer.param_groups)
+        ]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the fit.
+
+        Raises:
+            ValueError: If it has no end, and the schedule needs one.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if math.isfinite(total):
+            return int(total)
+        if self.schedule != "constant" or self.warmup:
+            raise ValueError(
+                f"model.schedule {self.schedule!r} with model.warmup {self.warmup!r} needs to know the end of the fit; "
+                "set trainer.max_epochs or trainer.max_steps, or schedule constant and warmup 0"
+            )
+        return 0

@@ -1,0 +1,148 @@
+"""A CLaP checkpoint as a backbone: cached latents, prompt features, texts from latents, and people learned on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plm.backbones import Backbone, completion_tokens
+from plm.checkpoint import load_method
+from plm.data.datamodule import PreferenceDataModule
+from plm.data.features import FeatureCache
+from plm.data.rewards import Length
+from plm.data.sources.sampled import SampledPairs
+from plm.generation import sample
+from plm.methods.clap import CLaP
+from plm.methods.clap.latents import ClapLatents
+from plm.methods.latent_dpo import LatentDPO
+from plm.testing import tiny_causal_lm
+from plm.testing.contract import quiet_trainer, saved
+from plm.types import UserState
+
+PROMPTS = ["how is it", "tell me of the sea, please", "no"]
+PAIRS = [(prompt, f" {word} words about it") for prompt in PROMPTS for word in ("kind", "long and winding", "few")]
+
+
+def model(seed: int = 0, **options: Any) -> CLaP:
+    given: dict[str, Any] = {"latent_dim": 16, "num_queries": 2, "encoder_layers": 1, "num_virtual_tokens": 2}
+    method = CLaP(1, 16, tiny_causal_lm().spec(), **{**given, **options})
+    method.configure_model()
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(method.encoder.head.weight, std=0.5)
+    return method.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Iterator[Path]:
+    with saved(model()) as path:
+        yield path
+
+
+def test_latents_are_those_of_the_encoder(checkpoint: Path, tmp_path: Path) -> None:
+    """Mean and log-variance side by side, whatever the batch; cached under the content, wherever the file lies."""
+    backbone = ClapLatents(str(checkpoint))
+    assert (backbone.view, backbone.feature_dim, backbone.latent_dim) == ("latents", 32, 16)
+    cache = FeatureCache(backbone, tmp_path)
+    found = cache.features(PAIRS, progress=False)
+    method = load_method(checkpoint)
+    assert isinstance(method, CLaP)
+    for pair, row in zip(PAIRS, found, strict=True):
+        read = method.encoder(completion_tokens([method.causal_lm.completion(*pair)]))
+        torch.testing.assert_close(row, torch.cat([read.mean, read.log_var], 1)[0], atol=1e-5, rtol=1e-4)
+    copy = tmp_path / "copy.ckpt"
+    copy.write_bytes(checkpoint.read_bytes())
+    again = ClapLatents(str(copy))
+    assert again.key() == backbone.key() and FeatureCache(again, tmp_path).folder == cache.folder
+    again.encode = None  # type: ignore[assignment, method-assign]
+    assert torch.equal(FeatureCache(again, tmp_path).features(PAIRS, progress=False), found)  # read, not computed
+    too_long = backbone.encode([backbone.render("x " * 100, " y")])
+    assert not too_long.any()  # the prior: nothing is known
+
+
+def test_prompt_features_are_of_another_width_and_cache(checkpoint: Path, tmp_path: Path) -> None:
+    prompts = ClapLatents(str(checkpoint)).prompt_backbone
+    assert prompts.feature_dim == 16
+    found = FeatureCache(prompts, tmp_path).features([("", prompt) for prompt in PROMPTS], progress=False)
+    method = load_method(checkpoint)
+    assert isinstance(method, CLaP)
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        tokens = completion_tokens([method.causal_lm.completion(prompt, " x")])
+        alone = tokens.map(lambda value: value[:, : int((~tokens.completion_mask).sum())])  # noqa: B023
+        torch.testing.assert_close(row, method.encoder(alone).hidden[0], atol=1e-5, rtol=1e-4)
+    assert prompts.key() != ClapLatents(str(checkpoint)).key()
+
+
+def test_another_model_is_refused(checkpoint: Path) -> None:
+    """Its content is written into the spec, so that people are never served by, or tested on, other latents."""
+    spec = ClapLatents(str(checkpoint)).spec()
+    assert Backbone.from_spec(spec).key()["content"] == spec["init_args"]["content"]
+    for other in (model(1), model(0, fix_entropy=True)):
+        with saved(other) as path:
+            moved = {**spec, "init_args": {**spec["init_args"], "checkpoint": str(path)}}
+            with pytest.raises(ValueError, match="latents of one model mean nothing to another"):
+                _ = Backbone.from_spec(moved).feature_dim
+    people = LatentDPO(1, 32, spec, preset="newton")
+    with saved(model(1)) as path, saved(people) as learned:
+        other = LatentDPO(1, 32, ClapLatents(str(path)).spec(), preset="newton")
+        with pytest.raises(ValueError, match=r"trained on latents of the model .*, the data give those of"):
+            other.on_load_checkpoint(torch.load(learned, weights_only=True))
+    with (
+        saved(people) as learned,
+        pytest.raises(ValueError, match=r"expected a checkpoint of CLaP, got one of .*Latent"),
+    ):
+        _ = ClapLatents(str(learned)).feature_dim
+
+
+def test_writing_from_latents(checkpoint: Path) -> None:
+    """The backbone writes what the method does for users with these latents; noise belongs to a prompt."""
+    backbone = ClapLatents(str(checkpoint))
+    latents = backbone.noise(PROMPTS, 3)
+    assert torch.equal(backbone.noise(PROMPTS[1:2], 3), latents[1:2])
+    assert (backbone.noise(PROMPTS, 4) != latents).all()
+    users = UserState({"latent": latents}, torch.zeros(3).long())
+    expected = sample(backbone.method, PROMPTS, users, max_new_tokens=4, temperature=0)
+    writing = backbone.writing(latents)
+    lm = backbone.policy.backbone
+    from plm.backbones import Completion
+
+    read = [Completion(lm.prompt_tokens(prompt), []) for prompt in PROMPTS]
+    token = writing.start(completion_tokens(read, left=True)).argmax(-1)
+    assert token.tolist() == [row[0].token_ids[0] for row in expected]
+
+
+@pytest.mark.parametrize("family", ["vector", "mlp"])
+def test_people_are_learned_on_it_unchanged(checkpoint: Path, tmp_path: Path, family: str) -> None:
+    """Samples, people, latents, Latent DPO, its checkpoint, and scores of texts: no part knows of another."""
+    rows = [
+        {"prompt": f"{prompt} {number}", "responses": [f" {'very ' * n}{word}" for n in range(3) for word in "ab"]}
+        for number in range(8)
+        for prompt in PROMPTS
+    ]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    people = {"short": {"length": -1.0}, "long": {"length": 1.0}}
+    source = SampledPairs(str(file), {"length": Length()}, people)
+    options: dict[str, Any] = {"unseen_users": 0.0, "shots": [], "prompt_features": family == "mlp"}
+    backbone = ClapLatents(str(checkpoint))
+    data = PreferenceDataModule(source, backbone, cache_dir=str(tmp_path / "cache"), val_rows=0.2, **options)
+    assert data.view == "latents" and data.prompt_dim == (16 if family == "mlp" else 0)
+    method = LatentDPO(
+        2, data.feature_dim, data.backbone_spec, prompt_dim=data.prompt_dim, family=family, num_steps=40, lr=0.05
+    )
+    trainer = quiet_trainer(tmp_path, max_epochs=40)
+    trainer.fit(method, datamodule=data)
+    (batch,) = data.train_dataloader()
+    assert (method.margin(batch) > 0).float().mean() > 0.9
+    method.trainer = None
+    with saved(method) as path:
+        loaded = load_method(path)
+        pair = ["tell me 9", "tell me 9"], [" very very a", " b"]
+        for user, sign in (("long", 1), ("short", -1)):
+            with torch.no_grad():
+                reward = loaded.score(pair[1], user_id=user, prompts=pair[0])
+            assert (reward[0] - reward[1]) * sign > 0

@@ -1,0 +1,80 @@
+"""SFT against transformers' own loss, and what is left on disk after a fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM
+
+from plm.backbones import CausalLM
+from plm.callbacks import PreferenceMetrics
+from plm.data.datamodule import PreferenceDataModule
+from plm.data.sources.synthetic import SyntheticPairs
+from plm.methods.sft import SFT
+from plm.types import PreferenceBatch, Tokens
+
+
+def nats_per_token(folder: str | Path, texts: list[Tokens]) -> float:
+    """Mean over the response tokens, by transformers' loss of one text at a time."""
+    network = AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    nats = count = 0.0
+    for tokens in texts:
+        for row in range(tokens.num_rows):
+            one = tokens.take(torch.tensor([row])).trimmed()
+            labels = one.input_ids.masked_fill(~one.completion_mask, -100)
+            with torch.no_grad():
+                loss = network(input_ids=one.input_ids, labels=labels).loss
+            count += int(one.completion_mask.sum())
+            nats += float(loss) * int(one.completion_mask.sum())
+    return nats / count
+
+
+def chosen(batches: list[PreferenceBatch]) -> list[Tokens]:
+    return [batch.chosen for batch in batches if isinstance(batch.chosen, Tokens)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_loss_is_that_of_transformers(kind: str, causal_lm: Callable[[str], Path]) -> None:
+    lm = CausalLM(str(causal_lm(kind)))
+    method = SFT(2, 16, lm.spec())
+    method.configure_model()
+    tokens = lm.represent(["Tea or coffee?", "One"], [" Tea, please.", " Two three four five"])
+    batch = PreferenceBatch(tokens, tokens, torch.zeros(2).long(), torch.ones(2), torch.zeros(2).bool())
+    expected = nats_per_token(causal_lm(kind), [tokens])
+    found = [method.loss(batch) for _ in range(2)]
+    assert float(found[0]["loss"].detach()) == pytest.approx(expected, rel=1e-5)
+    assert [int(one["num_tokens"]) for one in found] == [tokens.attention_mask.sum(), 2 * tokens.attention_mask.sum()]
+
+
+def test_a_fit_reports_nats_and_writes_its_best_model(causal_lm: Callable[[str], Path], tmp_path: Path) -> None:
+    data = PreferenceDataModule(
+        SyntheticPairs(num_users=6, pairs_per_user=8),
+        CausalLM(str(causal_lm("gpt2")), max_prompt_length=16),
+        cache_dir=str(tmp_path),
+        batch_size=4,
+        shots=[0, 2],
+        repeats=1,
+    )
+    method = SFT(data.num_users, data.feature_dim, data.backbone_spec, lr=3e-3, save_to=str(tmp_path / "trained"))
+    before = nats_per_token(causal_lm("gpt2"), chosen(list(data.val_dataloader()[0])))
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/method/nats_per_token", mode="min")
+    trainer = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, callbacks=[PreferenceMetrics(), best],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(method, datamodule=data)
+    after = nats_per_token(tmp_path / "trained", chosen(list(data.val_dataloader()[0])))
+    assert best.best_model_score is not None
+    assert after == pytest.approx(float(best.best_model_score), rel=1e-5)
+    assert after < before - 0.5
+    (results,) = trainer.validate(method, datamodule=data, verbose=False)
+    assert results["val/method/nats_per_token"] == pytest.approx(after, rel=1e-5)
+    (tests,) = trainer.test(method, datamodule=data, verbose=False)[:1]
+    assert math.isfinite(tests["test/method/nats_per_token"])
+    assert CausalLM(str(tmp_path / "trained")).completion("a", "b")

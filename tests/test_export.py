@@ -1,0 +1,87 @@
+"""`plm export`: the folder of a user, and what cannot be exported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plm.backbones import HFBackbone
+from plm.checkpoint import load_method
+from plm.cli import main
+from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.pal import PAL
+from plm.testing import saved
+
+TEXTS = ["A walk.", "Tea and toast, please", "no"]
+
+
+@pytest.fixture(autouse=True)
+def module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies the code of a model into its cache before it runs it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def run_readme(folder: Path, prompt: str, response: str) -> float:
+    """The reward by the code of the folder's README, as it stands there."""
+    (code,) = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    names: dict[str, Any] = {"FOLDER": str(folder), "prompt": prompt, "response": response}
+    exec(code, names)
+    return float(names["reward"].detach())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"variant": "B", "head": "angle"}, {"users": "table", "head": "dist", "partition": True}],
+    ids=["A", "B", "partition"],
+)
+@pytest.mark.parametrize("template", ["plain", "response"])
+def test_export_writes_the_reward_of_a_user_and_how_to_load_it(
+    causal_lm: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, Any],
+    template: Any,
+) -> None:
+    torch.manual_seed(0)
+    backbone = HFBackbone(str(causal_lm("gpt2")), template=template)
+    method = PAL(2, 16, backbone.spec(), num_prototypes=3, projector="mlp1-relu-dropout0", **options)
+    method.user_ids = ["anna", "ben"]
+    method.logits.data.normal_()
+    method.num_pairs.fill_(3)
+    method.trained_on_prompts.fill_(method.variant == "B")
+    with saved(method) as path:
+        loaded = load_method(path)
+        for name, user in (("anna", ["--user", "anna"]), ("ben", ["--user", "ben"]), (None, [])):
+            folder = tmp_path / f"{name}"
+            assert main(["export", "--ckpt_path", str(path), "--output", str(folder), *user]) == 0
+            assert f"written to {folder}" in capsys.readouterr().out
+            for text in TEXTS:
+                with torch.no_grad():
+                    expected = loaded.score([text], user_id=name, prompts="Tea?")
+                assert run_readme(folder, "Tea?", text) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_what_cannot_be_exported_gets_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(method: Any, *args: str) -> str:
+        with saved(method) as path:
+            capsys.readouterr()
+            assert main(["export", "--ckpt_path", str(path), "--output", str(tmp_path / "out"), *args]) == 1
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown and not (tmp_path / "out" / "config.json").exists()
+        return shown
+
+    assert "BradleyTerry has nothing to export: its class has no `export(folder, user)`" in error(BradleyTerry(2, 4))
+    pal = PAL(2, 4)
+    pal.user_ids = ["anna", "ben"]
+    assert "no user 'ana'; did you mean 'anna'?" in error(pal, "--user", "ana")
+    assert "expected features of a Hugging Face model, got none" in error(pal, "--user", "anna")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    assert "expected a new or an empty folder" in error(pal)
+    assert main(["export", "--ckpt_path", "x", "--output", "y", "--usr", "anna"]) == 2
+    assert "did you mean '--user'?" in capsys.readouterr().err

@@ -1,0 +1,284 @@
+"""A fit that is interrupted in the middle of an epoch and resumed ends like one that was not: bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from plm.backbones import FreshCausalLM
+from plm.callbacks import BestCheckpoint
+from plm.cli import main
+from plm.data.datamodule import PreferenceDataModule
+from plm.data.sources.synthetic import SyntheticPairs
+from plm.methods.lora_dpo import LoRADPO
+from plm.methods.sft import SFT
+from plm.policy_method import PolicyMethod
+from plm.testing import quiet_trainer
+
+EVERY = 3  # steps between checkpoints
+LM = {"vocab_size": 300, "width": 16, "num_layers": 2, "num_heads": 2, "max_positions": 96, "max_prompt_length": 48}
+
+
+class Diary(L.Callback):
+    """Writes down every step: epoch, batch, loss, learning rate, tokens so far, and which texts were read."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, ...]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        read = sorted(batch.chosen.input_ids.sum(-1).tolist())
+        tokens = trainer.callback_metrics.get("train/num_tokens", torch.zeros(())).item()
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.steps.append((trainer.current_epoch, batch_idx, float(outputs["loss"]), rate, tokens, read))
+
+
+class Stop(L.Callback):
+    """Raises an error when so many batches have been trained on, or in the middle of the one after them."""
+
+    def __init__(self, step: int, error: type[BaseException], within_step: bool = False) -> None:
+        self.step, self.error, self.within_step = step, error, within_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.within_step and trainer.fit_loop.total_batch_idx + 1 == self.step:
+            raise self.error("stop")
+
+    def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: torch.Tensor) -> None:
+        if self.within_step and trainer.fit_loop.total_batch_idx == self.step:
+            raise self.error("stop")
+
+
+class Die(L.Callback):
+    """Kills its process after a step, as a machine that is lost does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+def data_in(folder: Path, pairs_per_user: int | None) -> PreferenceDataModule:
+    """Six users with seven training pairs each: seven batches by pair in an epoch."""
+    return PreferenceDataModule(
+        SyntheticPairs(num_users=6, pairs_per_user=12),
+        FreshCausalLM(str(folder / "model"), **LM),  # type: ignore[arg-type]
+        cache_dir=str(folder / "cache"),
+        unseen_users=0.0,
+        batch_size=6,
+        pairs_per_user=pairs_per_user,
+        shots=[],
+    )
+
+
+def fit(
+    make: Callable[[PreferenceDataModule], PolicyMethod],
+    data: PreferenceDataModule,
+    folder: Path,
+    *callbacks: L.Callback,
+    ckpt_path: Path | None = None,
+    accumulate: int = 1,
+) -> tuple[PolicyMethod, list[tuple[Any, ...]], dict[str, Any]]:
+    """The method, its diary, and the optimizer's state of a fit of two epochs."""
+    torch.manual_seed(0)
+    data.prepare_data()
+    method, diary = make(data), Diary()
+    kept = ModelCheckpoint(
+        folder,
+        "{step}",
+        every_n_train_steps=EVERY,
+        save_top_k=-1,
+        save_on_exception=True,
+        save_on_train_epoch_end=False,
+    )
+    trainer = quiet_trainer(
+        folder,
+        max_epochs=2,
+        callbacks=[diary, kept, *callbacks],
+        enable_checkpointing=True,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        accumulate_grad_batches=accumulate,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*dataloader is not resumable.*")
+        trainer.fit(method, data, ckpt_path=ckpt_path, weights_only=True)
+    return method, diary.steps, trainer.optimizers[0].state_dict()
+
+
+def lora_dpo(data: PreferenceDataModule, **options: Any) -> LoRADPO:
+    return LoRADPO(data.num_users, data.feature_dim, data.backbone_spec, rank=2, alpha=4, lr=1e-2, **options)
+
+
+METHODS: dict[str, tuple[Callable[[PreferenceDataModule], PolicyMethod], int | None]] = {
+    "sft": (lambda data: SFT(data.num_users, data.feature_dim, data.backbone_spec, lr=1e-2), None),
+    "shared": (lora_dpo, None),
+    "per_user": (lambda data: lora_dpo(data, mode="per_user"), 2),
+    "shared_and_user": (lambda data: lora_dpo(data, mode="shared_and_user"), 2),
+    "basis": (lambda data: lora_dpo(data, mode="basis", num_bases=2), None),
+}
+
+
+def assert_equal(one: Any, two: Any) -> None:
+    """Two nested states are the same to the last bit."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_equal(one[key], two[key])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fit_stopped_within_an_epoch_ends_as_if_it_had_not_been(name: str, folder: Path, tmp_path: Path) -> None:
+    make, pairs_per_user = METHODS[name]
+    data = data_in(folder, pairs_per_user)
+    method, steps, optimizer = fit(make, data, tmp_path / "whole")
+    assert {epoch for epoch, *_ in steps} == {0, 1} and len(steps) == 14
+    stopped = tmp_path / "stopped"
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(make, data_in(folder, pairs_per_user), stopped, Stop(10, RuntimeError))  # in the second epoch of seven
+    resumed, rest, its_optimizer = fit(
+        make, data_in(folder, pairs_per_user), tmp_path / "resumed", ckpt_path=stopped / "step=9.ckpt"
+    )
+    assert rest == steps[9:], "the batches, losses, learning rates and counts that are left"
+    assert_equal(dict(resumed.state_dict()), dict(method.state_dict()))
+    assert_equal(its_optimizer, optimizer)
+
+
+@pytest.mark.parametrize("within_step", [True, False], ids=["within a step", "after a step"])
+def test_a_checkpoint_of_the_moment_of_an_error_neither_repeats_nor_skips(
+    within_step: bool, folder: Path, tmp_path: Path
+) -> None:
+    done = 10
+    make, _ = METHODS["shared"]
+    method, steps, _ = fit(make, data_in(folder, None), tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(make, data_in(folder, None), tmp_path / "stopped", Stop(done, RuntimeError, within_step))
+    saved = tmp_path / "stopped" / f"step={done}.ckpt"
+    resumed, rest, _ = fit(make, data_in(folder, None), tmp_path / "resumed", ckpt_path=saved)
+    for again, once in zip(rest, steps[done:], strict=True):  # of a failed step, the tokens have been read nonetheless
+        assert (*again[:4], again[5]) == (*once[:4], once[5]) and (again[4] > once[4]) is within_step
+    assert_equal(dict(resumed.state_dict()), dict(method.state_dict()))
+
+
+def test_accumulated_steps_go_on_as_well(folder: Path, tmp_path: Path) -> None:
+    """Seven batches are four steps of two batches, the last of one; step 6 is two steps into the second epoch."""
+    make, _ = METHODS["shared"]
+    method, steps, _ = fit(make, data_in(folder, None), tmp_path / "whole", accumulate=2)
+    again, rest, _ = fit(
+        make, data_in(folder, None), tmp_path / "again", ckpt_path=tmp_path / "whole" / "step=6.ckpt", accumulate=2
+    )
+    assert rest == steps[11:]
+    assert_equal(dict(again.state_dict()), dict(method.state_dict()))
+
+
+def test_a_fit_stopped_after_an_epoch_goes_on_with_the_next(folder: Path, tmp_path: Path) -> None:
+    make, _ = METHODS["shared"]
+    after = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    judged = ModelCheckpoint(tmp_path, "judged-{epoch}", mode="max", save_top_k=-1, save_on_train_epoch_end=False)
+    method, steps, _ = fit(make, data_in(folder, None), tmp_path / "whole", after, judged)
+    for saved in ("epoch=0.ckpt", "judged-epoch=0.ckpt"):
+        again, rest, _ = fit(make, data_in(folder, None), tmp_path / saved[:-5], ckpt_path=tmp_path / saved)
+        assert rest == steps[7:], saved
+        assert_equal(dict(again.state_dict()), dict(method.state_dict()))
+
+
+def test_what_was_best_before_is_remembered_in_another_folder(tmp_path: Path) -> None:
+    before = BestCheckpoint(dirpath=tmp_path / "one", monitor="loss", filename="best")
+    before.best_model_score = before.kth_value = torch.tensor(0.5)
+    before.best_model_path = before.kth_best_model_path = str(tmp_path / "one" / "best.ckpt")
+    before.best_k_models = {before.best_model_path: torch.tensor(0.5)}
+    after = BestCheckpoint(dirpath=tmp_path / "two", monitor="loss", filename="best")
+    after.load_state_dict(before.state_dict())
+    assert after.dirpath == str(tmp_path / "two")
+    assert after.best_model_score == 0.5 and after.best_model_path == before.best_model_path
+    assert not after.check_monitor_top_k(quiet_trainer(tmp_path), torch.tensor(0.6))
+    assert after.check_monitor_top_k(quiet_trainer(tmp_path), torch.tensor(0.4))
+
+
+# ---------------------------------------------------------------------- from the command line
+def write_recipe(folder: Path, name: str, *callbacks: dict[str, Any]) -> str:
+    recipe = {
+        "defaults": [{"trainer": "tokens"}, {"logger": "csv"}],
+        "data": {
+            "source": {"class_path": "SyntheticPairs", "init_args": {"num_users": 6, "pairs_per_user": 12}},
+            "backbone": {"class_path": "FreshCausalLM", "init_args": {"model": str(folder / "model"), **LM}},
+            "cache_dir": str(folder / "cache"),
+            "unseen_users": 0.0,
+            "batch_size": 6,
+            "pairs_per_user": 2,
+            "shots": [],
+        },
+        "model": {
+            "class_path": "plm.methods.lora_dpo.LoRADPO",
+            "init_args": {"mode": "per_user", "rank": 2, "alpha": 4, "lr": 0.01},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 3,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"filename": "last", "every_n_train_steps": EVERY, "enable_version_counter": False},
+                },
+                *callbacks,
+            ],
+        },
+    }
+    path = folder / name
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_killed_command_is_resumed_by_ckpt_path(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dying = write_recipe(folder, "dying.yaml", {"class_path": f"{__name__}.Die", "init_args": {"step": 11}})
+    command = multiprocessing.get_context("fork").Process(target=main, args=(["fit", "--config", dying],))
+    command.start()
+    command.join(100)
+    assert command.exitcode == -signal.SIGKILL
+    last = tmp_path / "runs/plm/version_0/checkpoints/last.ckpt"
+    recipe = write_recipe(folder, "recipe.yaml")
+    assert main(["fit", "--config", recipe, "--ckpt_path", str(last)]) == 0
+    assert main(["fit", "--config", recipe]) == 0  # in one go
+    assert "Traceback" not in capfd.readouterr().err
+    resumed, whole = (tmp_path / f"runs/plm/version_{version}" for version in (1, 2))
+    one, two = (json.loads((run / "metrics.json").read_text()) for run in (resumed, whole))
+    assert one["seen"] == pytest.approx(two["seen"], nan_ok=True, abs=0)
+    saved = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (resumed, whole)]
+    assert saved[0]["global_step"] == saved[1]["global_step"] == 21  # the last of every third
+    for key in ("state_dict", "optimizer_states", "plm"):
+        assert_equal(*(one[key][0] if isinstance(one[key], list) else one[key] for one in saved))
