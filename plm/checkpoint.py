@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plm.backbones import Backbone, CausalLM
 from plm.data.values import plain_prompt
-from plm.method import CHECKPOINT_KEY, PersonalizationMethod
+from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
 from plm.types import Tokens, UserState
 from plm.users import UserStore, shared_hash, store_path
 
@@ -180,12 +180,11 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
     about = checkpoint[CHECKPOINT_KEY]
     cls = find_class(about["class_path"])
     hparams = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
-    parameters = inspect.signature(cls).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        # linked values and those a method hands to its bases are written even where the class has no such parameter
-        bases = [base for base in cls.__mro__[1:] if issubclass(base, PersonalizationMethod)]
-        given_on = {name for base in bases for name in inspect.signature(base).parameters} | {"prompt_dim"}
-        hparams = {key: value for key, value in hparams.items() if key in parameters or key not in given_on}
+    # linked values and those a method hands to its bases are written even where the class has no such parameter
+    bases = [base for base in cls.__mro__[1:] if issubclass(base, PersonalizationMethod)]
+    given_on = {name for base in bases for name in inspect.signature(base).parameters} | {"prompt_dim"}
+    accepted = constructor_arguments(cls)
+    hparams = {key: value for key, value in hparams.items() if key in accepted or key not in given_on}
     try:
         method = cls(**hparams)
         method.user_ids = list(about["user_ids"])

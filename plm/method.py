@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -366,6 +367,19 @@ class PersonalizationMethod(L.LightningModule, ABC):
     def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
         """Row of a user table for a user a checkpoint does not know; None = as initialised."""
         return None
+
+
+def constructor_arguments(cls: type) -> set[str]:
+    """Names of the arguments a class takes, with those that it hands on by ``**options`` to the classes after it."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        names |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return names
 
 
 def _clone(value: Tensor | Tokens | None) -> Any:

@@ -6,7 +6,6 @@ Only validation rows are looked at. Data and features are loaded once and shared
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import json
 import logging
@@ -22,7 +21,7 @@ from rich.table import Table
 
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.cli.parser import RecipeParser, shorten
-from plm.method import PersonalizationMethod
+from plm.method import PersonalizationMethod, constructor_arguments
 
 if TYPE_CHECKING:
     from plm.cli.training import RecipeCLI
@@ -121,13 +120,11 @@ def select(cli: RecipeCLI) -> PersonalizationMethod:
 def build(cli: RecipeCLI, arguments: dict[str, Any]) -> PersonalizationMethod:
     """The recipe's method with some arguments replaced, filled from the data that are already there."""
     spec = cli.config["fit"].model
-    cls = type(cli.model)
-    parameters = inspect.signature(cls).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    accepted = constructor_arguments(type(cli.model))
     linked = {
         target: getattr(cli.datamodule, source.removeprefix("data."))
         for target, source in LINKS.items()
-        if takes_all or target in parameters
+        if target in accepted
     }
     own = {key: value for key, value in spec.init_args.as_dict().items() if key not in LINKS}
     parser = RecipeParser(exit_on_error=False)
