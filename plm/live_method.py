@@ -114,7 +114,7 @@ class LiveMethod(NetworkMethod):
 
     def _remembered(self, texts: Tokens) -> Tensor:
         """Features ``(I, D)`` of distinct texts, of which those are read that have not been before."""
-        state = [(value.data_ptr(), value._version) for value in self.backbone_parameters()]
+        state = [(id(value), value._version) for value in self.backbone_parameters()]
         if state != self._state_of_read or len(self._read) * self.feature_dim > MAX_FLOATS:
             self._state_of_read, self._read = state, {}
         keys = [ids[mask].numpy().tobytes() for ids, mask in zip(*map(_on_cpu, texts[:2]), strict=True)]
@@ -189,6 +189,16 @@ class LiveMethod(NetworkMethod):
         return super().evaluate(self.featured(batch))
 
     # ------------------------------------------------------------------ Lightning
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Forget what has been read: the versions of sharded weights do not tell that they change."""
+        if self.backbone_parameters():
+            self._read.clear()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Forget what has been read."""
+        super().on_load_checkpoint(checkpoint)
+        self._read.clear()
+
     def on_train_start(self) -> None:
         """Measure the features as they are before training."""
         self.policy.gather()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -316,6 +318,52 @@ def test_from_a_recipe_to_rewards_of_texts_and_new_users(
     assert main(["query", "--ckpt_path", str(ckpt), "--user", "anna", "--pool", "pairs.jsonl", "--num", "1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert 0 <= json.loads(line)["chance"] <= 1 and json.loads(line)["information"] >= 0
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_nothing_else_changes(tmp_path: Path) -> None:
+    """One process, two of them, and two that share the weights train the same users, to rounding."""
+    init = {"model": str(tmp_path / "lm"), "architecture": "llama", "vocab_size": 300, "width": 16, "num_layers": 2}
+    recipe = {
+        "data": {
+            "source": {
+                "class_path": "plm.data.sources.synthetic.SyntheticPairs",
+                "init_args": {"num_users": 12, "pairs_per_user": 12},
+            },
+            "backbone": {
+                "class_path": "plm.backbones.FreshCausalLM",
+                "init_args": {**init, "num_heads": 2, "max_positions": 128, "max_prompt_length": 48},
+            },
+            "cache_dir": str(tmp_path / "cache"),
+            "pairs_per_user": 4,
+            "shots": [],
+        },
+        "model": {
+            "class_path": "plm.methods.pal.live.LivePAL",
+            "init_args": {"train_backbone": "full", "backbone_lr": 0.003, "num_prototypes": 3, "lr": 0.05},
+        },
+        "trainer": {"accelerator": "cpu", "max_epochs": 3, "enable_progress_bar": False, "gradient_clip_val": 1.0},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    sharded = "lightning.pytorch.strategies.ModelParallelStrategy"
+    found = []
+    for devices, strategy in (
+        (1, ["auto"]),
+        (2, ["ddp"]),
+        (2, [sharded, "--trainer.strategy.save_distributed_checkpoint", "false"]),
+    ):
+        folder = tmp_path / f"run{len(found)}"
+        folder.mkdir()
+        command = [sys.executable, "-m", "plm", "fit", "--config", "../recipe.yaml", "--trainer.devices", str(devices)]
+        command += ["--data.batch_size", str(16 // devices), "--trainer.strategy", *strategy]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        (ckpt,) = folder.rglob("best.ckpt")
+        found.append(torch.load(ckpt, weights_only=True)["state_dict"])
+    for state in found[1:]:
+        assert state.keys() == found[0].keys()
+        for name, value in state.items():
+            torch.testing.assert_close(value, found[0][name], atol=2e-3, rtol=2e-3, msg=lambda text, n=name: n + text)
 
 
 def _assert_adapted(method: LiveMethod, state: UserState, pairs: list[dict[str, str]]) -> None:

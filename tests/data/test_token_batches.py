@@ -232,3 +232,15 @@ def test_batches_by_prompt_hold_all_pairs_of_their_prompts() -> None:
     shared = [epoch(rank, 2) for rank in range(2)]
     assert len(shared[0]) == len(shared[1]) == 2
     assert sorted(prompt for part in shared for batch in part for prompt in batch) == sorted(seen)
+
+
+@pytest.mark.parametrize("per_user", [0, 2])
+def test_users_are_whole_in_the_pass_over_all_pairs(per_user: int) -> None:
+    """However training batches are made, every pair once over two processes, and no user in two batches."""
+    table = planted([3, 1, 4, 2, 5])
+    seen = []
+    for rank in range(2):
+        for batch in loader(table, rank=rank, world_size=2, per_user=per_user).whole_users():
+            seen.append((set(batch.user_index.tolist()), pairs(batch)))
+    assert sorted(chain(*(found for _, found in seen))) == list(range(15))
+    assert sorted(chain(*(users for users, _ in seen))) == list(range(5))

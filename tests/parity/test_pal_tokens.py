@@ -133,6 +133,8 @@ def test_padding_changes_nothing(options: dict[str, Any]) -> None:
     loss = method.loss(batch_of(0, 6))["loss"]
     for pad, length in ((1, 6), (0, 9), (49, 12)):
         torch.testing.assert_close(method.loss(batch_of(pad, length))["loss"], loss, atol=1e-5, rtol=1e-5)
+    uneven = batch_of()._replace(chosen=tokens(CHOSEN, 3), rejected=tokens(REJECTED, 7))  # as batches come
+    torch.testing.assert_close(method.loss(uneven)["loss"], loss, atol=1e-5, rtol=1e-5)
 
 
 def test_token_alignment_pairs_places_and_pooling_reads_the_whole_prompt() -> None:
@@ -170,6 +172,21 @@ def test_backbone_is_trained_as_far_as_it_is_asked_for(kind: str, tmp_path: Path
     state = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)["state_dict"]
     kept = {name for name in state if name.startswith("policy.")}
     assert ("adapter" in state) is (kind == "lora") and (len(kept) > 10 if kind == "full" else not kept)
+
+
+def test_clipping_bounds_each_user_apart_and_all_else_together() -> None:
+    """By hand: users' gradients of lengths 2 and 0.5, and others of joint length 5, under the limit 1."""
+    method = live(projector="identity")
+    points, table = method.geometry.prototypes, method.logits
+    assert points is not None and isinstance(table, torch.nn.Parameter)
+    points.grad = torch.zeros_like(points)
+    points.grad[0, 0], points.grad[1, 3] = 3.0, 4.0
+    table.grad = torch.sparse_coo_tensor(
+        torch.tensor([[0, 2]]), torch.tensor([[2.0, 0.0], [0.3, 0.4]]), table.shape, check_invariants=True
+    )
+    method.configure_gradient_clipping(torch.optim.SGD([points]), 1.0)
+    torch.testing.assert_close(points.grad[[0, 1], [0, 3]], torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(table.grad.to_dense()[[0, 2]], torch.tensor([[1.0, 0.0], [0.3, 0.4]]))
 
 
 def test_live_margins_are_those_of_last_token_features() -> None:
