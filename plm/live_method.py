@@ -114,7 +114,8 @@ class LiveMethod(NetworkMethod):
 
     def _remembered(self, texts: Tokens) -> Tensor:
         """Features ``(I, D)`` of distinct texts, of which those are read that have not been before."""
-        state = [(id(value), value._version) for value in self.backbone_parameters()]
+        weights = self.policy.parameters() if self.adapter is None else [self.adapter]
+        state = [(id(value), value._version) for value in weights]
         if state != self._state_of_read or len(self._read) * self.feature_dim > MAX_FLOATS:
             self._state_of_read, self._read = state, {}
         keys = [ids[mask].numpy().tobytes() for ids, mask in zip(*map(_on_cpu, texts[:2]), strict=True)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -260,16 +260,15 @@ def write_recipe(folder: Path, name: str, *callbacks: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_killed_command_is_resumed_by_ckpt_path(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     dying = write_recipe(folder, "dying.yaml", {"class_path": f"{__name__}.Die", "init_args": {"step": 11}})
-    command = multiprocessing.get_context("fork").Process(target=main, args=(["fit", "--config", dying],))
-    command.start()
-    command.join(100)
-    assert command.exitcode == -signal.SIGKILL
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "plm", "fit", "--config", dying]
+    killed = subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     last = tmp_path / "runs/plm/version_0/checkpoints/last.ckpt"
     recipe = write_recipe(folder, "recipe.yaml")
     assert main(["fit", "--config", recipe, "--ckpt_path", str(last)]) == 0
