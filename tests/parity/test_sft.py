@@ -65,7 +65,7 @@ def test_a_fit_reports_nats_and_writes_its_best_model(causal_lm: Callable[[str],
     before = nats_per_token(causal_lm("gpt2"), chosen(list(data.val_dataloader()[0])))
     best = ModelCheckpoint(tmp_path, "best", monitor="val/method/nats_per_token", mode="min")
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, callbacks=[PreferenceMetrics(), best],
+        max_epochs=2, accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[PreferenceMetrics(), best],
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(method, datamodule=data)
