@@ -18,15 +18,19 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from plm.backbones import FreshCausalLM
+from plm.backbones import FreshCausalLM, HashingBackbone
 from plm.callbacks import BestCheckpoint
 from plm.cli import main
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
+from plm.method import PersonalizationMethod
+from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lora_dpo import LoRADPO
+from plm.methods.lore import LoRe
 from plm.methods.sft import SFT
 from plm.policy_method import PolicyMethod
 from plm.testing import quiet_trainer
+from plm.types import Tokens
 
 EVERY = 3  # steps between checkpoints
 LM = {"vocab_size": 300, "width": 16, "num_layers": 2, "num_heads": 2, "max_positions": 96, "max_prompt_length": 48}
@@ -41,7 +45,8 @@ class Diary(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        read = sorted(batch.chosen.input_ids.sum(-1).tolist())
+        chosen = batch.chosen.input_ids if isinstance(batch.chosen, Tokens) else batch.chosen
+        read = sorted(chosen.sum(-1).tolist())
         tokens = trainer.callback_metrics.get("train/num_tokens", torch.zeros(())).item()
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.steps.append((trainer.current_epoch, batch_idx, float(outputs["loss"]), rate, tokens, read))
@@ -96,13 +101,13 @@ def data_in(folder: Path, pairs_per_user: int | None) -> PreferenceDataModule:
 
 
 def fit(
-    make: Callable[[PreferenceDataModule], PolicyMethod],
+    make: Callable[[PreferenceDataModule], PersonalizationMethod],
     data: PreferenceDataModule,
     folder: Path,
     *callbacks: L.Callback,
     ckpt_path: Path | None = None,
     accumulate: int = 1,
-) -> tuple[PolicyMethod, list[tuple[Any, ...]], dict[str, Any]]:
+) -> tuple[PersonalizationMethod, list[tuple[Any, ...]], dict[str, Any]]:
     """The method, its diary, and the optimizer's state of a fit of two epochs."""
     torch.manual_seed(0)
     data.prepare_data()
@@ -209,6 +214,29 @@ def test_a_fit_stopped_after_an_epoch_goes_on_with_the_next(folder: Path, tmp_pa
         again, rest, _ = fit(make, data_in(folder, None), tmp_path / saved[:-5], ckpt_path=tmp_path / saved)
         assert rest == steps[7:], saved
         assert_equal(dict(again.state_dict()), dict(method.state_dict()))
+
+
+@pytest.mark.parametrize("kind", [BradleyTerry, LoRe])
+def test_on_features_a_fit_stopped_within_an_epoch_goes_on_as_well(
+    kind: type[PersonalizationMethod], tmp_path: Path
+) -> None:
+    """Batches of whole users, in another order every epoch: step 9 is two batches into the second epoch of seven."""
+
+    def data() -> PreferenceDataModule:
+        source = SyntheticPairs(num_users=7, pairs_per_user=12)
+        return PreferenceDataModule(
+            source, HashingBackbone(dim=16), str(tmp_path / "cache"), unseen_users=0.0, batch_size=6, shots=[]
+        )
+
+    def make(data: PreferenceDataModule) -> PersonalizationMethod:
+        return kind(data.num_users, data.feature_dim, lr=1e-2)
+
+    method, steps, optimizer = fit(make, data(), tmp_path / "whole")
+    assert len(steps) == 14 and steps[7][-1] != steps[0][-1]
+    again, rest, its_optimizer = fit(make, data(), tmp_path / "again", ckpt_path=tmp_path / "whole" / "step=9.ckpt")
+    assert rest == steps[9:]
+    assert_equal(dict(again.state_dict()), dict(method.state_dict()))
+    assert_equal(its_optimizer, optimizer)
 
 
 def test_what_was_best_before_is_remembered_in_another_folder(tmp_path: Path) -> None:

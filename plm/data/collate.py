@@ -8,9 +8,10 @@ Axes: N pairs, I items, P prompts, U users, D feature width, S support pairs of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -132,7 +133,34 @@ def split_weights(table: PairTable, rows: IntArray, macro: bool, *, evaluation: 
     return (weight / (weight.mean() if len(rows) else 1.0)).astype(np.float32)
 
 
-class TrainBatches:
+class ResumableBatches(ABC):
+    """Batches of an epoch of which the first can be left out, so that a fit is resumed in the middle of one."""
+
+    _skipped = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches per epoch on every process."""
+
+    def skip(self, num_batches: int) -> None:
+        """Leave out the first batches of the epoch that is read next; of a whole epoch, none."""
+        self._skipped = num_batches % len(self)
+
+    def take_skipped(self) -> int:
+        """How many batches the epoch that begins leaves out; the next is whole again."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, for the trainer counts the batches; it tells Lightning that a fit can be resumed within an epoch."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing, see ``state_dict``."""
+        return
+
+
+class TrainBatches(ResumableBatches):
     """Training batches of this rank, made of whole users; every user goes to one rank.
 
     A method that solves for a user while it trains needs all of that user's pairs at once.
@@ -175,8 +203,9 @@ class TrainBatches:
         return self._num_batches(self.place().world_size)
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        """Hand out one epoch."""
+        """Hand out one epoch, or what `skip` left of it."""
         rank, world_size, epoch = self.place()
+        skipped = self.take_skipped()
         if len(self.start) < world_size:
             raise ValueError(
                 f"expected at least one user to train on per process, got {len(self.start)} for {world_size} processes"
@@ -188,7 +217,7 @@ class TrainBatches:
         users = np.random.default_rng((self.seed, epoch if num_batches > 1 else 0)).permutation(len(self.start))
         # ranks hold different numbers of pairs: with this factor the mean over ranks of their means is the exact mean
         for number, batch_users in enumerate(np.array_split(users, num_batches * world_size)):
-            if number % world_size != rank:
+            if number % world_size != rank or number // world_size < skipped:
                 continue
             ends = np.append(self.start, len(self.rows))
             index = np.concatenate([np.arange(ends[user], ends[user + 1]) for user in np.sort(batch_users)])

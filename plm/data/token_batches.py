@@ -6,11 +6,10 @@ Axes: B pairs in a batch, W processes, U users.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
-from plm.data.collate import FeaturedPairs, Place, TrainBatches, pair_batch
+from plm.data.collate import FeaturedPairs, Place, ResumableBatches, TrainBatches, pair_batch
 from plm.data.files import IntArray
 from plm.data.keys import KeyArray
 from plm.data.rows import TokenRows
@@ -21,7 +20,7 @@ WINDOW = 32
 """Batches that are sorted by length together: enough to save padding, few enough to keep batches random."""
 
 
-class TokenBatches:
+class TokenBatches(ResumableBatches):
     """Training batches of this process, from any batch of an epoch on, so that a fit can be resumed in the middle.
 
     By pair, an epoch is a random order of all pairs, in which windows of 32 batches are sorted by length; W processes
@@ -62,7 +61,6 @@ class TokenBatches:
         self.user_keys, self.place, self.prompts_per_batch = user_keys, place, prompts_per_batch
         length = data.items.lengths
         self.length = np.maximum(length[data.table.chosen[rows]], length[data.table.rejected[rows]])
-        self._skipped = 0
 
     def __len__(self) -> int:
         """Batches per epoch on every process."""
@@ -71,8 +69,7 @@ class TokenBatches:
     def __iter__(self) -> Iterator[PreferenceBatch]:
         """Hand out one epoch, or what `skip` left of it."""
         order = self._order(self.place())
-        start, self._skipped = self._skipped, 0
-        for index, share in order[start:]:
+        for index, share in order[self.take_skipped() :]:
             # processes hold different numbers of pairs: with this factor the mean over them of their means is exact
             weight = self.weight[index] * np.float32(share)
             yield pair_batch(self.data, self.rows[index], weight, evaluation=False)
@@ -81,17 +78,6 @@ class TokenBatches:
         """Every training pair of this process once, a user's in one batch; each user belongs to one process."""
         size = self.data.items.max_rows // 2
         return TrainBatches(self.data, self.rows, self.weight, size, self.seed, self.place)
-
-    def skip(self, num_batches: int) -> None:
-        """Leave out the first batches of the epoch that is read next; of a whole epoch, none."""
-        self._skipped = num_batches % len(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing, for the trainer counts the batches; it tells Lightning that a fit can be resumed within an epoch."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing, see ``state_dict``."""
 
     def _order(self, place: Place) -> list[tuple[IntArray, float]]:
         """Positions in ``rows`` and the weight factor of every batch of an epoch."""

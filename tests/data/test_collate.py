@@ -168,6 +168,17 @@ def test_ranks_share_out_whole_users_and_their_mean_is_exact(
     assert mean(batches) == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.parametrize("where", [{}, {"rank": 1, "world_size": 2}])
+def test_an_epoch_goes_on_after_the_batches_that_are_left_out(data: FeaturedPairs, where: dict[str, int]) -> None:
+    again = train(data, 9, epoch=3, **where)
+    whole = [items([batch]) for batch in again]
+    again.skip(len(whole) - 1)
+    assert [items([batch]) for batch in again] == whole[len(whole) - 1 :]
+    assert [items([batch]) for batch in again] == whole, "the next epoch is whole again"
+    again.skip(len(whole))
+    assert [items([batch]) for batch in again] == whole, "after a whole epoch comes the next"
+
+
 def test_more_ranks_than_users_is_refused(data: FeaturedPairs) -> None:
     with pytest.raises(ValueError, match="at least one user to train on per process, got 3 for 4"):
         list(train(data, None, world_size=4))
