@@ -4,9 +4,12 @@ Usage: OMP_NUM_THREADS=2 python benchmarks/dpo_vs_trl.py [--pairs 8 --prompt 96 
 
 With ``--memory`` it prints the peak resident memory of a process of each kind instead, which takes a few steps alone.
 
-Both train rank-8 adapters of one random GPT-2-style network in float32 (bf16 on a GPU) with AdamW, the adapter off as
-reference. A token is one of prompt and response of either side, as TRL counts them, whether or not a prompt is read
-twice. Rounds time all in turns, so that a busy machine slows all alike; ratios are medians over rounds. TRL >= 1.16.
+Both train rank-8 adapters of one random GPT-2-style network in float32 (bf16 on a GPU) with AdamW. The reference is
+the network with the adapter off, read in every step, or its log-probabilities are known before ("reference known":
+``reference_logps`` of the data here, ``precompute_ref_log_probs`` of TRL, neither timed); a ratio is to TRL with the
+same reference. A step is loss, backward pass and optimizer step on a batch made before, without trainer and loader. A
+token is one of prompt and response of either side, as TRL counts them, whether or not a prompt is read twice. Rounds
+time all in turns, so that a busy machine slows all alike; ratios are medians over rounds. TRL >= 1.16.
 """
 
 from __future__ import annotations
@@ -31,8 +34,10 @@ from plm.backbones import FreshCausalLM
 from plm.methods.lora_dpo import LoRADPO
 from plm.types import PreferenceBatch, Tokens
 
+KNOWN = ", reference known"
 OURS = {"LoRADPO, prompts read twice": False, "LoRADPO, prompts shared": True}
 """Name -> whether prompts are shared."""
+NAMES = [name + known for known in ("", KNOWN) for name in ("TRL", *OURS)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -46,7 +51,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, list[int]]]:
     ]
 
 
-def ours(folder: str, pairs: list[dict[str, list[int]]], share: bool) -> Callable[[], Any]:
+def ours(folder: str, pairs: list[dict[str, list[int]]], share: bool, known: bool) -> Callable[[], Any]:
     """One training step of LoRADPO."""
     spec = {"class_path": "plm.backbones.CausalLM", "init_args": {"model": folder}}
     method = LoRADPO(1, 1, spec, rank=8, alpha=16, share_prompts=share)
@@ -61,9 +66,11 @@ def ours(folder: str, pairs: list[dict[str, list[int]]], share: bool) -> Callabl
         )
 
     zero = torch.zeros(len(pairs), dtype=torch.long, device=DEVICE)
-    batch = PreferenceBatch(
-        side("chosen_ids"), side("rejected_ids"), zero, torch.ones(len(pairs), device=DEVICE), zero > 0
-    )
+    chosen, rejected = side("chosen_ids"), side("rejected_ids")
+    if known:
+        with torch.no_grad():
+            chosen, rejected = (part._replace(ref_logps=method.logps(part).total) for part in (chosen, rejected))
+    batch = PreferenceBatch(chosen, rejected, zero, torch.ones(len(pairs), device=DEVICE), zero > 0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> float:
@@ -77,7 +84,7 @@ def ours(folder: str, pairs: list[dict[str, list[int]]], share: bool) -> Callabl
     return step
 
 
-def theirs(folder: str, pairs: list[dict[str, list[int]]]) -> Callable[[], Any]:
+def theirs(folder: str, pairs: list[dict[str, list[int]]], known: bool) -> Callable[[], Any]:
     """One training step of TRL's trainer on the batch its own collator makes."""
     import datasets
     import trl
@@ -96,6 +103,7 @@ def theirs(folder: str, pairs: list[dict[str, list[int]]]) -> Callable[[], Any]:
             use_cpu=DEVICE == "cpu",
             bf16=DEVICE == "cuda",
             gradient_checkpointing=False,
+            precompute_ref_log_probs=known,
             report_to="none",
             disable_tqdm=True,
         ),
@@ -105,6 +113,8 @@ def theirs(folder: str, pairs: list[dict[str, list[int]]]) -> Callable[[], Any]:
     )
     batch = {key: value.to(DEVICE) for key, value in trainer.data_collator(pairs).items() if torch.is_tensor(value)}
     model = trainer.model.to(DEVICE).train()
+    if known:
+        batch["ref_chosen_logps"], batch["ref_rejected_logps"] = trainer.compute_ref_log_probs(model, batch)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> float:
@@ -127,7 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.memory and not options.only:
-        for name in ("TRL", *OURS):
+        for name in NAMES:
             subprocess.run([sys.executable, *sys.argv, "--only", name], check=True)
         return
     pairs = rows(options)
@@ -136,10 +146,10 @@ def main() -> None:
         FreshCausalLM(folder, vocab_size=4096, width=256, num_layers=4, num_heads=4).prepare(
             f"word{n} and {n * n} more of it" for n in range(20000)
         )
-        steps = {"TRL": theirs(folder, pairs)} if options.only in (None, "TRL") else {}
-        for name, share in OURS.items():
-            if options.only in (None, name):
-                steps[name] = ours(folder, pairs, share)
+        steps: dict[str, Callable[[], Any]] = {}
+        for name in NAMES if options.only is None else [options.only]:
+            kind, known = name.removesuffix(KNOWN), name.endswith(KNOWN)
+            steps[name] = theirs(folder, pairs, known) if kind == "TRL" else ours(folder, pairs, OURS[kind], known)
         if options.only:
             import trl  # noqa: F401 - what is imported counts for both
 
@@ -161,7 +171,8 @@ def main() -> None:
     about = f"{options.pairs} pairs of {options.prompt} + {options.completion} tokens, {DEVICE}"
     table = Table("what", "tokens/s", "ratio", "first loss", title=about)
     for name, times in seconds.items():
-        ratio = statistics.median(peer / own for peer, own in zip(seconds["TRL"], times, strict=True))
+        peers = seconds["TRL" + KNOWN * name.endswith(KNOWN)]
+        ratio = statistics.median(peer / own for peer, own in zip(peers, times, strict=True))
         table.add_row(name, f"{tokens / statistics.median(times):,.0f}", f"{ratio:.2f}x", f"{first[name]:.6f}")
     Console(width=100).print(table)
 
