@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from plm.config import nearest
 
 LossType = Literal[
     "sigmoid",
@@ -136,6 +137,4 @@ class LossOptions:
 
 def _unknown(option: str, name: str, valid: Sequence[str]) -> str:
     """The message about a name that does not exist."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"model.{option}: expected one of {', '.join(valid)}, got {name!r}{hint}"
+    return f"model.{option}: expected one of {', '.join(valid)}, got {name!r}{nearest(name, valid)}"
