@@ -198,7 +198,12 @@ class CausalLM(HFBackbone):
         return ids
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Called with the texts to train on before any is tokenised; a model that exists needs none."""
+        """Called with the texts to train on before any is tokenised; a model that exists needs none.
+
+        Raises:
+            ValueError: If there is no such model, or no chat template where one is needed.
+        """
+        _ = self.tokenizer  # read now: what is wrong with it is not the fault of the first text
 
     # ------------------------------------------------------------------ the network
     def load(self) -> torch.nn.Module:

@@ -154,9 +154,11 @@ class HFBackbone(Backbone):
         tokenizer = self._read(AutoTokenizer.from_pretrained)
         tokenizer.truncation_side = "left"
         if self.template == "chat" and not isinstance(tokenizer.chat_template, str):
+            found = "none" if tokenizer.chat_template is None else f"several: {', '.join(tokenizer.chat_template)}"
             raise ValueError(
-                f"template='chat' needs one chat template, and the tokenizer of {self.model!r} has "
-                f"{tokenizer.chat_template!r:.80}; set template='plain'"
+                f"template='chat' needs one chat template, and the tokenizer of {self.model!r} has {found}; take a "
+                "model tuned to chat, save a template with the tokenizer (tokenizer.chat_template), or set "
+                "template='plain' (data.backbone.init_args.template)"
             )
         return tokenizer
 
