@@ -333,6 +333,7 @@ def test_a_wrong_option_gives_one_message(error: Callable[..., str], args: list[
         ("{trainer: cpu}", "{trainer: cpus}", "no trainer named 'cpus'; did you mean 'cpu'? (trainer: cpu, ddp, "),
         ("{trainer: cpu}", "{trainr: cpu}", "no group 'trainr' in defaults; did you mean 'trainer'?"),
         ("SyntheticPairs", "SyntheticPair", "did you mean 'SyntheticPairs'?"),
+        ("SyntheticPairs", "plm.data.sources.SyntheticPairs", "mean 'plm.data.sources.synthetic.SyntheticPairs'?"),
     ],
 )
 def test_a_typo_in_a_recipe_gives_one_message(error: Callable[..., str], old: str, new: str, message: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from plm.backbones import Backbone, CausalLM, Policy, ReferenceLogps, TooLong, completion_tokens
+from plm.backbones import Backbone, CausalLM, LoRA, Policy, ReferenceLogps, TooLong, completion_tokens
 from plm.functional import sequence_logps
 from plm.types import Tokens
 
@@ -184,6 +185,14 @@ def test_peft_reads_what_we_write_and_we_read_it_back(causal_lm: Folder, kind: s
 def test_a_network_without_the_linear_maps_is_refused(causal_lm: Folder) -> None:
     with pytest.raises(ValueError, match=r"target_modules.*got \['q_proj'\]; it has .*c_attn"):
         policy_of(causal_lm, "gpt2").add_lora(4, 8, ["q_proj"])
+    for odd in ("lm_head", "c_atn"):  # the output embedding is read apart; a typo beside a name that is right
+        with pytest.raises(ValueError, match=rf"got \['c_attn', '{odd}'\]; it has \['c_attn', 'c_fc', 'c_proj'\]"):
+            policy_of(causal_lm, "gpt2").add_lora(4, 8, ["c_attn", odd])
+    network = SimpleNamespace(config=SimpleNamespace(model_type="new"), named_modules=list, get_output_embeddings=list)
+    with pytest.raises(
+        ValueError, match=r"model\.target_modules: PEFT has no default for 'new', got null; name linear"
+    ):
+        LoRA(network, 4, 8)
 
 
 @KINDS

@@ -38,18 +38,17 @@ class LoRA:
     The adapters themselves are given from outside, by `use`; without them the network is untouched, bit for bit.
 
     Args:
-        network: The frozen network; hooks are registered on it.
+        network: The frozen network of transformers; hooks are registered on it.
         rank: r.
         alpha: The scale is ``alpha / rank``.
-        target_modules: Last parts of the names of the linear maps; None = what PEFT adapts in this architecture.
+        target_modules: Last parts of the names of the linear maps; None = what PEFT adapts in this architecture. The
+            output embedding is none of them: it reads single tokens, outside of a call of the network.
 
     Raises:
         ValueError: If the network has no such linear map.
     """
 
-    def __init__(
-        self, network: torch.nn.Module, rank: int, alpha: float, target_modules: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, network: Any, rank: int, alpha: float, target_modules: Sequence[str] | None = None) -> None:
         """See the class."""
         if rank < 1:
             raise ValueError(f"expected rank to be at least 1, got {rank!r}")
@@ -57,20 +56,21 @@ class LoRA:
         self.target_modules = list(target_modules) if target_modules is not None else default_targets(network)
         self.places: list[Place] = []
         self._active: tuple[Sequence[Tensor], ...] = ()
-        start = 0
+        head, start = network.get_output_embeddings(), 0
         for name, module in network.named_modules():
             sizes = _sizes(module)
-            if sizes is None or name.rpartition(".")[2] not in self.target_modules:
+            if sizes is None or module is head or name.rpartition(".")[2] not in self.target_modules:
                 continue
             place = Place(name, *sizes, start, type(module).__name__ == "Conv1D")
             module.register_forward_hook(self._hook(len(self.places)))
             self.places.append(place)
             start += rank * (sizes[0] + sizes[1])
-        if not self.places:
-            linear = sorted({name.rpartition(".")[2] for name, m in network.named_modules() if _sizes(m) is not None})
+        found = {place.name.rpartition(".")[2] for place in self.places}
+        if not found or (target_modules is not None and found != set(target_modules)):
             raise ValueError(
-                f"target_modules: expected names of linear maps of {type(network).__name__}, got "
-                f"{self.target_modules!r}; it has {linear}"
+                f"model.target_modules: expected names of linear maps of {type(network).__name__}, got "
+                f"{self.target_modules!r}; it has {_linear_maps(network)}: name some of them, or set null for PEFT's "
+                "default"
             )
         self.num_parameters = start
 
@@ -211,7 +211,7 @@ class LoRA:
         return flat
 
 
-def default_targets(network: torch.nn.Module) -> list[str]:
+def default_targets(network: Any) -> list[str]:
     """What PEFT adapts in the architecture of a network.
 
     Raises:
@@ -219,10 +219,20 @@ def default_targets(network: torch.nn.Module) -> list[str]:
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
-    kind = getattr(getattr(network, "config", None), "model_type", None)
+    kind = network.config.model_type
     if kind not in TARGETS:
-        raise ValueError(f"target_modules: PEFT has no default for {kind!r}; name the linear maps to adapt")
+        raise ValueError(
+            f"model.target_modules: PEFT has no default for {kind!r}, got null; name linear maps to adapt, of "
+            f"{_linear_maps(network)}"
+        )
     return list(TARGETS[kind])
+
+
+def _linear_maps(network: Any) -> list[str]:
+    """Last parts of the names of the linear maps that can be adapted."""
+    head = network.get_output_embeddings()
+    maps = [name for name, module in network.named_modules() if _sizes(module) is not None and module is not head]
+    return sorted({name.rpartition(".")[2] for name in maps})
 
 
 def _sizes(module: torch.nn.Module) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentError
@@ -19,6 +19,8 @@ def shorten(message: str) -> str:
     Example:
         >>> shorten("Parser key \"lr\":\n  Expected a <class 'float'>. Got value: x")
         "lr: expected float, got 'x'"
+        >>> shorten("Parser key \"mode\":\n  Expected a typing.Literal['shared', 'per_user']. Got value: share")
+        "mode: expected one of shared, per_user, got 'share'; did you mean 'shared'?"
     """
     if "Parser key" not in message and "Union subtypes" not in message:
         return message
@@ -34,9 +36,16 @@ def shorten(message: str) -> str:
     text = re.sub(r"- Expected a path but .* either not accessible or invalid", "", text)
     text = re.sub(r"(- )?Parser key \"([^\"]+)\":", r"\2:", text)
     text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
+    text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]\. Got value: (.*)", _not_among, text)
     text = re.sub(r"Expected an? (?:<class '([^']+)'>|(\S+))\. Got value: (.*)", r"expected \1\2, got '\3'", text)
     text = re.sub(r"(- )?Expected a dot import path string: (\S+)", r"no class '\2'", text)
     return " ".join(text.split())
+
+
+def _not_among(found: re.Match[str]) -> str:
+    """What is said of a value that is none of the few that there are."""
+    choices, value = re.findall(r"'([^']*)'", found[1]), found[2]
+    return f"expected one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
 
 
 class RecipeParser(LightningArgumentParser):
@@ -64,10 +73,18 @@ class RecipeParser(LightningArgumentParser):
         if unknown:
             text = f"no option {unknown[1]!r}{nearest(unknown[1], self._options())}"
         elif no_class:
-            text += nearest(no_class[2].rpartition(".")[2], self._classes(no_class[1]))
+            text += self._near_class(no_class[2], self._classes(no_class[1]))
         elif text.startswith("the following arguments are required"):
             text = re.sub(r"\b(fit|validate|test|predict)\.", "", text) + "; give a recipe with --config"
         self.exit(2, f"error: {text}\n")
+
+    @staticmethod
+    def _near_class(path: str, known: Mapping[str, type]) -> str:
+        """The nearest class, by its short name; by its path where the name is right and the module is not."""
+        name = path.rpartition(".")[2]
+        if name in known:
+            return f"; did you mean '{known[name].__module__}.{name}'?"
+        return nearest(name, known)
 
     def _near_key(self, message: str) -> str:
         """Add the nearest accepted key to ``... option 'key' ...``."""
@@ -101,7 +118,7 @@ class RecipeParser(LightningArgumentParser):
         parsers = [self, *self._subparsers_by_name().values()]
         return {option for parser in parsers for action in parser._actions for option in action.option_strings}
 
-    def _classes(self, key: str) -> set[str]:
+    def _classes(self, key: str) -> dict[str, type]:
         """Short names of the known subclasses accepted by a key."""
         types = [
             getattr(action, "_typehint", None)
@@ -109,7 +126,7 @@ class RecipeParser(LightningArgumentParser):
             for action in parser._actions
             if action.dest == key
         ]
-        return {cls.__name__ for root in types for base in _leaves(root) for cls in _subclasses(base)}
+        return {cls.__name__: cls for root in types for base in _leaves(root) for cls in _subclasses(base)}
 
 
 def _leaves(hint: Any) -> Iterator[type]:
