@@ -7,7 +7,8 @@ Deviations: log-densities are exact and log-variances clamped; masks and positio
     nothing; the contrast is in float32. GPT-2's encoder reads positions too. Of attention only W_K and W_V are copied,
     behind a copy of the layer's own input norm. ``preset: paper`` is otherwise the released method; the default puts
     latents behind the prompt, so that a prompt is read once for all latents, contrasts each response with 3 others from
-    the first stage on, keeps the short way of gradients, and leaves the token embeddings of the encoder as they are.
+    the first stage on, weighs the KL by 0.1, keeps the short way of gradients, and leaves the token embeddings of the
+    encoder as they are.
 
 Axes: B pairs, R distinct texts, G prompts, N responses of a prompt, Z latent width, D width.
 """
@@ -87,7 +88,7 @@ class CLaP(PolicyMethod):
         gated: Whether the adapter starts as if it were not there, behind a learned gate [false].
         kl: marginal = KL of the mean posterior of a prompt's responses to the prior, by dimension; joint = of the whole
             latent; ordinary = mean KL of the posteriors, which also penalises information [marginal].
-        kl_weight: Weight of the KL [1].
+        kl_weight: Weight of the KL [0.1; paper 1, which leaves latents of a few minutes' training little to say].
         kl_draws: Draws per posterior behind it [16].
         contrast_weight: Weight of telling a response's own latent from those of others to the prompt, by the
             likelihood it gives [1; paper 0 in the first stage].

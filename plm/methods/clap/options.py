@@ -27,7 +27,7 @@ class Options:
     placement: Placement = "suffix"
     gated: bool = False
     kl: KL = "marginal"
-    kl_weight: float = 1.0
+    kl_weight: float = 0.1
     kl_draws: int = 16
     contrast_weight: float = 1.0
     num_negatives: int | None = 3
@@ -79,6 +79,7 @@ def resolved(preset: Preset, unfreeze: bool, given: dict[str, object]) -> Option
             base,
             train_embeddings=True,
             placement="prefix",
+            kl_weight=1.0,
             num_negatives=None,
             contrast_weight=1.0 if unfreeze else 0.0,
             skip=not unfreeze,
