@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from torch import Tensor
 from plm.backbones import Completion, Policy, TextWriter, Warpers, completion_tokens
 from plm.functional import sequence_logps
 from plm.method import PersonalizationMethod
-from plm.policy_method import PolicyMethod
 from plm.types import Tokens, UserState
 
 BATCH_TOKENS = 16384
@@ -25,6 +24,34 @@ _WEYL = 0x9E3779B97F4A7C15 - 2**64
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 """Of splitmix64, as signed integers."""
 _SCORED = 1024  # candidates whose features and users' states are side by side
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A method whose users write; every `plm.policy_method.PolicyMethod` is one."""
+
+    @property
+    def policy(self) -> Policy:
+        """The language model that they write with."""
+
+    def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
+        """A batch of texts to be written, one for each row of ``users``."""
+
+
+@runtime_checkable
+class DrawsLatents(Protocol):
+    """A method whose texts begin with a draw from their user's policy over latents, another for every text."""
+
+    def latent_states(self, users: UserState, prompts: Sequence[str], keys: Tensor) -> UserState:
+        """What ``writing`` takes in the place of ``users``: B states, B prompts, ``(B,)`` what is random comes from."""
+
+
+@runtime_checkable
+class Mixes(Protocol):
+    """A method whose users can be mixed into others."""
+
+    def mixed(self, users: UserState, weights: Tensor) -> UserState:
+        """States of U mixtures of A users by weights ``(U, A)``."""
 
 
 class Sample(NamedTuple):
@@ -45,7 +72,7 @@ class Best(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    method: PolicyMethod | Policy,
+    method: PersonalizationMethod | Policy,
     prompts: Sequence[str],
     users: UserState | None = None,
     *,
@@ -86,14 +113,16 @@ def sample(
         ``num_samples`` responses to each prompt.
 
     Raises:
-        ValueError: If an argument is out of range, a prompt leaves no room for ``max_new_tokens``, or users or ids do
-            not fit the prompts or the method.
+        ValueError: If the method writes nothing, an argument is out of range, a prompt leaves no room for
+            ``max_new_tokens``, or users or ids do not fit the prompts or the method.
     """
     _check_settings(num_samples, max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_tokens)
     if not prompts or isinstance(prompts, str):
         raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
     if temperature == 0 and num_samples > 1:
         warnings.warn(f"temperature=0 writes the same text {num_samples} times; set num_samples to 1", stacklevel=2)
+    if not isinstance(method, Policy | Writes):
+        raise ValueError(f"expected a method whose users write, got {type(method).__name__}; take best_of_n")
     policy = method if isinstance(method, Policy) else method.policy
     states, state_row = _states(method, len(prompts), users, user_id)
     read = [policy.backbone.prompt_tokens(prompt) for prompt in prompts]
@@ -105,13 +134,19 @@ def sample(
     policy.eval()
     try:
         for batch in _batches([len(ids) for ids in read], num_samples, max_new_tokens, batch_tokens):
-            rows = list(dict.fromkeys(row for row, _ in batch))
+            rows = [row for row, _ in batch]
+            if not isinstance(method, DrawsLatents):
+                rows = list(dict.fromkeys(rows))  # a prompt is read once for all its texts
+            keys = torch.tensor([_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
             writing: TextWriter
             if isinstance(method, Policy) or states is None:
                 writing = policy.write()
             else:
                 own = states.take(state_row[rows].to(states.num_pairs.device)).to(policy.device)
-                writing = method.writing(own, [prompts[row] for row in rows])
+                asked = [prompts[row] for row in rows]
+                if isinstance(method, DrawsLatents):
+                    own = method.latent_states(own, asked, keys)
+                writing = method.writing(own, asked)
             logits = writing.start(
                 _to(completion_tokens([Completion(read[row], []) for row in rows], left=True), policy)
             )
@@ -120,7 +155,6 @@ def sample(
                 places = torch.tensor([place_of[row] for row, _ in batch], device=policy.device)
                 writing.take(places)
                 logits = logits[places]
-            keys = torch.tensor([_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
             written = _write(writing, logits, keys, warp, ends, min_new_tokens, max_new_tokens)
             for (row, _), ids in zip(batch, written, strict=True):
                 out[row].append(Sample(policy.backbone.response_text(Completion(read[row], ids)), tuple(ids)))
@@ -132,7 +166,7 @@ def sample(
 
 
 def best_of_n(
-    policy: PolicyMethod | Policy,
+    policy: PersonalizationMethod | Policy,
     method: PersonalizationMethod,
     prompts: Sequence[str],
     users: UserState | None = None,

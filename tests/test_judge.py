@@ -78,20 +78,24 @@ class BiasedWriting:
 
 
 def test_differences_and_their_intervals_resample_prompts() -> None:
-    values = np.random.default_rng(0).normal(size=(3, 12, 4, 3))
-    values[1, :, :, 0] += 2
+    values = np.random.default_rng(0).normal(size=(4, 12, 4, 3))
+    values[2, :, :, 0] += 2
     out = compare_policies(values, ["a", "z"], ["a", "b", "c"])
     means = values.mean(2)
     assert out["unaligned"]["b"] == pytest.approx(means[0, :, 1].mean())
-    gain = means[1] - means[0]
+    gain = means[2] - means[0]
     numbers = out["users"]["a"]["people"]["a"]
-    assert numbers["mean"] == pytest.approx(means[1, :, 0].mean())
+    assert numbers["mean"] == pytest.approx(means[2, :, 0].mean())
     assert numbers["difference"] == pytest.approx(gain[:, 0].mean())
     low, high = cluster_bootstrap(gain[:, 0])
     assert (numbers["difference_low"], numbers["difference_high"]) == pytest.approx((float(low), float(high)))
     assert numbers["difference_low"] > 1
     assert out["users"]["a"]["own_minus_others"] == pytest.approx((gain[:, 0] - gain[:, 1:].mean(1)).mean())
-    assert "own_minus_others" not in out["users"]["z"]  # nobody's values are called z
+    assert list(out["users"]["z"]) == ["people"]  # nobody's values are called z
+    population, own = means[1], out["users"]["a"]
+    assert own["own_minus_population"] == pytest.approx((means[2] - population)[:, 0].mean())
+    assert own["own_minus_population_low"] == pytest.approx(float(cluster_bootstrap((means[2] - population)[:, 0])[0]))
+    assert out["population"]["people"]["b"]["difference"] == pytest.approx((population - means[0])[:, 1].mean())
     few = compare_policies(values[:, :5], ["a", "z"], ["a", "b", "c"])["users"]["a"]
     assert np.isnan(few["people"]["a"]["difference_low"]) and np.isnan(few["own_minus_others_high"])
 
@@ -150,6 +154,9 @@ def test_planted_habits_are_found(
     assert result["users"]["wordy"]["people"]["wordy"]["difference"] == pytest.approx(expected)
     report = (tmp_path / "out" / "judge.md").read_text()
     assert f"| loud | **{loud:+.2f} [" in report and "12 held-out prompts, 5 texts of each policy" in report
+    assert result["texts"]["population"] == result["texts"]["unaligned"]  # no habit
+    own = result["users"]["loud"]
+    assert own["own_minus_population"] == pytest.approx(own["people"]["loud"]["difference"])
     assert result["samples"][0]["prompt"] == "text 1" and "policy of" in shown
 
 

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli.options import OptionParser
 from plm.cli.prompts import Prompt, read_prompts
 from plm.cli.writing import PROMPTS, add_policy, add_settings, device, policy_of, progress_bar, settings_of
-from plm.generation import best_of_n, sample
-from plm.policy_method import PolicyMethod
+from plm.config import nearest
+from plm.generation import Mixes, Writes, best_of_n, sample
+from plm.method import PersonalizationMethod
+from plm.types import UserState
 
 _SHOWN = 200
 
@@ -36,6 +40,9 @@ def run(args: list[str]) -> None:
     parser.add_argument(
         "--user", nargs="+", metavar="ID", help="each writes on every prompt; default: the rows' user_id, or nobody"
     )
+    parser.add_argument(
+        "--mix", nargs="+", metavar="ID=WEIGHT", help="instead of --user: one writer who is a mixture of users"
+    )
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts of each user (default 1)")
     parser.add_argument("--best_of", type=int, metavar="N", help="choose the best of N by the method's reward")
     parser.add_argument("--output", metavar="FILE", help="JSONL file; default: readable texts on standard output")
@@ -46,7 +53,10 @@ def run(args: list[str]) -> None:
         parser.error("--policy and --best_of go together: N texts of the policy are written, the best is chosen")
     if options.best_of is not None and options.num_samples > 1:
         parser.error(f"--best_of chooses one text, got --num_samples {options.num_samples}")
-    prompts, users = asked(read_prompts(options.prompts, per_user=True), options.user, options.prompts)
+    if options.mix and (options.user or options.best_of):
+        parser.error("--mix writes with one mixture of users: leave out --user, and --policy with --best_of")
+    given = [" ".join(options.mix)] if options.mix else options.user
+    prompts, users = asked(read_prompts(options.prompts, per_user=True), given, options.prompts)
     texts = [prompt.text for prompt in prompts]
     method = load_method(options.ckpt_path, device())
     assert isinstance(method.find_users, KnownUsers)
@@ -62,12 +72,13 @@ def run(args: list[str]) -> None:
                 **settings_of(options),
             )
         made: list[dict[str, Any]] = [{"responses": [one.text], "rewards": [one.reward]} for one in best]
-    elif isinstance(method, PolicyMethod):
+    elif isinstance(method, Writes):
         with progress_bar("writing", options.num_samples * len(texts)) as tell:
             written = sample(
                 method,
                 texts,
-                user_id=users,
+                mixture(method, options.mix, len(texts)) if options.mix else None,
+                user_id=None if options.mix else users,
                 num_samples=options.num_samples,
                 progress=tell,
                 **settings_of(options),
@@ -85,7 +96,7 @@ def run(args: list[str]) -> None:
             **prompt.record,
             "prompt": prompt.text,
             "user_id": user,
-            "user_known": user is not None and user in store,
+            "user_known": bool(options.mix) or (user is not None and user in store),
             **own,
         }
         for prompt, user, own in zip(prompts, whose, made, strict=True)
@@ -95,6 +106,29 @@ def run(args: list[str]) -> None:
         Path(options.output).write_text("".join(lines), encoding="utf-8")
     else:
         sys.stdout.write("\n".join(map(_readable, rows)))
+
+
+def mixture(method: PersonalizationMethod, mix: Sequence[str], num_prompts: int) -> UserState:
+    """The same mixture of stored users for every prompt.
+
+    Raises:
+        ValueError: If the method's users cannot be mixed, a user is unknown, or a weight is no number.
+    """
+    assert isinstance(method.find_users, KnownUsers)
+    if not isinstance(method, Mixes):
+        raise ValueError(f"users of {type(method).__name__} cannot be mixed; give --user")
+    weights: dict[str, float] = {}
+    for part in mix:
+        user, _, weight = part.rpartition("=")
+        try:
+            weights[user] = float(weight)
+        except ValueError:
+            raise ValueError(f"--mix: expected ID=WEIGHT with a number, got {part!r}") from None
+        if user not in method.find_users.store:
+            raise ValueError(f"--mix: no user {user!r}{nearest(user, method.find_users.store.ids)}")
+    states = method.find_users(list(weights))
+    mixed = method.mixed(states, torch.tensor([list(weights.values())]))
+    return mixed.take(torch.zeros(num_prompts, dtype=torch.long))
 
 
 def asked(prompts: Sequence[Prompt], users: Sequence[str] | None, path: str) -> tuple[list[Prompt], list[str] | None]:

@@ -22,10 +22,10 @@ from plm.config import nearest
 from plm.data.rewards.reward import DoubleArray
 from plm.data.sources.sampled import SampledPairs
 from plm.evaluation.policies import compare_policies, distinct
-from plm.generation import Sample, sample, sample_logps
-from plm.policy_method import PolicyMethod
+from plm.generation import Sample, Writes, sample, sample_logps
+from plm.method import PersonalizationMethod
 
-UNALIGNED = "unaligned"
+UNALIGNED, POPULATION = "unaligned", "population"
 _SHOWN = 3
 """Prompts whose texts are shown."""
 
@@ -38,10 +38,11 @@ def run(args: list[str]) -> None:
     """
     parser = OptionParser(
         prog="plm judge",
-        description="Whether each user's policy writes what the user likes. Users' policies and the unaligned one\n"
-        "write on the same held-out prompts with the same seeds; every person of --rewards values all texts, in\n"
-        "standard deviations of the unaligned policy's texts (z_score: false: as they come). Intervals resample\n"
-        "prompts. Where rows have a split, only those of the test are used.",
+        description="Whether each user's policy writes what the user likes. Users' policies, the population's (of an\n"
+        "unknown user) and the unaligned one, the language model as it is, write on the same held-out prompts with\n"
+        "the same seeds; every person of --rewards values all texts, in standard deviations of the unaligned policy's\n"
+        "texts (z_score: false: as they come). Intervals resample prompts. Where rows have a split, only those of the\n"
+        "test are used.",
     )
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint of a method with a policy")
     parser.add_argument("--prompts", required=True, metavar="FILE", help=PROMPTS)
@@ -60,14 +61,15 @@ def run(args: list[str]) -> None:
     tastes = read_tastes(options.rewards, [])
     prompts = held_out(options.prompts)[: options.num_prompts]
     method = load_method(options.ckpt_path, device())
-    if not isinstance(method, PolicyMethod):
+    if not isinstance(method, Writes):
         raise ValueError(f"plm judge needs a method with a policy, got {type(method).__name__}")
     users = users_of(method, tastes, options.user, options.ckpt_path)
-    unaligned = Policy(cast(CausalLM, Backbone.from_spec(method.causal_lm.spec()))).to(device())
+    unaligned = Policy(cast(CausalLM, Backbone.from_spec(method.policy.backbone.spec()))).to(device())
     settings = settings_of(options)
-    with progress_bar("writing", (1 + len(users)) * len(prompts) * options.num_samples) as tell:
+    writers = [UNALIGNED, POPULATION, *users]
+    with progress_bar("writing", len(writers) * len(prompts) * options.num_samples) as tell:
         more: dict[str, Any] = {**settings, "num_samples": options.num_samples, "progress": tell}
-        texts = [sample(unaligned, prompts, **more)]
+        texts = [sample(unaligned, prompts, **more), sample(method, prompts, **more)]
         mixed = sample(method, prompts * len(users), user_id=[user for user in users for _ in prompts], **more)
     texts += [mixed[start : start + len(prompts)] for start in range(0, len(mixed), len(prompts))]
     raw = score(tastes, prompts, texts)
@@ -84,12 +86,12 @@ def run(args: list[str]) -> None:
         **compare_policies(values, users, list(tastes.weights)),
         "texts": {
             name: describe(unaligned, prompts, rows, dict(zip(tastes.rewards, raw[place].mean((0, 1)), strict=True)))
-            for place, (name, rows) in enumerate(zip([UNALIGNED, *users], texts, strict=True))
+            for place, (name, rows) in enumerate(zip(writers, texts, strict=True))
         },
         "samples": [
             {
                 "prompt": prompt,
-                **{name: rows[place][0].text for name, rows in zip([UNALIGNED, *users], texts, strict=True)},
+                **{name: rows[place][0].text for name, rows in zip(writers, texts, strict=True)},
             }
             for place, prompt in enumerate(prompts[:_SHOWN])
         ],
@@ -115,7 +117,7 @@ def held_out(path: str) -> list[str]:
     return kept
 
 
-def users_of(method: PolicyMethod, tastes: SampledPairs, asked: Sequence[str] | None, path: str) -> list[str]:
+def users_of(method: PersonalizationMethod, tastes: SampledPairs, asked: Sequence[str] | None, path: str) -> list[str]:
     """Users whose policies are judged.
 
     Raises:

@@ -15,7 +15,7 @@ from plm.evaluation import plain_table, write_json, write_text
 _TITLE = "Value of each policy's texts less that of the unaligned policy's, 95% intervals over prompts"
 _NOTE = (
     "Own values are bold. Own − others: the difference by the user's own values less the mean of the differences by "
-    "everybody else's."
+    "everybody else's. Own − population: by the user's own values, over the policy of an unknown user."
 )
 
 
@@ -46,15 +46,15 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(heading, column names, rows); own values are between ``**``."""
     people = list(result["unaligned"])
-    compared = any("own_minus_others" in own for own in result["users"].values())
+    columns = {"own_minus_others": "own − others", "own_minus_population": "own − population"}
+    columns = {name: head for name, head in columns.items() if any(name in own for own in result["users"].values())}
     rows = []
-    for user, own in result["users"].items():
+    for user, own in {"population": result["population"], **result["users"]}.items():
         cells = [_difference(own["people"][person], "difference") for person in people]
         cells = [f"**{cell}**" if person == user else cell for person, cell in zip(people, cells, strict=True)]
-        if compared:
-            cells.append(_difference(own, "own_minus_others") if "own_minus_others" in own else "–")
+        cells += [_difference(own, name) if name in own else "–" for name in columns]
         rows.append([user, *cells])
-    heads = ["policy of", *(f"to {person}" for person in people), *(["own − others"] if compared else [])]
+    heads = ["policy of", *(f"to {person}" for person in people), *columns.values()]
     rewards = list(next(iter(result["texts"].values()))["rewards"])
     facts = [
         [name, *(f"{about['rewards'][reward]:.3f}" for reward in rewards)]
@@ -62,10 +62,10 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
         + ["–" if math.isnan(about[key]) else f"{about[key]:.3f}" for key in ("distinct_1", "distinct_2")]
         for name, about in result["texts"].items()
     ]
-    columns = ["policy of", *rewards, "perplexity", "words", "distinct 1", "distinct 2"]
+    names = ["policy of", *rewards, "perplexity", "words", "distinct 1", "distinct 2"]
     return [
         (_TITLE, heads, rows),
-        ("Texts: mean rewards as they come, perplexity by the unaligned policy", columns, facts),
+        ("Texts: mean rewards as they come, perplexity by the unaligned policy", names, facts),
     ]
 
 

@@ -3,8 +3,8 @@
 Prompts are the unit of sampling: all policies write on the same prompts with the same seeds, and intervals resample
 prompts.
 
-Axes: W writers, the unaligned policy first, P prompts, N texts of a writer on a prompt, V people who value texts,
-U = W - 1 users.
+Axes: W writers, the unaligned policy first and the population's second, P prompts, N texts of a writer on a prompt, V
+people who value texts, U = W - 2 users.
 """
 
 from __future__ import annotations
@@ -21,26 +21,32 @@ from plm.metrics import FloatArray
 def compare_policies(
     values: FloatArray, users: Sequence[str], people: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """Mean value of every user's policy to everybody, and how far it is from that of the unaligned policy.
+    """Mean value of every user's policy to everybody, and how far it is from those of the unaligned and the population.
 
     Args:
         values: ``(W, P, N, V)`` value of each text to each person.
-        users: U names, of the writers after the first.
+        users: U names, of the writers after the first two.
         people: V names; a user of the same name is that person.
         num_resamples: Random draws of P prompts.
         seed: Seed of the draws.
 
     Returns:
-        ``unaligned``: person -> mean; ``users``: user -> ``people``: person -> ``mean``, ``difference`` to the
-        unaligned policy with ``difference_low`` and ``difference_high``; and, for a user who is one of several people,
-        ``own_minus_others``: the difference by their own values less the mean of the differences by the others', with
-        its ends. Ends are nan for fewer than `MIN_USERS` prompts.
+        ``unaligned``: person -> mean; ``population`` and, in ``users``, every user -> ``people``: person -> ``mean``,
+        ``difference`` to the unaligned policy with ``difference_low`` and ``difference_high``. For a user who is one of
+        the people also ``own_minus_population``: how far their own mean is from that of the population's policy; and
+        where there are several people, ``own_minus_others``: the difference by their own values less the mean of the
+        differences by the others', both with their ends. Ends are nan for fewer than `MIN_USERS` prompts.
     """
+
+    def with_ends(name: str, values: FloatArray) -> dict[str, float]:
+        low, high = cluster_bootstrap(values, num_resamples=num_resamples, seed=seed)
+        return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
     means = values.mean(axis=2)  # (W, P, V)
     gains = (means[1:] - means[:1]).transpose(1, 0, 2)  # (P, U, V)
     low, high = cluster_bootstrap(gains, num_resamples=num_resamples, seed=seed)
     out: dict[str, Any] = {"unaligned": dict(zip(people, means[0].mean(axis=0).tolist(), strict=True)), "users": {}}
-    for row, user in enumerate(users):
+    for row, user in enumerate([None, *users]):
         own: dict[str, Any] = {
             "people": {
                 person: {
@@ -52,15 +58,15 @@ def compare_policies(
                 for place, person in enumerate(people)
             }
         }
-        if user in people and len(people) > 1:
+        if user is None:
+            out["population"] = own
+            continue
+        if user in people:
             place = list(people).index(user)
-            lead = gains[:, row, place] - np.delete(gains[:, row], place, axis=1).mean(axis=1)
-            ends = cluster_bootstrap(lead, num_resamples=num_resamples, seed=seed)
-            own |= {
-                "own_minus_others": float(lead.mean()),
-                "own_minus_others_low": float(ends[0]),
-                "own_minus_others_high": float(ends[1]),
-            }
+            own |= with_ends("own_minus_population", gains[:, row, place] - gains[:, 0, place])
+            if len(people) > 1:
+                others = np.delete(gains[:, row], place, axis=1).mean(axis=1)
+                own |= with_ends("own_minus_others", gains[:, row, place] - others)
         out["users"][user] = own
     return out
 

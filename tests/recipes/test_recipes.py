@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from plm.cli import main
+from plm.methods.clap import CLaP
+from plm.testing import saved, tiny_causal_lm
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [
@@ -38,6 +40,18 @@ def trains_tokens(path):
     return {"trainer": "tokens"} in yaml.safe_load(path.read_text())["defaults"]
 
 
+def reads_latents(path):
+    return "ClapLatents" in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def clap():
+    method = CLaP(1, 16, tiny_causal_lm().spec(), latent_dim=4, num_queries=2, encoder_layers=1)
+    method.configure_model()
+    with saved(method) as path:
+        yield path
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_header_has_command_hardware_and_numbers(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -60,7 +74,7 @@ def test_group_holds_keys_of_a_recipe(path):
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")  # of two epochs on stand-in data
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch):
+def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch, clap):
     monkeypatch.chdir(tmp_path)
     over = tmp_path / "over.yaml"
     data = {key.removeprefix("data."): value for key, value in STAND_IN.items()}
@@ -70,6 +84,9 @@ def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch):
         backbone = {**TOKEN_STAND_IN["init_args"], "model": str(tmp_path / "fresh")}
         data |= {"backbone": {**TOKEN_STAND_IN, "init_args": backbone}, "val_rows": 0.15, "unseen_users": 0.2}
         data["source"] = {**data["source"], "init_args": {"num_users": 8, "pairs_per_user": 8}}
+    if reads_latents(path):
+        backbone = {"class_path": "plm.methods.clap.latents.ClapLatents", "init_args": {"checkpoint": str(clap)}}
+        data |= {"backbone": backbone, "val_rows": 0.15, "unseen_users": 0.2}
     trainer = {"max_epochs": 2, "check_val_every_n_epoch": 1, "enable_progress_bar": False}
     over.write_text(yaml.safe_dump({"data": data, "trainer": trainer}))
     assert main(["fit", "--config", str(path), "--config", str(over)]) == 0

@@ -3,7 +3,7 @@
 Written for what learns from all responses to a prompt. A response has a mood, a length, an address and an ending, each
 drawn evenly and shown by words, and says something about the topic of its prompt.
 
-Axes: P prompts, N responses of a prompt, A attributes.
+Axes: P prompts, N responses of a prompt, A attributes, U people.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
+import numpy.typing as npt
 
-from plm.data.schema import PairTable
+from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.samples import everyone_pairs
 
@@ -77,6 +78,10 @@ class GrammarResponses(PairSource):
 
     def load(self) -> PairTable:
         """Write the texts."""
+        return everyone_pairs(*self.written())
+
+    def written(self) -> tuple[list[tuple[str, list[str]]], npt.NDArray[np.bool_]]:
+        """Prompts with their responses, and ``(P,)`` True = a prompt of the test."""
         rng = np.random.default_rng(self.seed)
         asked = [topics for topics in product(SUBJECTS, VERBS)]
         responses = []
@@ -87,7 +92,74 @@ class GrammarResponses(PairSource):
                 own[f" {_respond(subject, rng)}"] = None
             responses.append((f"Do you {verb} {subject} ?", list(own)))
         test = np.arange(self.num_prompts) < max(1, round(self.test_share * self.num_prompts))
-        return everyone_pairs(responses, test)
+        return responses, test
+
+
+class GrammarPeople(PairSource):
+    """People with planted tastes who compare the responses of a small grammar, each on prompts of their own.
+
+    A person weighs mood, address, ending and length by standard normal numbers. Of the responses to a prompt they
+    compare the best, by the weighed levels, with the worst. Scores of the pairs are these values.
+
+    Args:
+        num_people: People U.
+        prompts_per_person: Training prompts shown to each; all see those of the test.
+        num_prompts: See `GrammarResponses`, and so for what follows.
+        num_responses: Different responses N to each prompt.
+        test_share: Share of the prompts kept for the test.
+        seed: Another seed writes other texts and draws other people.
+    """
+
+    def __init__(
+        self,
+        num_people: int = 40,
+        prompts_per_person: int = 32,
+        num_prompts: int = 160,
+        num_responses: int = 16,
+        test_share: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        self.texts = GrammarResponses(num_prompts, num_responses, test_share, seed)
+        self.num_people, self.prompts_per_person = num_people, prompts_per_person
+        for name in ("num_people", "prompts_per_person"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GrammarPeople.{name}: expected at least 1, got {getattr(self, name)!r}")
+
+    @property
+    def name(self) -> str:
+        """Size."""
+        return f"grammar_people/{self.num_people}"
+
+    def load(self) -> PairTable:
+        """Write the texts and let everyone compare."""
+        responses, test = self.texts.written()
+        levels = np.array([[list(attributes(text).values()) for text in own] for _, own in responses])  # (P, N, A)
+        rng = np.random.default_rng((self.texts.seed, 1))
+        values = (levels - 1.0) @ rng.standard_normal((levels.shape[-1], self.num_people))  # (P, N, U)
+        user, prompt = [], []
+        for person in range(self.num_people):
+            shown = rng.permutation(np.flatnonzero(~test))[: self.prompts_per_person]
+            shown = np.concatenate([np.sort(shown), np.flatnonzero(test)])
+            user.append(np.full(len(shown), person))
+            prompt.append(shown)
+        who, where = np.concatenate(user), np.concatenate(prompt)
+        worth = values[where, :, who]  # (pairs, N)
+        best, worst = worth.argmax(1), worth.argmin(1)
+        pair, size = np.arange(len(where)), levels.shape[1]
+        digits = len(str(self.num_people - 1))
+        return pair_table(
+            [f"person-{person:0{digits}d}" for person in range(self.num_people)],
+            [asked for asked, _ in responses],
+            [text for _, own in responses for text in own],
+            user=who,
+            prompt=where,
+            chosen=where * size + best,
+            rejected=where * size + worst,
+            chosen_score=worth[pair, best].astype(np.float32),
+            rejected_score=worth[pair, worst].astype(np.float32),
+            row_split=np.where(test[where], 2, 0),
+        )
 
 
 def _respond(subject: str, rng: np.random.Generator) -> str:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from plm.types import UserState
 from plm.users import shared_hash
 
 BATCH_TOKENS = 8192
+_LOADED: WeakValueDictionary[str, CLaP] = WeakValueDictionary()
+"""Models by their content, while anybody holds them: who scores and who writes hold the same one."""
 
 
 class ClapLatents(LatentBackbone):
@@ -92,10 +95,11 @@ class ClapLatents(LatentBackbone):
     def method(self) -> CLaP:
         """The model itself, loaded when first needed."""
         if self._method is None:
-            _ = self.content
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            method = load_method(self.checkpoint, device)
-            assert isinstance(method, CLaP)
+            method = _LOADED.get(self.content)
+            if method is None:
+                loaded = load_method(self.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+                assert isinstance(loaded, CLaP)
+                method = _LOADED[self.content] = loaded
             self._method = method
         return self._method
 

@@ -14,16 +14,20 @@ one user.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from plm.backbones import Backbone, LatentBackbone, Policy, TextWriter
 from plm.method import PersonalizationMethod
 from plm.methods.latent_dpo.families import FAMILIES, FamilyName, Variance
-from plm.methods.latent_dpo.maths import Gaussian, gaussian, response_rewards
+from plm.methods.latent_dpo.maths import Gaussian, draw_latents, gaussian, product_of_experts, response_rewards
 from plm.methods.latent_dpo.newton import solve_people
+from plm.methods.latent_dpo.noise import fold, normals
 from plm.methods.latent_dpo.optimizer import RowAdamW, row_gradient
 from plm.methods.latent_dpo.options import PRESETS, Options, Preset
 from plm.methods.latent_dpo.people import People, people_of_batch, people_of_context
@@ -76,6 +80,11 @@ class LatentDPO(PersonalizationMethod):
             users are served by their last policy [0; paper 10].
         seed: Seed of what is drawn; every user draws from a stream of the user's own.
         lr: Learning rate [0.001; paper 0.0001].
+        latent_temperature: What the standard deviation of a user's policy is multiplied by when the user writes, each
+            text from a draw of its own; 0 = the mean, as published. A user without pairs writes from the prior [1;
+            paper 0].
+        max_latent_norm: Longest latent to write from in units of sqrt(Z), beyond which the model that writes was not
+            trained; null = no bound.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "latents"
@@ -106,6 +115,8 @@ class LatentDPO(PersonalizationMethod):
         patience: int | None = None,
         seed: int = 0,
         lr: float | None = None,
+        latent_temperature: float | None = None,
+        max_latent_norm: float | None = None,
     ) -> None:
         """See the class."""
         values = locals()
@@ -265,11 +276,59 @@ class LatentDPO(PersonalizationMethod):
         """The metrics of the last training step."""
         return {name: float(value) for name, value in self._report.items()}
 
+    # ------------------------------------------------------------------ text
+    @cached_property
+    def latents(self) -> LatentBackbone:
+        """The model that made the latents, and writes from them; its weights are read when needed.
+
+        Raises:
+            ValueError: If it is not known.
+        """
+        spec = self.hparams.get("backbone")
+        backbone = Backbone.from_spec(spec) if spec else None
+        if not isinstance(backbone, LatentBackbone):
+            raise ValueError(
+                "LatentDPO writes with the model that made its latents, got none; set data.backbone to a "
+                "plm.methods.clap.latents.ClapLatents"
+            )
+        return backbone
+
+    @property
+    def policy(self) -> Policy:
+        """The language model that writes."""
+        return self.latents.policy
+
+    def latent_states(self, users: UserState, prompts: Sequence[str], keys: Tensor) -> UserState:
+        """Latents ``(B, Z)`` of B texts, each drawn from its user's policy at its prompt by its key, ``(B,)`` int64."""
+        asked = self.encode_prompts(prompts) if self.encode_prompts is not None else None
+        asked = None if asked is None else asked.to(keys.device)
+        options, policy = self.options, self.latent_policies(users, asked)
+        temperature = torch.where(users.num_pairs > 0, options.latent_temperature, 1.0)[:, None]
+        noise = normals(fold(keys, 1), policy.mean.shape[-1])
+        latent = draw_latents(policy, noise, temperature, options.max_latent_norm)
+        return UserState({"latent": latent}, users.num_pairs)
+
+    def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
+        """A batch of texts, one for each latent of `latent_states`."""
+        return self.latents.writing(users.tensors["latent"])
+
     # ------------------------------------------------------------------ use
     def latent_policies(self, users: UserState, prompt_features: Tensor | None = None) -> Gaussian:
         """Policy p(z|x) of each row's user at the row's prompt: U = B, ``(B, F)`` -> ``(B, Z)``."""
-        table = users.tensors["policy"]
-        return self._policies_at(table, torch.arange(len(table), device=table.device), prompt_features)
+        table, weights = users.tensors["policy"], users.tensors.get("weights")
+        if weights is None:
+            return self._policies_at(table, torch.arange(len(table), device=table.device), prompt_features)
+        row = torch.arange(weights.numel(), device=table.device)
+        given = None if prompt_features is None else prompt_features.repeat_interleave(weights.shape[1], 0)
+        parts = self._policies_at(table.flatten(0, 1), row, given)
+        experts = Gaussian(*(value.view(*weights.shape, -1).transpose(0, 1) for value in parts))
+        return product_of_experts(experts, weights.T)
+
+    def mixed(self, users: UserState, weights: Tensor) -> UserState:
+        """Mix A users into U others, at every prompt the product of their policies by weights ``(U, A)``."""
+        policies = users.tensors["policy"].expand(len(weights), -1, -1)
+        tensors = {"policy": policies, "weights": weights.to(policies)}
+        return UserState(tensors, users.num_pairs.sum().expand(len(weights)))
 
     def _policies_at(self, table: Tensor, row: Tensor, prompts: Tensor | Tokens | None) -> Gaussian:
         """Policies ``(B, Z)`` of the users at ``row`` ``(B,)`` of a table ``(U, P)``; no user's numbers are copied."""
@@ -290,9 +349,8 @@ class LatentDPO(PersonalizationMethod):
         self, responses: Tensor | Tokens, users: UserState, prompt_features: Tensor | Tokens | None = None
     ) -> Tensor:
         """``beta E h(z)`` over the posterior of each response: ``(B, 2Z)`` -> ``(B,)``."""
-        table = users.tensors["policy"]
-        policy = self._policies_at(table, torch.arange(len(table), device=table.device), prompt_features)
-        return self._reward(responses, policy)
+        assert prompt_features is None or isinstance(prompt_features, Tensor)
+        return self._reward(responses, self.latent_policies(users, prompt_features))
 
     def _reward(self, responses: Tensor | Tokens, policy: Gaussian) -> Tensor:
         assert isinstance(responses, Tensor)

@@ -143,7 +143,9 @@ def latent_rewards(latent: Tensor, responses: Gaussian, grades: Tensor) -> Tenso
 
 
 def product_of_experts(policies: Gaussian, weights: Tensor) -> Gaussian:
-    """Mix people into a policy with the implicit reward ``sum_a w_a h_a``: ``(A, ..., Z)``, ``(A,)`` -> ``(..., Z)``.
+    """Mix people into the policy with the implicit reward ``sum_a w_a h_a``.
+
+    Takes policies ``(A, ..., Z)`` and weights ``(A,)``, or ``(A, ...)`` that differ by place, and gives ``(..., Z)``.
 
     ``prior * prod_a (policy_a / prior)^weights_a`` is normal with precision ``1 + sum_a w_a (precision_a - 1)`` and
     precision times mean ``sum_a w_a precision_a mean_a``; with unit variances its mean is ``sum_a w_a mean_a``.
@@ -151,7 +153,7 @@ def product_of_experts(policies: Gaussian, weights: Tensor) -> Gaussian:
     Raises:
         ValueError: If the weights leave no positive precision, so that there is no such policy.
     """
-    weights = weights.reshape(-1, *[1] * (policies.mean.dim() - 1))
+    weights = weights.reshape(*weights.shape, *[1] * (policies.mean.dim() - weights.dim()))
     own = (-policies.log_var).exp()
     precision = 1.0 + (weights * (own - 1.0)).sum(0)
     if (precision <= 0).any():
@@ -162,7 +164,9 @@ def product_of_experts(policies: Gaussian, weights: Tensor) -> Gaussian:
     return Gaussian((weights * own * policies.mean).sum(0) / precision, -precision.log())
 
 
-def draw_latents(policy: Gaussian, noise: Tensor, temperature: float = 1.0, max_norm: float | None = None) -> Tensor:
+def draw_latents(
+    policy: Gaussian, noise: Tensor, temperature: float | Tensor = 1.0, max_norm: float | None = None
+) -> Tensor:
     """Latents to generate from: ``(..., Z)``, standard normal ``(..., Z)`` -> ``(..., Z)``.
 
     Args:

@@ -33,6 +33,8 @@ class Options:
     weight_decay: float = 0.0
     patience: int = 0
     lr: float = 1e-3
+    latent_temperature: float = 1.0
+    max_latent_norm: float | None = None
 
     @property
     def pairs_per_step(self) -> int:
@@ -48,9 +50,11 @@ class Options:
         ]
         found += [
             f"model.{name}: expected a number >= 0, got {getattr(self, name)!r}"
-            for name in ("kl_coef", "num_steps", "clip_norm", "weight_decay", "patience", "lr")
+            for name in ("kl_coef", "num_steps", "clip_norm", "weight_decay", "patience", "lr", "latent_temperature")
             if getattr(self, name) < 0
         ]
+        if self.max_latent_norm is not None and self.max_latent_norm <= 0:
+            found.append(f"model.max_latent_norm: expected a number > 0 or null, got {self.max_latent_norm!r}")
         if self.beta <= 0:
             found.append(f"model.beta: expected a number > 0, got {self.beta!r}")
         if not 0 < self.evidence_ratio <= 1:
@@ -96,6 +100,7 @@ PRESETS = {
         warmup=0.1,
         patience=10,
         lr=1e-4,
+        latent_temperature=0.0,
     ),
     "newton": Options(family="vector", rule="newton"),
 }

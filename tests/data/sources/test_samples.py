@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from plm.data.sources.grammar import GrammarResponses, attributes
+from plm.data.sources.grammar import GrammarPeople, GrammarResponses, attributes
 from plm.data.sources.samples import SampledResponses
 
 
@@ -52,3 +53,32 @@ def test_a_grammar_says_what_it_was_asked_to_say() -> None:
     assert GrammarResponses(40, 16).load().texts() == texts
     with pytest.raises(ValueError, match="num_prompts: expected 2 to 160, got 999"):
         GrammarResponses(999)
+
+
+def test_people_of_a_grammar_prefer_by_weighed_levels() -> None:
+    """One direction per person explains all pairs of the person; they see the same test prompts, others to train on."""
+    source = GrammarPeople(num_people=5, prompts_per_person=12, num_prompts=40)
+    table = source.load()
+    assert table.num_users == 5 and table.num_pairs == 5 * (12 + 8)
+    everyone = GrammarResponses(40, 16).load()
+    texts = table.texts()
+    assert set(texts) <= set(everyone.texts())
+    weights = np.random.default_rng((0, 1)).standard_normal((4, 5))
+    shown = []
+    for user in range(5):
+        mine = table.user == user
+        test = table.row_split[mine] == 2
+        rows = zip(table.chosen[mine], table.rejected[mine], table.chosen_score[mine], strict=True)
+        for chosen, rejected, score in rows:
+            (prompt, best), (_, worst) = texts[chosen], texts[rejected]
+            value = {
+                text: float((np.array(list(attributes(text).values())) - 1) @ weights[:, user])
+                for asked, text in everyone.texts()
+                if asked == prompt
+            }
+            assert value[best] == max(value.values()) == pytest.approx(score, abs=1e-5)
+            assert value[worst] == min(value.values())
+        shown.append((set(table.prompt[mine][test]), set(table.prompt[mine][~test])))
+    assert all(test == shown[0][0] for test, _ in shown) and shown[0][1] != shown[1][1]
+    with pytest.raises(ValueError, match=r"GrammarPeople\.num_people: expected at least 1, got 0"):
+        GrammarPeople(num_people=0)
