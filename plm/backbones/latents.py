@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plm.backbones.backbone import Backbone
 from plm.backbones.policy import Policy, TextWriter
@@ -32,6 +32,18 @@ class LatentBackbone(Backbone):
     def latent_dim(self) -> int:
         """Latent width Z, half that of the features."""
         return self.feature_dim // 2
+
+    @property
+    @abstractmethod
+    def prompts_as_tokens(self) -> bool:
+        """Whether the features of prompts are their token ids, padded by -1, for ``prompt_encoder`` to read."""
+
+    @abstractmethod
+    def prompt_encoder(self) -> nn.Module:
+        """A copy, to be trained, of what makes latents: it reads prompts alone and says N(0, I) of all.
+
+        ``(B, T)`` token ids padded by -1 -> ``(B, 2Z)`` means and log-variances side by side.
+        """
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ from plm.functional import bt_losses
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.latent_dpo.maths import Gaussian, expected_bt_losses, gaussian, response_rewards
 from plm.methods.latent_dpo.optimizer import RowAdamW, row_gradient
+from plm.methods.latent_dpo.options import PRESETS
 from plm.methods.latent_dpo.people import make_people, pair_grades, people_of_context
 from plm.testing import Batches, PlantedData, quiet_trainer
 from plm.types import Context, PreferenceBatch, UserState
@@ -332,11 +333,12 @@ def test_evaluation_runs_a_network_once_for_all_of_a_users_pairs(tmp_path: Path)
 
 # ---------------------------------------------------------------------- arguments
 def test_presets() -> None:
-    fast, paper, newton = (LatentDPO(2, 64, preset=name).options for name in ("fast", "paper", "newton"))  # type: ignore[arg-type]
+    fast, paper, newton = (PRESETS[name] for name in ("fast", "paper", "newton"))  # type: ignore[index]
     assert (fast.family, fast.rule, fast.variance, fast.kl_coef, fast.num_steps, fast.lr) == (
         *("mlp", "closed_form", "unit"),
         *(0.01, 200, 1e-3),
     )
+    assert (paper.family, paper.latent_temperature, paper.warmup) == ("full", 0.0, 0.1)
     assert (paper.rule, paper.variance, paper.kl_coef, paper.num_samples, paper.evidence_ratio, paper.beta) == (
         *("evidence", "free", 0.0),
         *(16, 0.5, 0.1),

@@ -5,22 +5,34 @@ Axes: N texts, B texts of one batch, D width, Z latent width.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from plm.backbones import Backbone, Completion, Key, LatentBackbone, Policy, TextWriter, TooLong, completion_tokens
+from plm.backbones import (
+    Backbone,
+    CausalLM,
+    Completion,
+    Key,
+    LatentBackbone,
+    Policy,
+    TextWriter,
+    TooLong,
+    completion_tokens,
+)
 from plm.checkpoint import find_class, load_method, read_checkpoint
 from plm.method import CHECKPOINT_KEY
 from plm.methods.clap import CLaP
+from plm.methods.clap.encoder import PosteriorEncoder
 from plm.methods.clap.options import Options, resolved
-from plm.types import UserState
+from plm.types import Tokens, UserState
 from plm.users import shared_hash
 
 BATCH_TOKENS = 8192
@@ -31,17 +43,22 @@ _LOADED: WeakValueDictionary[str, CLaP] = WeakValueDictionary()
 class ClapLatents(LatentBackbone):
     """Posteriors of responses under a CLaP checkpoint: mean and log-variance side by side, ``(N, 2Z)``.
 
-    They are computed once per response and cached under the content of the checkpoint. Features of prompts are what its
-    encoder makes of prompts alone.
+    They are computed once per response and cached under the content of the checkpoint.
 
     Args:
         checkpoint: A checkpoint of `CLaP`.
+        prompts: Features of prompts: ``hidden`` states that its encoder makes of prompts alone, or their ``tokens``,
+            for people who have an encoder of their own (``model.family: full``).
         content: Hash that the checkpoint must have, as ``spec`` writes it down: people belong to one CLaP model.
     """
 
-    def __init__(self, checkpoint: str, content: str | None = None) -> None:
+    def __init__(
+        self, checkpoint: str, prompts: Literal["hidden", "tokens"] = "hidden", content: str | None = None
+    ) -> None:
         """See the class."""
-        self.checkpoint = str(checkpoint)
+        if prompts not in ("hidden", "tokens"):
+            raise ValueError(f"ClapLatents.prompts: expected hidden or tokens, got {prompts!r}")
+        self.checkpoint, self.prompts = str(checkpoint), prompts
         self._expected = content
         self._method: CLaP | None = None
 
@@ -87,9 +104,18 @@ class ClapLatents(LatentBackbone):
         return json.dumps([prompt, response], ensure_ascii=False)
 
     @property
-    def prompt_backbone(self) -> ClapPrompts:
-        """The same encoder, of prompts alone."""
-        return ClapPrompts(self)
+    def prompt_backbone(self) -> ClapPrompts | ClapTokens:
+        """The same encoder, of prompts alone; or what it would read."""
+        return ClapTokens(self) if self.prompts_as_tokens else ClapPrompts(self)
+
+    @property
+    def prompts_as_tokens(self) -> bool:
+        """Whether the features of prompts are their token ids."""
+        return self.prompts == "tokens"
+
+    def prompt_encoder(self) -> PromptEncoder:
+        """The encoder with a head of zeros."""
+        return PromptEncoder(self.method.encoder, self.method.options.train_embeddings)
 
     @property
     def method(self) -> CLaP:
@@ -177,3 +203,71 @@ class ClapPrompts(Backbone):
             except TooLong:
                 rows.append(None)
         return self.latents._encoded(rows, self.feature_dim, lambda read: read.hidden)
+
+
+class ClapTokens(Backbone):
+    """Token ids ``(N, T)`` of prompts, padded by -1 to the longest that the language model takes.
+
+    Args:
+        latents: The model.
+    """
+
+    def __init__(self, latents: ClapLatents) -> None:
+        """See the class."""
+        self.latents = latents
+
+    @cached_property
+    def _causal_lm(self) -> CausalLM:
+        """The tokenizer; no weights are read."""
+        return cast(
+            CausalLM, Backbone.from_spec(read_checkpoint(self.latents.checkpoint)["hyper_parameters"]["backbone"])
+        )
+
+    @property
+    def feature_dim(self) -> int:
+        """Tokens T of the longest prompt."""
+        return self._causal_lm.max_prompt_length or self._causal_lm.max_tokens - 1
+
+    def key(self) -> Key:
+        """The content of the checkpoint."""
+        return {**self.latents.key(), "features": "prompt_tokens"}
+
+    def render(self, prompt: str, response: str) -> str:
+        """The prompt, which stands where a response would: there is none before it."""
+        return response
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Token ids ``(N, T)``; none of a prompt that leaves no room for a response."""
+        out = torch.full((len(texts), self.feature_dim), -1.0)
+        for row, text in zip(out, texts, strict=True):
+            try:
+                ids = self._causal_lm.prompt_tokens(text)
+            except TooLong:
+                continue
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.float32)
+        return out
+
+
+class PromptEncoder(nn.Module):
+    """A posterior encoder that reads prompts alone: p(z|x) of one person, N(0, I) before training.
+
+    Args:
+        encoder: What is copied, all but its head, which starts at zero.
+        train_embeddings: Whether the copy of the token embeddings is trained.
+    """
+
+    def __init__(self, encoder: PosteriorEncoder, train_embeddings: bool) -> None:
+        """See the class."""
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).eval().requires_grad_(True)
+        self.encoder.network.get_input_embeddings().requires_grad_(train_embeddings)
+        nn.init.zeros_(self.encoder.head.weight)
+        nn.init.zeros_(self.encoder.head.bias)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``(B, T)`` token ids padded by -1 -> ``(B, 2Z)``."""
+        known = ids >= 0
+        kept = known.any(0)
+        known = known[:, kept]
+        read = self.encoder(Tokens(ids[:, kept].clamp_min(0).long(), known, known))
+        return torch.cat([read.mean, read.log_var], -1)

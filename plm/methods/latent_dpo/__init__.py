@@ -3,7 +3,7 @@
 Paper: Zhang, Bai, Li, Wang, Li, Lin, Rong, "Disentangling Preference Representation and Text Generation for Efficient
     Individual Preference Alignment" (arXiv 2412.20834).
 Reference code: zhangjf-nlp/LatentDPO (no licence; nothing is taken from it).
-Deviations: ``preset: paper`` is the released variant A on cached prompt features. Log-densities are exact and their
+Deviations: ``preset: paper`` is the released variant A. Log-densities are exact and their
     log-variances clamped. The default takes the expected loss of a pair in closed form instead of sampling latents,
     holds people near the prior by its KL, and keeps their variance at 1. ``preset: newton`` is the exact optimum of a
     person who is one point of the latent space. Thousands of people train in one batch, each as if alone.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from plm.backbones import Backbone, LatentBackbone, Policy, TextWriter
 from plm.method import PersonalizationMethod
-from plm.methods.latent_dpo.families import FAMILIES, FamilyName, Variance
+from plm.methods.latent_dpo.families import FAMILIES, Family, FamilyName, Full, Variance
 from plm.methods.latent_dpo.maths import Gaussian, draw_latents, gaussian, product_of_experts, response_rewards
 from plm.methods.latent_dpo.newton import solve_people
 from plm.methods.latent_dpo.noise import fold, normals
@@ -57,7 +57,9 @@ class LatentDPO(PersonalizationMethod):
         backbone: What makes the latents; linked from the data.
         prompt_dim: Width F of the prompt features, 0 = the data have none; linked from the data.
         preset: fast = ours; paper = as published; newton = one point per user, solved exactly.
-        family: vector = one policy for all prompts; linear, mlp = of the prompt's features [mlp; newton vector].
+        family: vector = one policy for all prompts; linear, mlp = of the prompt's features; full = an encoder of the
+            prompt's tokens for every user, as published; it needs ``prompts: tokens`` of the backbone [mlp; paper full;
+            newton vector].
         hidden_dim: Hidden width of an mlp [128].
         variance: unit = 1; free = learned; fixed_entropy = learned, with the entropy of the prior [unit; paper free].
         rule: What a pair teaches. closed_form = expected loss of posterior draws without drawing; direct = the same,
@@ -131,7 +133,7 @@ class LatentDPO(PersonalizationMethod):
             raise ValueError("\n".join(problems))
         super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=options.lr)
         self.preset, self.options, self.prompt_dim, self.seed = preset, options, prompt_dim, seed
-        self.family = FAMILIES[options.family](feature_dim // 2, prompt_dim, options.hidden_dim, options.variance)
+        self.family = self._family()
         self.automatic_optimization = False
         self.start: Tensor
         self.best_policies: Tensor
@@ -154,6 +156,28 @@ class LatentDPO(PersonalizationMethod):
         self._trained = torch.zeros(num_users, dtype=torch.bool)  # rows that this process trains
         self._cache: tuple[Tensor, Tensor, People] | None = None  # features of the batch they belong to, rows, pairs
         self._report: dict[str, Tensor] = {}
+
+    def _family(self) -> Family:
+        """What people are; `full` people are made of the model that made the latents.
+
+        Raises:
+            ValueError: If prompts come as what the family does not read.
+        """
+        options, latent_dim = self.options, self.feature_dim // 2
+        tokens = self.hparams.get("backbone") is not None and self.latents.prompts_as_tokens
+        if options.family == "full":
+            if not (tokens and self.prompt_dim):
+                raise ValueError(
+                    "model.family full reads the tokens of prompts: set data.prompt_features: true and "
+                    "data.backbone.init_args.prompts: tokens"
+                )
+            return Full(latent_dim, self.prompt_dim, options.variance, self.latents.prompt_encoder())
+        if tokens and self.prompt_dim and options.family != "vector":
+            raise ValueError(
+                f"model.family {options.family} reads features of prompts, got tokens; set "
+                "data.backbone.init_args.prompts: hidden, or model.family full"
+            )
+        return FAMILIES[options.family](latent_dim, self.prompt_dim, options.hidden_dim, options.variance)
 
     @property
     def reads_prompts(self) -> bool:

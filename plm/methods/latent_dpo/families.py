@@ -15,12 +15,13 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from plm.methods.latent_dpo.maths import LOG_VAR_BOUNDS, Gaussian
 from plm.methods.latent_dpo.noise import normals
 
-FamilyName = Literal["vector", "linear", "mlp"]
+FamilyName = Literal["vector", "linear", "mlp", "full"]
 Variance = Literal["free", "unit", "fixed_entropy"]
 
 
@@ -29,13 +30,14 @@ class Family(ABC):
 
     Args:
         latent_dim: Latent width Z.
-        prompt_dim: Width F of the prompt features.
+        prompt_dim: Width F of the prompt features; of ``full``, tokens of the longest prompt.
         hidden_dim: Hidden width H of an mlp.
         variance: free = learned and clamped; unit = 1; fixed_entropy = learned up to a factor, so that the entropy is
             that of the prior.
     """
 
     reads_prompts: ClassVar[bool] = True
+    reads_tokens: ClassVar[bool] = False
 
     def __init__(self, latent_dim: int, prompt_dim: int, hidden_dim: int, variance: Variance) -> None:
         """See the class."""
@@ -64,13 +66,13 @@ class Family(ABC):
     def policy(self, table: Tensor, prompts: Tensor | None) -> Gaussian:
         """Policies of U people: ``(U, P)``, ``(U, B, F)`` -> ``(U, B, Z)``, or ``(U, 1, Z)`` without prompts.
 
-        Prompt features are divided by their root mean square, which differs widely between encoders.
+        Prompt features but tokens are divided by their root mean square, which differs widely between encoders.
         """
         parts = torch.split(table, [math.prod(shape) for shape in self.shapes], dim=1)
         tensors = [part.view(len(table), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
         if prompts is None or not self.prompt_dim:
             prompts = table.new_zeros(len(table), 1, 0)
-        else:
+        elif not self.reads_tokens:
             prompts = F.rms_norm(prompts, (self.prompt_dim,))
         out = self.outputs(tensors, prompts)
         if self.variance == "unit":
@@ -135,4 +137,43 @@ class MLP(Family):
         return torch.baddbmm(last_bias, F.silu(torch.baddbmm(bias, prompts, weight)), last_weight)
 
 
+class Full(Family):
+    """An encoder of everybody's own, as published: a copy of what makes latents reads the tokens of the prompt.
+
+    A person has as many numbers as the encoder; people are run one after the other.
+
+    Args:
+        latent_dim: Latent width Z.
+        prompt_dim: Tokens of the longest prompt.
+        variance: See `Family`.
+        encoder: ``(B, T)`` token ids -> ``(B, 2Z)``, N(0, I) of all prompts; what is trained of it are the numbers of a
+            person.
+    """
+
+    reads_tokens = True
+
+    def __init__(self, latent_dim: int, prompt_dim: int, variance: Variance, encoder: nn.Module) -> None:
+        """See the class."""
+        super().__init__(latent_dim, prompt_dim, 0, variance)
+        self.encoder = encoder
+        self.trained = {name: value for name, value in encoder.named_parameters() if value.requires_grad}
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those of the encoder's parameters."""
+        return [tuple(value.shape) for value in self.trained.values()]
+
+    def initial(self, seed: int) -> Tensor:
+        """The encoder as it is."""
+        return torch.cat([value.detach().flatten() for value in self.trained.values()])
+
+    def outputs(self, tensors: list[Tensor], prompts: Tensor) -> Tensor:
+        """``(U, B, O)``."""
+        encoder = self.encoder.to(prompts.device)
+        own = [dict(zip(self.trained, parts, strict=True)) for parts in zip(*tensors, strict=True)]
+        rows = [functional_call(encoder, one, (ids,)) for one, ids in zip(own, prompts, strict=True)]
+        return torch.stack(rows)[..., : self.out_dim]
+
+
 FAMILIES: dict[FamilyName, type[Family]] = {"vector": Vector, "linear": Linear, "mlp": MLP}
+"""Those that are made from sizes alone."""

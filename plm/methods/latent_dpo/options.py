@@ -93,6 +93,7 @@ class Options:
 PRESETS = {
     "fast": Options(),
     "paper": Options(
+        family="full",
         variance="free",
         rule="evidence",
         kl_coef=0.0,
@@ -104,4 +105,4 @@ PRESETS = {
     ),
     "newton": Options(family="vector", rule="newton"),
 }
-"""``paper``: the released variant A for GPT-2, on cached prompt features instead of the two-layer encoder of tokens."""
+"""``paper``: the released variant A for GPT-2."""
