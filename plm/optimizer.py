@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -70,29 +71,65 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(parameter.shape[:1] if sparse else (), device=parameter.device)
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        rows: Any = ...
-        if sparse:
-            gradient = gradient.coalesce()
-            rows, gradient = gradient.indices()[0], gradient.values()
-        rate = group["lr"]
-        if sparse and self.row_rate is not None:
-            rate = _column(rate * self.row_rate(rows, state["step"][rows]), parameter)
+        tensors = (parameter.detach(), state["mean"], state["square"])
+        if not sparse:
+            _fused(*tensors, gradient, state["step"], group["lr"], group)
+            return
+        gradient = gradient.coalesce()
+        rows, gradient = gradient.indices()[0], gradient.values()
+        taken = state["step"][rows]
+        rate = torch.full_like(taken, group["lr"])
+        if self.row_rate is not None:
+            rate = rate * self.row_rate(rows, taken)
         state["step"][rows] += 1
-        step = (_column(state["step"][rows], parameter) if sparse else state["step"]).double()  # 1 - 0.999 needs digits
-        whole = sparse and len(rows) == len(parameter)  # rows are sorted and distinct: nothing to gather and scatter
-        value, mean, square = (
-            tensor if whole or not sparse else tensor[rows] for tensor in (parameter, state["mean"], state["square"])
-        )
-        first, second = group["betas"]
-        corrections = [(1 - beta**step).to(parameter) for beta in (first, second)]
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        if group["weight_decay"]:
-            value.mul_(1 - rate * group["weight_decay"])
-        root = square.div(corrections[1]).sqrt_().add_(group["eps"])
-        value.sub_(mean.div(root).mul_(rate / corrections[0]))
-        if sparse and not whole:
-            parameter[rows], state["mean"][rows], state["square"][rows] = value, mean, square
+        whole = len(rows) == len(parameter)  # rows are sorted and distinct: nothing to gather and scatter
+        value, mean, square = (tensor if whole else tensor[rows] for tensor in tensors)
+        if not len(rows) or bool(((taken == taken[0]) & (rate == rate[0])).all()):  # as a rule
+            if len(rows):
+                _fused(value, mean, square, gradient, taken[0].clone(), float(rate[0]), group)
+        else:
+            _by_row(value, mean, square, gradient, taken + 1, rate, group)
+        if not whole:
+            for tensor, moved in zip(tensors, (value, mean, square), strict=True):
+                tensor[rows] = moved
+
+
+def _fused(
+    value: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, step: Tensor, rate: float, group: dict[str, Any]
+) -> None:
+    """Torch's own step of what has taken ``step`` ``()`` steps before."""
+    first, second = group["betas"]
+    adamw(
+        *([value], [gradient], [mean], [square], [], [step]),
+        fused=True,
+        amsgrad=False,
+        beta1=first,
+        beta2=second,
+        lr=rate,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _by_row(
+    value: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, step: Tensor, rate: Tensor, group: dict[str, Any]
+) -> None:
+    """The same of rows at steps ``(R,)``, this one included, and with rates ``(R,)`` of their own."""
+    step, rate = _column(step, value).double(), _column(rate, value)  # 1 - 0.999 needs digits
+    first, second = group["betas"]
+    corrections = [(1 - beta**step).to(value) for beta in (first, second)]
+    mean.lerp_(gradient, 1 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    if group["weight_decay"]:
+        value.mul_(1 - rate * group["weight_decay"])
+    root = square.div(corrections[1]).sqrt_().add_(group["eps"])
+    value.sub_(mean.div(root).mul_(rate / corrections[0]))
+
+
+def row_gradient(table: Tensor, rows: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient of some rows: sorted distinct ``(R,)`` and ``(R, ...)`` -> sparse ``(U, ...)``."""
+    return torch.sparse_coo_tensor(rows[None], gradient, table.shape, is_coalesced=True, check_invariants=False)
 
 
 def _column(values: Tensor, parameter: Tensor) -> Tensor:

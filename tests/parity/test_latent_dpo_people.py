@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch.distributions import Normal, kl_divergence
 from plm.functional import bt_losses
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.latent_dpo.maths import Gaussian, expected_bt_losses, gaussian, response_rewards
-from plm.methods.latent_dpo.optimizer import RowAdamW, row_gradient
 from plm.methods.latent_dpo.options import PRESETS
 from plm.methods.latent_dpo.people import make_people, pair_grades, people_of_context
 from plm.testing import Batches, PlantedData, quiet_trainer
@@ -117,34 +115,6 @@ def test_a_person_is_trained_as_a_plain_module_would_be() -> None:
             rise.step()
         expected = torch.cat([value.t().flatten() for value in parameters])
         torch.testing.assert_close(trained[person], expected, rtol=1e-4, atol=2e-6)
-
-
-def test_rows_move_as_parameters_of_their_own_would() -> None:
-    """Random presence, clipping, weight decay, warm-up: absent rows keep every bit, moments and steps included."""
-    table, warmup = draw(5, 3, 2), torch.tensor([4.0, 1.0, 8.0, 0.0, 2.0])
-    peers = [torch.nn.Parameter(row.clone()) for row in table]
-    optimizers = [torch.optim.AdamW([peer], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2) for peer in peers]
-    ours = RowAdamW([table], lr=0.1, weight_decay=0.2, clip_norm=0.7, warmup=warmup)
-    taken = [0] * 5
-    for turn in range(12):
-        rows = torch.tensor([row for row in range(5) if (turn + row) % (row + 1) == 0 or turn == 5])
-        slope = draw(5, 3, 2, seed=turn) * 0.4
-        before = copy.deepcopy((table, ours.state_dict()["state"]))
-        table.grad = row_gradient(table, rows, slope[rows])
-        ours.step()
-        for row in range(5):
-            if row not in rows:
-                assert torch.equal(table[row], before[0][row])
-                old = before[1].get(0, {})
-                assert all(torch.equal(ours.state[table][name][row], old[name][row]) for name in old)
-                continue
-            taken[row] += 1
-            peers[row].grad = slope[row].clone()
-            torch.nn.utils.clip_grad_norm_([peers[row]], 0.7)
-            optimizers[row].param_groups[0]["lr"] = 0.1 * min(taken[row] / max(float(warmup[row]), 1.0), 1.0)
-            optimizers[row].step()
-            torch.testing.assert_close(table[row], peers[row].data, rtol=1e-6, atol=1e-6)
-    assert ours.state[table]["step"].tolist() == taken and len(set(taken)) > 2
 
 
 def test_a_pass_reads_every_pair_once_and_passes_differ() -> None:

@@ -28,7 +28,6 @@ from plm.methods.latent_dpo.families import FAMILIES, Family, FamilyName, Full, 
 from plm.methods.latent_dpo.maths import Gaussian, draw_latents, gaussian, product_of_experts, response_rewards
 from plm.methods.latent_dpo.newton import solve_people
 from plm.methods.latent_dpo.noise import fold, normals
-from plm.methods.latent_dpo.optimizer import RowAdamW, row_gradient
 from plm.methods.latent_dpo.options import PRESETS, Options, Preset
 from plm.methods.latent_dpo.people import People, people_of_batch, people_of_context
 from plm.methods.latent_dpo.rules import RuleName
@@ -38,9 +37,9 @@ from plm.methods.latent_dpo.training import (
     num_steps,
     step_in_parts,
     train_people,
-    warmup_steps,
     whole_losses,
 )
+from plm.optimizer import RowAdam, clip_rows, row_gradient
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
@@ -191,9 +190,9 @@ class LatentDPO(PersonalizationMethod):
         if self._trainer is not None and str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision: expected 32-true or bf16-mixed, got {self.trainer.precision!r}")
 
-    def configure_optimizers(self) -> RowAdamW:
+    def configure_optimizers(self) -> RowAdam:
         """AdamW, of which every user has one."""
-        return make_optimizer(self.policies, self.options)
+        return make_optimizer(self.policies, self.options, lambda: self.wanted)
 
     def on_train_start(self) -> None:
         """Also check that every user's pairs stay with one process."""
@@ -217,7 +216,6 @@ class LatentDPO(PersonalizationMethod):
         optimizer: Any = self.optimizers()
         self._trained[users], self.num_pairs[users] = True, people.num_pairs
         self.wanted[users] = num_steps(people, self.options)
-        optimizer.param_groups[0]["warmup"] = warmup_steps(self.wanted, self.options)
         rows = self._unfinished()[users].nonzero()[:, 0]
         if not len(rows):
             return self.policies.new_zeros(())
@@ -227,6 +225,8 @@ class LatentDPO(PersonalizationMethod):
             self.policies[here] = solve_people(active, self.options.beta, self.options.kl_coef)
         else:
             self.policies.grad = row_gradient(self.policies, here, found.gradient)
+            if self.options.clip_norm:
+                clip_rows(self.policies, self.options.clip_norm)
         optimizer.step()
         self.policies.grad = None
         self.steps[here] += 1

@@ -7,6 +7,7 @@ Axes: U people, R of them that take a step, P numbers of one person.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from plm.methods.latent_dpo.families import Family
 from plm.methods.latent_dpo.maths import Gaussian, draw_latents, implicit_rewards, kl_to_prior, latent_rewards
-from plm.methods.latent_dpo.optimizer import RowAdamW, row_gradient
 from plm.methods.latent_dpo.options import Options
 from plm.methods.latent_dpo.people import Minibatch, People
 from plm.methods.latent_dpo.rules import POOLED, SAMPLED, marginal_preference_losses, preference_losses
+from plm.optimizer import RowAdam, clip_rows, row_gradient
 
 MAX_FLOATS = {"cpu": 2**24, "cuda": 2**29}
 """About how many numbers one step may touch on a device; more people than that are taken in parts. A processor is
@@ -113,14 +114,18 @@ def num_steps(people: People, options: Options) -> Tensor:
     return torch.where(people.num_pairs > 0, options.num_steps, 0)
 
 
-def warmup_steps(wanted: Tensor, options: Options) -> Tensor | None:
-    """Over how many of their steps ``(U,)`` the learning rate of people rises, ``(U,)``."""
-    return (options.warmup * wanted).ceil() if options.warmup else None
+def make_optimizer(table: Tensor, options: Options, wanted: Callable[[], Tensor]) -> RowAdam:
+    """The optimizer of a table ``(U, P)`` whose people take ``wanted()`` ``(U,)`` steps.
 
+    The learning rate of each person rises over the first of the person's own steps.
+    """
 
-def make_optimizer(table: Tensor, options: Options, warmup: Tensor | None = None) -> RowAdamW:
-    """The optimizer of a table ``(U, P)``."""
-    return RowAdamW([table], options.lr, weight_decay=options.weight_decay, clip_norm=options.clip_norm, warmup=warmup)
+    def rate(rows: Tensor, taken: Tensor) -> Tensor:
+        rising = (options.warmup * wanted()[rows]).ceil().clamp_min(1)
+        return ((taken + 1) / rising).clamp_max(1)
+
+    groups = [{"params": [table], "weight_decay": options.weight_decay}]
+    return RowAdam(groups, options.lr, betas=(0.9, 0.95), row_rate=rate if options.warmup else None)
 
 
 def train_people(start: Tensor, family: Family, people: People, options: Options) -> Tensor:
@@ -134,7 +139,7 @@ def train_people(start: Tensor, family: Family, people: People, options: Options
 def _train(table: Tensor, family: Family, people: People, options: Options) -> Tensor:
     """`train_people` of people who fit into memory together."""
     wanted = num_steps(people, options)
-    optimizer = make_optimizer(table, options, warmup_steps(wanted, options))
+    optimizer = make_optimizer(table, options, lambda: wanted)
     rows, active, batch = torch.arange(len(table), device=table.device), people, None
     for step in range(int(wanted.max())):
         if (wanted[rows] <= step).any():  # finished people leave the batch
@@ -147,6 +152,8 @@ def _train(table: Tensor, family: Family, people: People, options: Options) -> T
             batch = active.minibatch(now, options.pairs_per_step)
         found = one_step(table if len(rows) == len(table) else table[rows], family, batch, options)
         table.grad = row_gradient(table, rows, found.gradient)
+        if options.clip_norm:
+            clip_rows(table, options.clip_norm)
         optimizer.step()
     return table
 
