@@ -10,15 +10,31 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from torch import Tensor
 
+from plm.backbones import HashingBackbone
 from plm.cli import cells, entries, main
 from plm.cli.cells import Cell, run_cells
 from plm.cli.entries import Entry, as_options, candidates, source_hash
 from plm.config import shipped
+from plm.data.datamodule import PreferenceDataModule
+from plm.data.sources.synthetic import SyntheticPairs
+from plm.data.splits import TEST, UNSEEN
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
+
+
+class Headed(HashingBackbone):
+    """Hashed words with the head of a reward model that likes whatever falls on the first axis."""
+
+    @property
+    def reference_head(self) -> Tensor:
+        return torch.eye(self.feature_dim)[0]
+
 
 DATA = {
     "data": {
@@ -26,7 +42,7 @@ DATA = {
             "class_path": "plm.data.sources.synthetic.SyntheticPairs",
             "init_args": {"num_users": 40, "pairs_per_user": 20},
         },
-        "backbone": {"class_path": "plm.backbones.HashingBackbone", "init_args": {"dim": 32}},
+        "backbone": {"class_path": f"{__name__}.Headed", "init_args": {"dim": 32}},
         "shots": [0, 4],
         "repeats": 1,
     }
@@ -73,6 +89,7 @@ def test_all_rows_and_controls_are_there(board: dict[str, Any], place: Path) -> 
         "per-user BradleyTerry",
         "LoRe, shuffled users",
         "LoRe, another user",
+        "reference head",
         "majority",
         "length",
         "surface",
@@ -84,11 +101,27 @@ def test_all_rows_and_controls_are_there(board: dict[str, Any], place: Path) -> 
     assert rows["LoRe"]["few_shot"]["shots"] == [0, 4]
     best = max(row["numbers"]["seen"]["accuracy"] for row in rows.values() if row["numbers"])
     assert rows["oracle"]["numbers"]["seen"]["accuracy"] == best
+    assert board["left_out"] == {}
     assert {len(row["numbers"]["unseen"]) > 10 for name, row in rows.items() if name != "Broken"} == {True}
     hashes = {json.loads(file.read_text())["split_hash"] for file in place.glob("out/cells/*/metrics.json")}
     assert hashes == {board["data"]["split_hash"]}
     for kind in ("md", "csv", "html"):
         assert (place / "out" / f"leaderboard.{kind}").stat().st_size > 1000
+
+
+def test_the_reference_head_is_judged_as_it_is(board: dict[str, Any], place: Path) -> None:
+    """Its accuracy is that of the first feature alone, counted here from the features themselves."""
+    made = DATA["data"]["source"]["init_args"]
+    data = PreferenceDataModule(SyntheticPairs(**made), Headed(dim=32), cache_dir=str(place / "cache"))
+    table, splits = data.table, data.splits
+    first = Headed(dim=32).encode([data.backbone.render(*text) for text in table.texts()])[:, 0].numpy()
+    margin = first[table.chosen] - first[table.rejected]
+    rows = (splits.user_split[table.user] == UNSEEN) & (splits.stage == TEST)
+    right = np.where(margin == 0, 0.5, margin > 0)
+    expected = [right[rows & (table.user == user)].mean() for user in np.unique(table.user[rows])]
+    (row,) = [row for row in board["rows"] if row["name"] == "reference head"]
+    assert row["kind"] == "baseline" and row["facts"]["parameters_per_user"] == 0
+    assert row["numbers"]["unseen"]["accuracy"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 def test_a_command_of_the_table_gives_the_number_of_the_table(board: dict[str, Any], place: Path) -> None:

@@ -14,6 +14,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -201,8 +203,21 @@ def output_to(log: TextIO) -> Iterator[None]:
                 one.handlers, one.propagate = handlers, propagate
 
 
+def end_with_parent(every: float = 0.5) -> None:
+    """End this process when the one that started it is gone: what a killed leaderboard left would disturb the next."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     """Run the cell that is described on standard input."""
+    end_with_parent()
     job = json.loads(sys.stdin.read())
     run_here(Cell(**{**job, "args": tuple(job["args"]), "folder": Path(job["folder"])}))
 

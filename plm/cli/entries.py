@@ -69,8 +69,11 @@ def find_group(path: str) -> Path:
     raise ValueError(f"no config file {path!r}{nearest(path, names)}")
 
 
-def of_methods(names: Sequence[str], shared: Sequence[str]) -> list[Entry]:
+def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry], dict[str, str]]:
     """Entries of methods by short name or class path, ``all`` = every installed one that reads features.
+
+    Returns:
+        The entries, and why each of the other methods that ``all`` might have meant is left out.
 
     Raises:
         ValueError: If a name is not installed.
@@ -82,6 +85,7 @@ def of_methods(names: Sequence[str], shared: Sequence[str]) -> list[Entry]:
         near = nearest(unknown[0], installed)
         raise ValueError(f"no method {unknown[0]!r}{near} (installed: {', '.join(installed) or 'none'})")
     entries = []
+    left_out: dict[str, str] = {}
     for name in wanted:
         if name not in installed:
             entries.append(Entry(name.rpartition(".")[2], "method", name, (*shared, "--model", name)))
@@ -95,7 +99,9 @@ def of_methods(names: Sequence[str], shared: Sequence[str]) -> list[Entry]:
             continue
         if view == "features" or list(names) != ["all"]:
             entries.append(entry)
-    return entries
+        else:
+            left_out[name] = f"reads {view}, not the features that the others share"
+    return entries, left_out
 
 
 def source_hash(method: type) -> str:

@@ -34,6 +34,8 @@ from plm.leaderboard.results import Row, make_row, other_user_row, read_run
 OPPONENT = "BradleyTerry"
 """The row all others are compared with: ridge-tuned, one reward for everybody."""
 
+_HEAD = "reference head"
+
 _ABOUT = {
     "majority": "how often an item won among training pairs of seen users",
     "length": "characters and words of the response, signs and scales learned",
@@ -52,6 +54,7 @@ def run(args: list[str]) -> None:
     options = _options(args)
     console = _console()
     more = [part for item in options.set for part in (f"--{item.partition('=')[0]}", item.partition("=")[2])]
+    left_out: dict[str, str] = {}
     if options.recipes:
         folder = Path(options.output or f"runs/leaderboard/{Path(options.recipes[0]).stem}")
         given = book.of_recipes(options.recipes, more)
@@ -60,9 +63,13 @@ def run(args: list[str]) -> None:
         folder = Path(options.output or f"runs/leaderboard/{Path(options.data).stem}")
         files = [book.find_group(path) for path in (options.trainer, options.data, options.backbone)]
         shared = [*(part for file in files for part in ("--config", str(file))), *more]
-        given = book.of_methods(options.methods, shared)
+        given, left_out = book.of_methods(options.methods, shared)
     field, data = book.read([*given, *_opponents(given, shared)])
-    field = [entry for entry in field if entry.name != "reference head" or data.reference_head is not None]
+    if data.reference_head is None:
+        field = [entry for entry in field if entry.name != _HEAD]
+        left_out[_HEAD] = f"{type(data.backbone).__name__} is no reward model, so it has none"
+    if "oracle" not in opponents.baselines(data):
+        left_out["oracle"] = f"{data.source.name} has no planted utilities"
     root = folder / "cells"
     clean(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -73,16 +80,14 @@ def run(args: list[str]) -> None:
     cells = {entry.name: [entry.cell(root, seed) for seed in range(_seeds(entry, options.seeds))] for entry in field}
     run_cells([one for e in field if not e.error for one in cells[e.name]], options.jobs, tell)
     rows = [_row(entry, cells[entry.name]) for entry in field]
-    best = _best(rows, {entry.name: entry for entry in field})
-    if best is not None:
-        entry = next(entry for entry in field if entry.name == best.name)
-        shuffled = _shuffled(entry)
-        again = [shuffled.cell(root, seed) for seed in range(options.seeds)]
-        run_cells(again, options.jobs, tell)
-        rows += [_row(shuffled, again), other_user_row(best)]
+    personal = {row.name: row for row in rows if row.kind == "method" and row.is_personal}
+    shuffled = [_shuffled(entry) for entry in field if entry.name in personal]
+    cells = {entry.name: [entry.cell(root, seed) for seed in range(options.seeds)] for entry in shuffled}
+    run_cells([one for again in cells.values() for one in again], options.jobs, tell)
+    rows += [*(_row(entry, cells[entry.name]) for entry in shuffled), *map(other_user_row, personal.values())]
     command = shlex.join(["plm", "leaderboard", *args])
     rows += _baseline_rows(data, root, command)
-    board = Leaderboard(_title(options, data), rows, OPPONENT, data.summary(), _about(options, command))
+    board = Leaderboard(_title(options, data), rows, OPPONENT, data.summary(), _about(options, command), left_out)
     figures = all_figures(board)
     files = write(board, figures, folder)
     for part in terminal(board):
@@ -97,8 +102,9 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="plm leaderboard",
         description="Which method wins, and is personalisation real? Recipes, or installed methods on one data set,\n"
-        "against ridge-tuned and per-user Bradley-Terry, majority, length and surface baselines, shuffled\n"
-        "users, another user's state and, on planted data, the truth. Finished runs are kept and not redone.",
+        "against ridge-tuned and per-user Bradley-Terry, majority, length and surface baselines, the head of\n"
+        "a reward model and, on planted data, the truth; each personal method also with shuffled users and\n"
+        "with another user's state. Finished runs are kept and not redone.",
     )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipes, all on the same data and backbone")
     parser.add_argument("--data", metavar="FILE", help="instead of recipes: a data config, conf/data/polis.yaml")
@@ -109,7 +115,7 @@ def _options(args: list[str]) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         default=["all"],
-        help="short names or class paths; default: all installed",
+        help="short names or class paths; default: all installed ones that read features",
     )
     parser.add_argument("--seeds", type=int, default=3, help="fits per row; intervals are over users (default: 3)")
     parser.add_argument(
@@ -145,7 +151,7 @@ def _opponents(given: Sequence[Entry], shared: Sequence[str]) -> list[Entry]:
             (*shared, *_ONE_STEP, "--model", "plm.leaderboard.per_user.PerUserBradleyTerry"),
         ),
         Entry(
-            "reference head",
+            _HEAD,
             "baseline",
             "the reward model's own head",
             (*shared, *_ONE_STEP, "--model", "plm.methods.lore.LoRe", "--model.num_bases", "0"),
@@ -174,16 +180,6 @@ def _row(entry: Entry, cells: Sequence[Cell]) -> Row:
         command=shlex.join(["plm", "fit", *entry.args, "--seed_everything", "0"]),
     )
     return row if entry.error else make_row(row, {one.seed: read_run(one.folder) for one in cells if one.is_done})
-
-
-def _best(rows: Sequence[Row], entries: dict[str, Entry]) -> Row | None:
-    """The personal method with the best validation value: the test pairs have no say in the choice."""
-    personal = [row for row in rows if row.kind == "method" and row.is_personal and row.users]
-    return min(
-        personal,
-        key=lambda row: (1 if entries[row.name].mode == "min" else -1) * row.facts.get("val_value", float("inf")),
-        default=None,
-    )
 
 
 def _shuffled(entry: Entry) -> Entry:

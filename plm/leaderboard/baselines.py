@@ -15,7 +15,6 @@ import torch
 
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable
-from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, Splits
 from plm.data.surface import FORMAT, LENGTH
 from plm.functional import PairList, fit_gaussian
@@ -70,11 +69,6 @@ def majority(table: PairTable, splits: Splits) -> FloatArray:
     return margins
 
 
-def truth(source: SyntheticPairs) -> FloatArray:
-    """Log-odds ``(N,)`` with which the planted utilities call each pair: no method can know more."""
-    return source.truth.margin / max(source.noise, 1e-3)
-
-
 def judge(margin: FloatArray, table: PairTable, splits: Splits) -> dict[str, UserTable]:
     """What margins ``(N,)`` get right on the test pairs of seen and unseen users."""
     groups = {}
@@ -96,6 +90,6 @@ def baselines(data: PreferenceDataModule) -> dict[str, Callable[[], FloatArray]]
         "length": lambda: probe(text_features(table, LENGTH), table, splits),
         "surface": lambda: probe(text_features(table, {**LENGTH, **FORMAT}), table, splits),
     }
-    if isinstance(source := data.source, SyntheticPairs):
-        made["oracle"] = lambda: truth(source)
+    if (planted := data.source.planted_log_odds()) is not None:
+        made["oracle"] = lambda: planted  # no method can know more
     return made

@@ -36,7 +36,9 @@ class RunFacts(L.Callback):
         """Write what is known without a test."""
         method = cast(Any, pl_module)
         best = getattr(trainer.checkpoint_callback, "best_model_score", None)
-        per_user = state_size(method.population_state(1))
+        with torch.no_grad():
+            states = method.user_states(torch.arange(method.num_users, device=method.device))
+        per_user = state_size(states, method.population_state(method.num_users))
         tables = set(method.user_tables)
         trained = sum(p.numel() for name, p in method.named_parameters() if p.requires_grad and name not in tables)
         self._facts = {
@@ -77,6 +79,9 @@ class RunFacts(L.Callback):
             write_json(run_dir(trainer) / "facts.json", self._facts)
 
 
-def state_size(state: UserState) -> int:
-    """Numbers a user's state holds, uncertainties left out."""
-    return sum(value[0].numel() for name, value in state.tensors.items() if name not in UNCERTAINTY)
+def state_size(states: UserState, population: UserState) -> int:
+    """Numbers each user's state holds, uncertainties left out; none where everybody's is the population's."""
+    own = {name: value for name, value in states.tensors.items() if name not in UNCERTAINTY}
+    if all(torch.equal(value, population.tensors[name]) for name, value in own.items()):
+        return 0
+    return sum(value[0].numel() for value in own.values())

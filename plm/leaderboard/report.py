@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ NOTES = (
 )
 """How to read the tables."""
 
+FEW_SHOT = "Accuracy of unseen users in per cent, by how many of their pairs a method was given"
+
 
 @dataclass(frozen=True)
 class Leaderboard:
@@ -53,6 +55,8 @@ class Leaderboard:
     """Counts of the data and the hash of the split."""
     about: Mapping[str, Any]
     """Date, commit, version, command, seeds, candidates."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Row that is not there -> why."""
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -83,6 +87,24 @@ class Leaderboard:
     def failures(self) -> list[str]:
         """A line per failed run."""
         return [f"{row.name}, seed {seed}: {error}" for row in self.rows for seed, error in row.errors.items()]
+
+    @property
+    def absences(self) -> list[str]:
+        """A line per row that is left out."""
+        return [f"{name}: {why}" for name, why in self.left_out.items()]
+
+    @property
+    def few_shot(self) -> list[list[str]]:
+        """Heads, then a line per row: accuracy of unseen users at every number of pairs. Empty where no row has any."""
+        rows = [row for row in self.rows if row.few_shot]
+        if not rows:
+            return []
+        shots = (rows[0].few_shot or {})["shots"]
+        lines = [["pairs per unseen user", *map(str, shots)]]
+        for row in rows:
+            accuracy = [math.nan if value is None else 100 * value for value in (row.few_shot or {})["accuracy"]]
+            lines.append([row.name, *(_number(value, ".1f") for value in accuracy)])
+        return lines
 
     def heads(self) -> list[str]:
         """Heads of the columns after the name."""
@@ -162,7 +184,14 @@ def terminal(board: Leaderboard) -> list[Table | str]:
             texts = dict(zip(board.heads(), board.cells(row, group), strict=True))
             table.add_row(row.name, *(_short(texts[head]) for head in shown))
         parts += [table, ""]
-    return [*parts, *board.verdicts, *board.failures]
+    if curves := board.few_shot:
+        table = plain_table(FEW_SHOT)
+        for index, head in enumerate(curves[0]):
+            table.add_column(head, justify="right" if index else "left")
+        for line in curves[1:]:
+            table.add_row(*line)
+        parts += [table, ""]
+    return [*parts, *board.verdicts, *board.failures, *(f"left out: {line}" for line in board.absences)]
 
 
 def markdown(board: Leaderboard) -> str:
@@ -173,8 +202,11 @@ def markdown(board: Leaderboard) -> str:
         lines += [f"**{board.caption(group)}**", "", _md_row(heads), _md_row(["---"] * len(heads))]
         lines += [_md_row([row.name, *board.cells(row, group)]) for row in board.rows]
         lines.append("")
-    lines += _md_list("Verdicts", board.verdicts) + _md_list("Failed runs", board.failures)
-    lines += _md_list("Selected on validation rows", _selected(board))
+    if curves := board.few_shot:
+        lines += [f"**{FEW_SHOT}**", "", _md_row(curves[0]), _md_row(["---"] * len(curves[0]))]
+        lines += [*(_md_row(line) for line in curves[1:]), ""]
+    for title, listed in _lists(board).items():
+        lines += _md_list(title, listed)
     lines += _md_list("Rows", [f"{row.name}: {row.about}. `{row.command}`" for row in board.rows if row.command])
     return "\n".join([*lines, *(f"*{note}*\n" for note in NOTES)])
 
@@ -207,6 +239,7 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
         "about": dict(board.about),
         "data": dict(board.data),
         "opponent": board.opponent,
+        "left_out": dict(board.left_out),
         "rows": rows,
         "versus_opponent": [test._asdict() for test in board.versus],
         "all_pairs": [test._asdict() for test in board.pairs],
@@ -226,24 +259,15 @@ def page(board: Leaderboard, figures: Mapping[str, Figure]) -> str:
             for row in board.rows
         )
         parts += [f"<h2>{html.escape(board.caption(group))}</h2>", f"<div><table><tr>{heads}</tr>{body}</table></div>"]
-    for title, lines in (
-        ("Verdicts", board.verdicts),
-        ("Failed runs", board.failures),
-        ("Selected on validation rows", _selected(board)),
-    ):
+    if curves := board.few_shot:
+        parts += [f"<h2>{html.escape(FEW_SHOT)}</h2>", f"<div><table>{''.join(map(_html_row, curves))}</table></div>"]
+    for title, lines in _lists(board).items():
         parts += [f"<h2>{title}</h2>", _list(lines)] if lines else []
     for title, figure in figures.items():
         image = base64.b64encode(png(figure)).decode()
         parts.append(
             f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{image}">'
         )
-    pairs = [
-        f"{v.group}: {v.first} − {v.second} {points(v.difference)} [{points(v.low, '')}, {points(v.high, '')}], "
-        f"p {_p_value(v.p_holm)}"
-        for v in board.pairs
-        if not math.isnan(v.low)
-    ]
-    parts += ["<h2>All pairs of methods, Holm-corrected</h2>", _list(pairs)] if pairs else []
     commands = [f"{row.name}: {row.about}. {row.command}" for row in board.rows]
     parts += ["<h2>Rows</h2>", _list(commands), "<h2>How to read this</h2>", _list(NOTES)]
     return _PAGE.format(title=html.escape(board.title), body="\n".join(parts))
@@ -282,12 +306,30 @@ def _points(numbers: Mapping[str, float], name: str, sign: str = "") -> str:
     return "–" if math.isnan(value) else points(value, sign)
 
 
+def _versus(test: Versus) -> str:
+    span = f"[{points(test.low, '')}, {points(test.high, '')}]"
+    return f"{test.first} − {test.second} {points(test.difference)} {span}, p {_p_value(test.p_holm)}"
+
+
 def _p_value(value: float) -> str:
     return "–" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _lists(board: Leaderboard) -> dict[str, list[str]]:
+    """Title -> sentences, below the tables."""
+    tested = {group: [v for v in board.pairs if v.group == group and not math.isnan(v.low)] for group in board.groups}
+    pairs = [f"{group} users: {'; '.join(map(_versus, tests))}" for group, tests in tested.items() if tests]
+    return {
+        "Verdicts": board.verdicts,
+        "Methods against each other, Holm-corrected over the pairs of a group": pairs,
+        "Failed runs": board.failures,
+        "Left out": board.absences,
+        "Selected on validation rows": _selected(board),
+    }
 
 
 def _selected(board: Leaderboard) -> list[str]:
@@ -304,6 +346,10 @@ def _md_row(cells: Sequence[str]) -> str:
 
 def _md_list(title: str, lines: Sequence[str]) -> list[str]:
     return [f"**{title}**", "", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _html_row(cells: Sequence[str]) -> str:
+    return f"<tr><th>{html.escape(cells[0])}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells[1:])}</tr>"
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -45,7 +45,9 @@ def test_nothing_is_learned_from_others():
     torch.testing.assert_close(method.adapt(first).tensors["weights"], whole[:1])
     assert not method.population_state(3).tensors["weights"].any()
     assert method.num_pairs.tolist() == [30] * 8
-    assert state_size(method.population_state(1)) == 8
+    everyone = method.population_state(method.num_users)
+    assert state_size(method.user_states(torch.arange(method.num_users)), everyone) == 8
+    assert state_size(everyone, everyone) == 0, "a state that is everybody's is no parameter of a user"
 
 
 def test_wide_features_are_reduced_to_their_leading_components():

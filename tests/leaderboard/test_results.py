@@ -56,7 +56,8 @@ def rows(tmp_path: Path) -> list[Row]:
 
 def board(rows: list[Row]) -> Leaderboard:
     data = {"split_hash": "abc" * 20, "group_by": "pair", "users_seen": 24}
-    return Leaderboard("tiny, test", rows, "BradleyTerry", data, {"command": "plm leaderboard", "seeds": 2})
+    about = {"command": "plm leaderboard", "seeds": 2}
+    return Leaderboard("tiny, test", rows, "BradleyTerry", data, about, {"LatentDPO": "reads latents"})
 
 
 def test_seeds_are_averaged_per_user_before_intervals(tmp_path: Path):
@@ -119,9 +120,12 @@ def test_every_format_holds_every_row(rows: list[Row], tmp_path: Path):
     assert {file.name for file in files} >= {"leaderboard.html", "accuracy.png", "few-shot_curves.png"}
     text = markdown(made)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1, "rows of equal width"
+    widths = {line.replace("\\|", "").count("|") for line in lines}
+    assert widths == {4, 17}, "rows of equal width, those of the few-shot table of another"
     assert "failed: ValueError: no \\| luck" in text and "Broken, seed 0: ValueError: no | luck" in text
+    assert "| Own | 60.0 | 66.0 |" in text and "- LatentDPO: reads latents" in text
     web = page(made, all_figures(made))
+    assert "<th>Own</th><td>60.0</td><td>66.0</td>" in web and "LatentDPO: reads latents" in web
     assert web.count("data:image/png;base64,") == 3 and "http" not in web
     columns, table = records(made)
     assert len(table) == 2 * len(rows) and all(len(line) == len(columns) for line in table)

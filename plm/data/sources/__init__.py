@@ -5,7 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pkgutil import iter_modules
 
+import numpy as np
+import numpy.typing as npt
+
 from plm.data.schema import PairTable
+
+SURE = 1e-3
+"""Temperature that stands for people who never err, whose log-odds would be infinite."""
 
 
 class PairSource(ABC):
@@ -19,6 +25,10 @@ class PairSource(ABC):
     @abstractmethod
     def load(self) -> PairTable:
         """Read and validate the pairs."""
+
+    def planted_log_odds(self) -> npt.NDArray[np.float64] | None:
+        """``(N,)`` log-odds that users pick as they did in each pair of ``load``; None where no utility is planted."""
+        return None
 
 
 def source_modules() -> list[str]:

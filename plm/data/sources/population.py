@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from plm.data.files import IntArray
 from plm.data.schema import PairTable, pair_table
-from plm.data.sources import PairSource
+from plm.data.sources import SURE, PairSource
 
 DoubleArray = npt.NDArray[np.float64]
 
@@ -144,6 +144,17 @@ class PopulationPairs(PairSource):
 
     def load(self) -> PairTable:
         """Let everyone name the best and the worst candidate of the prompts shown to them."""
+        return self._made[0]
+
+    def planted_log_odds(self) -> DoubleArray:
+        """Those of people who never err, in units of the spread of all differences."""
+        difference = self._made[1]
+        log_odds: DoubleArray = difference / max(float(difference.std()), SURE) / SURE
+        return log_odds
+
+    @cached_property
+    def _made(self) -> tuple[PairTable, DoubleArray]:
+        """The pairs, and what each person sees in the chosen response over the rejected one, ``(N,)``."""
         pool = self.pool
         scores = standardise(pool.scores) if self.z_score else pool.scores
         rng = np.random.default_rng([self.seed, 1])
@@ -168,8 +179,9 @@ class PopulationPairs(PairSource):
         user, prompt, best, worst, split = np.concatenate(columns).T
         kept = best >= 0
         user, prompt, best, worst, split = (column[kept] for column in (user, prompt, best, worst, split))
+        difference = ((scores[prompt, best] - scores[prompt, worst]) * self.weights[user]).sum(1)
         digits = len(str(len(people)))
-        return pair_table(
+        table = pair_table(
             [f"{'seen' if row < self.num_seen else 'unseen'}-{row:0{digits}d}" for row in people.tolist()],
             pool.prompts,
             pool.responses,
@@ -181,6 +193,7 @@ class PopulationPairs(PairSource):
             user_split=(user >= self.num_seen).astype(np.int64),
             dropped={"ties": int((~kept).sum())} if not kept.all() else {},
         )
+        return table, difference
 
 
 def _draw(rng: np.random.Generator, num_users: int, num_prompts: int, count: int) -> IntArray:

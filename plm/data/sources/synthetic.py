@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plm.data.schema import PairTable, pair_table
-from plm.data.sources import PairSource
+from plm.data.sources import SURE, PairSource
 from plm.data.sources.phrases import MAX_LEVEL, NAMES, NUM_PROMPTS, prompt_texts, reply_text
 
 World = Literal["low_rank", "ideal_point", "conflicting_groups"]
@@ -95,6 +95,11 @@ class SyntheticPairs(PairSource):
     def load(self) -> PairTable:
         """Write the texts and let the users choose."""
         return self._made[0]
+
+    def planted_log_odds(self) -> DoubleArray:
+        """Those of the planted utilities; large ones where nobody errs."""
+        log_odds: DoubleArray = self.truth.margin / max(self.noise, SURE)
+        return log_odds
 
     @property
     def truth(self) -> Truth:

@@ -240,9 +240,12 @@ class LoRe(PersonalizationMethod):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One step; with ``alternating`` weights first, then bases at the new weights."""
-        if self.automatic_optimization or self.num_bases == 0:
+        if self.automatic_optimization:
             return super().training_step(batch, batch_idx)
         found: Any = self.optimizers()
+        if not self.num_bases:
+            found.step()  # of size zero: Lightning writes no checkpoint before the first step
+            return super().training_step(batch, batch_idx)
         for optimizer in found if isinstance(found, list) else [found]:  # no weights to fit at K = 1
             out = self.loss(batch)
             # the anchor has no gradient in the weights: only the step of the bases feels it
@@ -262,7 +265,7 @@ class LoRe(PersonalizationMethod):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam; with ``alternating`` one each for weights and bases; our estimator decays linearly to zero."""
         if not self.num_bases:
-            return None
+            return torch.optim.SGD([self.bases], lr=0.0)
         if self.optimization == "alternating":
             return [torch.optim.Adam([group]) for group in self.param_groups()]
         optimizer = torch.optim.Adam(self.param_groups())

@@ -80,6 +80,23 @@ def test_people_choose_by_their_weights(table: str) -> None:
         assert column[pairs.prompt[row], response[pairs.rejected[row]]] == value.argmin()
 
 
+def test_the_planted_log_odds_favour_every_choice(table: str) -> None:
+    """By weights times attributes, looked up by text; who never errs is sure, whatever the difference."""
+    source = simulated(table)
+    pairs, log_odds = source.load(), source.planted_log_odds()
+    assert log_odds.shape == (pairs.num_pairs,) and (log_odds > 0).all()
+    scores = {
+        (source.pool.prompts[p], source.pool.responses[r]): value
+        for p, (rows, values) in enumerate(zip(source.pool.candidates, standardise(source.pool.scores), strict=True))
+        for r, value in zip(rows.tolist(), values, strict=True)
+        if r >= 0
+    }
+    item = pairs.texts()
+    difference = [scores[item[c]] - scores[item[r]] for c, r in zip(pairs.chosen, pairs.rejected, strict=True)]
+    utility = (np.array(difference) * source.weights[pairs.user]).sum(1)
+    assert np.allclose(log_odds / log_odds[0], utility / utility[0])
+
+
 def test_split_is_by_person_and_by_prompt_for_everybody(table: str) -> None:
     pairs = simulated(table).load()
     seen = pairs.user_split == 0
