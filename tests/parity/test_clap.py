@@ -522,6 +522,8 @@ def test_latent_rewards_and_their_ranks() -> None:
     expected_rank = 6 / (math.pi * (count + 1)) * (math.asin(rho) + (count - 2) * math.asin(rho / 2))
     assert result.low < expected_rank < result.high and result.num_prompts == 300
     assert validity(noisy, torch.zeros(300, 12)).num_prompts == 0
+    both = validity(torch.stack([noisy, noisy], 1), torch.stack([close, -close], 1))  # one that holds, one turned round
+    assert both.correlation == pytest.approx(0, abs=1e-9) and both.num_prompts == 300
 
 
 def test_health_of_a_model_that_knows_and_of_one_that_does_not(causal_lm: Folder) -> None:

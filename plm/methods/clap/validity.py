@@ -1,6 +1,6 @@
 """Whether a latent leads to the texts that its latent reward promises: the assumption on which Latent DPO stands.
 
-Axes: P prompts, M latents of a prompt, N scored responses of a prompt (padded), Z latent width.
+Axes: P prompts, M latents of a prompt, N scored responses of a prompt (padded), Z latent width, R rewards.
 """
 
 from __future__ import annotations
@@ -67,12 +67,13 @@ def validity(promised: Tensor, found: Tensor, num_resamples: int = 2000, seed: i
     """Compare latent rewards with the rewards of texts written from the same latents.
 
     Args:
-        promised: ``(P, M)`` latent rewards, see `latent_rewards`.
-        found: ``(P, M)`` rewards of texts y ~ p(y|x,z), or their mean over some texts of each latent.
+        promised: ``(P, M)`` latent rewards, see `latent_rewards`; or ``(P, R, M)`` of R rewards, whose correlations are
+            averaged within a prompt.
+        found: Of the same shape, rewards of texts y ~ p(y|x,z), or their mean over some texts of each latent.
         num_resamples: Bootstrap resamples behind the interval.
         seed: Of the bootstrap.
     """
-    rows = rank_correlations(promised, found)
+    rows = rank_correlations(promised.flatten(0, -2), found.flatten(0, -2)).view(len(promised), -1).nanmean(1)
     rows = rows[rows.isfinite()]
     if not len(rows):
         return Validity(float("nan"), float("nan"), float("nan"), 0)
