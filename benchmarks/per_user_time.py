@@ -5,8 +5,8 @@ Usage: OMP_NUM_THREADS=2 python benchmarks/per_user_time.py [--pairs 540 --promp
 First table, one new person, from indices of pairs to what is stored of the person. The networks have the sizes of
 recipes/clap_imdb_tiny.yaml with random weights, the texts its lengths: time depends on nothing else. LoRA-DPO and
 ``full`` take one pass over the pairs, as published, ``mlp`` the 200 steps of its preset, ``newton`` solves. What is
-made once for everybody is left out under "new person": log-probabilities of all responses under the reference, or latents of
-all responses, features of prompts and, as given by ``--clap_seconds``, the training of CLaP. Under "among N" it is
+made once for everybody is left out under "new person": log-probabilities of all responses under the reference, or their
+latents, features of prompts and, as given by ``--clap_seconds``, the training of CLaP. Under "among N" it is
 included, shared by N people. "together" is the time of one among ``--people`` who are learned in one call.
 
 Second table, people learned in one call of ``LatentDPO.adapt`` against one call for each, and against a plain loop: a

@@ -373,3 +373,36 @@ def test_newton_states_are_the_logistic_optimum_of_posterior_means() -> None:
         loss = (weight / weight.mean() * bt_losses(margin, 1 - tie / 2)).mean() + 0.025 * mean.square().sum()
         (slope,) = torch.autograd.grad(loss, mean)
         assert slope.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("options", [EVERY[0], EVERY[4], EVERY[8]], ids=["evidence", "mlp", "newton"])
+def test_the_order_of_people_and_of_their_pairs_changes_nothing(options: dict[str, Any]) -> None:
+    method, context = make(**options), people_context()
+    states = method.adapt(context).tensors["policy"]
+    people = torch.tensor([3, 0, 4, 2, 1])
+    longest = max(SIZES)
+    places = torch.stack([torch.randperm(longest, generator=torch.Generator().manual_seed(n)) for n in range(5)])
+    moved = Context(**{name: value[people[:, None], places] for name, value in tensors(context).items()})
+    torch.testing.assert_close(method.adapt(moved).tensors["policy"], states[people], rtol=0, atol=1e-6)
+
+
+def test_hard_labels_leave_the_prior_and_soft_ones_do_not() -> None:
+    """One direction explains all pairs. A typical draw of the prior has |z|^2 / 2 = 8; the KL is |mean|^2 / 2."""
+    direction, width = torch.nn.functional.normalize(draw(1, 1, 16, seed=9), dim=-1), 16
+    sides = draw(2, 1, 60, width, seed=3) * 0.75**0.5
+    first = ((sides[0] - sides[1]) * direction).sum(-1, keepdim=True) > 0
+    both = torch.where(first, sides[0], sides[1]), torch.where(first, sides[1], sides[0])
+    chosen, rejected = (torch.cat([side, torch.full_like(side, 0.25).log()], -1) for side in both)
+    mask = torch.ones(1, 60, dtype=torch.bool)
+    context = Context(chosen, rejected, mask, mask.float())
+
+    def kl(rule: str, steps: int, kl_coef: float = 0.0) -> float:
+        method = LatentDPO(1, 2 * width, family="vector", rule=rule, num_steps=steps, lr=0.05, kl_coef=kl_coef)  # type: ignore[arg-type]
+        return float(method.latent_policies(method.adapt(context)).mean.square().sum() / 2)
+
+    for rule in ("evidence", "topk", "direct"):
+        assert kl(rule, 150) > 8 * 8
+    assert kl("direct", 300) > 2 * kl("direct", 150)
+    for rule, kl_coef in (("soft", 0.0), ("expectation", 0.0), ("evidence", 0.01), ("closed_form", 0.01)):
+        assert 0.3 < kl(rule, 300, kl_coef) < 8
+        assert kl(rule, 300, kl_coef) == pytest.approx(kl(rule, 150, kl_coef), rel=0.1)
