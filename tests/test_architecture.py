@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "plm.types",
     },
     "plm.live_method": {"plm.method", "plm.network_method", "plm.backbones", "plm.functional", "plm.types"},
-    "plm.generation": {"plm.method", "plm.policy_method", "plm.functional", "plm.backbones", "plm.types"},
+    "plm.generation": {"plm.method", "plm.functional", "plm.backbones", "plm.types"},
     "plm.methods": {
         "plm.config",
         "plm.method",
