@@ -20,7 +20,7 @@ from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.latent_dpo.maths import Gaussian, implicit_rewards
 from plm.testing import saved, tiny_causal_lm
-from plm.types import UserState
+from plm.types import Context, UserState
 
 WIDTH, PROMPTS = 16, ["how is it", "tell me of the sea, please", "no"]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "seed": 3}
@@ -150,6 +150,39 @@ def test_the_commands_write_and_judge(checkpoint: Path, tmp_path: Path, capsys: 
     population = sample(method, PROMPTS, num_samples=4, max_new_tokens=20)
     words = [len(one.text.split()) for row in population for one in row]
     assert result["texts"]["population"]["rewards"]["words"] == pytest.approx(sum(words) / 12)
+
+
+def test_a_new_user_is_learned_scored_and_written_for_by_commands(clap: Path, tmp_path: Path) -> None:
+    """From pairs of texts beside the checkpoint; the state is that of adapting to their latents."""
+    texts = [(" yes", " no no"), (" well then", " no"), (" yes indeed", " never")]
+    rows = [{"user_id": "dora", "prompt": PROMPTS[n], "chosen": a, "rejected": b} for n, (a, b) in enumerate(texts)]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("pairs", "responses", "prompts", "scored", "written")}
+    files["pairs"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"user_id": "dora", "prompt": PROMPTS[0], "response": text} for text in texts[0]]
+    files["responses"].write_text("".join(json.dumps(row) + "\n" for row in asked))
+    files["prompts"].write_text(json.dumps({"prompt": PROMPTS[0]}) + "\n")
+    with saved(people(clap, num_steps=50, lr=0.02)) as path:
+        assert main(["adapt", "--ckpt_path", str(path), "--pairs", str(files["pairs"])]) == 0
+        command = ["--ckpt_path", str(path), "--output"]
+        assert main(["score", *command, str(files["scored"]), "--input", str(files["responses"])]) == 0
+        command += [str(files["written"]), "--user", "dora", "anna", "--max_new_tokens", "6"]
+        assert main(["generate", *command, "--prompts", str(files["prompts"])]) == 0
+        method = load_method(path)
+        assert method.find_users is not None
+        state = method.find_users(["dora"])
+        expected = sample(method, PROMPTS[:1], state, max_new_tokens=6)
+    rewards = [json.loads(line)["reward"] for line in files["scored"].read_text().splitlines()]
+    assert rewards[0] > rewards[1]
+    written = [json.loads(line) for line in files["written"].read_text().splitlines()]
+    assert [row["user_known"] for row in written] == [True, True]
+    assert written[0]["responses"] == [expected[0][0].text]
+    backbone = ClapLatents(str(clap))
+    chosen, rejected = (backbone.represent(PROMPTS, side)[None] for side in zip(*texts, strict=True))
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    given = backbone.prompt_backbone.represent([""] * 3, PROMPTS)
+    assert isinstance(chosen, Tensor) and isinstance(rejected, Tensor) and isinstance(given, Tensor)
+    direct = people(clap, num_steps=50, lr=0.02).adapt(Context(chosen, rejected, mask, mask.float(), given[None]))
+    torch.testing.assert_close(state.tensors["policy"], direct.tensors["policy"], rtol=0, atol=1e-4)
 
 
 def test_who_cannot_write_or_mix_says_so(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
