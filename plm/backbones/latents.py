@@ -1,17 +1,13 @@
 """Backbones whose features are posteriors over the latents that a language model writes from.
 
-Axes: B prompts, Z latent width.
+Axes: B texts, T tokens of a prompt, Z latent width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from plm.backbones.backbone import Backbone
@@ -53,15 +49,3 @@ class LatentBackbone(Backbone):
     @abstractmethod
     def writing(self, latents: Tensor) -> TextWriter:
         """A batch of texts to be written, one for each of the latents ``(B, Z)``."""
-
-    def noise(self, prompts: Sequence[str], seed: int) -> Tensor:
-        """Standard normal numbers ``(B, Z)`` that depend on each prompt and the seed, not on the batch."""
-        rows = []
-        for prompt in prompts:
-            key = hashlib.blake2b(f"{seed}\0{prompt}".encode(errors="surrogatepass"), digest_size=16).digest()
-            rows.append(
-                np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).standard_normal(
-                    self.latent_dim
-                )
-            )
-        return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(prompts), self.latent_dim))

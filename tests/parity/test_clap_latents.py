@@ -99,11 +99,9 @@ def test_another_model_is_refused(checkpoint: Path) -> None:
 
 
 def test_writing_from_latents(checkpoint: Path) -> None:
-    """The backbone writes what the method does for users with these latents; noise belongs to a prompt."""
+    """The backbone writes what the method does for users with these latents."""
     backbone = ClapLatents(str(checkpoint))
-    latents = backbone.noise(PROMPTS, 3)
-    assert torch.equal(backbone.noise(PROMPTS[1:2], 3), latents[1:2])
-    assert (backbone.noise(PROMPTS, 4) != latents).all()
+    latents = torch.randn(3, 16, generator=torch.Generator().manual_seed(3))
     users = UserState({"latent": latents}, torch.zeros(3).long())
     expected = sample(backbone.method, PROMPTS, users, max_new_tokens=4, temperature=0)
     writing = backbone.writing(latents)
