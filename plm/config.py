@@ -33,6 +33,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close!r}?" if close else ""
 
 
+def missing_key(name: str, record: Iterable[str]) -> str:
+    """What to say of a row without a key that it must have: the keys it has, and which of them may be meant."""
+    close = closest(name, record)
+    advice = f"; rename {close!r}?" if close else ""
+    return f"missing {name!r}, got the keys {sorted(record)}{advice}"
+
+
 def shipped(kind: str) -> Path:
     """The folder ``conf`` or ``recipes``: inside the installed package, else beside it in a source checkout."""
     inside = _PACKAGE / f"_{kind}"

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock
 
 from plm.backbones import CausalLM, HashingBackbone, Policy
 from plm.checkpoint import load_method
@@ -73,7 +74,7 @@ def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one prompt in"):
         read_prompts(str(tmp_path / "empty.txt"))
     for rows, message in (
-        ([{"prompts": "a"}], r":1: missing 'prompt'; did you mean 'prompts'\?"),
+        ([{"prompts": "a"}], r":1: missing 'prompt', got the keys \['prompts'\]; rename 'prompts'\?"),
         ([{"prompt": "a"}, {"prompt": []}], r":2: prompt: .*not an empty list"),
         ([{"prompt": None}], ":1: prompt: expected a text or chat messages, got None"),
     ):
@@ -127,6 +128,15 @@ def test_rows_may_say_who_is_written_for(causal_lm: Folder, tmp_path: Path, caps
         assert [row["responses"] for row in rows_of(tmp_path / "out.jsonl")] == [[one.text] for [one] in expected]
         assert main([*command, jsonl(tmp_path / "p.jsonl", [*rows, {"prompt": "b"}])]) == 1
         assert "a user_id in all rows of" in capsys.readouterr().err
+        with pytest.warns(UserWarning, match="1 repeated prompts of"):
+            assert main([*command, jsonl(tmp_path / "p.jsonl", rows), "--user", "ben"]) == 0
+        assert [row["user_id"] for row in rows_of(tmp_path / "out.jsonl")] == ["ben"]  # the prompt once
+        zeros = jsonl(tmp_path / "zeros.jsonl", [{"prompt": "a", "user_id": user} for user in (0, 1)])
+        with pytest.warns(UserWarning, match="treated as the population: '0', '1'"):
+            assert main([*command[:-3], "--output", str(tmp_path / "new" / "out.jsonl"), "--prompts", zeros]) == 0
+        assert [row["user_id"] for row in rows_of(tmp_path / "new" / "out.jsonl")] == ["0", "1"]
+        assert main([*command, jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "user_id": " "}])]) == 1
+        assert "user_id of a row of" in capsys.readouterr().err
 
 
 def test_generate_chooses_by_the_reward_of_a_method_without_a_policy(
@@ -207,6 +217,15 @@ def test_sample_writes_what_the_function_writes(causal_lm: Folder, tmp_path: Pat
         }
         for place, prompt in enumerate(PROMPTS)
     ]
+
+
+def test_two_samplers_do_not_write_one_file(
+    causal_lm: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileLock(tmp_path / ".s.jsonl.lock"):
+        assert sampled(causal_lm, tmp_path) == 1
+        assert "another plm sample is writing" in capsys.readouterr().err
+    assert not (tmp_path / "s.jsonl").exists()
 
 
 def test_sample_goes_on_where_it_was_killed(

@@ -79,6 +79,13 @@ def test_a_chat_template_tells_where_the_reply_begins(causal_lm: Folder, tmp_pat
     tokenizer.save_pretrained(tmp_path)
     prompt, response = CausalLM(str(tmp_path), template="chat").completion('[{"role":"user","content":"hi"}]', "yo")
     assert tokenizer.decode(prompt) == "[u]hi|[a]" and tokenizer.decode(response) == "yo|"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}[a]<think>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"finished replies begin as it asks for them, got '.*<think>' before"):
+        CausalLM(str(tmp_path), template="chat").completion("hi", "yo")
 
 
 def test_spec_rebuilds_it(causal_lm: Folder) -> None:

@@ -115,12 +115,23 @@ class CausalLM(HFBackbone):
         A response is tokenised together with its prompt, unless a token would span the border between the two.
 
         Raises:
-            ValueError: If the prompt leaves no room, or the response has no tokens.
+            ValueError: If the prompt leaves no room, the response has no tokens, or the chat template begins a reply
+                with what a finished reply does not hold.
         """
+        return self.cut_completion(prompt, response)[0]
+
+    def cut_completion(self, prompt: str, response: str) -> tuple[Completion, int]:
+        """The same, and how many tokens of the response the model cannot read."""
         before, whole = self._text(prompt, None), self._text(prompt, response)
+        if not whole.startswith(before):
+            raise ValueError(
+                f"expected a chat template whose finished replies begin as it asks for them, got {before[-60:]!r} "
+                f"before a reply that is to be written, and {whole[-60:]!r} once it is; give {self.model!r} a template "
+                "that keeps the beginning (chat_template.jinja in its folder), or set template: plain"
+            )
         tokenizer, plain = self.tokenizer, self.template == "plain"
         own, ids = self._prompt_ids(prompt), self._ids(whole, plain)
-        if before and whole.startswith(before) and ids[: len(own)] == own:
+        if before and ids[: len(own)] == own:
             ids = ids[len(own) :]
         else:
             ids = self._ids(whole.removeprefix(before), False)
@@ -130,7 +141,8 @@ class CausalLM(HFBackbone):
         if self.append_eos and plain and end is not None and ids[-1] != end:
             ids.append(end)
         kept = self.prompt_tokens(prompt)
-        return Completion(kept, self._in_range(ids[: self.max_tokens - len(kept)]))
+        room = self.max_tokens - len(kept)
+        return Completion(kept, self._in_range(ids[:room])), max(0, len(ids) - room)
 
     def represent(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
         """Tokens ``(B, T)`` of B responses to B prompts."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from plm.backbones import TooLong
 from plm.checkpoint import KnownUsers, load_method, read_checkpoint
 from plm.cli.options import OptionParser
-from plm.config import nearest
+from plm.config import missing_key, nearest
 from plm.data.collate import FeaturedPairs, build_context
 from plm.data.files import position, read_records
 from plm.data.rows import FeatureRows, token_rows
@@ -225,7 +225,7 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], _Parsed], example: s
 def _row(record: dict[str, Any], default_user: str | None) -> Row:
     """Check one row; an empty prompt or user, as CSV has them, is not given."""
     if "response" not in record:
-        raise ValueError(f"missing 'response'{nearest('response', record)}, got the keys {sorted(record)}")
+        raise ValueError(missing_key("response", record))
     try:
         response = to_response(record["response"])
     except ValueError as error:

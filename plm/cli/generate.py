@@ -15,6 +15,8 @@ from plm.cli.options import OptionParser
 from plm.cli.prompts import Prompt, read_prompts
 from plm.cli.writing import PROMPTS, add_policy, add_settings, device, policy_of, progress_bar, settings_of
 from plm.config import nearest
+from plm.data.values import to_id
+from plm.evaluation import write_text
 from plm.generation import Mixes, Writes, best_of_n, sample
 from plm.method import PersonalizationMethod
 from plm.types import UserState
@@ -56,7 +58,9 @@ def run(args: list[str]) -> None:
     if options.mix and (options.user or options.best_of):
         parser.error("--mix writes with one mixture of users: leave out --user, and --policy with --best_of")
     given = [" ".join(options.mix)] if options.mix else options.user
-    prompts, users = asked(read_prompts(options.prompts, per_user=True), given, options.prompts)
+    if options.output and Path(options.output).is_dir():
+        parser.error(f"--output: expected a file, got the folder {options.output!r}")
+    prompts, users = asked(read_prompts(options.prompts, per_user=given is None), given, options.prompts)
     texts = [prompt.text for prompt in prompts]
     method = load_method(options.ckpt_path, device())
     assert isinstance(method.find_users, KnownUsers)
@@ -102,8 +106,7 @@ def run(args: list[str]) -> None:
         for prompt, user, own in zip(prompts, whose, made, strict=True)
     ]
     if options.output:
-        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-        Path(options.output).write_text("".join(lines), encoding="utf-8")
+        write_text(options.output, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
     else:
         sys.stdout.write("\n".join(map(_readable, rows)))
 
@@ -141,11 +144,14 @@ def asked(prompts: Sequence[Prompt], users: Sequence[str] | None, path: str) -> 
         distinct = list(dict.fromkeys(users))
         return [prompt for prompt in prompts for _ in distinct], distinct * len(prompts)
     named = [prompt.record.get("user_id") for prompt in prompts]
-    if not any(named):
+    if all(user is None for user in named):
         return list(prompts), None
-    if not all(named):
+    if any(user is None for user in named):
         raise ValueError(f"expected a user_id in all rows of {path} or in none, got it in some; give --user ID")
-    return list(prompts), [str(user) for user in named]
+    try:
+        return list(prompts), [to_id(user) for user in named]
+    except ValueError as error:
+        raise ValueError(f"user_id of a row of {path}: {error}") from error
 
 
 def _readable(row: dict[str, Any]) -> str:

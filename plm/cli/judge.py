@@ -51,7 +51,9 @@ def run(args: list[str]) -> None:
     parser.add_argument("--num_prompts", type=int, metavar="N", help="the first N prompts (default: all)")
     parser.add_argument("--num_samples", type=int, default=4, metavar="N", help="texts on each prompt (default 4)")
     parser.add_argument(
-        "--output", metavar="DIR", help="folder for judge.md and judge.json; default: runs/judge/<name>"
+        "--output",
+        metavar="DIR",
+        help="folder for judge.md and judge.json; default: <stem>.judge beside the checkpoint",
     )
     add_settings(parser)
     options = parser.parse(args)
@@ -97,7 +99,7 @@ def run(args: list[str]) -> None:
         ],
     }
     judge_report.show(result, Console())
-    folder = Path(options.output or Path("runs", "judge", Path(options.ckpt_path).stem))
+    folder = Path(options.output or Path(options.ckpt_path).with_suffix(".judge"))
     judge_report.write(result, folder)
     print(f"written to {folder}")
 

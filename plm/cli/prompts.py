@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plm.cli.commands import read_rows
-from plm.config import nearest
+from plm.config import missing_key
 from plm.data.files import FORMATS
 from plm.data.values import ROW_SPLITS, short, to_prompt
 
@@ -46,7 +46,7 @@ def read_prompts(path: str, *, per_user: bool = False) -> list[Prompt]:
 def _prompt(record: dict[str, Any]) -> Prompt:
     """Check one row."""
     if "prompt" not in record:
-        raise ValueError(f"missing 'prompt'{nearest('prompt', record)}, got the keys {sorted(record)}")
+        raise ValueError(missing_key("prompt", record))
     try:
         if record["prompt"] is None:
             raise ValueError("expected a text or chat messages")

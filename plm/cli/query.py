@@ -12,7 +12,7 @@ from torch import Tensor
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli.commands import read_rows
 from plm.cli.options import OptionParser
-from plm.config import nearest
+from plm.config import missing_key
 from plm.data.values import short, to_prompt, to_response
 from plm.querying import choose_pairs, posterior_samples, sampled_chances
 
@@ -104,7 +104,7 @@ def _candidate(record: dict[str, Any]) -> Candidate:
     """Check one row."""
     sides = record.get("responses", [record[name] for name in ("chosen", "rejected") if name in record] or None)
     if sides is None:
-        raise ValueError(f"missing 'responses'{nearest('responses', record)}, got the keys {sorted(record)}")
+        raise ValueError(missing_key("responses", record))
     if not isinstance(sides, list) or len(sides) != 2:
         raise ValueError(f"responses: expected a list of two, got {short(sides)}")
     try:

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from plm.cli.options import OptionParser
 from plm.cli.prompts import Prompt, read_prompts
 from plm.cli.writing import PROMPTS, add_policy, add_settings, policy_of, progress_bar, settings_of
@@ -44,6 +46,12 @@ def run(args: list[str]) -> None:
     settings = settings_of(options)
     about = {name: value for name, value in settings.items() if name != "batch_tokens"}
     model = {f"policy {name}": value for name, value in policy.backbone.key().items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another plm sample is writing {output}; wait for it, or share the work by --shard") from None
     done = _prepare(output, {**model, "num": options.num, **about})
     missing = [prompt for prompt in prompts if prompt.text not in done]
     step = max(1, CHUNK // options.num)
@@ -85,7 +93,6 @@ def _prepare(output: Path, about: dict[str, Any]) -> set[str]:
     Raises:
         ValueError: If the file was made with other settings, or is no file of samples.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     settings = output.with_name(f".{output.name}.settings.json")
     if not output.exists():
         settings.write_text(json.dumps(about), encoding="utf-8")

@@ -23,6 +23,7 @@ MAX_FLOATS = 2**26
 """How many feature values an evaluation batch may hold (256 MiB)."""
 MAX_TOKENS = 2**22
 """How many tokens an evaluation batch may hold (64 MiB with masks)."""
+SAME = "their responses differ only where they are cut off"
 
 
 class Rows(Protocol):
@@ -101,12 +102,12 @@ class TokenRows:
 class Tokenizer(Protocol):
     """What turns texts into token ids, and refuses a prompt that leaves no room for a response."""
 
-    def completion(self, prompt: str, response: str, /) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and response."""
+    def cut_completion(self, prompt: str, response: str, /) -> tuple[tuple[list[int], list[int]], int]:
+        """Token ids of prompt and response, and how many of the response were cut off."""
 
 
 def token_rows(table: PairTable, tokenizer: Tokenizer, too_long: type[ValueError]) -> tuple[PairTable, TokenRows]:
-    """Tokenise the items of a table and leave out pairs that do not fit.
+    """Tokenise the items of a table and leave out pairs that do not fit; responses that were cut are warned about.
 
     Args:
         table: The pairs.
@@ -114,8 +115,8 @@ def token_rows(table: PairTable, tokenizer: Tokenizer, too_long: type[ValueError
         too_long: What it raises for a prompt that leaves no room.
 
     Returns:
-        The table without pairs whose prompt leaves no room, counted under ``dropped["too_long"]`` with a warning, and
-        the tokens of all items; items of pairs that were left out are empty.
+        The table without pairs whose prompt leaves no room (``dropped["too_long"]``) or whose responses differ only
+        where they were cut off (``dropped["same_when_cut"]``), both with a warning, and the tokens of all items.
 
     Raises:
         ValueError: For a response without tokens or an id outside the vocabulary, with the position of its pair; or if
@@ -124,9 +125,10 @@ def token_rows(table: PairTable, tokenizer: Tokenizer, too_long: type[ValueError
     prompts: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)] * len(table.prompts)
     responses: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)] * len(table.items)
     fits = np.ones(len(table.items), dtype=bool)
+    cut = np.zeros(len(table.items), dtype=bool)
     for item, (prompt, text) in enumerate(table.texts()):
         try:
-            before, after = tokenizer.completion(prompt, text)
+            (before, after), num_cut = tokenizer.cut_completion(prompt, text)
         except too_long:
             fits[item] = False
             continue
@@ -135,20 +137,31 @@ def token_rows(table: PairTable, tokenizer: Tokenizer, too_long: type[ValueError
             raise ValueError(f"{table.position(pair)}: {error}") from error
         prompts[table.items[item, 0]] = np.array(before, dtype=np.int32)
         responses[item] = np.array(after, dtype=np.int32)
-    kept = fits[table.chosen] & fits[table.rejected]
+        cut[item] = num_cut > 0
     rows = TokenRows(prompts, responses, table.items[:, 0])
-    num_dropped = int((~kept).sum())
-    if not num_dropped:
-        return table, rows
-    first = table.position(int(np.flatnonzero(~kept)[0]))
+    unfit = ~(fits[table.chosen] & fits[table.rejected])
+    same = np.zeros(table.num_pairs, dtype=bool)
+    for pair in np.flatnonzero(~unfit & cut[table.chosen] & cut[table.rejected]).tolist():
+        same[pair] = np.array_equal(responses[table.chosen[pair]], responses[table.rejected[pair]])
     advice = "raise data.backbone.init_args.max_length or set max_prompt_length"
-    if num_dropped == table.num_pairs:
+    if not (~unfit & ~same).any():
+        first = table.position(0)
         raise ValueError(f"expected prompts that leave room for a response, got none (the first at {first}); {advice}")
-    warnings.warn(
-        f"{num_dropped} of {table.num_pairs} pairs are left out: their prompts leave no room for a response (the first "
-        f"at {first}); {advice}",
-        stacklevel=2,
-    )
-    left = table.take(kept)
-    left.dropped["too_long"] = num_dropped
+    if cut.any():
+        first = table.position(int(np.flatnonzero(cut[table.chosen] | cut[table.rejected])[0]))
+        warnings.warn(
+            f"{cut.sum()} of {len(table.items)} responses are cut off where the model can read no more (the first at "
+            f"{first}); {advice}",
+            stacklevel=2,
+        )
+    reasons = {"too_long": (unfit, "their prompts leave no room for a response"), "same_when_cut": (same, SAME)}
+    left = table.take(~unfit & ~same) if (unfit | same).any() else table
+    for name, (which, why) in reasons.items():
+        if which.any():
+            first = table.position(int(np.flatnonzero(which)[0]))
+            warnings.warn(
+                f"{which.sum()} of {table.num_pairs} pairs are left out: {why} (the first at {first}); {advice}",
+                stacklevel=2,
+            )
+            left.dropped[name] = int(which.sum())
     return left, rows

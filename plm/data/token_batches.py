@@ -6,6 +6,7 @@ Axes: B pairs in a batch, W processes, U users.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 import numpy as np
 
@@ -26,7 +27,8 @@ class TokenBatches(ResumableBatches):
     By pair, an epoch is a random order of all pairs, in which windows of 32 batches are sorted by length; W processes
     share out each batch, so that they take the same steps as one process with W times the ``batch_size``. By user,
     every batch holds ``pairs_per_user`` pairs of as many users as ``batch_size`` allows, in an order that depends on
-    nothing but the seed, the epoch and the user: a user's batches are the same whoever is trained beside. W processes
+    nothing but the seed, the epoch and the user: a user's batches are the same whoever is trained beside. Groups of
+    users that do not fit one batch take turns, batch by batch, in another order every epoch. W processes
     share out the users of each batch; where fewer users have pairs left than that, some take the same at less weight.
     By prompt, a batch holds all pairs of ``prompts_per_batch`` prompts and process, in an order made as that of pairs.
 
@@ -125,8 +127,10 @@ class TokenBatches(ResumableBatches):
         num_groups = -(-len(everyone) // (world_size * max(1, self.batch_size // pairs_per_user)))
         by_user = np.argsort(user, kind="stable")
         start = np.searchsorted(user[by_user], np.arange(self.data.table.num_users + 1))
-        order: list[tuple[IntArray, float]] = []
-        for group in np.array_split(everyone, num_groups):
+        rounds: list[list[tuple[IntArray, float]]] = []
+        groups = np.array_split(everyone, num_groups)
+        for number in np.random.default_rng((self.seed, epoch)).permutation(num_groups):
+            group, order = groups[number], []
             shuffled = [self._shuffled(by_user[start[one] : start[one + 1]], one, epoch) for one in group.tolist()]
             for begin in range(0, max(map(len, shuffled)), pairs_per_user):
                 parts = [rows[begin : begin + pairs_per_user] for rows in shuffled if len(rows) > begin]
@@ -137,7 +141,8 @@ class TokenBatches(ResumableBatches):
                     copies = len(range(rank % len(parts), world_size, len(parts)))
                 index = np.concatenate([parts[one] for one in mine])
                 order.append((index, len(index) * world_size / (sum(map(len, parts)) * copies)))
-        return order
+            rounds.append(order)
+        return [batch for batches in zip_longest(*rounds) for batch in batches if batch is not None]
 
     def _shuffled(self, rows: IntArray, user: int, epoch: int) -> IntArray:
         """Pairs of a user in an order that depends on nothing but the seed, the epoch and the user."""

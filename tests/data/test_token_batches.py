@@ -19,12 +19,14 @@ from plm.types import Tokens
 
 
 class Letters:
-    """Every letter is a token; a prompt of more than five letters leaves no room."""
+    """Every letter is a token; a prompt of more than five letters leaves no room, a response is cut after 100."""
 
-    def completion(self, prompt: str, response: str, /) -> tuple[list[int], list[int]]:
+    def cut_completion(self, prompt: str, response: str, /) -> tuple[tuple[list[int], list[int]], int]:
         if len(prompt) > 5:
             raise TooLong(prompt)
-        return [ord(letter) for letter in prompt], [ord(letter) for letter in response]
+        return ([ord(letter) for letter in prompt], [ord(letter) for letter in response[:100]]), max(
+            0, len(response) - 100
+        )
 
 
 class TooLong(ValueError):
@@ -89,6 +91,21 @@ def test_pairs_that_do_not_fit_are_left_out_and_counted() -> None:
         token_rows(planted([2], "too long"), Letters(), TooLong)
 
 
+def test_cut_responses_are_reported_and_pairs_without_a_difference_left_out() -> None:
+    texts = ["x" * 100 + "a", "x" * 100 + "b", "y" * 101, "z"]
+    both = np.array([0, 2]), np.array([1, 3])
+    table = pair_table(
+        ["u"], ["p"], texts, user=np.zeros(2, int), prompt=np.zeros(2, int), chosen=both[0], rejected=both[1]
+    )
+    with pytest.warns(UserWarning) as caught:
+        kept, tokens = token_rows(table, Letters(), TooLong)
+    told = [str(one.message) for one in caught]
+    assert told[0].startswith("3 of 4 responses are cut off where the model can read no more (the first at")
+    assert told[1].startswith("1 of 2 pairs are left out: their responses differ only where they are cut off")
+    assert kept.dropped == {"same_when_cut": 1}
+    assert [len(tokens.responses[item]) for item in (kept.chosen[0], kept.rejected[0])] == [100, 1]
+
+
 def test_reference_log_probabilities_travel_with_the_tokens() -> None:
     table, tokens = token_rows(planted([3]), Letters(), TooLong)
     tokens = TokenRows(tokens.prompts, tokens.responses, tokens.prompt, np.arange(6, dtype=np.float32))
@@ -149,8 +166,21 @@ def test_an_epoch_goes_on_after_the_batches_that_are_left_out(per_user: int) -> 
 def test_by_user_a_batch_holds_as_many_pairs_of_everyone() -> None:
     table = planted([4, 4, 4, 4])
     batches = list(loader(table, batch_size=4, per_user=2))
-    assert [batch.user_index.tolist() for batch in batches] == [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2
+    users = [batch.user_index.tolist() for batch in batches]
+    assert sorted(users[:2]) == sorted(users[2:]) == [[0, 0, 1, 1], [2, 2, 3, 3]]
     assert sorted(flat(map(pairs, batches))) == list(range(16))
+
+
+def test_groups_of_users_take_turns_in_another_order_every_epoch() -> None:
+    table = planted([8, 8, 8, 8, 8, 2])
+    first: set[tuple[int, ...]] = set()
+    for epoch in range(6):
+        batches = list(loader(table, batch_size=4, per_user=2, epoch=epoch))
+        users = [sorted({pair // 8 for pair in pairs(batch)}) for batch in batches]
+        assert sorted(flat(users[:3])) == [0, 1, 2, 3, 4, 5]  # nobody waits for another's last pair
+        assert len(batches) == 12
+        first.add(tuple(users[0]))
+    assert len(first) > 1
 
 
 def test_a_users_batches_do_not_depend_on_the_others() -> None:
