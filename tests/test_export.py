@@ -7,15 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from plm.backbones import HFBackbone
+from plm.backbones import CausalLM, HFBackbone
 from plm.checkpoint import load_method
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.lora_dpo import LoRADPO
 from plm.methods.pal import PAL
 from plm.testing import saved
+from plm.types import Tokens
 
 TEXTS = ["A walk.", "Tea and toast, please", "no"]
 
@@ -64,6 +68,29 @@ def test_export_writes_the_reward_of_a_user_and_how_to_load_it(
                 with torch.no_grad():
                     expected = loaded.score([text], user_id=name, prompts="Tea?")
                 assert run_readme(folder, "Tea?", text) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_export_writes_the_adapter_of_a_user_which_peft_loads(
+    causal_lm: Callable[[str], Path], tmp_path: Path, adapter: Any
+) -> None:
+    base = str(causal_lm("llama"))
+    method = LoRADPO(2, 16, CausalLM(base).spec(), mode="per_user", adapter=adapter, rank=2)
+    method.user_ids = ["anna", "ben"]
+    method.configure_model()
+    torch.manual_seed(0)
+    method.adapters.data.add_(0.3 * torch.randn_like(method.adapters))
+    ids = torch.tensor([[5, 9, 30, 12]])
+    with saved(method) as path:
+        for row, user in enumerate(method.user_ids):
+            folder = tmp_path / user
+            assert main(["export", "--ckpt_path", str(path), "--output", str(folder), "--user", user]) == 0
+            model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+            writing = method.writing(method.user_states(torch.tensor([row])), [""])
+            found = writing.start(Tokens(ids, ids > 0, ids < 0))
+            with torch.no_grad():
+                expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_exported_gets_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
