@@ -14,12 +14,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,6 +32,7 @@ from plm.backbones import CausalLM, FreshCausalLM, Policy
 from plm.callbacks import PreferenceMetrics, SaveUserStates
 from plm.checkpoint import load_method
 from plm.data.datamodule import PreferenceDataModule
+from plm.data.schema import PairTable
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lora_dpo import LoRADPO
@@ -79,12 +82,21 @@ def _folder() -> Path:
 _HELD: list[Any] = []
 
 
-def data_for(world_size: int, pairs_per_user: int | None) -> PreferenceDataModule:
+class Everyone(SyntheticPairs):
+    """The pairs of one user, as of a corpus of running text."""
+
+    def load(self) -> PairTable:
+        table = super().load()
+        return replace(table, user_ids=["everyone"], user=np.zeros_like(table.user))
+
+
+def data_for(world_size: int, pairs_per_user: int | None, name: str = "") -> PreferenceDataModule:
+    source = Everyone if name == "sft_everyone" else SyntheticPairs
     return PreferenceDataModule(
-        SyntheticPairs(num_users=8, pairs_per_user=12),
+        source(num_users=8, pairs_per_user=12),
         FreshCausalLM(str(_folder() / "model"), **LM),  # type: ignore[arg-type]
         cache_dir=str(_folder() / "cache"),
-        unseen_users=0.3,
+        unseen_users=0.0 if source is Everyone else 0.3,
         batch_size=BATCH // world_size,
         pairs_per_user=pairs_per_user,
         shots=[],
@@ -103,6 +115,7 @@ def sft(data: PreferenceDataModule, save_to: str | None = None) -> SFT:
 
 METHODS: dict[str, tuple[Callable[[PreferenceDataModule], PolicyMethod], int | None]] = {
     "sft": (sft, None),
+    "sft_everyone": (sft, None),
     "sft_saved": (lambda data: sft(data, str(_folder() / "saved")), None),
     "shared": (lora_dpo, None),
     "full": (lambda data: lora_dpo(data, adapter="full"), None),
@@ -126,7 +139,7 @@ def _fit(name: str, strategy: str, folder: Path, options: dict[str, Any]) -> Non
     plan, world_size = strategy_of(strategy)
     make, pairs_per_user = METHODS[name]
     torch.manual_seed(0)
-    data, losses = data_for(world_size, pairs_per_user), Losses()
+    data, losses = data_for(world_size, pairs_per_user, name), Losses()
     best = ModelCheckpoint(folder, "best", monitor="val/seen/log_loss")
     steps = ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)
     trainer = quiet_trainer(
@@ -213,6 +226,8 @@ SLOW = pytest.mark.slow
         ("per_user", "ddp"),
         ("shared", "fsdp2"),
         ("sft", "fsdp2"),
+        ("sft_everyone", "ddp"),
+        pytest.param("sft_everyone", "fsdp2", marks=SLOW),
         pytest.param("sft", "ddp", marks=SLOW),
         pytest.param("full", "ddp", marks=SLOW),
         pytest.param("basis", "ddp", marks=SLOW),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plm.data.files import IntArray
 from plm.data.keys import KeyArray
-from plm.data.rows import Rows
+from plm.data.rows import Rows, TokenRows
 from plm.data.schema import FloatArray, PairTable
 from plm.data.splits import nested_supports
 from plm.types import Context, PreferenceBatch, Tokens
@@ -243,6 +243,9 @@ class Support(NamedTuple):
 class EvalBatches:
     """Evaluation batches of this rank: whole users, chunked to bound memory; every user goes to one rank.
 
+    Of fewer seen users than ranks, tokens are shared out by pair: metrics are sums by user, whoever adds to them.
+    Methods on features keep the users they solve for on one rank.
+
     Args:
         data: Table and features.
         rows: Pairs to predict.
@@ -282,7 +285,8 @@ class EvalBatches:
             if not self.few_shot:
                 num_support = np.maximum(num_support, num_support[self.other])
         limit = self.data.items.max_rows // 2
-        users = np.array_split(self.circle[num_query[self.circle] > 0], world_size)[rank]
+        whose = self.circle[num_query[self.circle] > 0]
+        users = whose if self._by_pair(len(whose)) else np.array_split(whose, world_size)[rank]
         chunks: list[list[int]] = [[]]
         total = longest = 0
         for user, query, own in zip(
@@ -320,9 +324,16 @@ class EvalBatches:
                     batch = batch._replace(num_shots=like * int(shots or 0), repeat=like * repeat)
                 yield batch
 
+    def _by_pair(self, num_users: int) -> bool:
+        """Whether this rank takes some pairs of every one of so many users."""
+        return self.support is None and isinstance(self.data.items, TokenRows) and num_users < self.place().world_size
+
     def _pairs(self, users: IntArray) -> tuple[PreferenceBatch, IntArray]:
-        """Their pairs and, ``(B,)``, the user of each."""
+        """Their pairs, or this rank's, and, ``(B,)``, the user of each."""
         index = np.concatenate([np.arange(self.start[user], self.start[user + 1]) for user in users])
+        if self._by_pair(int((np.diff(self.start)[self.circle] > 0).sum())):
+            rank, world_size, _ = self.place()
+            index = index[rank::world_size]
         batch = pair_batch(self.data, self.rows[index], self.weight[index], evaluation=True)
         return batch, self.data.table.user[self.rows[index]]
 

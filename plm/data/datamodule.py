@@ -330,9 +330,11 @@ class PreferenceDataModule(L.LightningDataModule):
     def val_dataloader(self) -> list[EvalBatches]:
         """Validation pairs of seen users; every process needs some, or its peers would wait for it."""
         rows = self._rows(SEEN, VAL)
-        num_users, world_size = len(np.unique(self.table.user[rows])), self._place().world_size
-        if 0 < num_users < world_size:
-            raise ValueError(f"expected validation pairs of a user for each of {world_size} processes, got {num_users}")
+        by_pair, world_size = self.view == "tokens", self._place().world_size
+        count = len(rows) if by_pair else len(np.unique(self.table.user[rows]))
+        if 0 < count < world_size:
+            what = "a validation pair" if by_pair else "validation pairs of a user"
+            raise ValueError(f"expected {what} for each of {world_size} processes, got {count}")
         return [self._eval_loader(name, VAL) for name in self.eval_names("validate")]
 
     def test_dataloader(self) -> list[EvalBatches]:
