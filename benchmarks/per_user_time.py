@@ -55,7 +55,6 @@ AMONG = (1, 10, 100, 1000)
 WORDS, RESPONSES = 1000, 8
 CASES: dict[str, dict[str, Any]] = {
     "mlp (fast)": {},
-    "mlp, topk": {"rule": "topk"},
     "linear": {"family": "linear"},
     "vector": {"family": "vector"},
     "newton": {"preset": "newton"},
