@@ -11,7 +11,12 @@ import plm
 
 ROOT = Path(plm.__file__).parents[1]
 TESTS = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-SECTIONS = {"## PAL": "plm/methods/pal", "## VPL": "plm/methods/vpl", "## Latent DPO": "plm/methods/latent_dpo"}
+SECTIONS = {
+    "## PAL": "plm/methods/pal",
+    "## VPL": "plm/methods/vpl",
+    "## Latent DPO": "plm/methods/latent_dpo",
+    "## PALM": "plm/methods/palm",
+}
 
 
 def rows(heading: str) -> list[list[str]]:

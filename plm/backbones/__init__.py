@@ -10,6 +10,7 @@ from plm.backbones.head import TokenFacts, token_facts
 from plm.backbones.huggingface import HFBackbone
 from plm.backbones.latents import LatentBackbone
 from plm.backbones.lora import LoRA
+from plm.backbones.mixing import MixedWriting, mixed_logits
 from plm.backbones.pieces import KeyValueMaker, first_layers
 from plm.backbones.policy import Completions, Policy, Prefix, TextWriter, Writing
 from plm.backbones.prefix import PrefixShape
@@ -29,6 +30,7 @@ __all__ = [
     "KeyValueMaker",
     "LatentBackbone",
     "LoRA",
+    "MixedWriting",
     "Policy",
     "Prefix",
     "PrefixShape",
@@ -42,6 +44,7 @@ __all__ = [
     "Writing",
     "completion_tokens",
     "first_layers",
+    "mixed_logits",
     "split_texts",
     "token_facts",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from rich.console import Console
@@ -68,8 +68,7 @@ def run(args: list[str]) -> None:
     users = users_of(method, tastes, options.user, options.ckpt_path)
     unaligned = Policy(cast(CausalLM, Backbone.from_spec(method.policy.backbone.spec()))).to(device())
     settings = settings_of(options)
-    writers = [UNALIGNED, POPULATION, *users]
-    with progress_bar("writing", len(writers) * len(prompts) * options.num_samples) as tell:
+    with progress_bar("writing", (2 + len(users)) * len(prompts) * options.num_samples) as tell:
         more: dict[str, Any] = {**settings, "num_samples": options.num_samples, "progress": tell}
         texts = [sample(unaligned, prompts, **more), sample(method, prompts, **more)]
         mixed = sample(method, prompts * len(users), user_id=[user for user in users for _ in prompts], **more)
@@ -81,27 +80,50 @@ def run(args: list[str]) -> None:
     if flat:
         raise ValueError(f"rewards {flat} are the same for all texts of the unaligned policy; leave them out")
     values = np.stack([(raw - shift) / scale @ weights for weights in tastes.weights.values()], axis=-1)
-    result = {
-        "num_prompts": len(prompts),
-        "num_samples": options.num_samples,
-        "settings": {name: value for name, value in settings.items() if name != "batch_tokens"},
-        **compare_policies(values, users, list(tastes.weights)),
-        "texts": {
-            name: describe(unaligned, prompts, rows, dict(zip(tastes.rewards, raw[place].mean((0, 1)), strict=True)))
-            for place, (name, rows) in enumerate(zip(writers, texts, strict=True))
-        },
-        "samples": [
-            {
-                "prompt": prompt,
-                **{name: rows[place][0].text for name, rows in zip(writers, texts, strict=True)},
-            }
-            for place, prompt in enumerate(prompts[:_SHOWN])
-        ],
-    }
+    written = Written(unaligned, prompts, users, texts, list(tastes.rewards), raw)
+    result = judgement(written, values, list(tastes.weights), settings)
     judge_report.show(result, Console())
     folder = Path(options.output or Path(options.ckpt_path).with_suffix(".judge"))
     judge_report.write(result, folder)
     print(f"written to {folder}")
+
+
+class Written(NamedTuple):
+    """What the unaligned policy, the population's and others wrote on the same prompts, and what it is worth."""
+
+    unaligned: Policy
+    prompts: Sequence[str]
+    users: Sequence[str]
+    """Names of the others."""
+    texts: Sequence[Sequence[Sequence[Sample]]]
+    """W x P x N, the unaligned policy first, the population's second."""
+    rewards: Sequence[str]
+    """Names."""
+    raw: DoubleArray
+    """``(W, P, N, A)``."""
+
+
+def judgement(
+    written: Written, values: DoubleArray, people: Sequence[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that is reported of texts whose values to people are ``(W, P, N, V)``."""
+    names = [UNALIGNED, POPULATION, *written.users]
+    prompts, texts = written.prompts, written.texts
+    means = [dict(zip(written.rewards, own.mean((0, 1)).tolist(), strict=True)) for own in written.raw]
+    return {
+        "num_prompts": len(prompts),
+        "num_samples": len(texts[0][0]),
+        "settings": {name: value for name, value in settings.items() if name != "batch_tokens"},
+        **compare_policies(values, written.users, people),
+        "texts": {
+            name: describe(written.unaligned, prompts, rows, own)
+            for name, rows, own in zip(names, texts, means, strict=True)
+        },
+        "samples": [
+            {"prompt": prompt, **{name: rows[place][0].text for name, rows in zip(names, texts, strict=True)}}
+            for place, prompt in enumerate(prompts[:_SHOWN])
+        ],
+    }
 
 
 def held_out(path: str) -> list[str]:
@@ -160,7 +182,7 @@ def score(tastes: SampledPairs, prompts: Sequence[str], texts: Sequence[Sequence
 
 
 def describe(
-    unaligned: Policy, prompts: Sequence[str], rows: Sequence[Sequence[Sample]], rewards: dict[str, Any]
+    unaligned: Policy, prompts: Sequence[str], rows: Sequence[Sequence[Sample]], rewards: dict[str, float]
 ) -> dict[str, Any]:
     """Facts about the texts of one policy; perplexity is that of the unaligned policy."""
     flat = [one for row in rows for one in row]
@@ -168,7 +190,7 @@ def describe(
     logps = sample_logps(unaligned, [prompt for prompt, row in zip(prompts, rows, strict=True) for _ in row], flat)
     num_tokens = sum(len(one.token_ids) for one in flat)
     return {
-        "rewards": {name: float(value) for name, value in rewards.items()},
+        "rewards": rewards,
         "perplexity": math.exp(-float(logps.double().sum()) / num_tokens),
         "words": float(np.mean([len(text.split()) for text in texts])),
         "distinct_1": distinct(texts, 1),

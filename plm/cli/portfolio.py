@@ -14,7 +14,9 @@ from jsonargparse import ArgumentError, set_parsing_settings
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from plm.cli import judge_report
 from plm.cli.parser import RecipeParser, shorten
+from plm.cli.portfolio_policies import WrittenMembers, inferred, own_mix_lines, users_table
 from plm.cli.portfolio_report import (
     comparison_lines,
     members_table,
@@ -25,15 +27,18 @@ from plm.cli.portfolio_report import (
 )
 from plm.cli.portfolio_study import Row, run_study, search
 from plm.cli.rewards import Array, Deployment, RewardSource, read_weights
+from plm.cli.sampled_rewards import SampledRewards
 from plm.config import expand
 from plm.evaluation import write_csv, write_json
 from plm.methods.palm import MAX_OBJECTIVES, PALM
-from plm.methods.palm.grid import combined_grid_size, random_weights
+from plm.methods.palm.grid import as_array, combined_grid_size, lattice, random_weights
 from plm.methods.palm.measures import route, usage
 from plm.methods.palm.oracle import BestOfN, Oracle
+from plm.methods.palm.policies import PolicyPortfolio
 from plm.methods.palm.search import Certified
 from plm.methods.palm.selection import Portfolio, choose_portfolio
 
+_SWEEP_STEPS = 10  # an edge of the lattice of weights in sweep.csv
 _SEARCH_GRID = 1000  # largest grid that is searched for the comparison of searches
 
 
@@ -55,6 +60,8 @@ class PortfolioRun:
         beta: KL penalty of soft best-of-n; 0 = the best candidate.
         num_users: Users drawn evenly from the simplex, for mean regret and usage, where the rewards bring none.
         weights: JSONL file of users with given weights; they are routed, certified and saved.
+        policies: Make the members policies of a language model, which write, for the weights that best-of-n chose;
+            null = best-of-n policies, whose texts are chosen among those of any policy.
         output: Folder of runs; a new numbered one is made inside.
     """
 
@@ -73,13 +80,14 @@ class PortfolioRun:
         beta: float = 0.0,
         num_users: int = 1000,
         weights: str | None = None,
+        policies: WrittenMembers | None = None,
         output: str = "runs/portfolio",
     ) -> None:
         """See the class."""
         self.rewards, self.size, self.sizes = rewards, size, sorted({*sizes, size})
         self.num_objectives, self.seeds, self.search, self.delta = num_objectives, seeds, search, delta
         self.cell, self.max_calls, self.solver, self.beta = cell, max_calls, solver, beta
-        self.num_users, self.weights, self.output = num_users, weights, output
+        self.num_users, self.weights, self.policies, self.output = num_users, weights, policies, output
         checks = {
             f"size and sizes: expected numbers >= 1, got {self.sizes!r}": min(self.sizes) >= 1,
             f"seeds: expected at least 1, got {seeds!r}": seeds >= 1,
@@ -90,6 +98,8 @@ class PortfolioRun:
             ),
         }
         problems = [text for text, fine in checks.items() if not fine]
+        if policies is not None and not isinstance(rewards, SampledRewards):
+            problems.append(f"policies: expected rewards to be SampledRewards, got {type(rewards).__name__}")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -118,11 +128,16 @@ class PortfolioRun:
         split = self.rewards.split(num, None)  # what is saved is chosen from all prompts
         oracle = BestOfN(split.train, self.beta)
         portfolio = choose_portfolio(oracle, self._find(oracle).pool, self.size, self.solver)
+        finished = None
+        if self.policies is not None and isinstance(self.rewards, SampledRewards):
+            wanted = portfolio.members.weights
+            finished = self.policies.make(self.rewards, deployment, wanted, self.size, self.solver, self.beta)
+            portfolio = finished.portfolio
         users = self._users(num, np.random.default_rng(0), deployment)
         row = next(row for row in rows if row.size == self.size)
         used = usage(route(portfolio.members, users), len(portfolio.members.weights))
         searches = self._searches(split.train)
-        method = deploy(portfolio, deployment, self.size, self.delta)
+        method = deploy(portfolio, deployment, self.size, self.delta) if finished is None else finished.method
         save(method, folder / "portfolio.ckpt")
         about = {
             "objectives": names,
@@ -134,13 +149,19 @@ class PortfolioRun:
             "cold_start": method.cold_start,
             "certificate": portfolio.certificate,
             "oracle_calls": portfolio.num_calls,
+            **({} if finished is None else {"policies": finished.about}),
         }
         write_json(folder / "portfolio.json", about)
         write_json(folder / "study.json", {"sizes": [_plain(row) for row in rows], "searches": searches})
         self._write_users(method, folder)
+        self._write_sweep(method, names, folder)
         regret_figure(rows).savefig(folder / "regret.png")
         if num == 3:
             simplex_figure(portfolio.members, names, users).savefig(folder / "simplex.png")
+        if finished is not None:
+            console.print(
+                "Sizes and searches are those of best-of-n, which chose the weights that policies were made for"
+            )
         for table in (
             size_table(rows, num, self.seeds),
             members_table(portfolio.members, names, used, method.cold_start),
@@ -149,9 +170,25 @@ class PortfolioRun:
         console.print(search_table(searches, self.delta), "")
         for line in comparison_lines(row):
             console.print(line, soft_wrap=True, highlight=False)
+        if finished is not None and isinstance(self.rewards, SampledRewards):
+            self._judge(finished.method, self.rewards, folder, console)
         pictures = "regret.png and simplex.png" if num == 3 else "regret.png"
         what = f"portfolio.ckpt, portfolio.json, study.json, {pictures} in {folder}"
         console.print(f"certificate of the saved portfolio: {portfolio.certificate:.4f}; {what}\n", soft_wrap=True)
+
+    def _judge(self, method: PolicyPortfolio, rewards: SampledRewards, folder: Path, console: Console) -> None:
+        """Users learned from pairs, and what the members write on prompts that nothing was chosen on."""
+        assert self.policies is not None
+        names = rewards.names[: method.num_objectives]
+        if method.user_ids:
+            pool = rewards.candidates(len(names), "measure")
+            learned = inferred(method, pool, method.weights.double().cpu().numpy())
+            console.print(users_table(method, learned, len(pool.prompts), names), "")
+        result = self.policies.judged(method, rewards.prompts_to_judge, names)
+        judge_report.show(result, console)
+        for line in own_mix_lines(result, list(result["users"])):
+            console.print(line, soft_wrap=True, highlight=False)
+        judge_report.write(result, folder)
 
     # ------------------------------------------------------------------ parts
     def _find(self, oracle: Oracle) -> Certified:
@@ -178,7 +215,7 @@ class PortfolioRun:
                 found.append({"search": how, "calls": done.num_calls, "certificate": done.gap})
         return found
 
-    def _write_users(self, method: PALM, folder: Path) -> None:
+    def _write_users(self, method: PALM | PolicyPortfolio, folder: Path) -> None:
         """Member and certified regret of every known user."""
         if not method.user_ids:
             return
@@ -191,6 +228,19 @@ class PortfolioRun:
         ]
         write_csv(folder / "users.csv", ["user_id", "member", "certified_regret", "weights"], rows)
 
+    def _write_sweep(self, method: PALM | PolicyPortfolio, names: list[str], folder: Path) -> None:
+        """What evenly spaced weights would be served with: the member, its regret and its rewards."""
+        weights = torch.as_tensor(as_array(lattice(_SWEEP_STEPS, len(names)))).to(method.member_rewards)
+        member, lost = method.route(weights)
+        rows = [
+            [*(f"{value:.6g}" for value in mix), index, f"{regret:.6f}", *(f"{value:.6f}" for value in rewards)]
+            for mix, index, regret, rewards in zip(
+                weights.tolist(), member.tolist(), lost.tolist(), method.member_rewards[member].tolist(), strict=True
+            )
+        ]
+        heads = [*(f"{name} weight" for name in names), "member", "certified_regret", *(f"{n} reward" for n in names)]
+        write_csv(folder / "sweep.csv", heads, rows)
+
 
 def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float) -> PALM:
     """The method that routes users to the members of a portfolio."""
@@ -198,11 +248,11 @@ def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float
     method = PALM(len(deployment.user_ids), width, deployment.backbone, num_objectives=num, size=size, delta=delta)
     method.user_ids = list(deployment.user_ids)
     users = torch.as_tensor(deployment.weights, dtype=torch.float32) if deployment.user_ids else None
-    method.install(portfolio, deployment.objectives.float(), users)
+    method.install(portfolio, users, deployment.objectives.float())
     return method.eval()
 
 
-def save(method: PALM, path: Path) -> None:
+def save(method: PALM | PolicyPortfolio, path: Path) -> None:
     """Write a checkpoint that `plm.load_method` and the light commands read."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
@@ -232,7 +282,9 @@ def run(args: list[str]) -> None:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     parser = RecipeParser(
         prog="plm portfolio",
-        description="Choose few policies that serve everybody, with a certificate, and judge them at every size.",
+        description="Choose few policies that serve everybody, with a certificate, and judge them at every size. "
+        "Members are best-of-n policies, or with --policies those of a language model: plm generate --user then writes "
+        "by them.",
         parser_mode="omegaconf+",
         allow_abbrev=False,
     )

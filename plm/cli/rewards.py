@@ -130,19 +130,28 @@ class RewardTable(RewardSource):
     def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
         """Halve the prompts; calibrate on the first half."""
         table = self._raw[..., :num_objectives]
-        train, test = _halves(len(table), rng)
-        flat = table[train].reshape(-1, num_objectives)
-        low, high = np.nanquantile(flat, _LOW, axis=0), np.nanquantile(flat, _HIGH, axis=0)
-        flatness = [name for name, is_flat in zip(self.names, high <= low, strict=False) if is_flat]
-        if flatness:
-            raise ValueError(f"rewards.objectives: {flatness} are the same for nearly all responses; leave them out")
-        calibrated = np.clip((table - low) / (high - low), 0, 1)
-        about = {"shift": low.tolist(), "scale": (high - low).tolist()}
+        train, test = halves(len(table), rng)
+        about = calibration(table[train], self.names)
+        calibrated = np.clip((table - about["shift"]) / about["scale"], 0, 1)
         return Split(calibrated[train], calibrated[test], about)
 
     def deployment(self, num_objectives: int) -> Deployment:
         """Features are the calibrated objectives themselves; no user is known."""
         return Deployment(torch.eye(num_objectives), None, [], np.zeros((0, num_objectives)))
+
+
+def calibration(table: Array, names: list[str]) -> dict[str, list[float]]:
+    """Shift and scale by which the 1 % and 99 % quantiles of each objective, ``(X, C, R)``, become 0 and 1.
+
+    Raises:
+        ValueError: If an objective is the same for nearly all responses.
+    """
+    flat = table.reshape(-1, table.shape[-1])
+    low, high = np.nanquantile(flat, _LOW, axis=0), np.nanquantile(flat, _HIGH, axis=0)
+    flatness = [name for name, is_flat in zip(names, high <= low, strict=False) if is_flat]
+    if flatness:
+        raise ValueError(f"rewards.objectives: {flatness} are the same for nearly all responses; leave them out")
+    return {"shift": low.tolist(), "scale": (high - low).tolist()}
 
 
 class LoReBases(RewardSource):
@@ -260,7 +269,7 @@ class LoReBases(RewardSource):
         draw = np.random.default_rng(0) if rng is None else rng
         sides: tuple[list[Array], list[Array]] = ([], [])
         sizes = np.array([len(rows) for rows in groups], dtype=np.float64)
-        halves = [[rows[half] for half in _halves(len(rows), rng)] for rows in groups]
+        halves = [[rows[half] for half in halves(len(rows), rng)] for rows in groups]
         for side, slates in enumerate(sides):
             for group in draw.choice(len(groups), self.slates, p=sizes / sizes.sum()):
                 slates.append(rewards[draw.choice(halves[group][side], self.candidates, replace=False)])
@@ -300,7 +309,7 @@ def read_weights(path: str, num_objectives: int) -> tuple[list[str], Array]:
     return ids, np.stack(rows)
 
 
-def _halves(num: int, rng: np.random.Generator | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def halves(num: int, rng: np.random.Generator | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Two random halves of ``num`` rows, or all rows twice."""
     if rng is None:
         return np.arange(num), np.arange(num)

@@ -29,7 +29,7 @@ def portfolio() -> Portfolio:
 def served(portfolio: Portfolio) -> PALM:
     """Features are the three rewards themselves; forty users with given weights."""
     method = PALM(len(USERS), 3, num_objectives=3, size=4)
-    method.install(portfolio, torch.eye(3), torch.as_tensor(USERS).float())
+    method.install(portfolio, torch.as_tensor(USERS).float(), torch.eye(3))
     return method.eval()
 
 

@@ -1,20 +1,16 @@
-"""Who reads with which adapter, and texts written by a mixture of adapters.
+"""Who reads with which adapter.
 
-Axes: U users, B texts, G groups of B / G texts, P numbers of one adapter, K bases, V vocabulary.
+Axes: U users, B texts, G groups of B / G texts, P numbers of one adapter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from plm.backbones import Writing
-from plm.types import Tokens
 
 
 class Owned(NamedTuple):
@@ -51,39 +47,3 @@ def grouped(row: Tensor) -> Tensor:
     counts = count.tolist()
     size = math.gcd(*counts) if counts else 1
     return owner if max(counts, default=size) == size else owner.repeat_interleave(count // size)
-
-
-class MixedWriting:
-    """Texts written by a mixture of policies: the next token is drawn from their weighted geometric mean.
-
-    With weights that sum to one, log p = sum_k w_k log p_k up to a constant at each place, as log-ratios to the
-    reference are mixed in training.
-
-    Args:
-        parts: One batch of the same texts for every policy.
-        weights: ``(B, K)`` non-negative, each row summing to one.
-    """
-
-    def __init__(self, parts: Sequence[Writing], weights: Tensor) -> None:
-        """See the class."""
-        self.parts, self.weights = parts, weights
-
-    def start(self, prompts: Tokens) -> Tensor:
-        """Read the prompts, padded on the left; logits ``(B, V)`` of the first token."""
-        return self._mix([part.start(prompts) for part in self.parts])
-
-    def step(self, token: Tensor) -> Tensor:
-        """Write one token ``(B,)`` to every text; logits ``(B, V)`` of the next."""
-        return self._mix([part.step(token) for part in self.parts])
-
-    def take(self, rows: Tensor) -> None:
-        """Go on with these of the B texts, ``(n,)`` int64."""
-        for part in self.parts:
-            part.take(rows)
-        self.weights = self.weights[rows]
-
-    def _mix(self, logits: Sequence[Tensor]) -> Tensor:
-        mixed = torch.zeros_like(logits[0])
-        for part, weight in zip(logits, self.weights.to(mixed).unbind(1), strict=True):
-            mixed += weight[:, None] * part.log_softmax(-1)
-        return mixed

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.backbones import LoRA, Policy, PrefixShape, Writing
+from plm.backbones import LoRA, MixedWriting, Policy, PrefixShape, Writing
 from plm.distributed import summed
-from plm.methods.lora_dpo.adapters import MixedWriting, Owned
+from plm.methods.lora_dpo.adapters import Owned
 from plm.optimizer import RowAdam, Schedule, clip_rows, rate_factor
 from plm.policy_method import PolicyMethod
 from plm.types import UserState

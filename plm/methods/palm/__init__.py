@@ -4,7 +4,7 @@ Paper: Kim, Moondra, Nahavandi, Perrault, Tambe, Gupta, "Many Preferences, Few P
 Reference code: none published.
 Deviations: the printed theorem and algorithm were not available. The grid is recovered from the published weights, its
     coverage proved anew (`grid.route_to_grid`), constants are derived (`bounds`), and the lazy search is our own
-    (`search.corner_search`). Members of `PALM` are best-of-n policies; no oracle that trains a language model is here.
+    (`search.corner_search`). Members of `PALM` are best-of-n policies, those of `policies.PolicyPortfolio` write.
 
 Axes: B pairs in a batch, D feature width, R objectives, M members, U users, F planes of the upper bound.
 """
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from plm.functional import PairList, bt_losses, fit_simplex, flatten_context, targets, unit_mean_per_user
-from plm.method import PersonalizationMethod
 from plm.methods.palm.grid import Array
 from plm.methods.palm.oracle import BestOfN
-from plm.methods.palm.search import solved_values, upper_planes
+from plm.methods.palm.routing import RoutedMethod
 from plm.methods.palm.selection import Portfolio, build_portfolio
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -32,15 +31,7 @@ MAX_OBJECTIVES = 6
 _POOL_PAIRS = 2048  # pairs of one process that the best-of-two oracle picks from
 
 
-def _row_products(weights: Tensor, vectors: Tensor) -> Tensor:
-    """``(U, R)``, ``(F, R)`` -> ``(U, F)``: a matrix product of which no bit depends on who shares the batch."""
-    products = weights[:, :1] * vectors[:, 0]
-    for index in range(1, weights.shape[1]):
-        products = products + weights[:, index : index + 1] * vectors[:, index]
-    return products
-
-
-class PALM(PersonalizationMethod):
+class PALM(RoutedMethod):
     """A portfolio of few members, each made for one mix of objectives; every user is served by the best of them.
 
     Training learns R objectives and a point of the simplex for every user, as LoRe does (arXiv 2504.14439, eq 10). Then
@@ -65,7 +56,6 @@ class PALM(PersonalizationMethod):
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("logits", "weights", "precision", "num_pairs")
-    _of_any_length: ClassVar[tuple[str, ...]] = ("member_weights", "member_rewards", "member_costs", "planes")
 
     def __init__(
         self,
@@ -85,26 +75,9 @@ class PALM(PersonalizationMethod):
         self.num_objectives, self.size, self.delta = num_objectives, size, delta
         self.ridge, self.spread_ridge, self.prior_precision = ridge, spread_ridge, prior_precision
         self._check_arguments()
-        self.member_weights: Tensor
-        self.member_rewards: Tensor
-        self.member_costs: Tensor
-        self.planes: Tensor
-        self.centre: Tensor
-        self.weights: Tensor
-        self.precision: Tensor
-        self.num_pairs: Tensor
         self.objectives = torch.nn.Parameter(0.05 * torch.randn(feature_dim, num_objectives))
         self.logits = torch.nn.Parameter(torch.zeros(num_users, num_objectives))
-        uniform = torch.full((1, num_objectives), 1.0 / num_objectives)
-        eye = torch.eye(num_objectives)
-        self.register_buffer("centre", uniform[0].clone())
-        self.register_buffer("weights", uniform.repeat(num_users, 1))
-        self.register_buffer("precision", eye.repeat(num_users, 1, 1) * prior_precision)
-        self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
-        self.register_buffer("member_weights", uniform.clone())
-        self.register_buffer("member_rewards", torch.zeros(1, num_objectives))
-        self.register_buffer("member_costs", torch.zeros(1))
-        self.register_buffer("planes", torch.zeros(1, num_objectives))
+        self.add_portfolio()
 
     def _check_arguments(self) -> None:
         """Raise one error about all arguments."""
@@ -124,49 +97,20 @@ class PALM(PersonalizationMethod):
 
     # ------------------------------------------------------------------ the portfolio
     @torch.no_grad()
-    def install(self, portfolio: Portfolio, objectives: Tensor | None = None, users: Tensor | None = None) -> None:
+    def install(self, portfolio: Portfolio, users: Tensor | None = None, objectives: Tensor | None = None) -> None:
         """Serve from a portfolio chosen elsewhere.
 
         Args:
             portfolio: Members and solved weights.
-            objectives: ``(D, R)`` directions whose product with features are the objectives; the own ones by default.
             users: ``(U, R)`` weights of the seen users, as given or inferred elsewhere; their mean becomes the centre.
+            objectives: ``(D, R)`` directions whose product with features are the objectives; the own ones by default.
         """
+        super().install(portfolio, users)
         if objectives is not None:
             self.objectives.copy_(objectives)
             self.feature_scale.fill_(1.0)
         if users is not None:
-            self.weights.copy_(users)
             self.logits.copy_(users.clamp_min(1e-6).log())
-            self.centre.copy_(users.mean(0))
-        members, solved = portfolio.members, portfolio.solved
-        self.member_weights = self._tensor(members.weights)
-        self.member_rewards = self._tensor(members.rewards)
-        self.member_costs = self._tensor(members.costs)
-        self.planes = self._tensor(upper_planes(solved.weights, solved_values(solved)))
-
-    def _tensor(self, values: Array) -> Tensor:
-        return torch.as_tensor(values).to(self.centre)
-
-    @property
-    def net(self) -> Tensor:
-        """``(M, R)`` rewards minus cost of each member, see `plm.methods.palm.oracle.Pool`."""
-        return self.member_rewards - self.member_costs[:, None]
-
-    @property
-    def cold_start(self) -> int:
-        """The member for a stranger: the one whose worst regret is smallest if it serves everybody."""
-        return int(self._single_regret().argmin())
-
-    def _single_regret(self) -> Tensor:
-        """``(M,)`` worst regret of each member alone; it is reached at a vertex of the simplex."""
-        return (self.planes.max(0).values - self.net).max(1).values
-
-    def _route(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Best member and certified regret of each user: ``(U, R)`` -> ``(U,)`` int64 and ``(U,)``."""
-        value, member = _row_products(weights, self.net).max(1)
-        bound = _row_products(weights, self.planes).max(1).values
-        return member, (bound - value).clamp_min(0)
 
     # ------------------------------------------------------------------ training
     def _objectives(self) -> Tensor:
@@ -233,46 +177,10 @@ class PALM(PersonalizationMethod):
         assert isinstance(responses, Tensor)
         return ((responses @ self._objectives()) * self.member_weights[users.tensors["member"]]).sum(-1)
 
-    def _state(self, weights: Tensor, precision: Tensor, num_pairs: Tensor) -> UserState:
-        member, regret = self._route(weights)
-        tensors = {"weights": weights, "precision": precision, "member": member, "regret": regret}
-        return UserState(tensors, num_pairs)
-
-    def user_states(self, user_index: Tensor) -> UserState:
-        """Weights of seen users, as last solved or given, their member and certified regret."""
-        users, row = torch.unique(user_index, return_inverse=True)
-        return self._state(self.weights[users], self.precision[users], self.num_pairs[users]).take(row)
-
-    def population_state(self, num_users: int) -> UserState:
-        """The mean user's weights, served by the cold-start member, with the worst regret of that member."""
-        eye = torch.eye(self.num_objectives, device=self.device) * self.prior_precision
-        tensors = {
-            "weights": self.centre.repeat(num_users, 1),
-            "precision": eye.repeat(num_users, 1, 1),
-            "member": torch.full((num_users,), self.cold_start, device=self.device),
-            "regret": self._single_regret().min().repeat(num_users),
-        }
-        return UserState(tensors, torch.zeros(num_users, dtype=torch.long, device=self.device))
-
     def _adapt(self, context: Context) -> UserState:
         """LoRe's few-shot problem (eq 11) with the objectives fixed; then routed. No pairs: the cold-start member."""
         with torch.no_grad():
             difference, target, weight, user = flatten_context(context)
             projected = difference @ self._objectives()
             pairs = PairList(projected, torch.zeros_like(target), target, weight, user, context.num_users)
-            fitted = fit_simplex(pairs, self.centre, self.prior_precision)
-            counts = context.mask.sum(-1)
-            state, prior = self._state(fitted.mean, fitted.precision, counts), self.population_state(len(counts))
-            known = counts > 0
-            tensors = {
-                name: torch.where(known.view(-1, *[1] * (value.dim() - 1)), value, prior.tensors[name])
-                for name, value in state.tensors.items()
-            }
-            return UserState(tensors, counts)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Make room for as many members and planes as were saved."""
-        for name in self._of_any_length:
-            if prefix + name in state_dict:
-                setattr(self, name, getattr(self, name).new_zeros(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+            return self.inferred(pairs, context.mask.sum(-1))

@@ -30,6 +30,8 @@ class Portfolio(NamedTuple):
     """No user of the simplex loses more than this."""
     num_calls: int
     """Oracle calls so far."""
+    error: float = 0.0
+    """Of the oracle's answers, counted into the certificate."""
 
 
 def greedy_cover(serves: BoolArray) -> list[int]:
@@ -165,21 +167,21 @@ def choose_portfolio(
         The portfolio with the lowest certificate of all rounds.
     """
     best: Portfolio | None = None
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
         values = solved.values(solved.weights)  # (W, P)
         rows, loss = best_subset((values.max(1)[:, None] - values).T, size, solver)
         members = solved.take(rows)
         worst = certificate(members, solved, oracle.error)
         if best is None or worst.regret < best.certificate:
             best = Portfolio(members, solved, worst.regret, oracle.num_calls)
-        if worst.regret <= loss * (1 + tolerance) + 1e-9:
+        if number == rounds or worst.regret <= loss * (1 + tolerance) + 1e-9:
             break
         if (np.abs(solved.weights - worst.weights).max(1) < 1e-9).any():
             break
         solved = Pool.cat([solved, oracle.solve(worst.weights[None])])
     assert best is not None
-    proved = certificate(best.members, solved, oracle.error)  # later answers can only sharpen it
-    return Portfolio(best.members, solved, min(best.certificate, proved.regret), oracle.num_calls)
+    proved = certificate(best.members, solved, oracle.error)  # with all answers
+    return Portfolio(best.members, solved, proved.regret, oracle.num_calls, oracle.error)
 
 
 def build_portfolio(

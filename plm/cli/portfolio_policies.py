@@ -1,0 +1,246 @@
+"""Portfolios whose members write: made from the weights that the free oracle chose, measured, and judged anew.
+
+Axes: U users, M members, R objectives, X prompts, N texts of a member on a prompt, S pairs of a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from plm.backbones import CausalLM, Policy
+from plm.cli.judge import Written, judgement
+from plm.cli.rewards import Array, Deployment
+from plm.cli.sampled_rewards import SampledRewards
+from plm.cli.writing import device
+from plm.data.sources.population import Pool, best_and_worst
+from plm.evaluation import cluster_bootstrap, plain_table
+from plm.generation import sample
+from plm.methods.palm.policies import PolicyPortfolio
+from plm.methods.palm.selection import Portfolio, Solver, choose_portfolio
+from plm.policy_oracles import LoRADPOFit, MixedPolicies, PolicyOracle, TrainedPolicies, train_adapters, written
+from plm.types import Context, UserState
+
+
+class Finished(NamedTuple):
+    """A portfolio of policies that write."""
+
+    method: PolicyPortfolio
+    portfolio: Portfolio
+    about: dict[str, Any]
+    """What `portfolio.json` says of it besides."""
+
+
+class WrittenMembers:
+    """Members that are policies of a language model instead of best-of-n ones.
+
+    The weights that the free oracle chose and the vertices of the simplex are solved; of these policies the portfolio
+    is chosen, by what they write on prompts that nothing was trained on, and judged on the prompts of the test.
+
+    Args:
+        backbone: The language model.
+        oracle: lora_dpo = a policy is trained for every weight vector, all of them together; merged = mixtures of the
+            weight changes of single-objective policies; logits = mixtures of their next-token distributions.
+        fit: How policies are trained.
+        num_samples: Texts on each prompt, to measure and to judge by.
+        max_new_tokens: Tokens after which a text is cut.
+        cache_dir: Folder of the cache.
+    """
+
+    def __init__(
+        self,
+        backbone: CausalLM,
+        oracle: Literal["lora_dpo", "merged", "logits"] = "lora_dpo",
+        fit: LoRADPOFit | None = None,
+        num_samples: int = 4,
+        max_new_tokens: int = 64,
+        cache_dir: str = "~/.cache/plm",
+    ) -> None:
+        """See the class."""
+        self.backbone, self.oracle, self.fit = backbone, oracle, fit or LoRADPOFit()
+        self.num_samples, self.max_new_tokens, self.cache_dir = num_samples, max_new_tokens, cache_dir
+
+    def make(
+        self,
+        rewards: SampledRewards,
+        deployment: Deployment,
+        wanted: Array,
+        size: int,
+        solver: Solver,
+        beta: float,
+    ) -> Finished:
+        """Solve ``wanted`` weights ``(M, R)`` and the vertices, choose ``size`` policies, route the users to them."""
+        oracle = self._oracle(rewards, deployment, beta)
+        oracle.solve(np.concatenate([np.eye(oracle.num_objectives), wanted]))
+        chosen = choose_portfolio(oracle, oracle.solved, size, solver, rounds=0)
+        members = oracle.members_for(chosen.members.weights)
+        about = {
+            "oracle": self.oracle,
+            "oracle_error": oracle.error,
+            "divergence": oracle.divergence[members].tolist(),
+            "solved": [
+                {"weights": w.tolist(), "rewards": r.tolist(), "divergence": float(kl)}
+                for w, r, kl in zip(oracle.solved.weights, oracle.solved.rewards, oracle.divergence, strict=True)
+            ],
+        }
+        method = oracle.portfolio
+        method.keep(members)
+        users = torch.as_tensor(deployment.weights, dtype=torch.float32) if deployment.user_ids else None
+        method.install(chosen, users)
+        return Finished(method, chosen, about)
+
+    def _oracle(self, rewards: SampledRewards, deployment: Deployment, beta: float) -> PolicyOracle:
+        num, fit = deployment.weights.shape[1], self.fit
+        portfolio = PolicyPortfolio(
+            len(deployment.user_ids),
+            num,
+            self.backbone.spec(),
+            rewards.features(num).spec(),
+            decoding="own" if self.oracle == "lora_dpo" else self.oracle,
+            rank=fit.rank,
+            alpha=fit.alpha,
+            sharpness=rewards.sharpness,
+        )
+        portfolio.user_ids = list(deployment.user_ids)
+        portfolio.configure_model()
+        portfolio.to(device()).eval()
+        train = partial(self._train, rewards.candidates(num))
+        options = {"beta": beta, "num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens}
+        prompts = rewards.prompts_to_measure
+        if self.oracle == "lora_dpo":
+            return TrainedPolicies(portfolio, train, prompts, **options)
+        return MixedPolicies(portfolio, train(np.eye(num)), prompts, **options)
+
+    def _train(self, pool: Pool, weights: Array) -> Tensor:
+        return train_adapters(pool, weights, self.backbone, self.fit, self.cache_dir)
+
+    # ------------------------------------------------------------------ judging
+    def judged(self, method: PolicyPortfolio, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        """What the members write on new prompts: each objective, and the own mix against the other members.
+
+        Args:
+            method: The portfolio.
+            prompts: X prompts that nothing was chosen on.
+            names: Of the objectives.
+        """
+        unaligned = Policy(CausalLM(**self.backbone.spec()["init_args"])).to(device())
+        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": 1.0, "seed": 1}
+        weights = method.member_weights.double().cpu().numpy()
+        texts = [sample(writer, prompts, num_samples=self.num_samples, **settings) for writer in (unaligned, method)]
+        texts += written(method, torch.arange(len(weights)), prompts, num_samples=self.num_samples, **settings)
+        asked = [prompt for _ in texts for prompt in prompts for _ in range(self.num_samples)]
+        read = method.objectives.represent(asked, [one.text for rows in texts for row in rows for one in row])
+        assert isinstance(read, Tensor)
+        raw = read.double().numpy().reshape(len(texts), len(prompts), self.num_samples, len(names))
+        members = [member_name(row, names) for row in weights]
+        result = judgement(Written(unaligned, prompts, members, texts, names, raw), raw, names, settings)
+        return {**result, "own_mix": [own._asdict() for own in own_mixes(np.delete(raw, 1, 0).mean(2), weights)]}
+
+
+class OwnMix(NamedTuple):
+    """What a member's texts are worth by the mix it was made for, with 95 % intervals over prompts."""
+
+    gain: tuple[float, float, float]
+    """Over the unaligned policy: mean, low, high."""
+    rival: int | None
+    """The best other member by this mix."""
+    lead: tuple[float, float, float] | None
+    """Over the rival."""
+
+
+def own_mixes(values: Array, weights: Array) -> list[OwnMix]:
+    """For every member: its own mix, against the unaligned policy and against the best of the other members.
+
+    Args:
+        values: ``(1 + M, X, R)`` mean objectives on each prompt, the unaligned policy first.
+        weights: ``(M, R)``.
+    """
+
+    def with_ends(differences: Array) -> tuple[float, float, float]:
+        low, high = cluster_bootstrap(differences)
+        return float(differences.mean()), float(low), float(high)
+
+    found = []
+    for member, mix in enumerate(weights):
+        mixed = values @ mix  # (1 + M, X)
+        own, others = mixed[1 + member], [other for other in range(len(weights)) if other != member]
+        rival = max(others, key=lambda other: float(mixed[1 + other].mean()), default=None)
+        lead = None if rival is None else with_ends(own - mixed[1 + rival])
+        found.append(OwnMix(with_ends(own - mixed[0]), rival, lead))
+    return found
+
+
+def own_mix_lines(result: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """One sentence per member: does it serve its own weights best?"""
+    lines = []
+    for member, (name, own) in enumerate(zip(names, result["own_mix"], strict=True)):
+        (gain, *ends), rival, lead = own["gain"], own["rival"], own["lead"]
+        line = f"member {member} by its own mix, {name}: {gain:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}] over unaligned"
+        if lead is not None:
+            verdict = "better than" if lead[1] > 0 else "WORSE than" if lead[2] < 0 else "not distinguishable from"
+            line += f"; {verdict} member {rival}, the best other, {lead[0]:+.3f} [{lead[1]:+.3f}, {lead[2]:+.3f}]"
+        lines.append(line)
+    return lines
+
+
+def member_name(weights: Array, names: Sequence[str]) -> str:
+    """``0.70 brief + 0.30 positive``, the largest share first.
+
+    >>> member_name(np.array([0.3, 0.0, 0.7]), ["positive", "negative", "brief"])
+    '0.70 brief + 0.30 positive'
+    """
+    parts = sorted(zip(weights.tolist(), names, strict=True), reverse=True)
+    return " + ".join(f"{weight:.2f} {name}" for weight, name in parts if weight >= 0.005)
+
+
+def inferred(method: PolicyPortfolio, pool: Pool, weights: Array) -> UserState:
+    """Users ``(U, R)`` learned from nothing but their best and worst response to each prompt of a pool."""
+    shown = np.tile(np.arange(len(pool.prompts)), (len(weights), 1))
+    columns = best_and_worst(pool.scores, weights, shown)  # (U, S, 2)
+    mask = torch.as_tensor(columns[..., 0] >= 0)
+    chosen, rejected = (
+        torch.as_tensor(np.nan_to_num(pool.scores[shown, columns[..., side]]), dtype=torch.float32) for side in (0, 1)
+    )
+    return method.adapt(Context(chosen, rejected, mask, mask.float()))
+
+
+def users_table(method: PolicyPortfolio, learned: UserState, num_pairs: int, names: Sequence[str]) -> Table:
+    """Who is served by which member, by the weights given and by those learned from pairs."""
+    table = plain_table(
+        f"Users: weights given, and learned from {num_pairs} pairs on prompts that nothing was trained on"
+    )
+    for head in ("user", "weights", "member", "certified regret", "learned", "posterior sd", "member by pairs"):
+        table.add_column(head, justify="left" if head == "user" else "right")
+    with torch.no_grad():
+        known = method.user_states(torch.arange(method.num_users)).tensors
+    for row, user_id in enumerate(method.user_ids):
+        given, found = known["weights"][row].double().numpy(), learned.tensors["weights"][row].double().numpy()
+        spread = np.sqrt(np.diag(simplex_covariance(learned.tensors["precision"][row].double().numpy())))
+        table.add_row(
+            user_id,
+            member_name(given, names),
+            str(int(known["member"][row])),
+            f"{float(known['regret'][row]):.3f}",
+            member_name(found, names),
+            " ".join(f"{value:.2f}" for value in spread),
+            str(int(learned.tensors["member"][row])),
+        )
+    return table
+
+
+def simplex_covariance(precision: Array) -> Array:
+    """Covariance ``(R, R)`` of weights of this precision whose sum is known.
+
+    >>> simplex_covariance(np.eye(2)).round(2).tolist()
+    [[0.5, -0.5], [-0.5, 0.5]]
+    """
+    num = len(precision)
+    along = np.linalg.svd(np.ones((1, num)))[2][1:].T  # (R, R - 1), what leaves the sum alone
+    covariance: Array = along @ np.linalg.pinv(along.T @ precision @ along) @ along.T
+    return covariance

@@ -1,0 +1,219 @@
+"""PolicyPortfolio: a portfolio whose members are policies of one language model, told apart by low-rank adapters.
+
+Papers: arXiv 2604.04144 (PALM); Rame et al. 2023, arXiv 2306.04488 (soups); Shi et al. 2024, arXiv 2406.18853 (mixtures
+of next-token distributions). Reference code: none is used.
+Deviations: soups mix weight changes ``B_k A_k``, not B and A apart, which would add products of one adapter's B and
+    another's A. Mixtures of distributions are normalised token by token; the optimum of the mixed objective, the
+    product of whole-response probabilities, is normalised once: equal for responses of one token, near it for longer.
+
+Axes: B texts, T tokens, n response tokens, V vocabulary, U users, S pairs of a user, R objectives, M members,
+K adapters, P numbers of one adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from plm.backbones import Backbone, Completion, LoRA, MixedWriting, Policy, TextWriter, mixed_logits
+from plm.functional import PairList, flatten_context, response_logps
+from plm.methods.palm.routing import RoutedMethod
+from plm.policy_method import PolicyMethod
+from plm.types import Context, PreferenceBatch, Tokens, UserState
+
+Decoding = Literal["own", "merged", "logits"]
+
+_PLACES = 1024  # whose scores over the vocabulary are in memory at once
+
+
+class PolicyPortfolio(RoutedMethod, PolicyMethod):
+    """Few policies of one language model that serve everybody; ``plm portfolio`` makes it.
+
+    K adapters are kept, and M members, each a row of shares over the adapters. A user writes with the member that is
+    best for the user's weights. The reward of a user is the mix of objectives that the user's member was made for.
+
+    Args:
+        num_users: Number of users.
+        feature_dim: Number of objectives R.
+        backbone: The `CausalLM`, as ``{class_path, init_args}``.
+        objectives: A backbone whose features are the objectives of a response, as ``{class_path, init_args}``.
+        decoding: How a member writes: ``own``, with the adapter of its largest share; ``merged``, with its mixture of
+            weight changes, exact as a matrix; ``logits``, by its mixture of next-token distributions, K times as dear.
+        rank: Rank of an adapter.
+        alpha: An adapter's term is scaled by ``alpha / rank``.
+        target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
+        sharpness: Nats by which the best value of an objective raises the log-odds that a user chooses a response over
+            one of the worst; for users who are inferred from pairs.
+        prior_precision: Pull of a new user's weights to the mean user, in nats per pair.
+        batch_tokens: Most tokens that are scored at once.
+    """
+
+    _of_any_length: ClassVar[tuple[str, ...]] = (*RoutedMethod._of_any_length, "adapters", "mixture")
+
+    adapters: Tensor
+    mixture: Tensor
+
+    def __init__(
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None,
+        objectives: dict[str, Any],
+        decoding: Decoding = "own",
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: Sequence[str] | None = None,
+        sharpness: float = 8.0,
+        prior_precision: float = 0.1,
+        batch_tokens: int = 16384,
+    ) -> None:
+        """See the class."""
+        super().__init__(num_users, feature_dim, backbone, lr=0.0, batch_tokens=batch_tokens)
+        if decoding not in ("own", "merged", "logits"):
+            raise ValueError(f"decoding: expected own, merged or logits, got {decoding!r}")
+        if sharpness <= 0 or prior_precision < 0:
+            raise ValueError(
+                f"expected sharpness > 0 and prior_precision >= 0, got {sharpness!r} and {prior_precision!r}"
+            )
+        self.decoding, self.sharpness, self.prior_precision = decoding, sharpness, prior_precision
+        self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
+        self.num_objectives = feature_dim
+        self.objectives = Backbone.from_spec(objectives)
+        if self.objectives.feature_dim != feature_dim:
+            raise ValueError(f"expected {feature_dim} objectives, got {self.objectives.feature_dim}")
+        self.add_portfolio()
+
+    def build(self, policy: Policy) -> None:
+        """Make room for adapters; there is no member yet."""
+        self.shape: LoRA = policy.add_lora(self.rank, self.alpha, self.target_modules)
+        self.register_buffer("adapters", torch.zeros(0, self.shape.num_parameters))
+        self.register_buffer("mixture", torch.zeros(0, 0))
+
+    # ------------------------------------------------------------------ members
+    @torch.no_grad()
+    def extend(self, adapters: Tensor, mixture: Tensor) -> Tensor:
+        """Add adapters ``(k, P)``, then members with shares ``(m, K)`` of all K; returns their numbers ``(m,)``."""
+        num_members, num_adapters = self.mixture.shape
+        self.adapters = torch.cat([self.adapters, adapters.to(self.adapters)])
+        old = torch.nn.functional.pad(self.mixture, (0, len(self.adapters) - num_adapters))
+        self.mixture = torch.cat([old, mixture.to(self.mixture)])
+        return torch.arange(num_members, len(self.mixture))
+
+    @torch.no_grad()
+    def keep(self, members: Sequence[int]) -> None:
+        """Forget all but these members, in this order, and the adapters that nobody uses any more."""
+        mixture = self.mixture[list(members)]
+        used = (mixture != 0).any(0)
+        self.adapters, self.mixture = self.adapters[used], mixture[:, used]
+
+    def _terms(self, shares: Tensor) -> list[Tensor]:
+        """Adapters ``(B, P)`` whose terms together steer B texts, from their shares ``(B, K)``."""
+        if self.decoding == "own":
+            return [self.adapters[shares.argmax(1)]]
+        return [
+            self.shape.weighed(adapter.expand(len(shares), -1), share)
+            for adapter, share in zip(self.adapters, shares.unbind(1), strict=True)
+        ]
+
+    # ------------------------------------------------------------------ text
+    def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
+        """A batch of texts, each written by the member of its user."""
+        shares = self.mixture[users.tensors["member"].to(self.device)]
+        if self.decoding == "logits":
+            return MixedWriting([self.policy.write(one) for one in torch.split(self.adapters, 1)], shares)
+        return self.policy.write(*self._terms(shares))
+
+    @torch.no_grad()
+    def member_logps(self, tokens: Tokens, member: Tensor) -> Tensor:
+        """Log-probability ``(B,)`` of B responses, each under its member ``(B,)``, at temperature 1."""
+        out = torch.zeros(tokens.num_rows, device=tokens.input_ids.device)
+        for rows in self.chunks(tokens):
+            part, shares = tokens.take(rows).trimmed(), self.mixture[member[rows].to(self.device)]
+            if self.decoding == "logits":
+                out[rows] = self._mixed_logps(part, shares)
+            else:
+                out[rows] = self.logps(part, *self._terms(shares)).total
+        return out
+
+    @torch.no_grad()
+    def unaligned_logps(self, tokens: Tokens) -> Tensor:
+        """Log-probability ``(B,)`` of B responses under the language model as it is."""
+        out = torch.zeros(tokens.num_rows, device=tokens.input_ids.device)
+        for rows in self.chunks(tokens):
+            out[rows] = self.logps(tokens.take(rows).trimmed()).total
+        return out
+
+    def _mixed_logps(self, tokens: Tokens, shares: Tensor) -> Tensor:
+        hidden = []
+        for adapter in torch.split(self.adapters, 1):
+            with self.policy.adapted(adapter):
+                read, token, row = self.policy.completions(tokens)
+                hidden.append(read)
+        parts = [
+            mixed_logits([self.policy.logits(one[at]) for one in hidden], shares[row[at]])
+            .log_softmax(-1)
+            .gather(1, token[at, None])[:, 0]
+            for at in torch.split(torch.arange(len(row), device=row.device), _PLACES)
+        ]
+        return response_logps(torch.cat(parts), row, tokens.num_rows).total
+
+    def export(self, folder: Path, user: UserState) -> None:
+        """Write the member of one user as a PEFT folder.
+
+        Raises:
+            ValueError: If members are mixtures of distributions, which no single adapter is.
+        """
+        if self.decoding == "logits":
+            raise ValueError("a mixture of next-token distributions is no single adapter; it cannot be exported")
+        terms = self._terms(self.mixture[user.tensors["member"].to(self.device)])
+        self.shape.save([term[0] for term in terms], folder, self.causal_lm.model)
+
+    # ------------------------------------------------------------------ users
+    def read_tokens(self, tokens: Tokens) -> Tensor:
+        """Objectives ``(B, R)`` of B responses."""
+        columns = tokens.input_ids.cpu(), tokens.attention_mask.cpu(), tokens.completion_mask.cpu()
+        prompts, responses = [], []
+        for ids, attended, is_response in zip(*columns, strict=True):
+            prompt = ids[attended & ~is_response].tolist()
+            prompts.append(self.causal_lm.response_text(Completion([], prompt)))
+            responses.append(self.causal_lm.response_text(Completion(prompt, ids[is_response].tolist())))
+        read = self.objectives.represent(prompts, responses)
+        assert isinstance(read, Tensor)
+        return read.to(self.device)
+
+    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
+        """The objectives, mixed as the user's member mixes them: ``(B,)``."""
+        values = self.read_tokens(responses) if isinstance(responses, Tokens) else responses
+        return (values * self.member_weights[users.tensors["member"]]).sum(-1)
+
+    def _adapt(self, context: Context) -> UserState:
+        """Weights by the convex fit to the objectives of both responses, then routed."""
+        with torch.no_grad():
+            context = context._replace(
+                chosen=self._padded(context.chosen, context.mask), rejected=self._padded(context.rejected, context.mask)
+            )
+            difference, target, weight, user = flatten_context(context)
+            design = self.sharpness * difference
+            pairs = PairList(design, torch.zeros_like(target), target, weight, user, context.num_users)
+            return self.inferred(pairs, context.mask.sum(-1))
+
+    def _padded(self, texts: Tensor | Tokens, mask: Tensor) -> Tensor:
+        """Objectives ``(U, S, R)`` of texts of a context."""
+        if isinstance(texts, Tensor):
+            return texts
+        values = torch.zeros(*mask.shape, self.num_objectives, device=self.device)
+        if mask.any():
+            values[mask] = self.read_tokens(texts.map(lambda value: value[mask]))
+        return values
+
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Refuse to be trained.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a portfolio of policies is made by plm portfolio, not trained by plm fit")

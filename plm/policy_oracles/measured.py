@@ -1,0 +1,185 @@
+"""Policies of a language model for any weight vector, measured by what they write.
+
+Axes: V weight vectors, R objectives, M policies, X prompts, N texts of a policy on a prompt, P numbers of one adapter.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plm.backbones import Completion, completion_tokens
+from plm.generation import Sample, sample
+from plm.methods.palm.grid import Array
+from plm.methods.palm.oracle import Oracle, Pool
+from plm.methods.palm.policies import PolicyPortfolio
+from plm.types import UserState
+
+_SAME = 1e-9  # weights that differ by less are one
+
+
+class PolicyOracle(Oracle):
+    """Makes members of a `PolicyPortfolio`, and measures rewards and KL of what they write on fixed prompts.
+
+    ``error`` is what can be seen of it: the most by which another policy was better, at the weights that a policy was
+    made for. It is an estimate from below, and certificates hold as far as it is right.
+
+    Args:
+        portfolio: Takes the members; its objectives are calibrated to [0, 1].
+        prompts: X prompts, the same for all policies.
+        beta: What a nat of KL from the unaligned policy costs.
+        num_samples: N.
+        max_new_tokens: Tokens after which a text is cut.
+        seed: Of the texts: policies write with the same seeds.
+    """
+
+    def __init__(
+        self,
+        portfolio: PolicyPortfolio,
+        prompts: Sequence[str],
+        *,
+        beta: float = 0.0,
+        num_samples: int = 4,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        if beta < 0:
+            raise ValueError(f"expected beta >= 0, got {beta!r}")
+        super().__init__(portfolio.num_objectives)
+        self.portfolio, self.prompts, self.beta = portfolio, list(prompts), beta
+        self.num_samples, self.max_new_tokens, self.seed = num_samples, max_new_tokens, seed
+        none = np.zeros((0, self.num_objectives))
+        self.solved = Pool(none, none, np.zeros(0))
+        self.divergence: Array = np.zeros(0)
+        """``(M,)`` KL of every policy made so far from the unaligned one, in nats per response."""
+
+    @abstractmethod
+    def _make(self, weights: Array) -> Tensor:
+        """Add a member for each weight vector ``(V, R)``; their numbers ``(V,)``."""
+
+    @property
+    def max_reward(self) -> float:
+        """R: every calibrated objective is at most 1."""
+        return float(self.num_objectives)
+
+    @property
+    def max_cost(self) -> float:
+        """The largest among the policies compared."""
+        return float(self.solved.costs.max(initial=0.0))
+
+    def members_for(self, weights: Array) -> list[int]:
+        """Numbers of the members made for weight vectors ``(V, R)``, all of them solved."""
+        apart = np.abs(self.solved.weights[None] - weights[:, None]).max(2)
+        assert (apart.min(1) < _SAME).all()
+        return [int(row) for row in apart.argmin(1)]
+
+    def _solve(self, weights: Array) -> Pool:
+        new: list[Array] = []
+        for row in weights:
+            if not any(np.abs(row - other).max() < _SAME for other in (*self.solved.weights, *new)):
+                new.append(row)
+        if new:
+            asked = np.stack(new)
+            rewards, divergence = self.measured(self._make(asked))
+            self.divergence = np.concatenate([self.divergence, divergence])
+            self.solved = Pool.cat([self.solved, Pool(asked, rewards, self.beta * np.maximum(divergence, 0))])
+            values = self.solved.values(self.solved.weights)  # (W, M), a policy for each weight vector
+            self.error = float((values.max(1) - values.diagonal()).max())
+        return self.solved.take(self.members_for(weights))
+
+    def _texts(self, members: Tensor) -> list[list[list[Sample]]]:
+        options = {"max_new_tokens": self.max_new_tokens, "num_samples": self.num_samples, "seed": self.seed}
+        return written(self.portfolio, members, self.prompts, **options)
+
+    @torch.no_grad()
+    def measured(self, members: Tensor) -> tuple[Array, Array]:
+        """Mean objectives ``(M, R)`` and KL ``(M,)`` of members ``(M,)``."""
+        rewards, divergence = [], []
+        for member, rows in zip(members.tolist(), self._texts(members), strict=True):
+            asked = [prompt for prompt, row in zip(self.prompts, rows, strict=True) for _ in row]
+            texts = [one for row in rows for one in row]
+            objectives = self.portfolio.objectives.represent(asked, [one.text for one in texts])
+            assert isinstance(objectives, Tensor)
+            rewards.append(objectives.double().mean(0).numpy())
+            backbone = self.portfolio.causal_lm
+            tokens = completion_tokens(
+                [
+                    Completion(backbone.prompt_tokens(prompt), list(one.token_ids))
+                    for prompt, one in zip(asked, texts, strict=True)
+                ]
+            ).map(lambda value: value.to(self.portfolio.device))
+            own = self.portfolio.member_logps(tokens, torch.full((len(texts),), member))
+            divergence.append(float((own - self.portfolio.unaligned_logps(tokens)).double().mean()))
+        return np.stack(rewards), np.array(divergence)
+
+
+def written(
+    portfolio: PolicyPortfolio, members: Tensor, prompts: Sequence[str], **settings: Any
+) -> list[list[list[Sample]]]:
+    """Texts of members ``(M,)`` on X prompts, see `plm.generation.sample`: M x X x N."""
+    member = members.repeat_interleave(len(prompts))
+    texts = sample(
+        portfolio, list(prompts) * len(members), UserState({"member": member}, torch.zeros_like(member)), **settings
+    )
+    return [texts[start : start + len(prompts)] for start in range(0, len(texts), len(prompts))]
+
+
+class MixedPolicies(PolicyOracle):
+    """Mixtures of single-objective policies: no training for a weight vector, whatever their number.
+
+    The portfolio's ``decoding`` says of what: ``merged`` of their weight changes, ``logits`` of their distributions.
+
+    Args:
+        portfolio: Takes the members.
+        adapters: ``(R, P)``, one for each objective.
+        prompts: See `PolicyOracle`.
+        **options: See `PolicyOracle`.
+    """
+
+    def __init__(self, portfolio: PolicyPortfolio, adapters: Tensor, prompts: Sequence[str], **options: Any) -> None:
+        """See the class."""
+        super().__init__(portfolio, prompts, **options)
+        if len(adapters) != self.num_objectives or portfolio.decoding == "own":
+            raise ValueError(
+                f"expected an adapter of each of {self.num_objectives} objectives and decoding merged or logits, got "
+                f"{len(adapters)} adapters and decoding {portfolio.decoding!r}"
+            )
+        portfolio.extend(adapters, torch.zeros(0, self.num_objectives))
+
+    def _make(self, weights: Array) -> Tensor:
+        return self.portfolio.extend(self.portfolio.adapters[:0], torch.as_tensor(weights))
+
+
+class TrainedPolicies(PolicyOracle):
+    """A policy trained for every weight vector, those of one call together.
+
+    Args:
+        portfolio: Takes the members; its ``decoding`` is ``own``.
+        train: Weight vectors ``(V, R)`` -> adapters ``(V, P)``.
+        prompts: See `PolicyOracle`.
+        **options: See `PolicyOracle`.
+    """
+
+    def __init__(
+        self,
+        portfolio: PolicyPortfolio,
+        train: Callable[[Array], Tensor],
+        prompts: Sequence[str],
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        super().__init__(portfolio, prompts, **options)
+        if portfolio.decoding != "own":
+            raise ValueError(f"expected a portfolio of decoding own, got {portfolio.decoding!r}")
+        self.train = train
+
+    def _make(self, weights: Array) -> Tensor:
+        before = len(self.portfolio.adapters)
+        own = torch.eye(before + len(weights))[before:]
+        return self.portfolio.extend(self.train(weights), own)

@@ -1,0 +1,151 @@
+"""LoRA-DPO for weight vectors: each is a simulated user whose reward is the weighted sum, all trained together.
+
+Axes: V weight vectors, R objectives, X prompts, C candidates of a prompt (padded), P numbers of one adapter, N pairs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from plm.backbones import CausalLM
+from plm.data.datamodule import PreferenceDataModule
+from plm.data.schema import PairTable, pair_table
+from plm.data.sources import PairSource
+from plm.data.sources.population import Pool, best_and_worst
+from plm.methods.lora_dpo import LoRADPO
+from plm.methods.palm.grid import Array
+
+
+class LoRADPOFit:
+    """How policies for weight vectors are trained, see `plm.methods.lora_dpo.LoRADPO`.
+
+    Args:
+        beta: Strength of the pull to the unaligned policy.
+        rank: Rank of an adapter.
+        alpha: An adapter's term is scaled by ``alpha / rank``.
+        lr: Learning rate.
+        epochs: Passes over the pairs.
+        pairs_per_step: Pairs of a policy in one of its steps.
+        seed: Of fresh adapters and of the order of pairs.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.3,
+        rank: int = 8,
+        alpha: float = 16.0,
+        lr: float = 1e-3,
+        epochs: int = 4,
+        pairs_per_step: int = 8,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        self.beta, self.rank, self.alpha, self.lr = beta, rank, alpha, lr
+        self.epochs, self.pairs_per_step, self.seed = epochs, pairs_per_step, seed
+
+
+class WeightedPairs(PairSource):
+    """The pairs of `weighted_pairs` as a source.
+
+    Args:
+        table: Them.
+    """
+
+    def __init__(self, table: PairTable) -> None:
+        """See the class."""
+        self.table = table
+
+    @property
+    def name(self) -> str:
+        """A short name for logs."""
+        return "weighted"
+
+    def load(self) -> PairTable:
+        """They are there."""
+        return self.table
+
+
+def weighted_pairs(pool: Pool, weights: Array) -> PairTable:
+    """The best and the worst candidate of each prompt by each weight vector, ``(V, R)``; a tie gives no pair.
+
+    Args:
+        pool: Candidates with their objectives.
+        weights: User ``v`` of the table is the v-th of them.
+    """
+    num, shown = len(weights), np.tile(np.arange(len(pool.prompts)), (len(weights), 1))
+    best, worst = best_and_worst(pool.scores, weights, shown).reshape(-1, 2).T
+    user, prompt = np.repeat(np.arange(num), shown.shape[1]), shown.ravel()
+    kept = best >= 0
+    user, prompt, best, worst = (column[kept] for column in (user, prompt, best, worst))
+    return pair_table(
+        [f"{row:06d}" for row in range(num)],  # tables sort users by id
+        pool.prompts,
+        pool.responses,
+        user=user,
+        prompt=prompt,
+        chosen=pool.candidates[prompt, best],
+        rejected=pool.candidates[prompt, worst],
+        row_split=np.zeros(len(user), dtype=np.int64),
+        user_split=np.zeros(len(user), dtype=np.int64),
+    )
+
+
+def train_adapters(pool: Pool, weights: Array, backbone: CausalLM, fit: LoRADPOFit, cache_dir: str) -> Tensor:
+    """An adapter for each weight vector, rows over one frozen network: ``(V, R)`` -> ``(V, P)``.
+
+    Args:
+        pool: What the simulated users compare.
+        weights: What they like.
+        backbone: The language model.
+        fit: How they are trained.
+        cache_dir: Folder of the cache of reference log-probabilities.
+
+    Raises:
+        ValueError: If a weight vector finds all candidates of every prompt equally good.
+    """
+    data = PreferenceDataModule(
+        WeightedPairs(weighted_pairs(pool, weights)),
+        backbone,
+        cache_dir,
+        unseen_users=0.0,
+        val_rows=0.0,
+        test_rows=0.0,
+        split_seed=fit.seed,
+        batch_size=len(weights) * fit.pairs_per_step,
+        pairs_per_user=fit.pairs_per_step,
+        shots=[],
+        reference_logps=True,
+    )
+    if data.num_users != len(weights):
+        raise ValueError(f"expected pairs for each of {len(weights)} weight vectors, got such for {data.num_users}")
+    method = LoRADPO(
+        data.num_users,
+        data.feature_dim,
+        data.backbone_spec,
+        mode="per_user",
+        rank=fit.rank,
+        alpha=fit.alpha,
+        beta=fit.beta,
+        lr=fit.lr,
+        seed=fit.seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            max_epochs=fit.epochs,
+            devices=1,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(fit.seed)
+            trainer.fit(method, datamodule=data)
+    return method.adapters.detach().cpu()
