@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from plm.backbones import TokenFacts, token_facts
 from plm.functional import SequenceLogps, sequence_logps
 from plm.methods.lora_dpo import adapters, adapting, losses, pairs
-from plm.methods.lora_dpo.losses import DIVERGENCES, LOSSES, preference_losses
+from plm.methods.lora_dpo.losses import DIVERGENCES, LOSSES, labelled_losses, preference_losses
 from plm.methods.lora_dpo.metrics import reward_metrics, token_metrics
 from plm.methods.lora_dpo.options import REVERSE_KL_ONLY, SMOOTHED, SORTING, Divergence, LossOptions, LossType
 from plm.methods.lora_dpo.pairs import PairLogps, pair_totals, wpo_weights
@@ -242,6 +242,40 @@ def test_sft_is_the_mean_over_all_chosen_tokens() -> None:
     plain = torch.arange(1.0, COUNT + 1).double()  # what sft reads where the other losses read discounted sums
     found = preference_losses(table(chosen_nll=plain), options_of("sft")).mean().item()
     assert found == pytest.approx(21 / sum(CHOSEN_LENGTH), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [*sorted(SORTING), "sft", "sigmoid", "ipo"])
+@pytest.mark.parametrize("group", [None, GROUP])
+def test_a_tie_is_the_mean_of_both_orders_of_the_ties_alone(name: LossType, group: Tensor | None) -> None:
+    """Each order written out as a batch of its own, in which the other pairs stay as they are."""
+    tie = torch.tensor([True, False, False, True, False, True])
+    groups = [list(range(COUNT))] if group is None else [(group == value).nonzero()[:, 0].tolist() for value in (0, 3)]
+    orders = []
+    for turned in (False, True):
+
+        def both(one: Sequence[float], two: Sequence[float], turned: bool = turned) -> list[list[float]]:
+            pairs = [(b, a) if turned and tie[row] else (a, b) for row, (a, b) in enumerate(zip(one, two, strict=True))]
+            return [list(side) for side in zip(*pairs, strict=True)]
+
+        (win, lose), (ref_win, ref_lose) = both(CHOSEN, REJECTED), both(REF_CHOSEN, REF_REJECTED)
+        win_length, lose_length = both(CHOSEN_LENGTH, REJECTED_LENGTH)
+        costs = [0.0] * COUNT
+        for keep in groups:
+            upper, lower = [win[i] - ref_win[i] for i in keep], [lose[i] - ref_lose[i] for i in keep]
+            if name == "aot":
+                upper, lower = [win[i] - lose[i] for i in keep], [ref_win[i] - ref_lose[i] for i in keep]
+            for place, i in enumerate(keep):
+                ratios = win[i] - ref_win[i], lose[i] - ref_lose[i]
+                costs[i] = {
+                    "sft": -win[i] * len(keep) / sum(win_length[j] for j in keep),
+                    "sigmoid": -log_chance(BETA * (ratios[0] - ratios[1])),
+                    "ipo": (ratios[0] / win_length[i] - ratios[1] / lose_length[i] - 0.5 / BETA) ** 2,
+                }.get(name, smoothed(BETA * (upper[place] - sorted(lower)[sorted(upper).index(upper[place])])))
+        orders.append(costs)
+    expected = [(one + two) / 2 for one, two in zip(*orders, strict=True)]
+    nll = {"chosen_nll": -table().chosen, "rejected_nll": -table().rejected}
+    found = labelled_losses(table(group=group, **nll), tie, options_of(name))
+    assert found.tolist() == pytest.approx(expected, abs=1e-10)
 
 
 def test_gradients_reach_the_policy_and_equal_differences() -> None:

@@ -48,18 +48,27 @@ def preference_losses(pairs: PairLogps, options: LossOptions) -> Tensor:
 
 
 def labelled_losses(pairs: PairLogps, tie: Tensor, options: LossOptions) -> Tensor:
-    """`preference_losses` of each pair, ``(B,)``; of a tie, ``(B,)`` bool, the mean of both orders."""
+    """`preference_losses` of each pair, ``(B,)``, where a tie has no order: the mean of both orders of all ties.
+
+    A pair that is no tie keeps its order, so that losses of a group hold a tie against the same others in both.
+
+    Args:
+        pairs: Log-probabilities of the batch.
+        tie: ``(B,)`` bool.
+        options: Without `LossOptions.problems`.
+    """
     losses = preference_losses(pairs, options)
+    chosen_nll, rejected_nll = pairs.chosen_nll, pairs.rejected_nll
     swapped = pairs._replace(
-        chosen=pairs.rejected,
-        rejected=pairs.chosen,
-        ref_chosen=pairs.ref_rejected,
-        ref_rejected=pairs.ref_chosen,
-        chosen_length=pairs.rejected_length,
-        rejected_length=pairs.chosen_length,
-        chosen_nll=pairs.rejected_nll,
+        chosen=torch.where(tie, pairs.rejected, pairs.chosen),
+        rejected=torch.where(tie, pairs.chosen, pairs.rejected),
+        ref_chosen=torch.where(tie, pairs.ref_rejected, pairs.ref_chosen),
+        ref_rejected=torch.where(tie, pairs.ref_chosen, pairs.ref_rejected),
+        chosen_length=torch.where(tie, pairs.rejected_length, pairs.chosen_length),
+        rejected_length=torch.where(tie, pairs.chosen_length, pairs.rejected_length),
+        chosen_nll=None if chosen_nll is None or rejected_nll is None else torch.where(tie, rejected_nll, chosen_nll),
     )
-    return torch.where(tie, (losses + preference_losses(swapped, options)) / 2, losses)
+    return (losses + preference_losses(swapped, options)) / 2
 
 
 # ------------------------------------------------------------------ divergences: u -> f'(e^u)
