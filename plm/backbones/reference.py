@@ -32,6 +32,27 @@ class ReferenceLogps(Backbone):
         self._backbone = cast(CausalLM, Backbone.from_spec(causal_lm))
         self._policy: Policy | None = None
 
+    @staticmethod
+    def check_precision(precision: str) -> None:
+        """Refuse a policy that will be read in another precision than its cached reference was.
+
+        Under mixed precision the policy's matrices are multiplied in bfloat16. Even a cache of such products would come
+        from batches of other shapes, which round otherwise.
+
+        Args:
+            precision: ``trainer.precision``.
+
+        Raises:
+            ValueError: If it is a mixed one.
+        """
+        if precision != "32-true":
+            raise ValueError(
+                f"data.reference_logps: expected false with trainer.precision {precision!r}, got true: they are cached "
+                "in the precision of the weights, so that policy and reference would differ before the first step; "
+                "leave it out, then both are read alike, or set trainer.precision to 32-true and "
+                "data.backbone.init_args.dtype to bfloat16"
+            )
+
     @property
     def feature_dim(self) -> int:
         """One number per response."""

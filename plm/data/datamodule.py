@@ -79,7 +79,7 @@ class PreferenceDataModule(L.LightningDataModule):
         shuffle_users: Permute the users over the pairs of each part of the split: the control without personal signal.
         prompt_features: Whether batches carry features, or tokens, of the prompts alone.
         reference_logps: Tokens only: whether the log-probability of every response under the untrained model is
-            computed once and cached, so that training never runs the reference.
+            computed once and cached, so that training never runs the reference; not under mixed precision.
     """
 
     def __init__(
@@ -299,6 +299,8 @@ class PreferenceDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ Lightning
     def prepare_data(self) -> None:
         """Fill the feature cache; one process per node does it."""
+        if self.reference_logps and self.trainer is not None:
+            ReferenceLogps.check_precision(str(self.trainer.precision))
         _ = self._data
 
     def setup(self, stage: str) -> None:

@@ -20,6 +20,7 @@ from plm.methods.lora_dpo import LoRADPO
 from plm.methods.lora_dpo.adapters import grouped
 from plm.optimizer import RowAdam, clip_rows, rate_factor
 from plm.testing.contract import quiet_trainer
+from plm.types import PreferenceBatch
 
 Folder = Callable[[str], Path]
 PAIRS_OF = {"anna": 7, "ben": 4, "cleo": 1, "dora": 6, "emil": 7}
@@ -146,6 +147,33 @@ def test_unseen_users_are_adapted_as_each_would_be_trained_alone(causal_lm: Fold
         one_step = {"data": {"pairs_per_user": 8, "batch_size": 8}, "trainer": {"max_epochs": 4}}
         alone = fit(folder, [user], tmp_path, make, mode=mode, lr=3e-3, warmup=0.0, schedule="constant", **one_step)
         assert (alone.adapters[0] - whole.tensors["adapter"][row]).detach().abs().max() <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*eval mode")
+@pytest.mark.parametrize("reference_logps", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_first_step_costs_log_two(causal_lm: Folder, precision: str, reference_logps: bool, tmp_path: Path) -> None:
+    """Policy and reference are the same to begin with, read in one precision; a cache in another is refused."""
+    options = {"data": {"reference_logps": reference_logps}, "beta": 10.0}
+    seen: list[Tensor] = []
+
+    class First(LoRADPO):
+        def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+            out = super().loss(batch)
+            seen.append(out["loss"].detach() / len(torch.unique(batch.user_index)))
+            return out
+
+    def run() -> None:
+        trainer = {"max_steps": 1, "precision": precision}
+        fit(causal_lm("gpt2"), list(PAIRS_OF), tmp_path, First, trainer=trainer, **options)
+
+    if reference_logps and precision == "bf16-mixed":
+        with pytest.raises(ValueError, match=r"data.reference_logps: expected false with trainer.precision 'bf16-mix"):
+            run()
+        return
+    run()
+    # a cache was read in other batches; beta of 10 shows a hundred times what the usual one would
+    assert seen[0].item() == pytest.approx(np.log(2), abs=1e-4 if reference_logps else 1e-6)
 
 
 def test_groups_of_texts_are_as_few_as_can_be() -> None:
