@@ -131,14 +131,17 @@ def test_a_compiled_network_gives_the_same(causal_lm: Folder, tmp_path: Path) ->
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
-def test_accumulated_batches_are_one_batch(causal_lm: Folder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["shared", "basis"])
+def test_accumulated_batches_are_one_batch(causal_lm: Folder, case: str, tmp_path: Path) -> None:
     """And users who take steps of their own refuse it."""
-    whole, parts = make(causal_lm("gpt2")), make(causal_lm("gpt2"))
+    whole, parts = (make(causal_lm("gpt2"), **MODES[case]) for _ in range(2))
+    start = [value.detach().clone() for value in whole.parameters()]
     batch = batch_of(whole, [0, 1, 2, 0])
     fit(whole, [batch], tmp_path)
     fit(parts, [take(batch, [0, 1]), take(batch, [2, 3])], tmp_path, accumulate_grad_batches=2)
-    assert (whole.shared - whole.fresh).detach().abs().max() > 1e-3
-    assert torch.allclose(whole.shared, parts.shared, atol=1e-5)
+    pairs = list(zip(start, whole.parameters(), parts.parameters(), strict=True))
+    assert max((one - before).detach().abs().max() for before, one, _ in pairs) > 5e-4
+    assert all(torch.allclose(one, two, atol=1e-5) for _, one, two in pairs)
     with pytest.raises(ValueError, match=r"accumulate_grad_batches: expected 1 .*per_user.*pairs_per_user"):
         fit(make(causal_lm("gpt2"), mode="per_user"), [batch], tmp_path, accumulate_grad_batches=2)
 
@@ -181,7 +184,7 @@ def loss_of(method: LoRADPO, batch: PreferenceBatch) -> float:
 
 
 def test_a_user_without_pairs_stays_fresh(causal_lm: Folder, tmp_path: Path) -> None:
-    """In training, where decay and momentum move nobody who is absent, and in adapting, with nobody else either."""
+    """In training, where decay and momentum move nobody who is absent; unseen, such a user is the population."""
     method = make(causal_lm("gpt2"), mode="per_user", weight_decay=0.5, adapt_steps=2)
     fit(method, [batch_of(method, [0, 0, 2, 2]), batch_of(method, [0, 0, 0, 0])], tmp_path)
     moved = (method.adapters - method.fresh).detach().abs().amax(1)
@@ -190,11 +193,57 @@ def test_a_user_without_pairs_stays_fresh(causal_lm: Folder, tmp_path: Path) -> 
     nothing = Tokens(empty, empty.bool(), empty.bool())
     none = torch.zeros(2, 0)
     state = method.adapt(Context(nothing, nothing, none.bool(), none))
-    assert torch.equal(state.tensors["adapter"], method.fresh.expand(2, -1)) and state.num_pairs.tolist() == [0, 0]
+    assert torch.equal(state.tensors["adapter"], method.population.expand(2, -1)) and state.num_pairs.tolist() == [0, 0]
     basis = make(causal_lm("gpt2"), mode="basis", num_bases=3)
     assert torch.allclose(
         basis.adapt(Context(nothing, nothing, none.bool(), none)).tensors["weights"], torch.ones(2, 3) / 3
     )
+
+
+PERSONAL: dict[str, dict[str, Any]] = {
+    "per_user": {"mode": "per_user"},
+    "prefix": {"mode": "per_user", "adapter": "prefix", "lr": 0.1},
+    "shared_and_user": {"mode": "shared_and_user"},
+    "basis": {"mode": "basis", "num_bases": 2},
+}
+
+
+def swapped(batch: PreferenceBatch) -> PreferenceBatch:
+    return batch._replace(chosen=batch.rejected, rejected=batch.chosen)
+
+
+def joined(batches: list[PreferenceBatch]) -> PreferenceBatch:
+    sides = [Tokens.cat([getattr(batch, side) for batch in batches]) for side in ("chosen", "rejected")]
+    return PreferenceBatch(
+        *sides, *(torch.cat(values) for values in zip(*(batch[2:5] for batch in batches), strict=True))
+    )
+
+
+@pytest.mark.parametrize("case", PERSONAL)
+def test_users_who_want_the_same_gain_nothing_and_opposite_users_all(
+    causal_lm: Folder, case: str, tmp_path: Path
+) -> None:
+    """The population is what users have in common, not what nobody has learned; a checkpoint keeps it."""
+    for opposite in (False, True):
+        method = make(causal_lm("gpt2"), num_users=2, **PERSONAL[case])
+        pairs = [batch_of(method, [user] * 4) for user in (0, 1)]
+        batch = joined([pairs[0], swapped(pairs[1]) if opposite else pairs[1]])
+        fit(method, [batch], tmp_path, max_epochs=25)
+        found = method.evaluate(batch)
+        own, population = found["margin"], found["population_margin"]
+        assert own.mean() > 0.05 and (own > 0).float().mean() >= 0.75
+        assert method.seen().num_pairs.tolist() == [4, 4], "what plm users list shows"
+        if opposite:
+            assert (population > 0).sum() == (population < 0).sum() and population.mean().abs() < 1e-4
+        else:
+            torch.testing.assert_close(population, own, atol=1e-4, rtol=1e-3)
+        with saved(method) as path, torch.no_grad():
+            again = load_method(path)
+            with pytest.warns(UserWarning, match="unknown users are treated as the population"):
+                assert again.find_users is not None
+                unknown = again.find_users(["nobody"] * 8)
+                assert again.find_users(["0"]).num_pairs.tolist() == [4] and not unknown.num_pairs.any()
+            torch.testing.assert_close(again.margin(batch, unknown), population, atol=1e-5, rtol=1e-4)
 
 
 def test_a_rank_above_the_width_trains_all_the_same(causal_lm: Folder, tmp_path: Path) -> None:

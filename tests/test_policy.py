@@ -170,6 +170,34 @@ def test_every_group_of_texts_reads_with_its_own_adapter(causal_lm: Folder, kind
 
 
 @KINDS
+@pytest.mark.parametrize("rank", [2, 40])
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_the_mean_adapter_is_the_nearest_of_its_rank_to_the_mean_term(
+    causal_lm: Folder, kind: str, rank: int, count: int
+) -> None:
+    """Against terms written out in float64 and cut by their singular values; few and many users, and a wide rank."""
+    lora = policy_of(causal_lm, kind).add_lora(rank, 8, None)
+    random = torch.Generator().manual_seed(1)
+    adapters = lora.start(0) + 0.1 * torch.randn(count, lora.num_parameters, generator=random)
+    weight = torch.rand(count, generator=random)
+    found, terms = lora.matrices(lora.mean(adapters, weight)), lora.matrices(adapters.double())
+    for a, b, mean_a, mean_b in zip(terms[::2], terms[1::2], found[::2], found[1::2], strict=True):
+        x, size, y = torch.linalg.svd(torch.einsum("u,uor,uri->oi", weight.double(), b, a), full_matrices=False)
+        expected = x[:, :rank] * size[:rank] @ y[:rank]
+        torch.testing.assert_close((mean_b @ mean_a).double(), expected, atol=1e-5, rtol=1e-5)
+    once = lora.mean(adapters[:1].expand(count, -1), torch.full((count,), 1 / count))
+    for one, two in zip(product(lora, once), product(lora, adapters[0]), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    nothing = lora.mean(lora.start(0).expand(count, -1), weight)
+    assert all(not term.any() for term in product(lora, nothing)) and nothing.any(), "zero, and fit to be trained on"
+
+
+def product(lora: LoRA, adapter: torch.Tensor) -> list[torch.Tensor]:
+    matrices = lora.matrices(adapter)
+    return [b @ a for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
+
+
+@KINDS
 def test_peft_reads_what_we_write_and_we_read_it_back(causal_lm: Folder, kind: str, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

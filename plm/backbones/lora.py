@@ -147,6 +147,33 @@ class LoRA:
             factor[place.start : place.start + self.rank * place.width_in] = False  # all of it into B
         return torch.where(factor, adapters * weight[..., None], adapters)
 
+    def mean(self, adapters: Tensor, weight: Tensor) -> Tensor:
+        """The adapter ``(P,)`` whose term is as near as rank r comes to the weighted sum of the terms of U adapters.
+
+        Of one linear map the sum is ``W = sum_u w_u B_u A_u = B A``, exactly, with ``B = [w_1 B_1, ..., w_U B_U]``
+        ``(out, U r)`` and ``A`` the ``A_u`` one below the other ``(U r, in)``. With ``B = Q R`` and ``A^T = P S``,
+        ``W = Q (R S^T) P^T``, where Q and P have orthonormal columns; hence the singular values of the small
+        ``R S^T = X diag(s) Y^T`` are those of W, and its r largest give the nearest matrix of rank r in the Frobenius
+        norm (Eckart & Young 1936): ``B = Q X_r diag(s_r)``, ``A = (P Y_r)^T``. The scale is common to all terms and
+        stays outside. All of the size is in B, so that a zero sum is a fresh adapter, which can be trained further.
+
+        Args:
+            adapters: ``(U, P)``; the factors of one linear map at a time are copied, no term is ever written out.
+            weight: ``(U,)``.
+        """
+        parts, matrices = [], self.matrices(adapters)
+        for a, b in zip(matrices[::2], matrices[1::2], strict=True):
+            wide = (weight.to(b)[:, None, None] * b).transpose(0, 1).flatten(1)  # (out, U r)
+            left, left_small = torch.linalg.qr(wide)
+            right, right_small = torch.linalg.qr(a.flatten(0, 1).T)  # (in, U r)
+            x, size, y = torch.linalg.svd(left_small @ right_small.T, full_matrices=False)
+            kept = min(self.rank, len(size))  # fewer than r where the map is narrower
+            best_a, best_b = torch.zeros_like(a[0]), torch.zeros_like(b[0])
+            best_a[:kept] = y[:kept] @ right.T
+            best_b[:, :kept] = left @ (x * size)[:, :kept]
+            parts += [best_a.flatten(), best_b.flatten()]
+        return torch.cat(parts)
+
     # ------------------------------------------------------------------ PEFT folders
     def save(self, adapters: Sequence[Tensor], folder: str | Path, base: str) -> None:
         """Write the sum of adapters ``(P,)`` as a PEFT folder, which ``PeftModel.from_pretrained`` loads.

@@ -52,6 +52,10 @@ class PrefixShape:
         rows = flat.to(self.policy.dtype).view(len(flat), *self.shape).repeat_interleave(num_rows // len(flat), 0)
         return [(keys, values) for keys, values in (layer.unbind(1) for layer in rows.unbind(1))]
 
+    def mean(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """The prefix ``(P,)`` whose keys and values are the weighted sum of those of ``(U, P)``, by ``(U,)``."""
+        return weight.to(rows) @ rows
+
     def save(self, rows: Sequence[Tensor], folder: str | Path, base: str) -> None:
         """Write the one prefix ``(P,)`` of ``rows`` as a PEFT folder, which ``PeftModel.from_pretrained`` loads.
 

@@ -37,7 +37,8 @@ class LoRADPO(AdaptedPolicy):
         feature_dim: Width of the hidden states; linked from the data in recipes.
         backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
         mode: ``shared``, one adapter for everybody; ``per_user``, one for each; ``shared_and_user``, the sum of both;
-            ``basis``, ``num_bases`` shared adapters and simplex weights for each user.
+            ``basis``, ``num_bases`` shared adapters and simplex weights for each user. The population, as a control and
+            for unknown users, is the mean of users' own adapters (for LoRA the nearest of the rank), or of weights.
         adapter: ``lora``; ``prefix``, learned keys and values before every text (P-Tuning v2); ``full``, all weights of
             the network, in mode shared only.
         rank: Rank of an adapter.
@@ -181,7 +182,10 @@ class LoRADPO(AdaptedPolicy):
 
     # ------------------------------------------------------------------ users
     def _adapt(self, context: Context) -> UserState:
-        """Train fresh adapters, all users at once; of a basis, fit weights to the bases' log-ratios."""
+        """Train fresh adapters, all users at once; of a basis, fit weights to the bases' log-ratios.
+
+        Who has no pairs is the population.
+        """
         counts = context.mask.sum(-1)
         if self.mode == "shared":
             return self.population_state(context.num_users)._replace(num_pairs=counts)
@@ -192,7 +196,8 @@ class LoRADPO(AdaptedPolicy):
         places = cast(Tokens, context.chosen).input_ids[0].numel()
         size = max(1, self.batch_tokens // max(1, 2 * places))
         users = torch.split(torch.arange(context.num_users, device=self.device), size)
-        return UserState({"adapter": torch.cat([self._train(context, part) for part in users])}, counts)
+        trained = torch.cat([self._train(context, part) for part in users])
+        return UserState({"adapter": torch.where(counts[:, None] > 0, trained, self.population)}, counts)
 
     def _train(self, context: Context, users: Tensor) -> Tensor:
         support = Support.of(context, users)

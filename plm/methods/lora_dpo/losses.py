@@ -2,7 +2,8 @@
 
 Every loss is one number per pair, ``(B,)``, whose mean over the batch is what the paper minimises, so that callers may
 weigh pairs and sum them by user. Four of them are not functions of the pair alone: aot and aot_unpaired compare sorted
-batches and sft averages over tokens, all within the groups of `PairLogps.group`; bco_pair reads a running mean.
+batches and sft averages over tokens, all within the groups of `PairLogps.group`, of one batch where batches are
+accumulated; bco_pair reads a running mean.
 
 Notation: w and l are the chosen and the rejected response, u = log t = log policy(y) - log reference(y), and the reward
 is beta * f'(t), with f of the divergence that ties policy to reference; the usual one, reverse KL, gives beta * u.

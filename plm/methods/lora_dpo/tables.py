@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,8 @@ class AdaptedPolicy(PolicyMethod):
         self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
         self.num_virtual_tokens, self.num_bases = num_virtual_tokens, num_bases
         if mode != "shared":
-            self.user_tables = ("weight_logits",) if mode == "basis" else ("adapters",)
+            self.user_tables = ("weight_logits" if mode == "basis" else "adapters", "num_pairs")
+            self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
         problems = [
             f"model.{name}: expected at least 1, got {getattr(self, name)!r}"
             for name in ("rank", "num_virtual_tokens", "num_bases")
@@ -114,6 +115,8 @@ class AdaptedPolicy(PolicyMethod):
     # ------------------------------------------------------------------ parameters
     shape: LoRA | PrefixShape
     fresh: Tensor
+    population: Tensor
+    num_pairs: Tensor
 
     def build(self, policy: Policy) -> None:
         """Tables of adapters: of everybody, of each seen user, or of the bases."""
@@ -131,6 +134,7 @@ class AdaptedPolicy(PolicyMethod):
             self.shared = torch.nn.Parameter(fresh[None].clone())
         if self.personal:
             self.adapters = torch.nn.Parameter(fresh.repeat(self.num_users, 1))
+            self.register_buffer("population", fresh.clone())
         if self.mode == "basis":
             draws = [self.shape.start(self.seed + 1 + base) for base in range(self.num_bases)]
             self.bases = torch.nn.Parameter(torch.stack(draws))
@@ -169,9 +173,18 @@ class AdaptedPolicy(PolicyMethod):
                 "step, and data.batch_size to what fits"
             )
 
+    def on_train_start(self) -> None:
+        """Also count the pairs of every user."""
+        if self.user_tables:
+            self.num_pairs.zero_()
+            for batch in self.train_pass():
+                self.num_pairs += torch.bincount(batch.user_index, minlength=self.num_users)
+            self.num_pairs.copy_(summed(self.num_pairs))
+        super().on_train_start()
+
     def param_groups(self) -> list[dict[str, Any]]:
         """One group for users' tables; weights of a basis move a hundred times as fast as adapters."""
-        tables = [getattr(self, name) for name in self.user_tables]
+        tables = [getattr(self, name) for name in self.user_tables[:1]]
         rest = [p for p in self.parameters() if p.requires_grad and not any(p is table for table in tables)]
         options = {"lr": 100 * self.lr, "weight_decay": 0.0} if self.mode == "basis" else {"lr": self.lr}
         groups: list[dict[str, Any]] = [{"params": rest, "lr": self.lr}, {"params": tables, **options}]
@@ -219,6 +232,17 @@ class AdaptedPolicy(PolicyMethod):
                 clip_rows(parameter, gradient_clip_val, gradient_clip_algorithm or "norm")
 
     # ------------------------------------------------------------------ users
+    @torch.no_grad()
+    def refresh_users(self) -> None:
+        """The mean of the adapters of all users with pairs, each counting the same; every process has all of them.
+
+        It is what users have in common: where all want the same, it is what each of them has, and nothing is gained by
+        an adapter of one's own. The untrained network, in comparison, would make a gain of all that anybody learns.
+        """
+        if self.personal and self.num_pairs.any():
+            share = (self.num_pairs > 0).to(self.adapters)
+            self.population.copy_(self.shape.mean(self.adapters, share / share.sum()))
+
     def seen(self) -> UserState:
         """All seen users, without a copy."""
         tensors = {}
@@ -226,24 +250,25 @@ class AdaptedPolicy(PolicyMethod):
             tensors["adapter"] = self.adapters.detach()
         elif self.mode == "basis":
             tensors["weights"] = self.weight_logits.detach().softmax(-1)
-        return UserState(tensors, torch.zeros(self.num_users, dtype=torch.long, device=self.device))
+        counts = self.num_pairs if self.user_tables else torch.zeros(self.num_users, dtype=torch.long)
+        return UserState(tensors, counts.to(self.device))
 
     def user_states(self, user_index: Tensor) -> UserState:
         """Adapters or weights of seen users; nothing of a policy that is the same for all."""
         return self.seen().take(user_index)
 
     def population_state(self, num_users: int) -> UserState:
-        """A fresh adapter, or the mean weights of the seen users."""
+        """The mean adapter of the seen users, see `refresh_users`, or their mean weights."""
         tensors = {}
         if self.personal:
-            tensors["adapter"] = self.fresh.expand(num_users, -1)
+            tensors["adapter"] = self.population.expand(num_users, -1)
         elif self.mode == "basis":
             tensors["weights"] = self.weight_logits.detach().softmax(-1).mean(0).expand(num_users, -1)
         return UserState(tensors, torch.zeros(num_users, dtype=torch.long, device=self.device))
 
     def prior_row(self, name: str, state_dict: Any) -> Tensor | None:
-        """A fresh adapter; of a basis, equal weights."""
-        return self.fresh if name == "adapters" else None
+        """The mean adapter; of a basis, equal weights."""
+        return cast(Tensor, state_dict["population"]) if name == "adapters" else None
 
     # ------------------------------------------------------------------ text
     @torch.no_grad()
