@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from plm.backbones import CausalLM, HFBackbone
+from plm.backbones import CausalLM, HFBackbone, LoRA
 from plm.checkpoint import load_method
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
@@ -112,3 +112,36 @@ def test_what_cannot_be_exported_gets_one_message(tmp_path: Path, capsys: pytest
     assert "expected a new or an empty folder" in error(pal)
     assert main(["export", "--ckpt_path", "x", "--output", "y", "--usr", "anna"]) == 2
     assert "did you mean '--user'?" in capsys.readouterr().err
+
+
+def test_an_id_is_a_name_and_never_a_path_or_a_number(
+    causal_lm: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy of each user: written out, learned from a CSV file, listed; nothing lands elsewhere."""
+    options: dict[str, Any] = {"rank": 2, "alpha": 4.0, "adapt_steps": 1}
+    method = LoRADPO(3, 16, CausalLM(str(causal_lm("gpt2"))).spec(), mode="per_user", **options)
+    method.configure_model()
+    method.user_ids = ["001", "../../etc/passwd", "a/b"]
+    torch.manual_seed(0)
+    method.adapters.data += torch.randn_like(method.adapters)
+    pairs = tmp_path / "pairs.csv"
+    rows = ["1,p,yes,no", "0002,p,yes,no", "0002,q,no,yes", "../x,p,yes,no"]
+    pairs.write_text("\n".join(["user_id,prompt,chosen,rejected", *rows]) + "\n")
+    assert isinstance(method.shape, LoRA)
+    with saved(method) as path:
+        for row, user_id in enumerate(method.user_ids):
+            folder = tmp_path / str(row)
+            assert main(["export", "--ckpt_path", str(path), "--user", user_id, "--output", str(folder)]) == 0
+            assert torch.equal(method.shape.read(folder), method.adapters[row])
+        before = {found for found in path.parent.rglob("*") if found.is_file()}
+        assert main(["adapt", "--ckpt_path", str(path), "--pairs", str(pairs)]) == 0
+        new = {found for found in path.parent.rglob("*") if found.is_file()} - before
+        assert {found.parent for found in new} == {path.with_suffix(".users")}
+        capsys.readouterr()
+        assert main(["users", "list", "--ckpt_path", str(path)]) == 0
+        listed = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())
+        assert listed == {**dict.fromkeys(method.user_ids, "0"), "1": "1", "0002": "2", "../x": "1"}
+        loaded = load_method(path)
+        assert loaded.find_users is not None
+        trained = loaded.find_users(["1", "0002", "../x"]).tensors["adapter"]
+        assert (trained - method.fresh).abs().amax(1).min() > 1e-4
