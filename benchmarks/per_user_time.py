@@ -39,7 +39,8 @@ from torch import Tensor
 
 from plm.backbones import Backbone, FreshCausalLM
 from plm.data.collate import build_context
-from plm.data.datamodule import PreferenceDataModule, featured_pairs
+from plm.data.datamodule import PreferenceDataModule
+from plm.data.encoding import featured_pairs
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.methods.clap import CLaP

@@ -128,7 +128,7 @@ def test_an_adapter_for_each_user_beside_a_shared_one(causal_lm: Folder, tmp_pat
 @pytest.mark.filterwarnings("ignore:.*eval mode")
 @pytest.mark.parametrize("mode", ["per_user", "shared_and_user"])
 def test_unseen_users_are_adapted_as_each_would_be_trained_alone(causal_lm: Folder, mode: str, tmp_path: Path) -> None:
-    """Full-batch steps at a constant rate; in chunks of users that fit, and a user without pairs stays fresh."""
+    """Full-batch steps at a constant rate; in chunks of users that fit; a user without pairs is as the population."""
     folder, users = causal_lm("llama"), list(PAIRS_OF)
     seen = fit(folder, users[:2], tmp_path, mode=mode, adapt_steps=4, adapt_lr=3e-3)
     module = data(folder, users, tmp_path)
@@ -142,7 +142,7 @@ def test_unseen_users_are_adapted_as_each_would_be_trained_alone(causal_lm: Fold
     make = LoRADPO if mode == "per_user" else with_shared(seen.shared.detach())
     for row, user in enumerate(users):
         if user == "ben":
-            assert torch.equal(whole.tensors["adapter"][row], seen.fresh)
+            assert torch.equal(whole.tensors["adapter"][row], seen.population)
             continue
         one_step = {"data": {"pairs_per_user": 8, "batch_size": 8}, "trainer": {"max_epochs": 4}}
         alone = fit(folder, [user], tmp_path, make, mode=mode, lr=3e-3, warmup=0.0, schedule="constant", **one_step)
