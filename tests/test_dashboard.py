@@ -40,7 +40,10 @@ def test_the_definition_holds_every_panel(capsys: pytest.CaptureFixture[str]) ->
         shown = [set(panel["config"].get("metrics") or panel["config"]["mediaKeys"]) for panel in section["panels"]]
         assert shown == [set(panel.metrics) for panel in panels]
     (runs,) = sent["spec"]["section"]["runSets"]  # W&B puts "value" after the first key of a nested config
-    assert runs["grouping"] == [{"section": "config", "name": "recipe.value.model.class_path"}]
+    assert [(key["section"], key["name"]) for key in runs["grouping"]] == [
+        ("config", "dataset.value"),
+        ("config", "method.value"),
+    ]
 
 
 def test_without_the_package_the_error_says_what_to_install(

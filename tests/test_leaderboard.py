@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,17 +227,36 @@ def test_a_process_that_dies_leaves_its_reason(tmp_path: Path, monkeypatch: pyte
     assert one.error == "the process ended with status -9: MemoryError"
 
 
+def test_a_run_ends_with_the_process_that_started_it() -> None:
+    """The parent is killed without a chance to say so; its run must not go on beside those of the next command."""
+    run = "import time; from plm.cli.cells import end_with_parent; end_with_parent(0.05); print('up', flush=True)"
+    parent = f"import subprocess, sys; one = subprocess.Popen([sys.executable, '-c', {run + '; time.sleep(300)'!r}])"
+    started = subprocess.Popen(
+        [sys.executable, "-c", f"{parent}; print(one.pid, flush=True); one.wait()"], stdout=subprocess.PIPE, text=True
+    )
+    assert started.stdout is not None
+    assert {started.stdout.readline(), started.stdout.readline()} >= {"up\n"}
+    killed = time.monotonic()
+    started.kill()
+    started.wait()
+    assert started.stdout.read() == "", "the pipe is at its end once the run has let go of it"
+    assert time.monotonic() - killed < 60, "it ended before its five minutes of sleep"
+
+
 def test_the_hash_follows_the_source_of_a_method(tmp_path: Path) -> None:
     assert source_hash(BradleyTerry) != source_hash(Broken)
     assert source_hash(Broken) == source_hash(type("Other", (PersonalizationMethod,), {"__module__": __name__}))
 
 
-def test_the_table_goes_to_wandb(board: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_goes_to_wandb(
+    board: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import wandb
 
     logged: dict[str, Any] = {}
     run = MagicMock()
     run.__enter__.return_value.log = logged.update
+    run.__enter__.return_value.offline = True
     monkeypatch.setattr(wandb, "init", MagicMock(return_value=run))
     args = ["--methods", "BradleyTerry", "LoRe", f"{__name__}.Broken", "--seeds", "1", "--wandb", "team"]
     assert leaderboard(place, *args) == 0
@@ -242,6 +264,7 @@ def test_the_table_goes_to_wandb(board: dict[str, Any], place: Path, monkeypatch
     assert set(logged) == {"leaderboard", "accuracy", "few-shot_curves", "parameters"}
     rows = {tuple(line[:3]) for line in logged["leaderboard"].data}
     assert ("LoRe", "method", "unseen") in rows and ("oracle", "baseline", "seen") in rows
+    assert "the run is offline, so no report was saved" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from plm.cli.options import OptionParser
 
-GROUP = "recipe.model.class_path"
-"""What runs are grouped by: the method, as every run logs it with its recipe."""
+GROUPS = ("dataset", "method")
+"""What runs are grouped by, as every run logs it."""
 
 
 class Panel(NamedTuple):
@@ -78,11 +78,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
     Raises:
         ValueError: If wandb-workspaces is not installed.
     """
-    try:
-        wr: Any = import_module("wandb_workspaces.reports.v2")
-        ws: Any = import_module("wandb_workspaces.workspaces")
-    except ModuleNotFoundError as error:
-        raise ValueError("plm dashboard needs wandb-workspaces: pip install 'plm[dashboard]'") from error
+    wr, ws = workspaces()
 
     def chart(panel: Panel) -> Any:
         metrics = list(panel.metrics)
@@ -90,14 +86,26 @@ def workspace(entity: str, project: str, name: str) -> Any:
             return wr.MediaBrowser(title=panel.title, media_keys=metrics)
         if panel.kind == "line":
             return wr.LinePlot(title=panel.title, y=metrics)
-        return wr.BarPlot(title=panel.title, metrics=metrics, groupby=wr.Config(GROUP), groupby_aggfunc="mean")
+        return wr.BarPlot(title=panel.title, metrics=metrics)  # grouped as the runs are
 
     sections = [
         ws.Section(name=title, panels=[chart(panel) for panel in panels], is_open=True)
         for title, panels in SECTIONS.items()
     ]
-    grouped = ws.RunsetSettings(groupby=[ws.Config(GROUP)])
+    grouped = ws.RunsetSettings(groupby=[ws.Config(name) for name in GROUPS])
     return ws.Workspace(entity=entity, project=project, name=name, sections=sections, runset_settings=grouped)
+
+
+def workspaces() -> tuple[Any, Any]:
+    """The modules of wandb-workspaces that make reports and workspaces.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        return import_module("wandb_workspaces.reports.v2"), import_module("wandb_workspaces.workspaces")
+    except ModuleNotFoundError as error:
+        raise ValueError("W&B reports and workspaces need wandb-workspaces: pip install 'plm[dashboard]'") from error
 
 
 def definition(made: Any) -> dict[str, Any]:

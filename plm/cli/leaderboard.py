@@ -20,6 +20,7 @@ from rich.console import Console
 
 import plm
 from plm.cli import entries as book
+from plm.cli import wandb_report
 from plm.cli.cells import Cell, clean, run_cells
 from plm.cli.entries import Entry
 from plm.cli.options import OptionParser
@@ -28,7 +29,7 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.evaluation import USER_COLUMNS, summarize, user_rows, write_csv, write_json
 from plm.leaderboard import baselines as opponents
 from plm.leaderboard.figures import all_figures
-from plm.leaderboard.report import Leaderboard, records, terminal, write
+from plm.leaderboard.report import Leaderboard, terminal, write
 from plm.leaderboard.results import Row, make_row, other_user_row, read_run
 
 OPPONENT = "BradleyTerry"
@@ -94,7 +95,7 @@ def run(args: list[str]) -> None:
         console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
     console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
     if options.wandb:
-        _to_wandb(board, files, folder, options.wandb)
+        console.print(wandb_report.publish(board, files, folder, options.wandb), highlight=False, soft_wrap=True)
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -127,7 +128,7 @@ def _options(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process (default: 1, in this one)")
     parser.add_argument("--output", metavar="DIR", help="default: runs/leaderboard/<data or first recipe>")
     parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="option of plm fit for every row")
-    parser.add_argument("--wandb", metavar="PROJECT", help="log table and pictures to this project of Weights & Biases")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to this project of Weights & Biases, with a report")
     options = parser.parse(args)
     if bool(options.recipes) == bool(options.data):
         parser.error("expected either recipes or --data FILE")
@@ -261,14 +262,3 @@ def _about(options: argparse.Namespace, command: str) -> dict[str, object]:
         "candidates per method": options.budget,
         "runs at a time": options.jobs,
     }
-
-
-def _to_wandb(board: Leaderboard, files: Sequence[Path], folder: Path, project: str) -> None:
-    """Log table and pictures as one run."""
-    import wandb
-
-    columns, rows = records(board)
-    about = dict(board.about)
-    with wandb.init(project=project, job_type="leaderboard", name=board.title, dir=str(folder), config=about) as run:
-        images = {file.stem: wandb.Image(str(file)) for file in files if file.suffix == ".png"}
-        run.log({"leaderboard": wandb.Table(columns=[*columns], data=rows), **images})

@@ -64,10 +64,14 @@ class SaveRecipe(SaveConfigCallback):
             path = run_dir(trainer) / ("recipe.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            if stage == "fit" and isinstance(data := getattr(trainer, "datamodule", None), PreferenceDataModule):
+            data = getattr(trainer, "datamodule", None)
+            if stage == "fit" and isinstance(data, PreferenceDataModule):
                 data.save_splits(path.with_name("splits.json"))
+            about = {"recipe": yaml.safe_load(text), "method": type(pl_module).__name__}
+            if isinstance(data, PreferenceDataModule):
+                about["dataset"] = data.source.name
             for logger in trainer.loggers:
-                logger.log_hyperparams({"recipe": yaml.safe_load(text)})
+                logger.log_hyperparams(about)
         self.already_saved = True
 
 
