@@ -205,6 +205,7 @@ def test_recipes_on_different_splits_are_refused(place: Path, capsys: pytest.Cap
         ([], "expected either recipes or --data FILE"),
         (["a.yaml", "--data", "b.yaml"], "expected either recipes or --data FILE"),
         (["--data", "conf/data/poliss.yaml"], "did you mean 'conf/data/polis.yaml'?"),
+        (["--data", "polis"], "did you mean 'conf/data/polis.yaml'?"),
         (["--data", "conf/data/synthetic.yaml", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--data", "conf/data/synthetic.yaml", "--set", "lr"], "--set: expected KEY=VALUE, got 'lr'"),
         (["--data", "conf/data/synthetic.yaml", "--method", "LoRe"], "did you mean '--methods'?"),

@@ -20,7 +20,7 @@ import yaml
 
 from plm.cli import training
 from plm.cli.cells import Cell, ReadCLI, cell, output_to, run_cells
-from plm.config import expand, nearest, read_config, shipped
+from plm.config import closest, expand, nearest, read_config, shipped
 from plm.data.datamodule import PreferenceDataModule
 from plm.leaderboard.results import Kind
 
@@ -66,7 +66,9 @@ def find_group(path: str) -> Path:
     if inside is not None and inside.is_file():
         return inside
     names = [f"conf/{file.parent.name}/{file.name}" for file in shipped("conf").glob("*/*.yaml")]
-    raise ValueError(f"no config file {path!r}{nearest(path, names)}")
+    named = {Path(name).stem: name for name in names}
+    near = closest(path, names) or named.get(closest(Path(path).stem, named) or "", "")
+    raise ValueError(f"no config file {path!r}{nearest(near, names)}")
 
 
 def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry], dict[str, str]]:
