@@ -375,7 +375,7 @@ def test_malformed_rows_to_score_are_named_by_line(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().err
     for line, text in {
         2: "malformed JSON",
-        3: "did you mean 'respnse'",
+        3: "rename 'respnse'",
         4: "empty text",
         5: "a JSON object",
         6: "user_id",

@@ -269,10 +269,10 @@ class LoReBases(RewardSource):
         draw = np.random.default_rng(0) if rng is None else rng
         sides: tuple[list[Array], list[Array]] = ([], [])
         sizes = np.array([len(rows) for rows in groups], dtype=np.float64)
-        halves = [[rows[half] for half in halves(len(rows), rng)] for rows in groups]
+        parts = [[rows[half] for half in halves(len(rows), rng)] for rows in groups]
         for side, slates in enumerate(sides):
             for group in draw.choice(len(groups), self.slates, p=sizes / sizes.sum()):
-                slates.append(rewards[draw.choice(halves[group][side], self.candidates, replace=False)])
+                slates.append(rewards[draw.choice(parts[group][side], self.candidates, replace=False)])
         train, test = (np.stack(slates) for slates in sides)
         train, test = (slates - slates.min(axis=1, keepdims=True) for slates in (train, test))
         scale = float(np.quantile(train.max(axis=1), _HIGH, axis=0).max())
