@@ -28,6 +28,7 @@ from plm.cli.portfolio_report import (
 from plm.cli.portfolio_study import Row, run_study, search
 from plm.cli.rewards import Array, Deployment, RewardSource, read_weights
 from plm.cli.sampled_rewards import SampledRewards
+from plm.cli.training import quiet
 from plm.config import expand
 from plm.evaluation import write_csv, write_json
 from plm.methods.palm import MAX_OBJECTIVES, PALM
@@ -279,6 +280,7 @@ def run(args: list[str]) -> None:
     Raises:
         ValueError: For whatever the user can mend, in one message.
     """
+    quiet()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     parser = RecipeParser(
         prog="plm portfolio",

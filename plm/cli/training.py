@@ -193,11 +193,7 @@ def run(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> RecipeCL
     Raises:
         ValueError: For whatever the user can mend, in one message.
     """
-    for message in _QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    quiet()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     load_plugins()
     try:
@@ -233,6 +229,15 @@ def run(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> RecipeCL
         if text.startswith("Early stopping conditioned on metric"):
             raise ValueError(text) from error
         raise
+
+
+def quiet() -> None:
+    """Leave out what Lightning says of its own internals."""
+    for message in _QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
 
 
 def load_plugins() -> None:
