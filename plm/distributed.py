@@ -33,6 +33,15 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def gathered_rows(values: Tensor) -> Tensor:
+    """Rows of all processes, which may have different numbers of them: ``(n, ...)`` -> ``(N, ...)``."""
+    if world_size() == 1:
+        return values
+    counts = _gathered(torch.tensor([len(values)], device=values.device))
+    parts = _gathered(_padded(values, int(torch.cat(counts).max())))
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
 def pair_weights(weight: Tensor) -> Tensor:
     """Weights of this process's pairs as they would be in one process: ``(B,)`` -> ``(B,)``.
 
@@ -93,12 +102,7 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float, algor
 def _mean_of_rows(gradient: Tensor) -> Tensor:
     """Mean over the processes of a coalesced gradient ``(U, ...)`` with R rows, of which processes have different."""
     rows, values = gradient.indices()[0], gradient.values()
-    counts = _gathered(torch.tensor([len(rows)], device=rows.device))
-    longest = int(torch.cat(counts).max())
-    all_rows = _gathered(_padded(rows, longest))
-    all_values = _gathered(_padded(values, longest))
-    found_rows = torch.cat([part[: int(count)] for part, count in zip(all_rows, counts, strict=True)])
-    found = torch.cat([part[: int(count)] for part, count in zip(all_values, counts, strict=True)])
+    found_rows, found = gathered_rows(rows), gathered_rows(values)
     mean = torch.sparse_coo_tensor(found_rows[None], found / world_size(), gradient.shape, check_invariants=False)
     return mean.coalesce()
 

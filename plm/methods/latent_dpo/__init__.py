@@ -14,7 +14,7 @@ one user.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -30,13 +30,13 @@ from plm.methods.latent_dpo.newton import solve_people
 from plm.methods.latent_dpo.noise import fold, normals
 from plm.methods.latent_dpo.options import PRESETS, Options, Preset
 from plm.methods.latent_dpo.people import People, people_of_batch, people_of_context
+from plm.methods.latent_dpo.population import learn, pooled
 from plm.methods.latent_dpo.rules import RuleName
 from plm.methods.latent_dpo.training import (
     Step,
     make_optimizer,
     num_steps,
     step_in_parts,
-    train_people,
     whole_losses,
 )
 from plm.optimizer import RowAdam, clip_rows, row_gradient
@@ -81,9 +81,8 @@ class LatentDPO(PersonalizationMethod):
             users are served by their last policy [0; paper 10].
         seed: Seed of what is drawn; every user draws from a stream of the user's own.
         lr: Learning rate [0.001; paper 0.0001].
-        latent_temperature: What the standard deviation of a user's policy is multiplied by when the user writes, each
-            text from a draw of its own; 0 = the mean, as published. A user without pairs writes from the prior [1;
-            paper 0].
+        latent_temperature: What the standard deviation of a policy is multiplied by when a user writes, or the
+            population, each text from a draw of its own; 0 = the mean, as published [1; paper 0].
         max_latent_norm: Longest latent to write from in units of sqrt(Z), beyond which the model that writes was not
             trained; null = no bound.
     """
@@ -135,6 +134,7 @@ class LatentDPO(PersonalizationMethod):
         self.family = self._family()
         self.automatic_optimization = False
         self.start: Tensor
+        self.population: Tensor
         self.best_policies: Tensor
         self.best_loss: Tensor
         self.stale: Tensor
@@ -143,6 +143,7 @@ class LatentDPO(PersonalizationMethod):
         self.num_pairs: Tensor
         start = self.family.initial(seed)
         self.register_buffer("start", start)
+        self.register_buffer("population", start.clone())
         self.policies = torch.nn.Parameter(start.repeat(num_users, 1), requires_grad=options.rule != "newton")
         for name in ("steps", "num_pairs"):
             self.register_buffer(name, torch.zeros(num_users, dtype=torch.long))
@@ -195,7 +196,7 @@ class LatentDPO(PersonalizationMethod):
         return make_optimizer(self.policies, self.options, lambda: self.wanted)
 
     def on_train_start(self) -> None:
-        """Also check that every user's pairs stay with one process."""
+        """Also check that every user's pairs stay with one process, and learn the population from all pairs."""
         super().on_train_start()
         if self.trainer.world_size > 1 and self.trainer.num_training_batches > 1:
             raise ValueError(
@@ -203,6 +204,8 @@ class LatentDPO(PersonalizationMethod):
                 "between which users would wander; set data.batch_size null"
             )
         self._trained = torch.zeros_like(self.num_pairs, dtype=torch.bool)
+        everybody = pooled([self._people_of(batch)[1] for batch in self.train_pass()], self.seed)
+        self.population.copy_(learn(everybody, self.start, self.family, self.options)[0])
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean over users of each user's loss at the user's next step, and of the metrics; without a graph."""
@@ -238,9 +241,11 @@ class LatentDPO(PersonalizationMethod):
         """Rows of the batch's users and their pairs, kept while the same batch comes again."""
         assert isinstance(batch.chosen, Tensor)
         if self._cache is None or self._cache[0] is not batch.chosen:
-            users, people = people_of_batch(batch._replace(prompt=self._prompts(batch.prompt)), self.seed)
-            self._cache = batch.chosen, users, people
+            self._cache = batch.chosen, *self._people_of(batch)
         return self._cache[1:]
+
+    def _people_of(self, batch: PreferenceBatch) -> tuple[Tensor, People]:
+        return people_of_batch(batch._replace(prompt=self._prompts(batch.prompt)), self.seed)
 
     def _prompts(self, prompts: Tensor | Tokens | None) -> Tensor | None:
         """Prompt features, where policies depend on them.
@@ -276,7 +281,7 @@ class LatentDPO(PersonalizationMethod):
         """Compare every user's policy with the best so far, on the user's own validation pairs."""
         judged = torch.zeros_like(self._trained)
         for batch in self.val_pass():
-            users, people = people_of_batch(batch._replace(prompt=self._prompts(batch.prompt)), self.seed)
+            users, people = self._people_of(batch)
             losses = whole_losses(self.policies[users], self.family, people, self.options)
             better = losses < self.best_loss[users]
             self.stale[users] = torch.where(better, 0, self.stale[users] + 1)
@@ -327,9 +332,8 @@ class LatentDPO(PersonalizationMethod):
         asked = self.encode_prompts(prompts) if self.encode_prompts is not None else None
         asked = None if asked is None else asked.to(keys.device)
         options, policy = self.options, self.latent_policies(users, asked)
-        temperature = torch.where(users.num_pairs > 0, options.latent_temperature, 1.0)[:, None]
         noise = normals(fold(keys, 1), policy.mean.shape[-1])
-        latent = draw_latents(policy, noise, temperature, options.max_latent_norm)
+        latent = draw_latents(policy, noise, options.latent_temperature, options.max_latent_norm)
         return UserState({"latent": latent}, users.num_pairs)
 
     def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
@@ -383,46 +387,49 @@ class LatentDPO(PersonalizationMethod):
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """As for every method, but a user's network reads all the user's prompts instead of being copied for each."""
         if batch.context is not None and batch.context_row is not None:
-            table, own, other = self.adapt(batch.context).tensors["policy"], batch.context_row, batch.other_row
+            adapted = self.adapt(batch.context).tensors["policy"]
+            own, other = batch.context_row, batch.other_row
+            policies: Callable[[Tensor], Tensor] = adapted.__getitem__
         else:
-            table, own, other = self._served(), batch.user_index, batch.other_index
-        facts = {"margin": self._margins(batch, table, own)}
+            policies, own, other = self._served, batch.user_index, batch.other_index
+        facts = {"margin": self._margins(batch, policies, own)}
         if batch.num_shots is None:
-            facts["population_margin"] = self._margins(batch, self.start[None], torch.zeros_like(own))
+            facts["population_margin"] = self._margins(batch, self.population[None].__getitem__, torch.zeros_like(own))
         if other is not None:
-            facts["other_margin"] = self._margins(batch, table, other)
+            facts["other_margin"] = self._margins(batch, policies, other)
         return facts
 
-    def _margins(self, batch: PreferenceBatch, table: Tensor, rows: Tensor) -> Tensor:
-        """``(B,)`` for the users at ``rows`` of a table."""
+    def _margins(self, batch: PreferenceBatch, policies: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """``(B,)`` for the users at ``rows``, whose numbers ``policies`` gives."""
         users, row = torch.unique(rows, return_inverse=True)
-        policy = self._policies_at(table[users], row, batch.prompt)
+        policy = self._policies_at(policies(users), row, batch.prompt)
         return self._reward(batch.chosen, policy) - self._reward(batch.rejected, policy)
 
-    def _served(self) -> Tensor:
-        """``(U, P)`` policies that seen users are served by."""
-        if not self.options.patience:
-            return self.policies
-        return torch.where(self.best_loss[:, None].isfinite(), self.best_policies, self.policies)
+    def _served(self, users: Tensor) -> Tensor:
+        """Policies that seen users are served by: rows ``(R,)`` -> ``(R, P)``."""
+        own = self.policies[users]
+        if self.options.patience:
+            own = torch.where(self.best_loss[users, None].isfinite(), self.best_policies[users], own)
+        return torch.where(self.num_pairs[users, None] > 0, own, self.population)
 
     def user_states(self, user_index: Tensor) -> UserState:
-        """Policies of seen users: the last ones, or with ``patience`` the best."""
-        return UserState({"policy": self._served()[user_index]}, self.num_pairs[user_index])
+        """Policies of seen users: the last ones, or with ``patience`` the best; who has no pairs is the population."""
+        return UserState({"policy": self._served(user_index)}, self.num_pairs[user_index])
 
     def population_state(self, num_users: int) -> UserState:
-        """The prior N(0, I), under which all responses are equally good."""
+        """What one person would be who had the pairs of all seen users; untrained, the prior N(0, I)."""
         num_pairs = torch.zeros(num_users, dtype=torch.long, device=self.device)
-        return UserState({"policy": self.start.repeat(num_users, 1)}, num_pairs)
+        return UserState({"policy": self.population.expand(num_users, -1)}, num_pairs)
 
     def _adapt(self, context: Context) -> UserState:
-        """Latent DPO from the prior, everybody side by side; nothing but the cached latents is read."""
+        """Latent DPO from the prior, everybody side by side; nothing but the cached latents is read.
+
+        Who has no pairs is the population.
+        """
         people = people_of_context(context._replace(prompt=self._prompts(context.prompt)), self.seed)
-        with torch.no_grad():
-            if self.options.rule == "newton":
-                policies = solve_people(people, self.options.beta, self.options.kl_coef)
-            else:
-                policies = train_people(self.start, self.family, people, self.options)
-        return UserState({"policy": policies}, people.num_pairs)
+        policies = learn(people, self.start, self.family, self.options)
+        own = torch.where(people.num_pairs[:, None] > 0, policies, self.population)
+        return UserState({"policy": own}, people.num_pairs)
 
 
 def _means(step: Step) -> dict[str, Tensor]:
