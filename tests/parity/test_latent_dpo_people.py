@@ -406,3 +406,17 @@ def test_hard_labels_leave_the_prior_and_soft_ones_do_not() -> None:
     for rule, kl_coef in (("soft", 0.0), ("expectation", 0.0), ("evidence", 0.01), ("closed_form", 0.01)):
         assert 0.3 < kl(rule, 300, kl_coef) < 8
         assert kl(rule, 300, kl_coef) == pytest.approx(kl(rule, 150, kl_coef), rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{"preset": "newton"}, {"hidden_dim": 5}], ids=["newton", "mlp"])
+@pytest.mark.parametrize("where", ["chosen", "prompt"])
+def test_a_number_that_is_not_finite_is_named(options: dict[str, Any], where: str, tmp_path: Path) -> None:
+    if where == "prompt" and "preset" in options:
+        pytest.skip("one point per person reads no prompts")
+    context, data = people_context(), People()
+    tensors(context)[where][3, 2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"in 1 of 29 pairs, rows \[12\], of 1 of 5 people, numbers \[3\]"):
+        make(**options).adapt(context)
+    getattr(data.train_batch, where)[13, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"in 1 of 33 pairs, rows \[13\], of 1 of 3 people, numbers \[1\]"):
+        fit(data, tmp_path, epochs=1, **options)

@@ -137,7 +137,20 @@ def make_people(
         user: ``(N,)`` int64, whose pair it is.
         num_people: Number of people U.
         seed: Seed of all draws.
+
+    Raises:
+        ValueError: If a number is not finite: it would be in every policy of who learns from it.
     """
+    bad = ~responses.flatten(1).isfinite().all(1)
+    if prompts is not None:
+        bad |= ~prompts.isfinite().all(1)
+    if bad.any():
+        rows, whose = bad.nonzero()[:, 0], user[bad].unique()
+        raise ValueError(
+            f"expected finite latents and prompt features, got others in {len(rows)} of {len(bad)} pairs, rows "
+            f"{rows[:5].tolist()!r}, of {len(whose)} of {num_people} people, numbers {whose[:5].tolist()!r}; look at "
+            "the responses there, and at the checkpoint that made their latents"
+        )
     response_key = row_keys(responses)
     if prompts is not None:
         response_key = fold(row_keys(prompts)[:, None], response_key)
