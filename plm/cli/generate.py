@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ def mixture(method: PersonalizationMethod, mix: Sequence[str], num_prompts: int)
     """The same mixture of stored users for every prompt.
 
     Raises:
-        ValueError: If the method's users cannot be mixed, a user is unknown, or a weight is no number.
+        ValueError: If the method's users cannot be mixed, a user is unknown or named twice, or weights are not finite
+            or have no positive sum.
     """
     assert isinstance(method.find_users, KnownUsers)
     if not isinstance(method, Mixes):
@@ -123,12 +125,19 @@ def mixture(method: PersonalizationMethod, mix: Sequence[str], num_prompts: int)
     weights: dict[str, float] = {}
     for part in mix:
         user, _, weight = part.rpartition("=")
+        if user in weights:
+            raise ValueError(f"--mix: expected every user once, got {user!r} again in {part!r}; add up the weights")
         try:
             weights[user] = float(weight)
         except ValueError:
             raise ValueError(f"--mix: expected ID=WEIGHT with a number, got {part!r}") from None
+        if not math.isfinite(weights[user]):
+            raise ValueError(f"--mix: expected ID=WEIGHT with a finite number, got {part!r}")
         if user not in method.find_users.store:
             raise ValueError(f"--mix: no user {user!r}{nearest(user, method.find_users.store.ids)}")
+    given = " ".join(mix)
+    if sum(weights.values()) <= 0:
+        raise ValueError(f"--mix: expected weights with a positive sum, got {given!r}")
     states = method.find_users(list(weights))
     mixed = method.mixed(states, torch.tensor([list(weights.values())]))
     return mixed.take(torch.zeros(num_prompts, dtype=torch.long))

@@ -138,6 +138,10 @@ def test_the_commands_write_and_judge(checkpoint: Path, tmp_path: Path, capsys: 
         (["--mix", "bn=1"], "--mix: no user 'bn'; did you mean 'ben'?", 1),
         (["--mix", "ben"], "--mix: expected ID=WEIGHT with a number, got 'ben'", 1),
         (["--mix", "ben=1", "--user", "anna"], "leave out --user", 2),
+        (["--mix", "ben=nan"], "with a finite number, got 'ben=nan'", 1),
+        (["--mix", "ben=inf"], "with a finite number, got 'ben=inf'", 1),
+        (["--mix", "ben=0.5", "ben=0.5"], "expected every user once, got 'ben' again", 1),
+        (["--mix", "ben=0", "anna=0"], "expected weights with a positive sum, got 'ben=0 anna=0'", 1),
     ):
         assert main([*command, *extra]) == status
         assert message in capsys.readouterr().err
