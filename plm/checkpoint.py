@@ -179,6 +179,7 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
     checkpoint = read_checkpoint(path, map_location)
     about = checkpoint[CHECKPOINT_KEY]
     cls = find_class(about["class_path"])
+    _find_beside(checkpoint.get("hyper_parameters", {}).get("backbone"), Path(path).parent)
     hparams = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
     # linked values and those a method hands to its bases are written even where the class has no such parameter
     bases = [base for base in cls.__mro__[1:] if issubclass(base, PersonalizationMethod)]
@@ -202,3 +203,11 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
     method.encode, method.encode_prompts = encoder, encoder.prompts
     method.find_users = KnownUsers(method, store_path(path))
     return method
+
+
+def _find_beside(spec: dict[str, Any] | None, folder: Path) -> None:
+    """Where the checkpoint that a backbone reads is gone and one of its name lies in ``folder``, name that one."""
+    arguments = (spec or {}).get("init_args", {})
+    named = arguments.get("checkpoint")
+    if isinstance(named, str) and not Path(named).exists() and (folder / Path(named).name).is_file():
+        arguments["checkpoint"] = str(folder / Path(named).name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,24 @@ def test_the_model_is_read_once_for_scores_and_texts(checkpoint: Path) -> None:
     reward: Tensor = method.score([" a text"], user_id="anna", prompts="a")
     backbone: Any = method.encode.backbone  # type: ignore[union-attr]
     assert reward.isfinite().all() and backbone.method is method.latents.method  # type: ignore[attr-defined]
+
+
+def test_people_find_a_latent_model_that_was_moved(clap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PLM_CLAP, or by its name beside their checkpoint; paths are kept whole."""
+    first, there = tmp_path / "first" / "clap.ckpt", tmp_path / "there"
+    first.parent.mkdir()
+    there.mkdir()
+    shutil.copy(clap, first)
+    monkeypatch.chdir(first.parent)
+    method = people(Path("clap.ckpt"))
+    assert method.hparams["backbone"]["init_args"]["checkpoint"] == str(first)
+    with saved(method) as path:
+        mine = Path(shutil.copy(path, there / "people.ckpt"))
+    first.rename(first.with_name("renamed.ckpt"))
+    with pytest.raises(ValueError, match=r"which does not exist; .* PLM_CLAP or put it under that name beside"):
+        sample(load_method(mine), PROMPTS[:1], max_new_tokens=2)
+    with monkeypatch.context() as patched:
+        patched.setenv("PLM_CLAP", str(first.with_name("renamed.ckpt")))
+        expected = sample(load_method(mine), PROMPTS[:1], max_new_tokens=2)
+    shutil.copy(clap, there / "clap.ckpt")
+    assert sample(load_method(mine), PROMPTS[:1], max_new_tokens=2) == expected

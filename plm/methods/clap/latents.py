@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
 
@@ -46,10 +48,11 @@ class ClapLatents(LatentBackbone):
     They are computed once per response and cached under the content of the checkpoint.
 
     Args:
-        checkpoint: A checkpoint of `CLaP`.
+        checkpoint: A checkpoint of `CLaP`, kept as an absolute path.
         prompts: Features of prompts: ``hidden`` states that its encoder makes of prompts alone, or their ``tokens``,
             for people who have an encoder of their own (``model.family: full``).
-        content: Hash that the checkpoint must have, as ``spec`` writes it down: people belong to one CLaP model.
+        content: Hash that the checkpoint must have, as ``spec`` writes it down: people belong to one CLaP model. With
+            it, as when people are loaded, the environment variable PLM_CLAP names the checkpoint wherever it is now.
     """
 
     def __init__(
@@ -58,13 +61,20 @@ class ClapLatents(LatentBackbone):
         """See the class."""
         if prompts not in ("hidden", "tokens"):
             raise ValueError(f"ClapLatents.prompts: expected hidden or tokens, got {prompts!r}")
-        self.checkpoint, self.prompts = str(checkpoint), prompts
+        moved = os.environ.get("PLM_CLAP") if content is not None else None
+        self.checkpoint, self.prompts = str(Path(moved or checkpoint).absolute()), prompts
         self._expected = content
         self._method: CLaP | None = None
 
     @cached_property
     def _about(self) -> tuple[str, int, int]:
         """Hash of all that decides latents and texts, width of the features, and of prompt features."""
+        if not Path(self.checkpoint).is_file():
+            raise ValueError(
+                f"expected the CLaP checkpoint that makes the latents, got {self.checkpoint!r}, which does not "
+                "exist; set data.backbone.init_args.checkpoint, or, for people already learned, name it in the "
+                "environment as PLM_CLAP or put it under that name beside their checkpoint"
+            )
         held = read_checkpoint(self.checkpoint)
         about, hparams = held[CHECKPOINT_KEY], held["hyper_parameters"]
         if not issubclass(find_class(about["class_path"]), CLaP):
