@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -547,3 +548,10 @@ def test_health_of_a_model_that_knows_and_of_one_that_does_not(causal_lm: Folder
     method.evaluate(_batch(method))
     report = method.report()
     assert report["mutual_information"] == pytest.approx(math.log(2), abs=0.01) and report["active_units"] == Z
+
+
+def test_batches_without_regard_to_prompts_are_refused(causal_lm: Folder) -> None:
+    method = CLaP(1, 16, CausalLM(str(causal_lm("gpt2"))).spec(), latent_dim=8, num_queries=2)
+    method._trainer = SimpleNamespace(datamodule=SimpleNamespace(prompts_per_batch=None))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"expected data\.prompts_per_batch, got null"):
+        method.on_train_start()

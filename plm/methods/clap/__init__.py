@@ -223,6 +223,20 @@ class CLaP(PolicyMethod):
         )
 
     # ------------------------------------------------------------------ training
+    def on_train_start(self) -> None:
+        """Check that batches are of whole prompts: otherwise hardly any text meets others to the same prompt.
+
+        Raises:
+            ValueError: If ``data.prompts_per_batch`` is not set.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and getattr(data, "prompts_per_batch", 1) is None:
+            raise ValueError(
+                "CLaP learns from a prompt with all its responses: expected data.prompts_per_batch, got null, which "
+                "deals pairs out without regard to their prompts; set data.prompts_per_batch: 4"
+            )
+        super().on_train_start()
+
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean over prompts of reconstruction, KL and contrast."""
         assert isinstance(batch.chosen, Tokens) and isinstance(batch.rejected, Tokens)
