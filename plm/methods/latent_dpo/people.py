@@ -145,7 +145,7 @@ def make_people(
     if prompts is not None:
         bad |= ~prompts.isfinite().all(1)
     if bad.any():
-        rows, whose = bad.nonzero()[:, 0], user[bad].unique()
+        rows, whose = bad.nonzero()[:, 0], torch.unique(user[bad])
         raise ValueError(
             f"expected finite latents and prompt features, got others in {len(rows)} of {len(bad)} pairs, rows "
             f"{rows[:5].tolist()!r}, of {len(whose)} of {num_people} people, numbers {whose[:5].tolist()!r}; look at "
