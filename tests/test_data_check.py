@@ -13,8 +13,9 @@ import pytest
 
 from plm.cli import main
 from plm.cli.data_check import build_source, merged_recipe
+from plm.cli.data_report import markdown, plots
 from plm.data.check import DataReport, agreement, check_pairs, conflicts, leakage
-from plm.data.schema import PairTable, make_pairs
+from plm.data.schema import PairTable, make_pairs, pair_table
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.surface import MARGIN, clustered, probe_surface, wilson
 
@@ -103,6 +104,28 @@ def test_noise_stays_at_chance() -> None:
     probe = probe_surface(make(rows))
     assert probe is not None and probe.surface.low < 0.5 < probe.surface.high and not probe.is_leak
     assert probe_surface(make(rows[:30])) is None
+
+
+@pytest.mark.parametrize(("num_pairs", "num_texts"), [(80, 160), (400, 60), (80, 12)])
+def test_few_users_of_one_prompt_are_not_tested_on_what_was_learned(num_pairs: int, num_texts: int) -> None:
+    """Answers of random words and marks, chosen at random: nothing to be told, however few hold them."""
+    words = "the a of to and , . ! ? ( ) it was film 1 2 - \" ' I We : * _ # A".split()
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        texts = [f"{' '.join(rng.choice(words, rng.integers(8, 15)))} {row}x" for row in range(num_texts)]
+        fresh = rng.permutation(num_texts).reshape(2, -1)
+        drawn = np.stack([rng.choice(num_texts, 2, replace=False) for _ in range(num_pairs)], axis=1)
+        chosen, rejected = fresh if num_texts == 2 * num_pairs else drawn
+        user, prompt = np.arange(num_pairs) % 3, np.zeros(num_pairs, dtype=np.int64)
+        table = pair_table(["a", "b", "c"], ["p"], texts, user=user, prompt=prompt, chosen=chosen, rejected=rejected)
+        report = check_pairs(table, "noise")
+        assert report.probe is not None and not report.probe.is_leak and problems(report) == []
+        assert (report.probe.surface is None) == (num_texts == 12)
+        if report.probe.surface is None:
+            assert any("too few users, prompts and responses" in finding.text for finding in report.findings)
+            assert "not probed" in markdown(report) and "surface probe" in plots(report)
+        leaky = check_pairs(rendered(table, lambda text: f"{{{text[1:-1]}}}"), "leaky")
+        assert leaky.probe is not None and leaky.probe.is_leak
 
 
 def test_intervals() -> None:

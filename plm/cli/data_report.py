@@ -80,12 +80,13 @@ def _tables(report: DataReport) -> list[tuple[str, list[str], list[list[str]]]]:
         )
     if report.probe is not None:
         probe = report.probe
-        rows = [
-            ["chance", "50.0%"],
-            ["length", percent(probe.length)],
-            ["length and format", percent(probe.surface)],
-            ["gain over the better of length and chance", percent(probe.gain)],
-        ]
+        held_out = {
+            "length": probe.length,
+            "length and format": probe.surface,
+            "gain over the better of length and chance": probe.gain,
+        }
+        rows = [[name, "not probed" if share is None else percent(share)] for name, share in held_out.items()]
+        rows = [["chance", "50.0%"], *rows]
         tables.append(("Held-out accuracy of probes that read no content", ["probe", "accuracy"], rows))
         rows = [[name, f"{weight:+.2f}"] for name, weight in probe.features if weight]
         tables.append(("What the format probe looks at (positive: chosen has more)", ["feature", "weight"], rows))
@@ -154,7 +155,8 @@ def plots(report: DataReport) -> dict[str, bytes]:
         probe = report.probe
         figure = Figure(figsize=(7, 2.2), dpi=110, layout="constrained")
         axes = figure.add_subplot()
-        shares = {"length and format": probe.surface, "length": probe.length, "longer is chosen": probe.longer}
+        named = {"length and format": probe.surface, "length": probe.length, "longer is chosen": probe.longer}
+        shares = {name: share for name, share in named.items() if share is not None}
         values = [share.value for share in shares.values()]
         error = [[s.value - s.low for s in shares.values()], [s.high - s.value for s in shares.values()]]
         axes.barh(list(shares), values, xerr=error, color=_MARK if probe.is_leak else _BAR, ecolor=_INK, height=0.55)

@@ -311,15 +311,18 @@ def _surface(table: PairTable, probe: Probe | None) -> Iterator[Finding]:
         if trace.suspicious:
             shown = f"{text}; first {table.position(trace.example)}. Render both sides the same way"
             yield Finding("problem", "format", shown)
-    reached = f"its surface (no content) tells the chosen response in {percent(probe.surface)} of held-out pairs"
-    against = f"length alone in {percent(probe.length)}"
-    if probe.gain.low > MARGIN:
-        strong = ", ".join(name for name, _ in probe.features[:3])
-        text = f"probable leak: {reached}, {against}; look at: {strong}"
-        yield Finding("problem", "format", text)
+    if probe.length is None or probe.surface is None or probe.gain is None:
+        text = "too few users, prompts and responses to hold any out: only single traces were looked for"
+        yield Finding("info", "format", text)
     else:
-        level: Level = "warning" if probe.gain.low > NOTABLE else "info"
-        yield Finding(level, "format", f"{reached}, {against}")
+        reached = f"its surface (no content) tells the chosen response in {percent(probe.surface)} of held-out pairs"
+        against = f"length alone in {percent(probe.length)}"
+        if probe.gain.low > MARGIN:
+            strong = ", ".join(name for name, _ in probe.features[:3])
+            yield Finding("problem", "format", f"probable leak: {reached}, {against}; look at: {strong}")
+        else:
+            level: Level = "warning" if probe.gain.low > NOTABLE else "info"
+            yield Finding(level, "format", f"{reached}, {against}")
     if probe.longer.low > 0.5 or probe.longer.high < 0.5:
         kind = "longer" if probe.longer.value > 0.5 else "shorter"
         share = probe.longer if kind == "longer" else Share(

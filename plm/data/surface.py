@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -22,9 +22,13 @@ from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable
 
 DoubleArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 Feature = Callable[[str], float]
 
 NUM_FOLDS = 4
+"""Folds of users and of prompts."""
+NUM_RESPONSE_FOLDS = 8
+"""Folds of responses, of which a pair takes up two."""
 MAX_PAIRS = 20_000
 """Pairs the probe is fitted on, drawn at random."""
 MIN_PAIRS = 40
@@ -120,11 +124,11 @@ class Probe:
     num_pairs: int
     longer: Share
     """How often the longer response is the chosen one; equal lengths count one half."""
-    length: Share
-    """Held-out accuracy of a logistic regression on length."""
-    surface: Share
+    length: Share | None
+    """Held-out accuracy of a logistic regression on length; None where too few pairs can be held out."""
+    surface: Share | None
     """The same on length and format."""
-    gain: Share
+    gain: Share | None
     """Surface above the better of length and chance, on the same pairs."""
     features: list[tuple[str, float]]
     """Standardised weights of the format features, the largest first; positive = the chosen response has more."""
@@ -133,7 +137,8 @@ class Probe:
     @property
     def is_leak(self) -> bool:
         """Whether the labels can be told from the format: far above the baseline, or by a one-sided trace."""
-        return self.gain.low > MARGIN or any(trace.suspicious for trace in self.traces)
+        told = self.gain is not None and self.gain.low > MARGIN
+        return told or any(trace.suspicious for trace in self.traces)
 
 
 def clustered(values: DoubleArray, cluster: IntArray) -> Share:
@@ -159,31 +164,47 @@ def measure(texts: list[str], features: dict[str, Feature]) -> DoubleArray:
     return np.array([[feature(text) for feature in features.values()] for text in texts]).reshape(-1, len(features))
 
 
-def held_out(difference: DoubleArray, user: IntArray, prompt: IntArray) -> DoubleArray:
+def held_out(
+    difference: DoubleArray, user: IntArray, prompt: IntArray, chosen: IntArray, rejected: IntArray
+) -> DoubleArray:
     """Margins of a logistic regression for pairs whose user and prompt it has not seen, ``(N,)``.
 
-    Users and prompts are divided into folds, each by itself; where there is one user or one prompt, the other alone.
+    Users and prompts are divided into folds, each by itself; where there are too few of one, the other alone. Where
+    there are too few of both, the regression has seen neither response of the pair. nan = too few pairs to learn from.
     """
-    fold = [_folds(group) for group in (user, prompt)]
-    margin = np.zeros(len(difference))
-    for row in sorted(set(zip(*(values.tolist() for values in fold), strict=True))):
-        here = [values == own for values, own in zip(fold, row, strict=True)]
-        away = [~same if values.any() else same for values, same in zip(fold, here, strict=True)]
-        train = away[0] & away[1]
+    margin = np.full(len(difference), np.nan)
+    for train, test in _parts(user, prompt, chosen, rejected):
         if train.sum() >= MIN_PAIRS // 2:
-            margin[here[0] & here[1]] = difference[here[0] & here[1]] @ _fit(difference[train])
+            margin[test] = difference[test] @ _fit(difference[train])
     return margin
 
 
-def _folds(group: IntArray) -> IntArray:
-    """Fold of every row by its group; all zero where there are too few groups."""
+def _parts(
+    user: IntArray, prompt: IntArray, chosen: IntArray, rejected: IntArray
+) -> Iterator[tuple[BoolArray, BoolArray]]:
+    """Training and test pairs, ``(N,)`` each, until every pair was tested once; nothing where that cannot be."""
+    fold = [values for group in (user, prompt) if (values := _folds(group, NUM_FOLDS)).any()]
+    if fold:
+        for row in sorted(set(zip(*(values.tolist() for values in fold), strict=True))):
+            here: BoolArray = np.stack([values == own for values, own in zip(fold, row, strict=True)])
+            yield np.logical_not(here.any(axis=0)), np.asarray(here.all(axis=0))
+        return
+    sides = np.sort(_folds(np.stack([chosen, rejected]), NUM_RESPONSE_FOLDS), axis=0)
+    if sides.any():
+        for row in sorted(set(zip(*sides.tolist(), strict=True))):
+            same = sides == np.array(row)[:, None]
+            yield np.logical_not(np.isin(sides, row).any(axis=0)), np.asarray(same.all(axis=0))
+
+
+def _folds(group: IntArray, num_folds: int) -> IntArray:
+    """Fold of every value by its group; all zero where there are too few groups."""
     names, number = np.unique(group, return_inverse=True)
-    if len(names) < 2 * NUM_FOLDS:
-        return np.zeros(len(group), dtype=np.int64)
+    if len(names) < 2 * num_folds:
+        return np.zeros(group.shape, dtype=np.int64)
     order = np.argsort(mix(digest([str(name) for name in names.tolist()]), seed_key(0)), kind="stable")
     fold = np.empty(len(names), dtype=np.int64)
-    fold[order] = np.arange(len(names)) % NUM_FOLDS
-    return fold[number]
+    fold[order] = np.arange(len(names)) % num_folds
+    return fold[number.reshape(group.shape)]
 
 
 def _fit(difference: DoubleArray) -> DoubleArray:
@@ -221,15 +242,20 @@ def probe_surface(table: PairTable, seed: int = 0) -> Probe | None:
         return np.clip(scaled, -5, 5)
 
     user, prompt = table.user[rows], table.prompt[rows]
-    cluster = user if len(np.unique(user)) >= len(np.unique(prompt)) or len(np.unique(prompt)) < MIN_PAIRS else prompt
+    num_users, num_prompts = len(np.unique(user)), len(np.unique(prompt))
+    if max(num_users, num_prompts) < 2 * NUM_FOLDS:
+        cluster = np.arange(len(rows))
+    else:
+        cluster = user if num_users >= num_prompts or num_prompts < MIN_PAIRS else prompt
     by_length, by_format = difference(LENGTH), difference(FORMAT)
     both = np.concatenate([by_length, by_format], axis=1)
-    right = {
-        name: (np.sign(held_out(values, user, prompt)) + 1) / 2
-        for name, values in (("length", by_length), ("surface", both))
-    }
-    length = clustered(right["length"], cluster)
-    baseline = right["length"] if length.value > 0.5 else np.full(len(rows), 0.5)
+    margins = np.stack([held_out(values, user, prompt, chosen, rejected) for values in (by_length, both)])
+    told = ~np.isnan(margins[0])
+    length, surface, gain = None, None, None
+    if told.sum() >= MIN_PAIRS:
+        right, among = (np.sign(margins[:, told]) + 1) / 2, cluster[told]
+        length, surface = (clustered(values, among) for values in right)
+        gain = clustered(right[1] - (right[0] if length.value > 0.5 else 0.5), among)
     weights = _fit(both)[len(LENGTH) :]
     order = np.argsort(-np.abs(weights))
     names = list(FORMAT)
@@ -237,8 +263,8 @@ def probe_surface(table: PairTable, seed: int = 0) -> Probe | None:
         num_pairs=len(rows),
         longer=clustered((np.sign(by_length[:, 1]) + 1) / 2, cluster),
         length=length,
-        surface=clustered(right["surface"], cluster),
-        gain=clustered(right["surface"] - baseline, cluster),
+        surface=surface,
+        gain=gain,
         features=[(names[column], float(weights[column])) for column in order[:10].tolist()],
         traces=_traces(texts, chosen, rejected, rows),
     )
