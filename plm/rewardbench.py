@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from plm.checkpoint import KnownUsers
+from plm.config import nearest
 from plm.data.sources.corpus import PARQUET, corpus_files, local_files, read_rows
 from plm.data.values import to_prompt
 from plm.method import PersonalizationMethod
@@ -160,7 +162,19 @@ def read_questions(path: str | None = None) -> list[Question]:
 def rewards_of(
     method: PersonalizationMethod, user_id: str | None
 ) -> Callable[[list[str], list[str]], npt.NDArray[Any]]:
-    """Rewards ``(B,)`` of answers to prompts for a user, None = the population; the method is a loaded one."""
+    """Rewards ``(B,)`` of answers to prompts for a user, None = the population; the method is a loaded one.
+
+    Raises:
+        ValueError: If there is no such user.
+    """
+    if user_id is not None:
+        assert isinstance(method.find_users, KnownUsers)
+        if user_id not in method.find_users.store:
+            near = nearest(user_id, method.find_users.store.ids)
+            raise ValueError(
+                f"no user {user_id!r}{near} beside the checkpoint; run plm adapt first, or leave --user out for the "
+                "population"
+            )
 
     def rewards(prompts: list[str], texts: list[str]) -> npt.NDArray[Any]:
         with torch.no_grad():
@@ -174,11 +188,23 @@ def rewards_of(
 def answer(
     questions: Sequence[Question], rewards: Callable[[list[str], list[str]], npt.NDArray[Any]]
 ) -> list[Answered]:
-    """Give every answer its reward, a few hundred at a time."""
+    """Give every answer its reward, a few hundred at a time.
+
+    Raises:
+        ValueError: If a reward is not finite: no answer would be right, or wrong, by more than luck.
+    """
     prompts = [question.prompt for question in questions for _ in (*question.right, *question.wrong)]
     texts = [text for question in questions for text in (*question.right, *question.wrong)]
     parts = [rewards(prompts[i : i + _CHUNK], texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
-    values = iter(np.concatenate(parts).tolist())
+    scored = np.concatenate(parts)
+    if not np.isfinite(scored).all():
+        names = [q.id for q in questions for _ in (*q.right, *q.wrong)]
+        row = int(np.flatnonzero(~np.isfinite(scored))[0])
+        raise ValueError(
+            f"expected finite rewards, got {scored[row]} for an answer to {names[row]!r} "
+            f"({int((~np.isfinite(scored)).sum())} of {len(scored)} answers); the checkpoint may have diverged"
+        )
+    values = iter(scored.tolist())
     return [
         Answered(q.id, q.subset, [next(values) for _ in q.right], [next(values) for _ in q.wrong]) for q in questions
     ]

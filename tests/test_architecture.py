@@ -90,7 +90,7 @@ ARROWS: dict[str, set[str]] = {
         "plm.metrics",
         "plm.types",
     },
-    "plm.rewardbench": {"plm.method", "plm.data.sources.corpus", "plm.data.values"},
+    "plm.rewardbench": {"plm.method", "plm.checkpoint", "plm.config", "plm.data.sources.corpus", "plm.data.values"},
     "plm.testing": {
         "plm.checkpoint",
         "plm.method",

@@ -22,7 +22,6 @@ from plm.rewardbench import (
     answer,
     point,
     read_questions,
-    rewards_of,
     summarise,
     ties_score,
     ties_stats,
@@ -136,5 +135,13 @@ def test_the_command_scores_a_method(
     saved = json.loads(out.read_text())
     assert saved["scores"]["Math"] == 0.5 and saved["scores"]["Ties"] > 0.99 and len(saved["answers"]) == 4
     assert "overall" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="unknown users"):
-        assert rewards_of(judge(), "somebody")(["p"], ["good"]).shape == (1,)
+    assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--input", str(file), "--user", "somebody"]) == 1
+    assert "no user 'somebody' beside the checkpoint; run plm adapt first" in capsys.readouterr().err
+
+
+def test_rewards_that_are_no_numbers_are_refused(file: Path) -> None:
+    def some(prompts: list[str], texts: list[str]) -> Any:
+        return np.array([np.nan if text == "good good" else 1.0 for text in texts])
+
+    with pytest.raises(ValueError, match=r"expected finite rewards, got nan for an answer to '1' .2 of 13 answers"):
+        answer(read_questions(str(file)), some)
