@@ -35,14 +35,19 @@ def probe(features: FloatArray, table: PairTable, splits: Splits) -> FloatArray:
     """Margins ``(N,)`` of a ridge logistic model on ``(I, F)`` item features, fitted on training pairs of seen users.
 
     Signs and scales are learned; all pairs weigh the same. Nothing but training and validation pairs is looked at.
+
+    Raises:
+        ValueError: If there are no validation pairs.
     """
     difference = features[table.chosen] - features[table.rejected]
     seen = splits.user_split[table.user] == SEEN
     train, val = seen & (splits.stage == TRAIN) & ~table.tie, seen & (splits.stage == VAL) & ~table.tie
+    if not val.any():
+        raise ValueError("expected validation pairs to pick the ridge by, got none; raise data.val_rows")
     scale = np.sqrt((difference[train] ** 2).mean(axis=0))
     difference = np.divide(difference, scale, out=np.zeros_like(difference), where=scale > 0)
     fits = [_one_user(difference[train], ridge) for ridge in RIDGES]
-    losses = [np.logaddexp(0, -difference[val] @ weights).mean() if val.any() else 0.0 for weights in fits]
+    losses = [np.logaddexp(0, -difference[val] @ weights).mean() for weights in fits]
     margins: FloatArray = difference @ fits[int(np.argmin(losses))]
     return margins
 

@@ -62,7 +62,14 @@ class PerUserBradleyTerry(PersonalizationMethod):
 
     @torch.no_grad()
     def refresh_users(self) -> None:
-        """Find the components, then fit every user at every ridge and keep the ridge that validation likes best."""
+        """Find the components, then fit every user at every ridge and keep the ridge that validation likes best.
+
+        Raises:
+            ValueError: If there are no validation pairs.
+        """
+        num_val = sum(len(batch.weight) for batch in self.val_pass())
+        if not float(self.sum_over_processes(self.reference.new_tensor(float(num_val)))):
+            raise ValueError("expected validation pairs to pick the ridge by, got none; raise data.val_rows")
         batches = list(self.train_pass())
         cross = self.reference.new_zeros(self.feature_dim, self.feature_dim, dtype=torch.float64)
         for batch in batches:

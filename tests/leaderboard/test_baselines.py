@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from plm.backbones import HashingBackbone
 from plm.data.datamodule import PreferenceDataModule
@@ -58,6 +59,8 @@ def test_probe_learns_the_sign_of_length():
     margins = probe(features, pairs, splits)
     prefers_short = np.array([chosen < rejected for _, chosen, rejected in rows])
     assert ((margins > 0) == prefers_short).all()
+    with pytest.raises(ValueError, match="expected validation pairs to pick the ridge by, got none"):
+        probe(features, pairs, Splits(np.array([SEEN]), np.where(stage == VAL, TEST, stage), "pair", 0, ""))
     flat = probe(np.zeros_like(features), pairs, splits)
     assert not flat.any()
     assert judge(flat, pairs, splits)["seen"].accuracy.tolist() == [0.5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 import numpy as np
+import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
@@ -35,6 +36,12 @@ def test_every_user_is_a_logistic_regression_of_their_own():
         peer = LogisticRegression(C=0.5 / ridge, fit_intercept=False, tol=1e-10, max_iter=1000).fit(both, label)
         mine = (method.components @ states.tensors["weights"][row]).numpy()
         np.testing.assert_allclose(mine, peer.coef_[0], atol=2e-4)
+
+
+def test_without_validation_pairs_no_ridge_is_picked(monkeypatch):
+    monkeypatch.setattr(PerUserBradleyTerry, "val_pass", lambda self: iter(()))
+    with pytest.raises(ValueError, match="expected validation pairs to pick the ridge by, got none"):
+        fitted(PlantedData(num_users=6, num_unseen=4))
 
 
 def test_nothing_is_learned_from_others():
