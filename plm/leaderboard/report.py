@@ -328,15 +328,16 @@ def _lists(board: Leaderboard) -> dict[str, list[str]]:
         "Methods against each other, Holm-corrected over the pairs of a group": pairs,
         "Failed runs": board.failures,
         "Left out": board.absences,
-        "Selected on validation rows": _selected(board),
+        "Candidates of each method, selected on validation rows": _selected(board),
     }
 
 
 def _selected(board: Leaderboard) -> list[str]:
     return [
-        f"{row.name}: {json.dumps(row.arguments) if row.arguments else 'as given'}, of {row.num_candidates} candidates"
+        f"{row.name}: {json.dumps(row.arguments) if row.arguments else 'as given'}, "
+        + (f"of {row.num_candidates} candidates" if row.num_candidates > 1 else "not searched (1 candidate)")
         for row in board.rows
-        if row.num_candidates > 1
+        if row.kind == "method" and any(other.num_candidates > 1 for other in board.rows)
     ]
 
 
