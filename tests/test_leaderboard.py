@@ -17,16 +17,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from torch import Tensor
 
 from plm.backbones import HashingBackbone
 from plm.cli import cells, entries, main
+from plm.cli import leaderboard as command
 from plm.cli.cells import Cell, run_cells
 from plm.cli.entries import Entry, as_options, candidates, source_hash
 from plm.config import shipped
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import TEST, UNSEEN
+from plm.leaderboard.report import Leaderboard, markdown
+from plm.leaderboard.results import Row
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
 
@@ -197,6 +201,52 @@ def test_recipes_on_different_splits_are_refused(place: Path, capsys: pytest.Cap
     message = capsys.readouterr().err
     assert "expected all rows on the same split" in message and "seed0: " in message and "seed1: " in message
     assert not (place / "refused" / "cells").exists()
+
+
+def test_a_recipe_without_a_test_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {**DATA, "model": {"class_path": "plm.methods.bradley_terry.BradleyTerry"}, "final_test": False}
+    (place / "untested.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["leaderboard", str(place / "untested.yaml"), "--output", str(place / "untested")]) == 1
+    assert "untested: expected final_test: true, got false" in capsys.readouterr().err
+    assert not (place / "untested" / "cells").exists()
+
+
+def test_a_finished_cell_that_cannot_be_read_is_a_failed_one(tmp_path: Path) -> None:
+    one = Cell("LoRe", 3, (), tmp_path / "LoRe-seed3", "")
+    one.folder.mkdir()
+    row = command._row(Entry("LoRe", "method", "", ()), [one])
+    assert not row.numbers and "metrics.json" in row.errors[3] and "remove LoRe-seed3" in row.errors[3]
+
+
+def test_another_backbone_or_another_plm_is_another_cell(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def identity() -> str:
+        given, _ = entries.of_methods(["BradleyTerry"], ["--config", str(place / "tiny.yaml")])
+        (found,), _ = entries.read(given)
+        return found.identity
+
+    first = identity()
+    assert identity() == first
+    with monkeypatch.context() as patch:
+        patch.setattr(Headed, "key", lambda self: {"content": "other"})
+        assert identity() != first
+    monkeypatch.setattr(entries, "library_hash", lambda: "other")
+    assert identity() != first
+
+
+def test_two_leaderboards_do_not_share_a_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    running = place / "locked" / "cells" / "LoRe-seed0-1.part"
+    running.mkdir(parents=True)
+    with FileLock(running.parent / ".lock"):
+        assert leaderboard(place, "--methods", "BradleyTerry", "--seeds", "1", out="locked") == 1
+    assert "another plm leaderboard is writing" in capsys.readouterr().err
+    assert running.is_dir()
+
+
+def test_the_table_says_how_many_candidates_each_method_had() -> None:
+    rows = [Row("LoRe", "method", "", num_candidates=12), Row("Mine", "method", ""), Row("length", "baseline", "")]
+    text = markdown(Leaderboard("t", rows, "LoRe", {"split_hash": "0", "group_by": "pair"}, {}))
+    assert "- LoRe: as given, of 12 candidates" in text and "- Mine: as given, not searched (1 candidate)" in text
+    assert "length: as given" not in text
 
 
 @pytest.mark.parametrize(

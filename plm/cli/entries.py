@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+import plm
 from plm.cli import training
 from plm.cli.cells import Cell, ReadCLI, cell, output_to, run_cells
 from plm.config import closest, expand, nearest, read_config, shipped
@@ -40,7 +42,7 @@ class Entry:
     error: str = ""
     """Why it cannot be run."""
     identity: str = ""
-    """The resolved recipe and the hash of the method's source: another of either is another run."""
+    """The resolved recipe, the key of the backbone and hashes of the sources: another of any is another run."""
     class_name: str = ""
     mode: str = "min"
     """Whether a good validation value is low (min) or high (max)."""
@@ -115,6 +117,15 @@ def source_hash(method: type) -> str:
     return hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()
 
 
+@cache
+def library_hash() -> str:
+    """sha256 of all source files of plm."""
+    root = Path(plm.__file__).parent
+    files = sorted(root.rglob("*.py"))
+    parts = [part for file in files for part in (file.relative_to(root).as_posix().encode(), file.read_bytes())]
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()
+
+
 def of_recipes(paths: Sequence[str], more: Sequence[str]) -> list[Entry]:
     """Entries of recipes, called by their file names."""
     names = [Path(path).stem for path in paths]
@@ -156,11 +167,20 @@ def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
             with output_to(log):
                 cli = training.run(["fit", *entry.args], ReadCLI)
             config = cli.config["fit"]
+            if not config.final_test:
+                raise ValueError("expected final_test: true, got false: a row is what the test of its fit says")
             module: PreferenceDataModule = cli.datamodule
             keys[entry.name] = (module.split_hash, json.dumps(module.backbone.key(), sort_keys=True))
             entry = replace(
                 entry,
-                identity=f"{source_hash(type(cli.model))}\n{cli._parser('fit').dump(config, skip_unset=False)}",
+                identity="\n".join(
+                    [
+                        source_hash(type(cli.model)),
+                        library_hash(),
+                        keys[entry.name][1],
+                        cli._parser("fit").dump(config, skip_unset=False),
+                    ]
+                ),
                 class_name=type(cli.model).__name__,
                 mode=config.checkpoint.mode,
                 split_hash=module.split_hash,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 import plm
@@ -72,8 +73,15 @@ def run(args: list[str]) -> None:
     if "oracle" not in opponents.baselines(data):
         left_out["oracle"] = f"{data.source.name} has no planted utilities"
     root = folder / "cells"
-    clean(root)
     root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another plm leaderboard is writing {folder}; wait for it, or choose another --output"
+        ) from None
+    clean(root)
     tell = _Progress(console)
     _warn_of_grids(field, options.budget, console)
     if options.budget > 1:
@@ -180,7 +188,18 @@ def _row(entry: Entry, cells: Sequence[Cell]) -> Row:
         num_candidates=entry.num_candidates,
         command=shlex.join(["plm", "fit", *entry.args, "--seed_everything", "0"]),
     )
-    return row if entry.error else make_row(row, {one.seed: read_run(one.folder) for one in cells if one.is_done})
+    if entry.error:
+        return row
+    runs = {}
+    for one in cells:
+        try:
+            if one.is_done:
+                runs[one.seed] = read_run(one.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            row.errors[one.seed] = (
+                f"its result cannot be read ({type(error).__name__}: {error}); remove {one.folder.name} to run it again"
+            )
+    return make_row(row, runs)
 
 
 def _shuffled(entry: Entry) -> Entry:
