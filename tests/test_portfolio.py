@@ -17,7 +17,7 @@ import torch
 from plm.checkpoint import load_method
 from plm.cli import main
 from plm.cli.portfolio_study import estimate
-from plm.cli.rewards import RewardTable
+from plm.cli.rewards import RewardTable, read_weights
 from plm.config import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def test_intervals_over_seeds() -> None:
         (["--num_objectives", "[9]"], "from 2 to 6"),
         (["--rewards.objectives", "{a: n_word, b: flesch, c: list_items}"], "did you mean 'n_words'"),
         (["--search", "grid", "--num_objectives", "[5]"], "9,031 weights"),
-        (["--weights", "bad.jsonl"], "bad.jsonl:1: expected 3 non-negative weights"),
+        (["--weights", "bad.jsonl"], "bad.jsonl:1: expected 3 finite weights >= 0"),
         (["--sise", "3"], "no option '--sise'; did you mean '--size'"),
     ],
 )
@@ -168,6 +168,23 @@ def test_mistakes_get_one_message(
     recipe = str(ROOT / "recipes/palm_alpaca_eval.yaml")
     assert main(["portfolio", "--config", recipe, "--seeds", "1", "--num_objectives", "[3]", *args]) != 0
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            '{"user_id": "a", "weights": [1, 1]}\n{"user_id": "a", "weights": [1, 0]}\n',
+            ":2: expected each user once, got 'a'",
+        ),
+        ('{"user_id": "a", "weights": [Infinity, 0]}\n', ":1: expected 2 finite weights"),
+        ('{"user_id": "a", "weights": [NaN, 1]}\n', ":1: expected 2 finite weights"),
+    ],
+)
+def test_given_users_are_finite_and_named_once(tmp_path: Path, rows: str, message: str) -> None:
+    (tmp_path / "users.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        read_weights(str(tmp_path / "users.jsonl"), 2)
 
 
 @pytest.mark.real

@@ -175,7 +175,14 @@ class PortfolioRun:
             self._judge(finished.method, self.rewards, folder, console)
         pictures = "regret.png and simplex.png" if num == 3 else "regret.png"
         what = f"portfolio.ckpt, portfolio.json, study.json, {pictures} in {folder}"
-        console.print(f"certificate of the saved portfolio: {portfolio.certificate:.4f}; {what}\n", soft_wrap=True)
+        if finished is None:
+            console.print(f"certificate of the saved portfolio: {portfolio.certificate:.4f}; {what}\n", soft_wrap=True)
+        else:  # a policy made in another way may be better
+            console.print(
+                f"estimated loss to policies trained like it: {portfolio.certificate:.4f}, no bound on the loss "
+                f"to others; {what}\n",
+                soft_wrap=True,
+            )
 
     def _judge(self, method: PolicyPortfolio, rewards: SampledRewards, folder: Path, console: Console) -> None:
         """Users learned from pairs, and what the members write on prompts that nothing was chosen on."""

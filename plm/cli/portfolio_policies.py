@@ -141,7 +141,7 @@ class WrittenMembers:
         read = method.objectives.represent(asked, [one.text for rows in texts for row in rows for one in row])
         assert isinstance(read, Tensor)
         raw = read.double().numpy().reshape(len(texts), len(prompts), self.num_samples, len(names))
-        members = [member_name(row, names) for row in weights]
+        members = [f"{place}: {member_name(row, names)}" for place, row in enumerate(weights)]  # no two alike
         result = judgement(Written(unaligned, prompts, members, texts, names, raw), raw, names, settings)
         return {**result, "own_mix": [own._asdict() for own in own_mixes(np.delete(raw, 1, 0).mean(2), weights)]}
 
@@ -216,9 +216,9 @@ def inferred(method: PolicyPortfolio, pool: Pool, weights: Array) -> UserState:
 def users_table(method: PolicyPortfolio, learned: UserState, num_pairs: int, names: Sequence[str]) -> Table:
     """Who is served by which member, by the weights given and by those learned from pairs."""
     table = plain_table(
-        f"Users: weights given, and learned from {num_pairs} pairs on prompts that nothing was trained on"
+        f"Users: weights given, and learned from {num_pairs} pairs on the prompts that members were measured on"
     )
-    for head in ("user", "weights", "member", "certified regret", "learned", "posterior sd", "member by pairs"):
+    for head in ("user", "weights", "member", "regret within the oracle", "learned", "posterior sd", "member by pairs"):
         table.add_column(head, justify="left" if head == "user" else "right")
     with torch.no_grad():
         known = method.user_states(torch.arange(method.num_users)).tensors

@@ -6,6 +6,7 @@ Axes: X prompts, C candidates of a prompt (padded), R objectives, U users, D fea
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -298,8 +299,10 @@ def read_weights(path: str, num_objectives: int) -> tuple[list[str], Array]:
         try:
             record = json.loads(line)
             weights = np.array(record["weights"], dtype=np.float64)
-            if weights.shape != (num_objectives,) or not (weights >= 0).all() or not weights.sum() > 0:
-                raise ValueError(f"expected {num_objectives} non-negative weights, got {record['weights']!r}")
+            if weights.shape != (num_objectives,) or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+                raise ValueError(f"expected {num_objectives} finite weights >= 0, not all 0, got {record['weights']!r}")
+            if str(record["user_id"]) in ids:
+                raise ValueError(f"expected each user once, got {record['user_id']!r} again")
             ids.append(str(record["user_id"]))
             rows.append(weights / weights.sum())
         except (ValueError, KeyError, TypeError) as error:

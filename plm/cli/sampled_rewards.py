@@ -5,6 +5,7 @@ Axes: X prompts, C candidates of a prompt (padded), R objectives, U users.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -71,8 +72,8 @@ class SampledRewards(RewardSource):
                 for name in weights
                 if name not in self.objectives
             ]
-            if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
-                problems.append(f"people.{person}: expected weights >= 0 that are not all 0, got {weights!r}")
+            if min(weights.values(), default=0) < 0 or not 0 < sum(weights.values()) < math.inf:
+                problems.append(f"people.{person}: expected finite weights >= 0 that are not all 0, got {weights!r}")
         if value_prompts < 2 or sharpness <= 0:
             problems.append(f"expected value_prompts >= 2 and sharpness > 0, got {value_prompts!r} and {sharpness!r}")
         if problems:
