@@ -242,6 +242,14 @@ def test_two_leaderboards_do_not_share_a_folder(place: Path, capsys: pytest.Capt
     assert running.is_dir()
 
 
+def test_a_leaderboard_that_failed_gives_its_folder_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError("no space left")  # held here, its traceback keeps the frames of the command alive
+    monkeypatch.setattr(command, "write", MagicMock(side_effect=full))
+    assert leaderboard(place, "--methods", "BradleyTerry", "--seeds", "1", out="failed") == 1
+    with FileLock(place / "failed" / "cells" / ".lock", timeout=0):
+        assert full.__traceback__ is not None
+
+
 def test_the_table_says_how_many_candidates_each_method_had() -> None:
     rows = [Row("LoRe", "method", "", num_candidates=12), Row("Mine", "method", ""), Row("length", "baseline", "")]
     text = markdown(Leaderboard("t", rows, "LoRe", {"split_hash": "0", "group_by": "pair"}, {}))

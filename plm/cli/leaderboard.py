@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,37 @@ def run(args: list[str]) -> None:
         left_out["oracle"] = f"{data.source.name} has no planted utilities"
     root = folder / "cells"
     root.mkdir(parents=True, exist_ok=True)
+    with _alone(root, folder):
+        clean(root)
+        tell = _Progress(console)
+        _warn_of_grids(field, options.budget, console)
+        if options.budget > 1:
+            field = book.search(field, options.budget, root, options.jobs, tell)
+        cells = {
+            entry.name: [entry.cell(root, seed) for seed in range(_seeds(entry, options.seeds))] for entry in field
+        }
+        run_cells([one for e in field if not e.error for one in cells[e.name]], options.jobs, tell)
+        rows = [_row(entry, cells[entry.name]) for entry in field]
+        personal = {row.name: row for row in rows if row.kind == "method" and row.is_personal}
+        shuffled = [_shuffled(entry) for entry in field if entry.name in personal]
+        cells = {entry.name: [entry.cell(root, seed) for seed in range(options.seeds)] for entry in shuffled}
+        run_cells([one for again in cells.values() for one in again], options.jobs, tell)
+        rows += [*(_row(entry, cells[entry.name]) for entry in shuffled), *map(other_user_row, personal.values())]
+        command = shlex.join(["plm", "leaderboard", *args])
+        rows += _baseline_rows(data, root, command)
+        board = Leaderboard(_title(options, data), rows, OPPONENT, data.summary(), _about(options, command), left_out)
+        figures = all_figures(board)
+        files = write(board, figures, folder)
+        for part in terminal(board):
+            console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
+        console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
+    if options.wandb:
+        console.print(wandb_report.publish(board, files, folder, options.wandb), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _alone(root: Path, folder: Path) -> Iterator[None]:
+    """Hold the folder of cells, so that no second leaderboard writes there; given back however this one ends."""
     lock = FileLock(root / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -81,29 +113,10 @@ def run(args: list[str]) -> None:
         raise ValueError(
             f"another plm leaderboard is writing {folder}; wait for it, or choose another --output"
         ) from None
-    clean(root)
-    tell = _Progress(console)
-    _warn_of_grids(field, options.budget, console)
-    if options.budget > 1:
-        field = book.search(field, options.budget, root, options.jobs, tell)
-    cells = {entry.name: [entry.cell(root, seed) for seed in range(_seeds(entry, options.seeds))] for entry in field}
-    run_cells([one for e in field if not e.error for one in cells[e.name]], options.jobs, tell)
-    rows = [_row(entry, cells[entry.name]) for entry in field]
-    personal = {row.name: row for row in rows if row.kind == "method" and row.is_personal}
-    shuffled = [_shuffled(entry) for entry in field if entry.name in personal]
-    cells = {entry.name: [entry.cell(root, seed) for seed in range(options.seeds)] for entry in shuffled}
-    run_cells([one for again in cells.values() for one in again], options.jobs, tell)
-    rows += [*(_row(entry, cells[entry.name]) for entry in shuffled), *map(other_user_row, personal.values())]
-    command = shlex.join(["plm", "leaderboard", *args])
-    rows += _baseline_rows(data, root, command)
-    board = Leaderboard(_title(options, data), rows, OPPONENT, data.summary(), _about(options, command), left_out)
-    figures = all_figures(board)
-    files = write(board, figures, folder)
-    for part in terminal(board):
-        console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
-    console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
-    if options.wandb:
-        console.print(wandb_report.publish(board, files, folder, options.wandb), highlight=False, soft_wrap=True)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _options(args: list[str]) -> argparse.Namespace:
