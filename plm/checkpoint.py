@@ -153,10 +153,8 @@ class TextEncoder:
 
     def _on_device(self, read: Tensor | Tokens) -> Tensor | Tokens:
         """What the method reads, where it is."""
-        device = self.method.device
-        if isinstance(read, Tokens):
-            return self.method.read_tokens(read.map(lambda value: value.to(device)))
-        return read.to(device)
+        read = read.to(self.method.device)
+        return self.method.read_tokens(read) if isinstance(read, Tokens) else read
 
 
 def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> PersonalizationMethod:

@@ -148,7 +148,7 @@ def sample(
                     own = method.latent_states(own, asked, keys)
                 writing = method.writing(own, asked)
             logits = writing.start(
-                _to(completion_tokens([Completion(read[row], []) for row in rows], left=True), policy)
+                completion_tokens([Completion(read[row], []) for row in rows], left=True).to(policy.device)
             )
             if len(batch) > len(rows):
                 place_of = {row: place for place, row in enumerate(rows)}
@@ -246,7 +246,7 @@ def sample_logps(
     out = torch.zeros(len(rows))
     for batch in _batches([sum(map(len, row)) for row in rows], 1, 0, batch_tokens):
         places = [place for place, _ in batch]
-        tokens = _to(completion_tokens([rows[place] for place in places]), policy)
+        tokens = completion_tokens([rows[place] for place in places]).to(policy.device)
         hidden, token, row = policy.completions(tokens)
         out[places] = sequence_logps(policy.logits(hidden), token, row, len(places)).total.float().cpu()
     return out
@@ -342,10 +342,6 @@ def _batches(lengths: Sequence[int], num_samples: int, more: int, batch_tokens: 
         size = max(1, batch_tokens // (lengths[rows[start][0]] + more))
         yield rows[start : start + size]
         start += size
-
-
-def _to(tokens: Tokens, policy: Policy) -> Tokens:
-    return tokens.map(lambda value: value.to(policy.device))
 
 
 # ---------------------------------------------------------------------- arguments

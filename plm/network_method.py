@@ -5,7 +5,6 @@ Axes: B texts, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -128,10 +127,6 @@ class NetworkMethod(PersonalizationMethod):
             chunks.append(order[start : start + rows])
             start += rows
         return chunks
-
-    def tokens_of(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
-        """Texts as tokens on the device of the method."""
-        return self.causal_lm.represent(prompts, responses).map(lambda value: value.to(self.device))
 
     # ------------------------------------------------------------------ several processes
     def setup(self, stage: str) -> None:

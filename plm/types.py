@@ -36,6 +36,10 @@ class Tokens(NamedTuple):
         ref_logps = None if self.ref_logps is None else change(self.ref_logps)
         return Tokens(change(self.input_ids), change(self.attention_mask), change(self.completion_mask), ref_logps)
 
+    def to(self, device: torch.device) -> Tokens:
+        """The same texts on a device."""
+        return self.map(lambda value: value.to(device))
+
     def take(self, rows: Tensor) -> Tokens:
         """Gather texts: ``(n,)`` int64 rows, or a mask ``(B,)``."""
         return self.map(lambda value: value[rows])

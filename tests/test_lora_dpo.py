@@ -37,7 +37,7 @@ def make(folder: Path, num_users: int = 3, **options: Any) -> LoRADPO:
 
 def batch_of(method: LoRADPO, users: list[int], pairs: int = len(PAIRS)) -> PreferenceBatch:
     rows = PAIRS[:pairs]
-    sides = [method.tokens_of([row[0] for row in rows], [row[side] for row in rows]) for side in (1, 2)]
+    sides = [method.causal_lm.represent([row[0] for row in rows], [row[side] for row in rows]) for side in (1, 2)]
     tie = torch.zeros(pairs, dtype=torch.bool)
     return PreferenceBatch(sides[0], sides[1], torch.tensor(users), torch.ones(pairs), tie)
 

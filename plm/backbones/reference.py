@@ -93,7 +93,7 @@ class ReferenceLogps(Backbone):
     @staticmethod
     @torch.inference_mode()
     def _logps(policy: Policy, rows: Sequence[Completion]) -> Tensor:
-        tokens = completion_tokens(rows).map(lambda value: value.to(next(policy.parameters()).device))
+        tokens = completion_tokens(rows).to(next(policy.parameters()).device)
         hidden, token, row = policy.completions(tokens)
         logits = policy.logits(hidden).float()
         logps = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)

@@ -26,7 +26,7 @@ from plm.data.values import short, to_id, to_prompt, to_response
 from plm.functional import win_probability
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.policy_method import PolicyMethod
-from plm.types import Context, Tokens, UserState
+from plm.types import Context, UserState
 from plm.users import UserStore, store_path
 
 _SHOWN = 20
@@ -117,13 +117,8 @@ def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:
 
 def _to(context: Context, device: torch.device) -> Context:
     """The context on another device."""
-
-    def move(value: Tensor | Tokens | None) -> Any:
-        if isinstance(value, Tokens):
-            return value.map(lambda tensor: tensor.to(device))
-        return None if value is None else value.to(device)
-
-    return Context(*map(move, context))
+    moved: list[Any] = [None if value is None else value.to(device) for value in context]
+    return Context(*moved)
 
 
 # ---------------------------------------------------------------------- score

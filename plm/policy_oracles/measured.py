@@ -113,7 +113,7 @@ class PolicyOracle(Oracle):
                     Completion(backbone.prompt_tokens(prompt), list(one.token_ids))
                     for prompt, one in zip(asked, texts, strict=True)
                 ]
-            ).map(lambda value: value.to(self.portfolio.device))
+            ).to(self.portfolio.device)
             own = self.portfolio.member_logps(tokens, torch.full((len(texts),), member))
             divergence.append(float((own - self.portfolio.unaligned_logps(tokens)).double().mean()))
         return np.stack(rewards), np.array(divergence)

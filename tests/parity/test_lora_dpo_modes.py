@@ -41,8 +41,8 @@ def make(folder: Path, num_users: int = 3, **options: Any) -> LoRADPO:
 
 
 def batch_of(method: LoRADPO) -> PreferenceBatch:
-    chosen = method.tokens_of([prompt for prompt, _, _ in PAIRS], [chosen for _, chosen, _ in PAIRS])
-    rejected = method.tokens_of([prompt for prompt, _, _ in PAIRS], [rejected for _, _, rejected in PAIRS])
+    chosen = method.causal_lm.represent([prompt for prompt, _, _ in PAIRS], [chosen for _, chosen, _ in PAIRS])
+    rejected = method.causal_lm.represent([prompt for prompt, _, _ in PAIRS], [rejected for _, _, rejected in PAIRS])
     tie = torch.tensor([False, False, True, False])
     return PreferenceBatch(chosen, rejected, torch.tensor([2, 0, 2, 1]), torch.tensor([0.5, 2.0, 0.7, 0.8]), tie)
 

@@ -158,7 +158,7 @@ class ClapLatents(LatentBackbone):
         while start < len(known):
             longest = sum(map(len, known[start][1])) + method.options.num_queries
             part = known[start : start + max(1, BATCH_TOKENS // longest)]
-            tokens = completion_tokens([row for _, row in part]).map(lambda value: value.to(method.device))
+            tokens = completion_tokens([row for _, row in part]).to(method.device)
             with torch.inference_mode():
                 out[[index for index, _ in part]] = values(method.encoder(tokens)).cpu()
             start += len(part)

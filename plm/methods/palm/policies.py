@@ -207,7 +207,7 @@ class PolicyPortfolio(RoutedMethod, PolicyMethod):
             return texts
         values = torch.zeros(*mask.shape, self.num_objectives, device=self.device)
         if mask.any():
-            values[mask] = self.read_tokens(texts.map(lambda value: value[mask]))
+            values[mask] = self.read_tokens(texts.take(mask))
         return values
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
