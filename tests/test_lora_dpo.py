@@ -131,17 +131,27 @@ def test_a_compiled_network_gives_the_same(causal_lm: Folder, tmp_path: Path) ->
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("case", ["shared", "basis"])
+@pytest.mark.parametrize("case", ["shared", "basis", "full"])
 def test_accumulated_batches_are_one_batch(causal_lm: Folder, case: str, tmp_path: Path) -> None:
-    """And users who take steps of their own refuse it."""
+    """And users who take steps of their own refuse it.
+
+    A bias of all keys shifts the scores of a query alike, so attention does not feel it: its gradient is rounding, and
+    Adam makes a whole step of that. Such entries are left out.
+    """
     whole, parts = (make(causal_lm("gpt2"), **MODES[case]) for _ in range(2))
     start = [value.detach().clone() for value in whole.parameters()]
     batch = batch_of(whole, [0, 1, 2, 0])
     fit(whole, [batch], tmp_path)
     fit(parts, [take(batch, [0, 1]), take(batch, [2, 3])], tmp_path, accumulate_grad_batches=2)
-    pairs = list(zip(start, whole.parameters(), parts.parameters(), strict=True))
-    assert max((one - before).detach().abs().max() for before, one, _ in pairs) > 5e-4
-    assert all(torch.allclose(one, two, atol=1e-5) for _, one, two in pairs)
+    assert (
+        max((one - before).detach().abs().max() for before, one in zip(start, whole.parameters(), strict=True)) > 5e-4
+    )
+    for (name, one), two in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        felt = torch.ones_like(one, dtype=torch.bool)
+        if name.endswith("c_attn.bias") and one.grad is not None:
+            felt[16:32] = False  # queries, keys, values of width 16
+            assert one.grad[~felt].abs().max() < 1e-8 < one.grad[felt].abs().max()
+        assert torch.allclose(one[felt], two[felt], atol=1e-5), name
     with pytest.raises(ValueError, match=r"accumulate_grad_batches: expected 1 .*per_user.*pairs_per_user"):
         fit(make(causal_lm("gpt2"), mode="per_user"), [batch], tmp_path, accumulate_grad_batches=2)
 
