@@ -10,11 +10,12 @@ import itertools
 import json
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
@@ -22,9 +23,6 @@ from rich.table import Table
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.cli.parser import RecipeParser, shorten
 from plm.method import PersonalizationMethod, constructor_arguments
-
-if TYPE_CHECKING:
-    from plm.cli.training import RecipeCLI
 
 LINKS = {
     "num_users": "data.num_users",
@@ -84,11 +82,15 @@ def check_grid(grid: dict[str, list[Any]]) -> None:
             raise ValueError(f"select: expected a list of values for {key}, got {values!r}")
 
 
-def select(cli: RecipeCLI) -> PersonalizationMethod:
+def select(cli: LightningCLI, untouched: tuple[Any, ...]) -> PersonalizationMethod:
     """Fit all candidates, report them, and build the best one anew, untrained.
 
     Writes two files into the folder of the run: ``select.json``, all candidates with their values, and
     ``selected.yaml``, the recipe of the best one, to be used with the run's checkpoints.
+
+    Args:
+        cli: The command, its data, method and trainer instantiated.
+        untouched: Arguments of the trainer, metrics and early stopping as no fit has used them yet.
 
     Raises:
         ValueError: If a candidate cannot be built, or none reached a finite value.
@@ -103,7 +105,7 @@ def select(cli: RecipeCLI) -> PersonalizationMethod:
     level = log.level
     log.setLevel(logging.WARNING)  # the same lines for every candidate
     try:
-        values = [_fit(cli, candidate, index, monitor, mode) for index, candidate in enumerate(candidates)]
+        values = [_fit(cli, untouched, candidate, index, monitor, mode) for index, candidate in enumerate(candidates)]
     finally:
         log.setLevel(level)
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
@@ -117,7 +119,7 @@ def select(cli: RecipeCLI) -> PersonalizationMethod:
     return build(cli, candidates[best])
 
 
-def build(cli: RecipeCLI, arguments: dict[str, Any]) -> PersonalizationMethod:
+def build(cli: LightningCLI, arguments: dict[str, Any]) -> PersonalizationMethod:
     """The recipe's method with some arguments replaced, filled from the data that are already there."""
     spec = cli.config["fit"].model
     accepted = constructor_arguments(type(cli.model))
@@ -139,13 +141,15 @@ def build(cli: RecipeCLI, arguments: dict[str, Any]) -> PersonalizationMethod:
     return method
 
 
-def _fit(cli: RecipeCLI, candidate: dict[str, Any], index: int, monitor: str, mode: str) -> float:
+def _fit(
+    cli: LightningCLI, untouched: tuple[Any, ...], candidate: dict[str, Any], index: int, monitor: str, mode: str
+) -> float:
     """Best monitored value of one candidate, fitted with callbacks and a trainer of its own."""
     config = cli.config["fit"]
     L.seed_everything(config.seed_everything, workers=True, verbose=False)
     method = build(cli, candidate)
     best = BestValue(monitor, mode)
-    trainer_config, metrics, stopping = copy.deepcopy(cli.untouched)
+    trainer_config, metrics, stopping = copy.deepcopy(untouched)
     callbacks = [c for c in trainer_config.pop("callbacks", None) or [] if not isinstance(c, Checkpoint)]
     quiet = {
         "logger": CSVLogger(run_dir(cli.trainer), name="select", version=str(index)),
@@ -158,7 +162,7 @@ def _fit(cli: RecipeCLI, candidate: dict[str, Any], index: int, monitor: str, mo
     return best.value
 
 
-def _report(cli: RecipeCLI, candidates: list[dict[str, Any]], values: list[float], best: int) -> None:
+def _report(cli: LightningCLI, candidates: list[dict[str, Any]], values: list[float], best: int) -> None:
     """Write and print the table of candidates; a ``fast_dev_run`` leaves nothing behind."""
     if is_fast_dev_run(cli.trainer):
         return

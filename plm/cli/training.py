@@ -170,7 +170,7 @@ class RecipeCLI(LightningCLI):
                 f"need them; raise data.val_rows or bring more pairs per user ({self.datamodule.summary()})"
             )
         if self._get(self.config, "select"):
-            self.model = select(self)
+            self.model = select(self, self.untouched)
 
     def after_fit(self) -> None:
         """Test the best checkpoint."""
