@@ -18,7 +18,11 @@ from plm.checkpoint import TextEncoder, load_method
 from plm.generation import Sample, best_of_n, gumbel_noise, sample, sample_logps
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.lore import LoRe
+from plm.methods.pal import PAL
+from plm.methods.palm import PALM
 from plm.methods.sft import SFT
+from plm.methods.vpl import VPL
 from plm.policy_method import PolicyMethod
 from plm.testing import saved
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -300,6 +304,46 @@ class Direction(BradleyTerry):
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         assert isinstance(responses, Tensor)
         return (responses * users.tensors["direction"]).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("method_class", "options"),
+    [
+        (BradleyTerry, {}),
+        (LoRe, {}),
+        (PAL, {}),
+        (PAL, {"num_prototypes": 2, "variant": "B"}),  # reads the prompt's own features
+        (VPL, {}),
+        (PALM, {"num_objectives": 3, "size": 3}),
+    ],
+    ids=["BradleyTerry", "LoRe", "PAL", "PAL of prompts", "VPL", "PALM"],
+)
+def test_the_best_of_n_by_every_reward_method(
+    causal_lm: Folder, method_class: type[PersonalizationMethod], options: dict[str, Any]
+) -> None:
+    """Against the argmax of ``score``, for users who lie around the population at random."""
+    torch.manual_seed(0)
+    spec = HashingBackbone(dim=24, ngrams=2).spec()
+    reward = method_class(3, 24, backbone=spec, **options).eval()
+    with torch.no_grad():
+        for value in reward.parameters():
+            value += 0.5 * torch.randn_like(value)
+    encoder = TextEncoder(reward, spec)
+    reward.encode, reward.encode_prompts = encoder, encoder.prompts
+    middle = reward.population_state(3)
+    tensors = {
+        name: value + 0.5 * torch.randn(value.shape) if value.is_floating_point() else value  # not a member's number
+        for name, value in middle.tensors.items()
+    }
+    users = UserState(tensors, torch.ones(3, dtype=torch.long))
+    settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 3.0, "seed": 2}
+    best = best_of_n(policy_of(causal_lm), reward, PROMPTS[:3], users, 6, **settings)
+    pool = sample(policy_of(causal_lm), PROMPTS[:3], num_samples=6, **settings)
+    for row, (prompt, candidates, one) in enumerate(zip(PROMPTS, pool, best, strict=False)):
+        texts = [candidate.text for candidate in candidates]
+        rewards = reward.score(texts, users.take(torch.full((6,), row)), prompts=prompt)
+        assert rewards.std() > 1e-6
+        assert one.text == texts[int(rewards.argmax())] and one.reward == pytest.approx(float(rewards.max()), abs=1e-5)
 
 
 def test_the_best_of_n_by_a_method_on_tokens(causal_lm: Folder) -> None:
