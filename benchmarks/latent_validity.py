@@ -2,21 +2,24 @@
 
 Usage: python benchmarks/latent_validity.py --ckpt_path runs/plm/version_0/checkpoints/best.ckpt
        --samples runs/tiny_imdb_responses.jsonl [--rewards recipes/lora_dpo_imdb.yaml]
-       [--prompts 40 --latents 16 --texts 16]
+       [--people runs/plm/version_1/checkpoints/best.ckpt --prompts 40 --latents 16 --texts 16]
 
 For prompts of the test, latents are drawn from the prior. The latent reward r(x, z) weighs what a person thinks of the
 sampled responses by how likely z is under each one's posterior; no language model runs for it. Texts are then written
 from the same latents, with the same random numbers for all latents of a prompt, and the person's mean reward of them is
 held against the promise: Spearman's correlation over the latents of a prompt, its mean over prompts, and a 95 %
-interval by a bootstrap of prompts. `texts` holds one half of a latent's texts against the other half: how far latents
-decide the reward at all. `response` is the share of the variance of the person's reward within a prompt that a linear
-map of the posterior means explains on other prompts: how far latents know it.
+interval by a bootstrap of prompts. `learned` is the same of h(x, z) = log p(z|x) - log N(z; 0, I), the reward that the
+people of a `LatentDPO` checkpoint have learned from their pairs on other prompts, by which their texts are steered.
+`texts` holds one half of a latent's texts against the other half: how far latents decide the reward at all. `response`
+is the share of the variance of the person's reward within a prompt that a linear map of the posterior means explains on
+other prompts: how far latents know it.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,12 +27,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from plm.checkpoint import KnownUsers, load_method
 from plm.cli.tastes import read_tastes
 from plm.data.sources.population import standardise
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import sample
 from plm.methods.clap.latents import ClapLatents
+from plm.methods.clap.losses import log_densities
 from plm.methods.clap.validity import latent_rewards, validity
+from plm.methods.latent_dpo import LatentDPO
 from plm.types import UserState
 
 RIDGE = 10.0
@@ -68,6 +74,18 @@ def known_share(mean: Tensor, worth: Tensor, mask: Tensor) -> Tensor:
     return 1 - (target - test @ solved).square().sum(0) / target.square().sum(0)
 
 
+def learned_rewards(people: LatentDPO, user_id: str, prompts: Sequence[str], latent: Tensor) -> Tensor:
+    """What a person's policy says of latents ``(P, M, Z)``, against the prior: ``(P, M)``."""
+    assert isinstance(people.find_users, KnownUsers) and people.encode_prompts is not None
+    users, known = people.find_users.lookup([user_id] * len(prompts))
+    if not known.all():
+        raise ValueError(f"--people: expected a checkpoint that knows {user_id!r}")
+    policy = people.latent_policies(users, people.encode_prompts(prompts))
+    prior = torch.zeros(())
+    own = log_densities(latent, policy.mean[:, None], policy.log_var[:, None])
+    return (own - log_densities(latent, prior, prior)).sum(-1)
+
+
 def measure(options: argparse.Namespace) -> Table:
     """Write texts from latents and compare."""
     source = read_tastes(options.rewards, [options.samples])
@@ -93,12 +111,19 @@ def measure(options: argparse.Namespace) -> Table:
     raw = np.stack([reward.score(again, texts) for reward in source.rewards.values()], axis=-1)
     found = torch.from_numpy((raw - shift) / scale @ weights).view(*latent.shape[:2], options.texts, len(people))
     promised = torch.stack([latent_rewards(latent, mean, log_var, own, mask) for own in worth.unbind(-1)], 1)
-    table = Table("person", "validity", "95 %", "texts", "95 %", "response", title="rank correlation within a prompt")
+    ranked = [("validity", promised)]
+    if options.people is not None:
+        method = load_method(options.people)
+        assert isinstance(method, LatentDPO)
+        ranked.append(("learned", torch.stack([learned_rewards(method, one, prompts, latent) for one in people], 1)))
+    heads = [head for name in (*(name for name, _ in ranked), "texts") for head in (name, "95 %")]
+    table = Table("person", *heads, "response", title="rank correlation within a prompt")
     halves = [part.mean(2).transpose(1, 2) for part in found.split([options.texts // 2, -(-options.texts // 2)], 2)]
     whole = found.mean(2).transpose(1, 2)
     for number, name in enumerate([*people, "mean"]):
         own = slice(None) if name == "mean" and number == len(people) else slice(number, number + 1)
-        pairs = validity(promised[:, own], whole[:, own]), validity(halves[0][:, own], halves[1][:, own])
+        pairs = [validity(values[:, own], whole[:, own]) for _, values in ranked]
+        pairs.append(validity(halves[0][:, own], halves[1][:, own]))
         cells = [text for one in pairs for text in (f"{one.correlation:+.2f}", f"[{one.low:+.2f}, {one.high:+.2f}]")]
         table.add_row(name, *cells, f"{float(known[own].mean()):.2f}")
     return table
@@ -110,6 +135,7 @@ def main() -> None:
     parser.add_argument("--ckpt_path", required=True)
     parser.add_argument("--samples", required=True)
     parser.add_argument("--rewards", default="recipes/lora_dpo_imdb.yaml")
+    parser.add_argument("--people", help="checkpoint of LatentDPO over the same CLaP model")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--latents", type=int, default=16)
     parser.add_argument("--texts", type=int, default=16)
