@@ -71,59 +71,102 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(parameter.shape[:1] if sparse else (), device=parameter.device)
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        tensors = (parameter.detach(), state["mean"], state["square"])
+        tensors = (parameter.detach(), state["mean"], state["square"], state["step"])
+        settings = group["betas"], group["weight_decay"], group["eps"]
         if not sparse:
-            _fused(*tensors, gradient, state["step"], group["lr"], group)
+            value, mean, square, step = tensors
+            _fused([value], [gradient], [mean], [square], [step], group["lr"], *settings)
             return
         gradient = gradient.coalesce()
         rows, gradient = gradient.indices()[0], gradient.values()
-        taken = state["step"][rows]
-        rate = torch.full_like(taken, group["lr"])
-        if self.row_rate is not None:
-            rate = rate * self.row_rate(rows, taken)
-        state["step"][rows] += 1
+        if not len(rows):
+            return
         whole = len(rows) == len(parameter)  # rows are sorted and distinct: nothing to gather and scatter
-        value, mean, square = (tensor if whole else tensor[rows] for tensor in tensors)
-        if not len(rows) or bool(((taken == taken[0]) & (rate == rate[0])).all()):  # as a rule
-            if len(rows):
-                _fused(value, mean, square, gradient, taken[0].clone(), float(rate[0]), group)
-        else:
-            _by_row(value, mean, square, gradient, taken + 1, rate, group)
+        value, mean, square, step = own = [tensor if whole else tensor[rows] for tensor in tensors]
+        rate = group["lr"] * (torch.ones_like(step) if self.row_rate is None else self.row_rate(rows, step))
+        adam_rows([value], [gradient], [mean], [square], step, rate, *settings)
+        step += 1
         if not whole:
-            for tensor, moved in zip(tensors, (value, mean, square), strict=True):
+            for tensor, moved in zip(tensors, own, strict=True):
                 tensor[rows] = moved
 
 
-def _fused(
-    value: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, step: Tensor, rate: float, group: dict[str, Any]
+def adam_rows(
+    values: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    taken: Tensor,
+    rate: Tensor,
+    betas: tuple[float, float],
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
 ) -> None:
-    """Torch's own step of what has taken ``step`` ``()`` steps before."""
-    first, second = group["betas"]
+    """One step of Adam in place, of tensors with a leading axis of users; each user's rows are a problem of their own.
+
+    Args:
+        values: ``(R, ...)`` each.
+        gradients: Of the same shapes.
+        means: First moments.
+        squares: Second moments.
+        taken: ``(R,)`` steps before this one.
+        rate: ``(R,)`` learning rates.
+        betas: Decay of the two moments.
+        weight_decay: Decoupled.
+        eps: Added to the root of the second moment.
+    """
+    if all(torch.equal(one, one[:1].expand_as(one)) for one in (taken, rate)):  # as a rule
+        steps = list(taken[:1].repeat(len(values)).unbind())
+        _fused(values, gradients, means, squares, steps, float(rate[0]), betas, weight_decay, eps)
+        return
+    for value, gradient, mean, square in zip(values, gradients, means, squares, strict=True):
+        _by_row(value, gradient, mean, square, taken + 1, rate, betas, weight_decay, eps)
+
+
+def _fused(
+    values: list[Tensor],
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> None:
+    """Torch's own step of what has taken ``steps`` ``()`` steps before, and counts them."""
     adamw(
-        *([value], [gradient], [mean], [square], [], [step]),
+        *(values, gradients, means, squares, [], steps),
         fused=True,
         amsgrad=False,
-        beta1=first,
-        beta2=second,
+        beta1=betas[0],
+        beta2=betas[1],
         lr=rate,
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
+        weight_decay=weight_decay,
+        eps=eps,
         maximize=False,
     )
 
 
 def _by_row(
-    value: Tensor, mean: Tensor, square: Tensor, gradient: Tensor, step: Tensor, rate: Tensor, group: dict[str, Any]
+    value: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
 ) -> None:
     """The same of rows at steps ``(R,)``, this one included, and with rates ``(R,)`` of their own."""
     step, rate = _column(step, value).double(), _column(rate, value)  # 1 - 0.999 needs digits
-    first, second = group["betas"]
-    corrections = [(1 - beta**step).to(value) for beta in (first, second)]
-    mean.lerp_(gradient, 1 - first)
-    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    if group["weight_decay"]:
-        value.mul_(1 - rate * group["weight_decay"])
-    root = square.div(corrections[1]).sqrt_().add_(group["eps"])
+    corrections = [(1 - beta**step).to(value) for beta in betas]
+    mean.lerp_(gradient, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    if weight_decay:
+        value.mul_(1 - rate * weight_decay)
+    root = square.div(corrections[1]).sqrt_().add_(eps)
     value.sub_(mean.div(root).mul_(rate / corrections[0]))
 
 
@@ -154,8 +197,15 @@ def clip_rows(parameter: Tensor, limit: float, algorithm: str = "norm") -> None:
     if algorithm == "value":
         values.clamp_(-limit, limit)
         return
-    norm = torch.linalg.vector_norm(values.flatten(1), dim=1)
-    values.mul_(_column((limit / (norm + 1e-6)).clamp_max(1.0), values))
+    clip_norms([values], limit)
+
+
+def clip_norms(gradients: list[Tensor], limit: float) -> None:
+    """Bound the length of each user's gradient in place: tensors with a leading axis of users, all numbers together."""
+    norm = torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in gradients]).norm(dim=0)
+    share = (limit / (norm + 1e-6)).clamp_max(1.0)
+    for part in gradients:
+        part.mul_(_column(share, part))
 
 
 def rate_factor(schedule: Schedule, warmup: float, step: Tensor, total: Tensor) -> Tensor:

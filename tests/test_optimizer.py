@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plm.optimizer import RowAdam, clip_rows, row_gradient
+from plm.optimizer import RowAdam, adam_rows, clip_norms, clip_rows, row_gradient
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -49,6 +49,31 @@ def test_rows_move_as_parameters_of_their_own_would(together: bool) -> None:
             optimizers[row].step()
             torch.testing.assert_close(table[row], peers[row].data, rtol=1e-6, atol=1e-6)
     assert ours.state[table]["step"].tolist() == taken and together == (len(set(taken)) == 1)
+
+
+def test_several_tensors_of_a_user_are_one_problem() -> None:
+    """Of users with the same and with different learning rates, against a parameter and an optimizer of each tensor."""
+    shapes = [(3, 4, 2), (3, 2)]
+    for rate in (torch.full((3,), 0.1), torch.tensor([0.1, 0.05, 0.2])):
+        values = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+        means, squares = ([torch.zeros_like(value) for value in values] for _ in "ab")
+        peers = [[torch.nn.Parameter(value[user].clone()) for value in values] for user in range(3)]
+        optimizers = [
+            torch.optim.AdamW(own, lr=float(lr), betas=(0.9, 0.95), weight_decay=0.2)
+            for own, lr in zip(peers, rate, strict=True)
+        ]
+        for turn in range(6):
+            slopes = [draw(*shape, seed=10 * turn + place) for place, shape in enumerate(shapes)]
+            for user, own in enumerate(peers):
+                for parameter, slope in zip(own, slopes, strict=True):
+                    parameter.grad = slope[user].clone()
+                torch.nn.utils.clip_grad_norm_(own, 1.5)
+                optimizers[user].step()
+            clip_norms(slopes, 1.5)
+            adam_rows(values, slopes, means, squares, torch.full((3,), float(turn)), rate, (0.9, 0.95), 0.2)
+        for user, own in enumerate(peers):
+            for value, parameter in zip(values, own, strict=True):
+                torch.testing.assert_close(value[user], parameter.data, rtol=1e-6, atol=1e-6)
 
 
 def test_a_step_without_rows_moves_nothing_and_a_dense_one_is_that_of_torch() -> None:

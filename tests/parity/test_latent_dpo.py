@@ -30,12 +30,15 @@ from plm.methods.latent_dpo.maths import (
 )
 from plm.methods.latent_dpo.newton import fit_means
 from plm.methods.latent_dpo.noise import fold, mix, normals, row_keys
+from plm.methods.latent_dpo.options import Options
+from plm.methods.latent_dpo.people import Minibatch
 from plm.methods.latent_dpo.rules import (
     POOLED,
     SAMPLED,
     Noise,
     RuleName,
     all_pairs_losses,
+    closed_form_slopes,
     draw_pool,
     evidence_losses,
     marginal_preference_losses,
@@ -44,6 +47,7 @@ from plm.methods.latent_dpo.rules import (
     soft_losses,
     topk_losses,
 )
+from plm.methods.latent_dpo.training import mean_slopes, person_losses
 
 BETA, PAIRS, WIDTH, DRAWS = 0.1, 5, 6, 4
 RULES: tuple[RuleName, ...] = (
@@ -256,7 +260,7 @@ def test_the_pool_is_what_each_variant_draws() -> None:
 @pytest.mark.parametrize("variance", ["free", "unit", "fixed_entropy"])
 def test_a_new_policy_is_the_prior_and_costs_ln_2(family: Any, variance: Variance) -> None:
     made = FAMILIES[family](WIDTH, 3, 4, variance)
-    policy = made.policy(made.initial(0).double()[None], draw(1, PAIRS, 3))
+    policy = made.policy(made.split(made.initial(0).double()[None]), draw(1, PAIRS, 3))
     policy = Gaussian(*(value[0] for value in policy))
     assert not policy.mean.any() and not policy.log_var.any() and not kl_to_prior(policy).any()
     responses = some(PAIRS, 2, WIDTH)
@@ -298,6 +302,32 @@ def test_graded_responses_are_pairs_in_every_order_of_grades() -> None:
             total += preference_losses(rule, policy, pair, label, some_noise, BETA) / 3  # type: ignore[arg-type]
         found = preference_losses(rule, policy, responses, grades, given, BETA)  # type: ignore[arg-type]
         torch.testing.assert_close(found, total)
+
+
+@pytest.mark.parametrize("grades", [(1.0, 0.0), (0.5, 0.5), (0.4, 1.0, 0.4)])
+def test_closed_form_slopes_are_the_derivative(grades: tuple[float, ...]) -> None:
+    """Of the loss with unit variance, by autograd, and at one place by differences; weights and KL included."""
+    responses, mean = some(PAIRS, len(grades), WIDTH, seed=5), (2.0 * draw(PAIRS, WIDTH)).requires_grad_()
+
+    def losses(at: Tensor) -> Tensor:
+        return preference_losses(
+            "closed_form", Gaussian(at, torch.zeros_like(at)), responses, grades_of(*grades), None, BETA
+        )
+
+    found = closed_form_slopes(mean.detach(), responses, grades_of(*grades), BETA)
+    (expected,) = torch.autograd.grad(losses(mean).sum(), mean)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    step = torch.zeros(WIDTH).double()
+    step[1] = 1e-6
+    with torch.no_grad():
+        torch.testing.assert_close(found[:, 1], (losses(mean + step) - losses(mean - step)) / 2e-6, rtol=0, atol=1e-8)
+    weight, key = draw(1, PAIRS).abs(), torch.zeros(1).long()
+    batch = Minibatch(
+        Gaussian(*(value[None] for value in responses)), grades_of(*grades)[None], weight, None, key, key, key
+    )
+    policy, options = Gaussian(mean[None], torch.zeros_like(mean)[None]), Options(kl_coef=0.3, beta=BETA)
+    (expected,) = torch.autograd.grad(person_losses(policy, batch, options).sum(), mean)
+    torch.testing.assert_close(mean_slopes(mean.detach()[None], batch, options)[0], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_marginal_rules_are_one_problem_per_dimension() -> None:

@@ -138,6 +138,19 @@ def test_a_pass_reads_every_pair_once_and_passes_differ() -> None:
         assert size <= 4 or passes[0] != passes[1]
 
 
+def test_minibatches_in_a_row_are_those_of_each_step() -> None:
+    """Passes of different lengths begin at different steps; who has few pairs reads all of them again."""
+    everybody = people_of_context(people_context(), seed=0)
+    for people in (everybody, everybody.take(torch.tensor([0])), everybody.take(torch.tensor([0, 4]))):
+        for step, batch in enumerate(people.minibatches(range(2, 13), 4), start=2):
+            alone = people.minibatch(torch.full_like(people.num_pairs, step), 4)
+            for person in range(people.num_people):
+                real = batch.weight[person] > 0
+                kept = alone.weight[person] > 0
+                assert sorted(batch.response_key[person, real, 0]) == sorted(alone.response_key[person, kept, 0])
+                assert torch.equal(batch.noise(2).prior[person, real].sum(), alone.noise(2).prior[person, kept].sum())
+
+
 def test_draws_are_named_by_person_step_and_pair() -> None:
     """Two people with the same pair draw apart, as do two steps; exchanging the responses exchanges their draws."""
     responses, prompts = draw(3, 2, 2 * WIDTH), draw(3, PROMPT, seed=1)

@@ -33,7 +33,6 @@ from plm.methods.latent_dpo.people import People, people_of_batch, people_of_con
 from plm.methods.latent_dpo.population import learn, pooled
 from plm.methods.latent_dpo.rules import RuleName
 from plm.methods.latent_dpo.training import (
-    Step,
     make_optimizer,
     num_steps,
     step_in_parts,
@@ -210,7 +209,8 @@ class LatentDPO(PersonalizationMethod):
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean over users of each user's loss at the user's next step, and of the metrics; without a graph."""
         users, people = self._people(batch)
-        return _means(step_in_parts(self.policies[users], self.family, people, self.steps[users], self.options))
+        _, metrics = step_in_parts(self.policies[users], self.family, people, self.steps[users], self.options)
+        return _means(metrics)
 
     @torch.no_grad()
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -223,17 +223,17 @@ class LatentDPO(PersonalizationMethod):
         if not len(rows):
             return self.policies.new_zeros(())
         here, active = users[rows], people if len(rows) == len(users) else people.take(rows)
-        found = step_in_parts(self.policies[here], self.family, active, self.steps[here], self.options)
+        gradient, metrics = step_in_parts(self.policies[here], self.family, active, self.steps[here], self.options)
         if self.options.rule == "newton":
             self.policies[here] = solve_people(active, self.options.beta, self.options.kl_coef)
         else:
-            self.policies.grad = row_gradient(self.policies, here, found.gradient)
+            self.policies.grad = row_gradient(self.policies, here, gradient)
             if self.options.clip_norm:
                 clip_rows(self.policies, self.options.clip_norm)
         optimizer.step()
         self.policies.grad = None
         self.steps[here] += 1
-        self._report = _means(found)
+        self._report = _means(metrics)
         self.log_dict({f"train/{key}": value for key, value in self._report.items()}, batch_size=batch.num_pairs)
         return self._report["loss"]
 
@@ -362,7 +362,7 @@ class LatentDPO(PersonalizationMethod):
         """Policies ``(B, Z)`` of the users at ``row`` ``(B,)`` of a table ``(U, P)``; no user's numbers are copied."""
         given = self._prompts(prompts)
         if given is None:
-            policy = self.family.policy(table, None)
+            policy = self.family.policy(self.family.split(table), None)
             return Gaussian(policy.mean[row, 0], policy.log_var[row, 0])
         order = row.argsort(stable=True)
         count = torch.bincount(row, minlength=len(table))
@@ -370,7 +370,7 @@ class LatentDPO(PersonalizationMethod):
         place[order] = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row[order]]
         padded = given.new_zeros(len(table), max(int(count.max()), 1), self.prompt_dim)
         padded[row, place] = given
-        policy = self.family.policy(table, padded)
+        policy = self.family.policy(self.family.split(table), self.family.inputs(padded))
         return Gaussian(policy.mean[row, place], policy.log_var[row, place])
 
     def _score(
@@ -432,6 +432,6 @@ class LatentDPO(PersonalizationMethod):
         return UserState({"policy": own}, people.num_pairs)
 
 
-def _means(step: Step) -> dict[str, Tensor]:
+def _means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Over people."""
-    return {"loss": step.losses.mean(), **{name: value.mean() for name, value in step.metrics.items()}}
+    return {name: value.mean() for name, value in metrics.items()}

@@ -63,17 +63,28 @@ class Family(ABC):
         """Numbers of a person without pairs, ``(P,)``: the policy is N(0, I) at every prompt."""
         return torch.zeros(self.size)
 
-    def policy(self, table: Tensor, prompts: Tensor | None) -> Gaussian:
-        """Policies of U people: ``(U, P)``, ``(U, B, F)`` -> ``(U, B, Z)``, or ``(U, 1, Z)`` without prompts.
+    def inputs(self, prompts: Tensor | None) -> Tensor | None:
+        """What policies are given for prompts ``(..., F)``, if they read any.
 
-        Prompt features but tokens are divided by their root mean square, which differs widely between encoders.
+        Features but not tokens are divided by their root mean square, which differs widely between encoders.
         """
+        if prompts is None or self.reads_tokens or not self.prompt_dim:
+            return prompts
+        return F.rms_norm(prompts, (self.prompt_dim,))
+
+    def split(self, table: Tensor) -> list[Tensor]:
+        """The tensors of U people, which are views of their rows ``(U, P)``."""
         parts = torch.split(table, [math.prod(shape) for shape in self.shapes], dim=1)
-        tensors = [part.view(len(table), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.view(len(table), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def join(self, tensors: list[Tensor]) -> Tensor:
+        """Rows ``(U, P)`` of what was `split`."""
+        return torch.cat([value.flatten(1) for value in tensors], 1)
+
+    def policy(self, tensors: list[Tensor], prompts: Tensor | None) -> Gaussian:
+        """Policies of U people: `split` rows, `inputs` ``(U, B, F)`` -> ``(U, B, Z)``, or ``(U, 1, Z)`` without."""
         if prompts is None or not self.prompt_dim:
-            prompts = table.new_zeros(len(table), 1, 0)
-        elif not self.reads_tokens:
-            prompts = F.rms_norm(prompts, (self.prompt_dim,))
+            prompts = tensors[0].new_zeros(len(tensors[0]), 1, 0)
         out = self.outputs(tensors, prompts)
         if self.variance == "unit":
             return Gaussian(out, torch.zeros_like(out))

@@ -26,7 +26,8 @@ LOG_VAR_BOUNDS = (-8.0, 4.0)
 NUM_NODES = 16
 """Nodes of the Gauss-Hermite rule."""
 
-_NODES, _SHARES = np.polynomial.hermite.hermgauss(NUM_NODES)
+_NODES, _SHARES = map(torch.from_numpy, np.polynomial.hermite.hermgauss(NUM_NODES))
+_SHARES /= math.sqrt(math.pi)
 
 
 class Gaussian(NamedTuple):
@@ -103,9 +104,27 @@ def expected_bt_losses(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor
     >>> round(expected_bt_losses(torch.tensor([-0.31034]), torch.tensor([0.01951]), torch.ones(1)).item(), 5)
     0.86268
     """
-    nodes, shares = (torch.as_tensor(value).to(mean) for value in (_NODES, _SHARES / math.sqrt(math.pi)))
+    margin, _ = _at_nodes(mean, variance)
+    return bt_losses(margin, target[..., None]) @ _SHARES.to(mean)
+
+
+def expected_bt_slopes(mean: Tensor, variance: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of `expected_bt_losses` with respect to mean and variance: ``(...)`` each -> ``(...)`` each.
+
+    ``f'(t) = sigmoid(t) - target``; the shares add up to 1, and times the nodes to 0.
+
+    >>> [round(value.item(), 4) for value in expected_bt_slopes(torch.zeros(1), torch.tensor([0.01]), torch.ones(1))]
+    [-0.5, 0.1247]
+    """
+    margin, width = _at_nodes(mean, variance)
+    wins = torch.sigmoid(margin)
+    return wins @ _SHARES.to(mean) - target, (wins @ (_SHARES * _NODES).to(mean)) / width[..., 0]
+
+
+def _at_nodes(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Margins at the nodes ``(..., 16)``, and what multiplies the nodes, ``(..., 1)``."""
     width = (2.0 * variance + 1e-12).sqrt()[..., None]  # the root of zero has no gradient
-    return bt_losses(mean[..., None] + width * nodes, target[..., None]) @ shares
+    return torch.addcmul(mean[..., None], width, _NODES.to(mean)), width
 
 
 def reward_logits(latent: Tensor, responses: Gaussian, grades: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ width of prompt features, Z latent width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,14 +34,17 @@ class Minibatch(NamedTuple):
     prompts: Tensor | None
     """``(U, B, F)``."""
     key: Tensor
-    """``(U,)`` int64, what each person's draws at this step are named by."""
+    """``(U,)`` int64, what each person's draws are named by."""
+    step: Tensor
+    """``(U,)`` int64, the step of each person that these pairs are for."""
     response_key: Tensor
     """``(U, B, K)`` int64, the content of each response."""
 
     def noise(self, num_samples: int) -> Noise:
         """Draws named by person, step and pair; those of a posterior by the response, whichever side it is on."""
         latent_dim = self.responses.mean.shape[-1]
-        of_response = fold(self.key[:, None, None], self.response_key)
+        key = fold(self.key, -1 - self.step)  # orders of passes have names >= 0
+        of_response = fold(key[:, None, None], self.response_key)
         of_pair = fold(of_response.sum(-1), 0)
         prior, posterior = (
             normals(key, num_samples * latent_dim).view(*key.shape, num_samples, latent_dim)
@@ -90,18 +94,29 @@ class People(NamedTuple):
         """Minibatches of one pass over each person's pairs, ``(U,)``."""
         return -(-self.num_pairs // batch_size)
 
-    def minibatch(self, step: Tensor, batch_size: int) -> Minibatch:
-        """Each person's pairs at the person's step ``(U,)``, at most B: every pass over the pairs is shuffled anew."""
+    def order(self, step: Tensor, batch_size: int) -> Tensor:
+        """``(U, S)`` as ``slots``, in the order of the pass that each person's step ``(U,)`` is in: all differ."""
+        if self.slots.shape[1] <= batch_size:
+            return self.slots
+        number = step // self.num_batches(batch_size).clamp_min(1)
+        shuffled = fold(fold(self.key, number)[:, None], self.response_key.sum(1)[self.slots])
+        beyond = torch.arange(self.slots.shape[1], device=step.device) >= self.num_pairs[:, None]
+        shuffled = torch.where(beyond, torch.iinfo(torch.int64).max, shuffled)
+        return self.slots.gather(1, shuffled.argsort(1))
+
+    def minibatch(self, step: Tensor, batch_size: int, order: Tensor | None = None) -> Minibatch:
+        """Each person's pairs at the person's step ``(U,)``, at most B.
+
+        Args:
+            step: Of each person.
+            batch_size: B.
+            order: What `order` says of this step, where it is known.
+        """
+        order = self.order(step, batch_size) if order is None else order
         num_batches = self.num_batches(batch_size).clamp_min(1)
         place = torch.arange(min(batch_size, self.slots.shape[1]), device=step.device)
         place = place + (step % num_batches)[:, None] * batch_size
         is_pair = place < self.num_pairs[:, None]
-        order = self.slots
-        if self.slots.shape[1] > batch_size:
-            shuffled = fold(fold(self.key, step // num_batches)[:, None], self.response_key.sum(1)[self.slots])
-            beyond = torch.arange(self.slots.shape[1], device=step.device) >= self.num_pairs[:, None]
-            shuffled = torch.where(beyond, torch.iinfo(torch.int64).max, shuffled)
-            order = self.slots.gather(1, shuffled.argsort(1))
         rows = order.gather(1, place.clamp_max(self.slots.shape[1] - 1))
         present = is_pair.sum(1, keepdim=True).clamp_min(1)
         return Minibatch(
@@ -109,13 +124,29 @@ class People(NamedTuple):
             self.grades[rows],
             self.weight[rows] * is_pair / present,
             None if self.prompts is None else self.prompts[rows],
-            self.step_key(step),
+            self.key,
+            step,
             self.response_key[rows],
         )
 
-    def step_key(self, step: Tensor) -> Tensor:
-        """What draws at each person's step are named by, ``(U,)``; orders of passes have names >= 0."""
-        return fold(self.key, -1 - step)
+    def minibatches(self, steps: range, batch_size: int) -> Iterator[Minibatch]:
+        """`minibatch` of everybody at each of the steps; whoever begins a pass is shuffled then, and no one else."""
+        num_batches = self.num_batches(batch_size).clamp_min(1)
+        lengths, now = set(num_batches.tolist()), torch.full_like(self.num_pairs, steps.start)
+        order = self.order(now, batch_size)
+        batch = self.minibatch(now, batch_size, order)
+        yield batch
+        for step in steps[1:]:
+            now = torch.full_like(now, step)
+            if lengths == {1}:
+                batch = batch._replace(step=now)  # all pairs again
+            else:
+                if any(step % length == 0 for length in lengths):
+                    begins = (now % num_batches == 0).nonzero()[:, 0]
+                    fresh = self.take(begins).order(now[begins], batch_size)
+                    order[begins, : fresh.shape[1]] = fresh
+                batch = self.minibatch(now, batch_size, order)
+            yield batch
 
 
 def make_people(

@@ -21,6 +21,7 @@ from plm.methods.latent_dpo.maths import (
     Gaussian,
     draw_latents,
     expected_bt_losses,
+    expected_bt_slopes,
     implicit_rewards,
     kl_to_prior,
     latent_rewards,
@@ -171,14 +172,48 @@ def response_losses(fits: Tensor, variance: Tensor | None, grades: Tensor) -> Te
     With ``variance`` the expected loss of normal margins whose means differ by ``fits``.
     """
     first, second = _unordered(fits)
-    target = 0.5 + 0.5 * (grades[..., first] - grades[..., second]).sign()
+    target = _outcomes(grades)
     margin = fits[..., first] - fits[..., second]
     if variance is None:
         return bt_losses(margin, target).mean(-1)
     return expected_bt_losses(margin, variance[..., first] + variance[..., second], target).mean(-1)
 
 
-def _unordered(values: Tensor) -> Tensor:
-    """``(2, N (N - 1) / 2)`` index pairs i < j of ``(..., N)`` values."""
+def closed_form_slopes(mean: Tensor, responses: Gaussian, grades: Tensor, beta: float) -> Tensor:
+    """Gradient of the loss of each pair under `closed_form` with respect to the mean of a policy with unit variance.
+
+    h is linear then, so that the margin of responses i and j has the mean ``beta mean . (m_i - m_j)`` and the variance
+    ``beta^2 mean^2 . (s_i + s_j)``.
+
+    Args:
+        mean: ``(..., Z)``.
+        responses: ``(..., K, Z)``.
+        grades: ``(..., K)`` in [0, 1].
+        beta: Strength of the KL term that DPO implies.
+
+    Returns:
+        ``(..., Z)``, the same as by automatic differentiation, in a quarter of its steps.
+    """
+    first, second = _unordered(grades)
+    spread = responses.log_var.exp()
+    between = beta * (responses.mean[..., first, :] - responses.mean[..., second, :])  # (..., K (K - 1) / 2, Z)
+    around = beta**2 * (spread[..., first, :] + spread[..., second, :])
+    at = mean[..., None, :]
+    by_mean, by_variance = expected_bt_slopes((between * at).sum(-1), (around * at.square()).sum(-1), _outcomes(grades))
+    slopes = by_mean[..., None] * between + (2.0 * by_variance)[..., None] * around * at
+    return slopes.mean(-2)
+
+
+def _outcomes(grades: Tensor) -> Tensor:
+    """Probability that the first wins, of all unordered pairs: ``(..., K)`` -> ``(..., K (K - 1) / 2)``."""
+    first, second = _unordered(grades)
+    return 0.5 + 0.5 * (grades[..., first] - grades[..., second]).sign()
+
+
+def _unordered(values: Tensor) -> tuple[Tensor | slice, Tensor | slice]:
+    """``N (N - 1) / 2`` indices each of the pairs i < j of ``(..., N)`` values; of two, slices, which copy nothing."""
     size = values.shape[-1]
-    return torch.triu_indices(size, size, offset=1, device=values.device)
+    if size == 2:
+        return slice(0, 1), slice(1, 2)
+    first, second = torch.triu_indices(size, size, offset=1, device=values.device)
+    return first, second

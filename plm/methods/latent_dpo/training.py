@@ -8,6 +8,7 @@ Axes: U people, R of them that take a step, P numbers of one person.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,20 +18,28 @@ from plm.methods.latent_dpo.families import Family
 from plm.methods.latent_dpo.maths import Gaussian, draw_latents, implicit_rewards, kl_to_prior, latent_rewards
 from plm.methods.latent_dpo.options import Options
 from plm.methods.latent_dpo.people import Minibatch, People
-from plm.methods.latent_dpo.rules import POOLED, SAMPLED, marginal_preference_losses, preference_losses
-from plm.optimizer import RowAdam, clip_rows, row_gradient
+from plm.methods.latent_dpo.rules import (
+    POOLED,
+    SAMPLED,
+    closed_form_slopes,
+    marginal_preference_losses,
+    preference_losses,
+)
+from plm.optimizer import RowAdam, adam_rows, clip_norms
 
-MAX_FLOATS = {"cpu": 2**24, "cuda": 2**29}
+MAX_FLOATS = {"cpu": 2**23, "cuda": 2**29}
 """About how many numbers one step may touch on a device; more people than that are taken in parts. A processor is
 fastest while they stay in its cache, a GPU while it is full."""
+
+BETAS = (0.9, 0.95)
+"""Decay of Adam's two moments, as published."""
 
 NUM_REWARD_DRAWS = 8
 """Latents per prompt that `latent/reward_policy` averages."""
 
 
-def person_losses(table: Tensor, family: Family, batch: Minibatch, options: Options) -> tuple[Tensor, Gaussian]:
-    """Loss of each person, ``(R, P)`` -> ``(R,)``: preference loss plus KL to the prior; and the policies."""
-    policy = family.policy(table, batch.prompts)
+def person_losses(policy: Gaussian, batch: Minibatch, options: Options) -> Tensor:
+    """Loss of each person, ``(R,)``: preference loss plus KL to the prior; of policies ``(R, B, Z)``."""
     losses = marginal_preference_losses if options.marginal else preference_losses
     value = losses(
         options.rule,
@@ -42,7 +51,13 @@ def person_losses(table: Tensor, family: Family, batch: Minibatch, options: Opti
         options.evidence_ratio,
         options.posterior_draws,
     )
-    return (batch.weight * (value + options.kl_coef * kl_to_prior(policy).sum(-1))).sum(-1), policy
+    return (batch.weight * (value + options.kl_coef * kl_to_prior(policy).sum(-1))).sum(-1)
+
+
+def mean_slopes(mean: Tensor, batch: Minibatch, options: Options) -> Tensor:
+    """Gradient ``(R, B, Z)`` of `person_losses` for closed forms with unit variance, in the means of the policies."""
+    slopes = closed_form_slopes(mean, batch.responses, batch.grades, options.beta)
+    return batch.weight[..., None] * (slopes + options.kl_coef * mean)  # the KL is half the square of the mean
 
 
 def people_in_parts(people: People, family: Family, options: Options) -> list[Tensor]:
@@ -65,31 +80,43 @@ def people_in_parts(people: People, family: Family, options: Options) -> list[Te
 class Step(NamedTuple):
     """What people learn at one step."""
 
-    losses: Tensor
-    """``(R,)``."""
-    gradient: Tensor
-    """``(R, P)``, each row that of the person's own loss."""
+    gradients: list[Tensor]
+    """Of each tensor of the family, ``(R, ...)``, each row that of the person's own loss."""
     metrics: dict[str, Tensor]
-    """Name -> ``(R,)``, see `person_metrics`."""
+    """Name -> ``(R,)``: the loss, and those of `person_metrics`."""
 
 
-def one_step(table: Tensor, family: Family, batch: Minibatch, options: Options, with_metrics: bool = False) -> Step:
-    """Losses and gradients of people ``(R, P)`` on their minibatches."""
+def one_step(
+    tensors: list[Tensor], family: Family, batch: Minibatch, options: Options, with_metrics: bool = False
+) -> Step:
+    """Gradients of R people, whose numbers the family has split, on minibatches whose prompts are its inputs."""
     with torch.enable_grad():
-        own = table.detach().requires_grad_()
-        losses, policy = person_losses(own, family, batch, options)
-        (gradient,) = torch.autograd.grad(losses.sum(), own)
-    return Step(losses.detach(), gradient, person_metrics(batch, policy, options) if with_metrics else {})
+        own = [value.detach().requires_grad_() for value in tensors]
+        policy, losses = family.policy(own, batch.prompts), None
+        if options.rule == "closed_form" and options.variance == "unit" and not options.marginal:
+            mean = policy.mean.expand(*batch.weight.shape, -1)
+            gradients = torch.autograd.grad(mean, own, mean_slopes(mean.detach(), batch, options))
+        else:
+            losses = person_losses(policy, batch, options)
+            gradients = torch.autograd.grad(losses.sum(), own)
+    if not with_metrics:
+        return Step(list(gradients), {})
+    policy = Gaussian(policy.mean.detach(), policy.log_var.detach())
+    losses = person_losses(policy, batch, options) if losses is None else losses.detach()
+    return Step(list(gradients), {"loss": losses, **person_metrics(batch, policy, options)})
 
 
-def step_in_parts(table: Tensor, family: Family, people: People, step: Tensor, options: Options) -> Step:
-    """`one_step` of people ``(R, P)`` at their own steps ``(R,)``, as many at a time as fit into memory."""
+def step_in_parts(
+    table: Tensor, family: Family, people: People, step: Tensor, options: Options
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradient ``(R, P)`` and metrics of people ``(R, P)`` at their own steps ``(R,)``, so many at a time as fit."""
     size, found = options.pairs_per_step, []
     for part in people_in_parts(people, family, options):
         batch = people.take(part).minibatch(step[part], size)
-        found.append(one_step(table[part], family, batch, options, with_metrics=True))
-    metrics = {name: torch.cat([part.metrics[name] for part in found]) for name in found[0].metrics}
-    return Step(torch.cat([part.losses for part in found]), torch.cat([part.gradient for part in found]), metrics)
+        batch = batch._replace(prompts=family.inputs(batch.prompts))
+        found.append(one_step(family.split(table[part]), family, batch, options, with_metrics=True))
+    gradient = torch.cat([family.join(part.gradients) for part in found])
+    return gradient, {name: torch.cat([part.metrics[name] for part in found]) for name in found[0].metrics}
 
 
 @torch.no_grad()
@@ -100,8 +127,9 @@ def whole_losses(table: Tensor, family: Family, people: People, options: Options
         some, own = people.take(part), table[part]
         for number in range(int(some.num_batches(size).max())):
             batch = some.minibatch(torch.full_like(part, number), size)
+            policy = family.policy(family.split(own), family.inputs(batch.prompts))
             present = (some.num_pairs - number * size).clamp(0, size)
-            total[part] += person_losses(own, family, batch, options)[0] * present / some.num_pairs.clamp_min(1)
+            total[part] += person_losses(policy, batch, options) * present / some.num_pairs.clamp_min(1)
     return total
 
 
@@ -114,47 +142,51 @@ def num_steps(people: People, options: Options) -> Tensor:
     return torch.where(people.num_pairs > 0, options.num_steps, 0)
 
 
-def make_optimizer(table: Tensor, options: Options, wanted: Callable[[], Tensor]) -> RowAdam:
-    """The optimizer of a table ``(U, P)`` whose people take ``wanted()`` ``(U,)`` steps.
+def warmup_factor(taken: Tensor, wanted: Tensor, options: Options) -> Tensor:
+    """Share of the learning rate of people after so many of their steps, ``(R,)`` each -> ``(R,)``: it rises first."""
+    return ((taken + 1) / (options.warmup * wanted).ceil().clamp_min(1)).clamp_max(1)
 
-    The learning rate of each person rises over the first of the person's own steps.
-    """
+
+def make_optimizer(table: Tensor, options: Options, wanted: Callable[[], Tensor]) -> RowAdam:
+    """The optimizer of a table ``(U, P)`` whose people take ``wanted()`` ``(U,)`` steps."""
 
     def rate(rows: Tensor, taken: Tensor) -> Tensor:
-        rising = (options.warmup * wanted()[rows]).ceil().clamp_min(1)
-        return ((taken + 1) / rising).clamp_max(1)
+        return warmup_factor(taken, wanted()[rows], options)
 
     groups = [{"params": [table], "weight_decay": options.weight_decay}]
-    return RowAdam(groups, options.lr, betas=(0.9, 0.95), row_rate=rate if options.warmup else None)
+    return RowAdam(groups, options.lr, betas=BETAS, row_rate=rate if options.warmup else None)
 
 
 def train_people(start: Tensor, family: Family, people: People, options: Options) -> Tensor:
     """Train everybody from the same start: ``(P,)`` -> ``(U, P)``."""
-    table = start.repeat(people.num_people, 1)
-    for part in people_in_parts(people, family, options):
-        table[part] = _train(table[part], family, people.take(part), options)
-    return table
+    people = people._replace(prompts=family.inputs(people.prompts))
+    found = [_train(start, family, people.take(part), options) for part in people_in_parts(people, family, options)]
+    return torch.cat(found)
 
 
-def _train(table: Tensor, family: Family, people: People, options: Options) -> Tensor:
-    """`train_people` of people who fit into memory together."""
-    wanted = num_steps(people, options)
-    optimizer = make_optimizer(table, options, lambda: wanted)
-    rows, active, batch = torch.arange(len(table), device=table.device), people, None
-    for step in range(int(wanted.max())):
-        if (wanted[rows] <= step).any():  # finished people leave the batch
-            rows, batch = (wanted > step).nonzero()[:, 0], None
-            active = people.take(rows)
-        now = torch.full_like(rows, step)
-        if batch is not None and active.slots.shape[1] <= options.pairs_per_step:  # all pairs again
-            batch = batch._replace(key=active.step_key(now))
-        else:
-            batch = active.minibatch(now, options.pairs_per_step)
-        found = one_step(table if len(rows) == len(table) else table[rows], family, batch, options)
-        table.grad = row_gradient(table, rows, found.gradient)
-        if options.clip_norm:
-            clip_rows(table, options.clip_norm)
-        optimizer.step()
+def _train(start: Tensor, family: Family, people: People, options: Options) -> Tensor:
+    """`train_people` of people who fit into memory together; their prompts are the family's inputs.
+
+    Everybody who is not done has taken the same number of steps, with what `make_optimizer` would do.
+    """
+    table, wanted = start.repeat(people.num_people, 1), num_steps(people, options)
+    rows, rate = torch.arange(len(table), device=table.device), torch.full_like(table[:, 0], options.lr)
+    values = [value.contiguous() for value in family.split(table)]
+    means, squares = ([torch.zeros_like(value) for value in values] for _ in BETAS)
+    for first, last in pairwise(sorted({0, *wanted.tolist()})):  # between two of these, nobody finishes
+        going = wanted[rows] > first
+        if not going.all():
+            table[rows] = family.join(values)
+            rows, rate = rows[going], rate[going]
+            values, means, squares = ([value[going] for value in each] for each in (values, means, squares))
+        for batch in people.take(rows).minibatches(range(first, last), options.pairs_per_step):
+            gradients, taken = one_step(values, family, batch, options).gradients, batch.step.to(rate)
+            if options.clip_norm:
+                clip_norms(gradients, options.clip_norm)
+            if options.warmup:
+                rate = options.lr * warmup_factor(taken, wanted[rows], options)
+            adam_rows(values, gradients, means, squares, taken, rate, BETAS, options.weight_decay)
+    table[rows] = family.join(values)
     return table
 
 
