@@ -52,6 +52,7 @@ class PlantedTexts(PlantedData):
     """
 
     view = "tokens"
+    prompts_per_batch = 1  # there is one prompt, and all its pairs are in every batch
 
     def __init__(self, num_users: int = 6, **options: Any) -> None:
         """See the class."""

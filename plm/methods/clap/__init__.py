@@ -230,7 +230,7 @@ class CLaP(PolicyMethod):
             ValueError: If ``data.prompts_per_batch`` is not set.
         """
         data = getattr(self.trainer, "datamodule", None)
-        if data is not None and getattr(data, "prompts_per_batch", 1) is None:
+        if data is not None and data.prompts_per_batch is None:
             raise ValueError(
                 "CLaP learns from a prompt with all its responses: expected data.prompts_per_batch, got null, which "
                 "deals pairs out without regard to their prompts; set data.prompts_per_batch: 4"
