@@ -22,6 +22,10 @@ from plm.data.sources import SURE, PairSource
 DoubleArray = npt.NDArray[np.float64]
 
 _CHUNK = 2_000_000  # scores held in memory at once
+_ROUNDING = 1e-6
+"""Differences of a person's rewards below this share of the largest possible one are ties. A sum of A attributes that
+are exact to u is exact to ``(A + 1) u`` of the sum of their sizes, a difference of two to twice that: for single
+precision, ``u = 6e-8``, and A = 7 that is 1e-6. Nobody has a preference as small as this."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ def standardise(scores: DoubleArray) -> DoubleArray:
     return scaled
 
 
+def smallest_preference(scores: DoubleArray, weights: DoubleArray) -> DoubleArray:
+    """Differences of rewards up to which people ``(U, A)`` see a tie, ``(U,)``: what rounding alone may make.
+
+    It is 1e-6 of the largest reward that attributes ``(P, C, A)`` of these sizes could add up to.
+
+    Example:
+        >>> bounds = smallest_preference(np.array([[[0.5, 2.0], [1.0, -4.0]]]), np.array([[1.0, 0.0], [0.5, 0.5]]))
+        >>> (1e6 * bounds).round(3).tolist()
+        [1.0, 2.5]
+    """
+    sizes = np.nanmax(np.abs(scores).reshape(-1, scores.shape[-1]), axis=0, initial=0.0)
+    smallest: DoubleArray = _ROUNDING * (np.abs(weights) @ sizes)
+    return smallest
+
+
 def best_and_worst(scores: DoubleArray, weights: DoubleArray, shown: IntArray) -> IntArray:
     """Which candidate each person likes best and least on each prompt shown.
 
@@ -69,17 +88,19 @@ def best_and_worst(scores: DoubleArray, weights: DoubleArray, shown: IntArray) -
         shown: ``(U, S)`` prompts.
 
     Returns:
-        ``(U, S, 2)`` columns of the best and the worst; both -1 where all candidates are worth the same.
+        ``(U, S, 2)`` columns of the best and the worst; both -1 where all candidates are worth the same, up to
+        `smallest_preference`.
     """
     num_users, num_shown = shown.shape
     out = np.empty((num_users, num_shown, 2), dtype=np.int64)
+    smallest = smallest_preference(scores, weights)
     step = max(1, _CHUNK // max(num_shown * scores.shape[1] * scores.shape[2], 1))
     for start in range(0, num_users, step):
         rows = slice(start, start + step)
         value = np.einsum("usca,ua->usc", scores[shown[rows]], weights[rows])
         missing = np.isnan(value)
         high, low = np.where(missing, -np.inf, value), np.where(missing, np.inf, value)
-        tied = ~(high.max(axis=2) > low.min(axis=2))
+        tied = ~(high.max(axis=2) - low.min(axis=2) > smallest[rows, None])
         out[rows] = np.where(tied[..., None], -1, np.stack([high.argmax(axis=2), low.argmin(axis=2)], axis=2))
     return out
 

@@ -24,7 +24,14 @@ from plm.data.keys import digest
 from plm.data.rewards import Reward
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
-from plm.data.sources.population import DoubleArray, Pool, best_and_worst, dirichlet_weights, standardise
+from plm.data.sources.population import (
+    DoubleArray,
+    Pool,
+    best_and_worst,
+    dirichlet_weights,
+    smallest_preference,
+    standardise,
+)
 from plm.data.sources.samples import read_samples
 
 
@@ -162,7 +169,7 @@ class SampledPairs(PairSource):
             chance = np.where(a > b, 1.0, 0.0) if self.temperature == 0 else _sigmoid((a - b) / self.temperature)
             wins = rng.random(len(prompt)) < chance
             chosen, rejected = np.where(wins, first, second), np.where(wins, second, first)
-            kept = (a > b) | (a < b)
+            kept = np.abs(a - b) > smallest_preference(scores, weights[None])
             ties += int((~kept).sum())
             rows = np.stack([np.full(len(prompt), user), prompt, chosen, rejected])[:, kept]
             columns.append(rows)

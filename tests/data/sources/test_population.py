@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from plm.data.sources.personalllm import NUM_RESPONSES, REWARD_MODELS, PersonalLlmPairs
-from plm.data.sources.population import best_and_worst, dirichlet_weights, standardise
+from plm.data.sources.population import best_and_worst, dirichlet_weights, smallest_preference, standardise
 from plm.data.sources.simulated import SimulatedPairs
 from plm.data.splits import split_pairs
 
@@ -30,6 +30,24 @@ def test_best_and_worst_skips_padding_and_ties() -> None:
     weights = np.array([[1.0, 0.0], [0.0, 1.0]])
     shown = np.array([[0, 1], [1, 0]])
     assert best_and_worst(scores, weights, shown).tolist() == [[[1, 0], [-1, -1]], [[1, 0], [2, 0]]]
+
+
+def test_what_differs_by_rounding_is_a_tie_and_what_differs_by_more_is_none() -> None:
+    """A reward and its opposite, weighed alike, are worth 1/2 in every response, whatever floating point says."""
+    rng = np.random.default_rng(0)
+    raw = rng.random((40, 6, 1)) / 3
+    for dtype in (np.float64, np.float32):
+        low, high = np.quantile(raw, (0.01, 0.99))
+        one, other = ((raw - low) / (high - low)).astype(dtype), ((high - raw) / (high - low)).astype(dtype)
+        scores = np.concatenate([one, other], axis=2).astype(np.float64)
+        weights, shown = np.array([[0.5, 0.5], [0.5 + 1e-4, 0.5 - 1e-4]]), np.tile(np.arange(40), (2, 1))
+        values = scores @ weights[0]
+        assert (values.max(1) > values.min(1)).any()  # rounding differs
+        alike, nearly = best_and_worst(scores, weights, shown)
+        assert (alike == -1).all()
+        expected = np.stack([raw[..., 0].argmax(1), raw[..., 0].argmin(1)], axis=1)
+        assert nearly.tolist() == expected.tolist()
+    assert smallest_preference(scores, 10 * weights) == pytest.approx(10 * smallest_preference(scores, weights))
 
 
 def test_standardise_ignores_padding_and_survives_a_constant() -> None:
