@@ -73,9 +73,11 @@ class WeightedPairs(PairSource):
 def weighted_pairs(pool: Pool, weights: Array) -> PairTable:
     """The best and the worst candidate of each prompt by each weight vector, ``(V, R)``; a tie gives no pair.
 
+    Users are named by the row of their weights; one who finds all candidates of every prompt alike is left out.
+
     Args:
         pool: Candidates with their objectives.
-        weights: User ``v`` of the table is the v-th of them.
+        weights: Of the users.
     """
     num, shown = len(weights), np.tile(np.arange(len(pool.prompts)), (len(weights), 1))
     best, worst = best_and_worst(pool.scores, weights, shown).reshape(-1, 2).T
@@ -98,35 +100,22 @@ def weighted_pairs(pool: Pool, weights: Array) -> PairTable:
 def train_adapters(pool: Pool, weights: Array, backbone: CausalLM, fit: LoRADPOFit, cache_dir: str) -> Tensor:
     """An adapter for each weight vector, rows over one frozen network: ``(V, R)`` -> ``(V, P)``.
 
+    Weights by which all candidates of every prompt are worth the same have no pairs; nothing is better for them than
+    the unaligned policy, and their adapter is one that changes nothing.
+
     Args:
         pool: What the simulated users compare.
         weights: What they like.
         backbone: The language model.
         fit: How they are trained.
         cache_dir: Folder of the cache of reference log-probabilities.
-
-    Raises:
-        ValueError: If a weight vector finds all candidates of every prompt equally good.
     """
-    data = PreferenceDataModule(
-        WeightedPairs(weighted_pairs(pool, weights)),
-        backbone,
-        cache_dir,
-        unseen_users=0.0,
-        val_rows=0.0,
-        test_rows=0.0,
-        split_seed=fit.seed,
-        batch_size=len(weights) * fit.pairs_per_step,
-        pairs_per_user=fit.pairs_per_step,
-        shots=[],
-        reference_logps=True,
-    )
-    if data.num_users != len(weights):
-        raise ValueError(f"expected pairs for each of {len(weights)} weight vectors, got such for {data.num_users}")
+    table = weighted_pairs(pool, weights)
+    rows = [int(user) for user in table.user_ids]  # those with pairs
     method = LoRADPO(
-        data.num_users,
-        data.feature_dim,
-        data.backbone_spec,
+        len(rows),
+        backbone.feature_dim,
+        backbone.spec(),
         mode="per_user",
         rank=fit.rank,
         alpha=fit.alpha,
@@ -134,6 +123,29 @@ def train_adapters(pool: Pool, weights: Array, backbone: CausalLM, fit: LoRADPOF
         lr=fit.lr,
         seed=fit.seed,
     )
+    if rows:
+        data = PreferenceDataModule(
+            WeightedPairs(table),
+            backbone,
+            cache_dir,
+            unseen_users=0.0,
+            val_rows=0.0,
+            test_rows=0.0,
+            split_seed=fit.seed,
+            batch_size=len(rows) * fit.pairs_per_step,
+            pairs_per_user=fit.pairs_per_step,
+            shots=[],
+            reference_logps=True,
+        )
+        _fit(method, data, fit)
+    else:
+        method.configure_model()
+    adapters = method.fresh.detach().cpu().repeat(len(weights), 1)
+    adapters[rows] = method.adapters.detach().cpu()
+    return adapters
+
+
+def _fit(method: LoRADPO, data: PreferenceDataModule, fit: LoRADPOFit) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             max_epochs=fit.epochs,
@@ -148,4 +160,3 @@ def train_adapters(pool: Pool, weights: Array, backbone: CausalLM, fit: LoRADPOF
         with torch.random.fork_rng():
             torch.manual_seed(fit.seed)
             trainer.fit(method, datamodule=data)
-    return method.adapters.detach().cpu()

@@ -325,11 +325,25 @@ def test_adapters_of_several_weight_vectors_are_trained_as_if_alone(tmp_path: Pa
     assert ratio[0] < 0 < ratio[1]
 
 
-def test_a_weight_vector_without_pairs_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alike", [[1], [0, 1]])
+def test_who_finds_everything_alike_is_served_by_the_unaligned_policy(
+    tmp_path: Path, alike: list[int], tokens: Tokens
+) -> None:
+    """And the others are trained as if nobody else had been there."""
     pool = candidates()
-    pool.scores[..., 1] = 0.5
-    with pytest.raises(ValueError, match="pairs for each of 2 weight vectors, got such for 1"):
-        train_adapters(pool, np.eye(2), CausalLM(tiny_causal_lm().model), LoRADPOFit(), str(tmp_path))
+    pool.scores[..., alike] = 0.5 + 1e-15 * np.arange(3)[:, None]
+    fit, backbone = LoRADPOFit(rank=2, alpha=3.0, epochs=1), CausalLM(tiny_causal_lm().model)
+    rows = train_adapters(pool, np.eye(2)[[1, 0]], backbone, fit, str(tmp_path))
+    made = portfolio("own")
+    made.extend(rows, torch.eye(2))
+    unaligned = made.unaligned_logps(tokens)
+    same = [torch.equal(made.member_logps(tokens, torch.full((3,), row)), unaligned) for row in (0, 1)]
+    assert same == [True, 0 in alike]
+    if 0 not in alike:
+        alone = train_adapters(pool, np.eye(2)[:1], backbone, fit, str(tmp_path))
+        assert torch.allclose(rows[1], alone[0], atol=1e-5)
+    counts = [weighted_pairs(pool, row[None]).num_pairs for row in np.eye(2)]
+    assert [count == 0 for count in counts] == [0 in alike, True]
 
 
 def test_oracles_want_portfolios_that_fit() -> None:
