@@ -16,11 +16,9 @@ from torch import Tensor
 from plm.backbones import Completion, completion_tokens
 from plm.generation import Sample, sample
 from plm.methods.palm.grid import Array
-from plm.methods.palm.oracle import Oracle, Pool
+from plm.methods.palm.oracle import Oracle, Pool, unsolved
 from plm.methods.palm.policies import PolicyPortfolio
 from plm.types import UserState
-
-_SAME = 1e-9  # weights that differ by less are one
 
 
 class PolicyOracle(Oracle):
@@ -75,17 +73,13 @@ class PolicyOracle(Oracle):
 
     def members_for(self, weights: Array) -> list[int]:
         """Numbers of the members made for weight vectors ``(V, R)``, all of them solved."""
+        assert not len(unsolved(weights, self.solved.weights))
         apart = np.abs(self.solved.weights[None] - weights[:, None]).max(2)
-        assert (apart.min(1) < _SAME).all()
         return [int(row) for row in apart.argmin(1)]
 
     def _solve(self, weights: Array) -> Pool:
-        new: list[Array] = []
-        for row in weights:
-            if not any(np.abs(row - other).max() < _SAME for other in (*self.solved.weights, *new)):
-                new.append(row)
-        if new:
-            asked = np.stack(new)
+        asked = unsolved(weights, self.solved.weights)
+        if len(asked):
             rewards, divergence = self.measured(self._make(asked))
             self.divergence = np.concatenate([self.divergence, divergence])
             self.solved = Pool.cat([self.solved, Pool(asked, rewards, self.beta * np.maximum(divergence, 0))])

@@ -146,6 +146,21 @@ def test_a_search_can_stop_early() -> None:
     assert found.num_calls == 6 and found.gap > 1e-6
 
 
+def test_a_weight_vector_is_one_call_however_often_it_is_asked_for() -> None:
+    """Vertices are members, searches begin with them again, and rounding makes no new weights."""
+    oracle = bandit(0)
+    oracle.solve(np.concatenate([np.eye(3), np.eye(3)[1:], [[0.1 + 0.2, 0.7, 0.0], [0.3, 0.7, 0.0]]]))
+    assert oracle.num_calls == 4
+    oracle.solve(np.array([[0.3, 0.7, 0.0], [0.3, 0.6, 0.1]]))
+    assert oracle.num_calls == 5
+    found = corner_search(oracle, 1e-6, max_calls=6)
+    assert found.num_calls == 6  # of its own
+    portfolio = choose_portfolio(bandit(0), found.pool, 2, rounds=0)
+    assert portfolio.num_calls == 0  # all of them had been solved
+    with pytest.raises(ValueError, match="expected rounds >= 0, got -1"):
+        choose_portfolio(bandit(0), found.pool, 2, rounds=-1)
+
+
 # ---------------------------------------------------------------------- covers and portfolios
 def test_exact_covers_are_smallest() -> None:
     rng = np.random.default_rng(0)

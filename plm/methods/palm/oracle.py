@@ -15,6 +15,7 @@ import numpy.typing as npt
 from plm.methods.palm.grid import Array
 
 _CHUNK = 20_000_000  # numbers held in memory at once
+_SAME = 1e-9  # weights that differ by less are one
 
 
 class Pool(NamedTuple):
@@ -62,7 +63,12 @@ class Oracle(ABC):
     def __init__(self, num_objectives: int) -> None:
         """See the class."""
         self.num_objectives = num_objectives
-        self.num_calls = 0
+        self._asked = np.zeros((0, num_objectives))
+
+    @property
+    def num_calls(self) -> int:
+        """Weight vectors that it has been asked for, each counted once: what is solved need not be made again."""
+        return len(self._asked)
 
     @property
     @abstractmethod
@@ -79,13 +85,13 @@ class Oracle(ABC):
         """One policy per weight vector ``(V, R)``."""
 
     def solve(self, weights: Array) -> Pool:
-        """The best policy for each weight vector ``(V, R)``, measured; counts one call each.
+        """The best policy for each weight vector ``(V, R)``, measured; a new one counts as a call.
 
         Raises:
             ValueError: If a row is not on the simplex.
         """
         check_simplex(weights, self.num_objectives)
-        self.num_calls += len(weights)
+        self._asked = np.concatenate([self._asked, unsolved(weights, self._asked)])
         return self._solve(weights)
 
 
@@ -165,6 +171,22 @@ class BestOfN(Oracle):
         """Weight vectors in groups that fit into memory."""
         step = max(1, _CHUNK // (self.rewards.shape[0] * self.rewards.shape[1]))
         return [weights[start : start + step] for start in range(0, len(weights), step)]
+
+
+def unsolved(weights: Array, solved: Array) -> Array:
+    """The weight vectors ``(V, R)`` that are not among those solved ``(S, R)``, each once, in their order.
+
+    >>> unsolved(np.array([[1.0, 0.0], [0.3, 0.7], [0.1 + 0.2, 0.7]]), np.array([[1.0, 0.0]])).tolist()
+    [[0.3, 0.7]]
+    """
+    known = np.concatenate([solved, weights])
+    count = len(solved)
+    for row in weights:
+        if not (np.abs(known[:count] - row).max(1) < _SAME).any():
+            known[count] = row
+            count += 1
+    new: Array = known[len(solved) : count]
+    return new
 
 
 def check_simplex(weights: Array, num_objectives: int) -> None:

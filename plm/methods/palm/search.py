@@ -37,7 +37,7 @@ class Certified(NamedTuple):
     gap: float
     """No user of the simplex loses more than this by being served from the pool."""
     num_calls: int
-    """Oracle calls of the search."""
+    """Weight vectors that the search had solved, no two alike."""
 
 
 # ---------------------------------------------------------------------- geometry
@@ -208,13 +208,12 @@ def corner_search(oracle: Oracle, delta: float, eps: float = 0.0, max_calls: int
     Returns:
         The policies and the certified gap.
     """
-    before = oracle.num_calls
     pool = oracle.solve(np.eye(oracle.num_objectives))
     while True:
         worst = certificate(pool, pool, oracle.error, eps)
         seen = bool((np.abs(pool.weights - worst.weights).max(1) < 1e-9).any())
-        if worst.regret <= delta or seen or oracle.num_calls - before >= max_calls:
-            return Certified(pool, worst.regret, oracle.num_calls - before)
+        if worst.regret <= delta or seen or len(pool.weights) >= max_calls:
+            return Certified(pool, worst.regret, len(pool.weights))
         pool = Pool.cat([pool, oracle.solve(worst.weights[None])])
 
 
@@ -230,7 +229,6 @@ def lazy_grid(oracle: Oracle, grid: Array, delta: float, eps: float = 0.0) -> Ce
     Returns:
         The policies and the gap certified for the whole simplex, which may exceed ``delta`` between weights.
     """
-    before = oracle.num_calls
     pool = oracle.solve(np.eye(oracle.num_objectives))
     planes = upper_planes(pool.weights, solved_values(pool) + oracle.error)
     for weights in grid[np.argsort(-grid.min(1), kind="stable")]:
@@ -238,4 +236,4 @@ def lazy_grid(oracle: Oracle, grid: Array, delta: float, eps: float = 0.0) -> Ce
         if gap > delta and not (np.abs(pool.weights - weights).max(1) < 1e-9).any():
             pool = Pool.cat([pool, oracle.solve(weights[None])])
             planes = upper_planes(pool.weights, solved_values(pool) + oracle.error)
-    return Certified(pool, certificate(pool, pool, oracle.error, eps).regret, oracle.num_calls - before)
+    return Certified(pool, certificate(pool, pool, oracle.error, eps).regret, len(pool.weights))

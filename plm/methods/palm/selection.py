@@ -27,9 +27,13 @@ class Portfolio(NamedTuple):
     solved: Pool
     """All answers of the oracle, from which upper bounds follow."""
     certificate: float
-    """No user of the simplex loses more than this."""
+    """No user of the simplex loses more than this to the policies that the oracle can make, measured where it measures.
+
+    Of best-of-n that is every way to pick one candidate for each of its prompts. Of an oracle that trains it is an
+    estimate, as good as the oracle's ``error``, and about policies made in the same way alone: others may be better.
+    """
     num_calls: int
-    """Oracle calls so far."""
+    """Weight vectors the oracle has solved so far."""
     error: float = 0.0
     """Of the oracle's answers, counted into the certificate."""
 
@@ -160,12 +164,17 @@ def choose_portfolio(
         solved: Policies and weights to choose from, those for the vertices among them.
         size: Most members.
         solver: See `best_subset`.
-        rounds: Most additional oracle calls.
+        rounds: Most additional oracle calls; 0 = none.
         tolerance: Stop when the certificate exceeds the loss at solved weights by no more than this share.
 
     Returns:
         The portfolio with the lowest certificate of all rounds.
+
+    Raises:
+        ValueError: If ``size`` or ``rounds`` is too small.
     """
+    if rounds < 0:
+        raise ValueError(f"choose_portfolio: expected rounds >= 0, got {rounds!r}")
     best: Portfolio | None = None
     for number in range(rounds + 1):
         values = solved.values(solved.weights)  # (W, P)
