@@ -67,6 +67,11 @@ def test_alpaca_recipe(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     one, three = study["sizes"]
     assert three["held_out"]["PALM"]["worst"]["mean"] < one["held_out"]["PALM"]["worst"]["mean"]
     assert {row["search"]: row["calls"] for row in study["searches"]}["grid"] == 127
+    # shares are of the two who are known, though too few for the study's sizes
+    shown = " ".join(shown.split())
+    assert "only 2 are known, fewer than the largest size 3" in shown and "over 2 known users" in shown
+    assert saved["shares_of"] == "2 known users" and {member["share"] for member in saved["members"]} <= {0, 0.5, 1}
+    assert "any way of picking among the candidates" in saved["certificate_says"]
     method = load_method(folder / "portfolio.ckpt")
     assert method.find_users is not None
     state = method.find_users(["ben", "anna"]).tensors
@@ -96,6 +101,9 @@ def test_two_numbers_of_objectives_and_no_users(tables: Path, tmp_path: Path) ->
         members = json.loads((folder / "portfolio.json").read_text())["members"]
         assert all(len(member["weights"]) == num and member["cost"] > 0 for member in members)
         assert method.population_state(1).tensors["member"].item() < len(members)
+        saved = json.loads((folder / "portfolio.json").read_text())
+        assert saved["shares_of"] == "50 users drawn evenly from the simplex"
+        assert saved["certificate_says"].endswith("a nat of KL costs 0.1")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -158,6 +166,10 @@ def test_intervals_over_seeds() -> None:
         (["--rewards.objectives", "{a: n_word, b: flesch, c: list_items}"], "did you mean 'n_words'"),
         (["--search", "grid", "--num_objectives", "[5]"], "9,031 weights"),
         (["--weights", "bad.jsonl"], "bad.jsonl:1: expected 3 finite weights >= 0"),
+        (["--weights", "bad.jsonl", "--num_objectives", "[3, 5]"], "num_objectives: expected one number with weights"),
+        (["--rewards.objectives", "{a: -n_word, b: flesch, c: list_items}"], "did you mean '-n_words'"),
+        (["--cell", "[0, 0.2]"], "cell: expected two slacks > 0"),
+        (["--max_calls", "0"], "max_calls: expected at least 1, got 0"),
         (["--sise", "3"], "no option '--sise'; did you mean '--size'"),
     ],
 )

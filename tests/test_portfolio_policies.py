@@ -12,13 +12,14 @@ import torch
 
 from plm.checkpoint import load_method
 from plm.cli import main
-from plm.cli.portfolio_policies import WrittenMembers, own_mix_lines, own_mixes, simplex_covariance
+from plm.cli.portfolio_policies import WrittenMembers, own_mix_lines, own_mixes, simplex_covariance, undecided
 from plm.cli.sampled_rewards import SampledRewards
 from plm.config import read_config
 from plm.data.rewards import Length, Style
 from plm.evaluation import cluster_bootstrap
 from plm.generation import sample
 from plm.methods.palm.policies import PolicyPortfolio
+from plm.policy_oracles import LoRADPOFit
 from plm.testing import tiny_causal_lm
 from plm.types import UserState
 
@@ -95,9 +96,18 @@ def test_from_the_recipe_to_a_text_for_a_user(
         rows = {row["user_id"]: row for row in csv.DictReader(file)}
     values = np.eye(3) @ method.net.numpy().T
     assert [int(rows[name]["member"]) for name in ("anna", "ben", "cem")] == values.argmax(1).tolist()
-    assert max(float(row["certified_regret"]) for row in rows.values()) <= saved["certificate"] + 1e-5
+    assert max(float(row["regret_within_oracle"]) for row in rows.values()) <= saved["certificate"] + 1e-5
+    assert "no bound on the loss to others" in saved["certificate_says"] and "KL is free" in saved["certificate_says"]
+    assert saved["certificate_says"] in shown and saved["shares_of"] == "3 known users"
+    lost = saved["policies"]["held_out"]
+    assert lost["num_prompts"] == 10 and list(lost["users"]) == ["anna", "ben", "cem"]
+    for who, row in lost["users"].items():
+        assert row["member"] == int(rows[who]["member"]) and row["to_policies"]["mean"] >= 0
+        assert row["to_policies"]["mean"] <= lost["worst"]["to_policies"]["mean"] + 1e-9
     judged = json.loads((folder / "judge.json").read_text())
     assert judged["num_prompts"] == 10 and len(judged["own_mix"]) == num
+    stranger = judged["texts"]["population"]
+    assert stranger == list(judged["texts"].values())[2 + saved["cold_start"]]
     # texts of users are those of their members
     (tmp_path / "p.txt").write_text("p0\np3\n")
     asked = ["generate", "--ckpt_path", str(folder / "portfolio.ckpt"), "--prompts", "p.txt"]
@@ -153,7 +163,7 @@ def test_a_member_is_compared_by_its_own_mix_with_the_best_of_the_others() -> No
     values = np.random.default_rng(0).random((4, 30, 2))
     values[1, :, 0] += 1  # the first member is best by the first objective
     values[3, :, 1] += 1  # the third by the second, for which the second was made
-    first, second, _ = own_mixes(values, np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]))
+    first, second, _ = own_mixes(values, np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), [2.0, 0.0, 1.0])
     assert first.gain[0] == pytest.approx((values[1] - values[0]).mean(0)[0])
     assert first.lead is not None and first.lead[1] > 0.5 and first.rival in (1, 2)
     low, high = cluster_bootstrap(values[2, :, 1] - values[3, :, 1])
@@ -161,7 +171,8 @@ def test_a_member_is_compared_by_its_own_mix_with_the_best_of_the_others() -> No
     assert second.lead[1:] == pytest.approx((float(low), float(high))) and second.lead[2] < 0
     shown = own_mix_lines({"own_mix": [first._asdict(), second._asdict()]}, ["a", "b"])
     assert "better than member" in shown[0] and "WORSE than member 2" in shown[1]
-    (alone,) = own_mixes(values[:2], np.array([[1.0, 0.0]]))
+    assert f"KL 2.0 nats, a gain of {first.gain[0] / 2:.3f} for each" in shown[0] and "KL" not in shown[1]
+    (alone,) = own_mixes(values[:2], np.array([[1.0, 0.0]]), [0.5])
     assert alone.rival is None and alone.lead is None
 
 
@@ -184,12 +195,72 @@ def test_policies_need_sampled_responses(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"people": {"a": {"smal": 1}}}, "people.a: expected objectives"),
+        ({"people": {"a": {"smal": 1}}}, "people.a: expected objectives .*, got 'smal'; did you mean 'small'?"),
         ({"people": {"a": {"small": -1}}}, "weights >= 0"),
-        ({"value_prompts": 1}, "value_prompts >= 2"),
+        ({"value_prompts": 1}, "rewards.value_prompts: expected at least 2, got 1"),
+        ({"sharpness": float("nan")}, "rewards.sharpness: expected a finite number of nats > 0, got nan"),
+        ({"test_share": 1.0}, "rewards.test_share: expected a share between 0 and 1, got 1.0"),
     ],
 )
 def test_wrong_sources_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source(tmp_path, **options)
-    assert WrittenMembers(tiny_causal_lm()).fit.epochs >= 1
+
+
+@pytest.mark.parametrize(("given", "meant"), [("-wrds", "-words"), ("wrds", "words")])
+def test_a_near_name_keeps_its_minus(given: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"got '{given}'; did you mean '{meant}'\?"):
+        SampledRewards("s.jsonl", {"case": Style("lower_case"), "words": Length()}, {"a": "case", "b": given})
+
+
+def test_counts_and_rates_are_checked_before_anything_runs() -> None:
+    with pytest.raises(ValueError) as error:
+        WrittenMembers(tiny_causal_lm(), rounds=-1, num_samples=0, max_new_tokens=0)
+    assert str(error.value).splitlines() == [
+        "policies.rounds: expected at least 0, got -1",
+        "policies.num_samples: expected at least 1, got 0",
+        "policies.max_new_tokens: expected at least 1, got 0",
+    ]
+    with pytest.raises(ValueError) as error:
+        LoRADPOFit(beta=0.0, rank=0, alpha=float("inf"), lr=float("nan"), epochs=0, pairs_per_step=-2)
+    assert str(error.value).splitlines() == [
+        "policies.fit.rank: expected at least 1, got 0",
+        "policies.fit.epochs: expected at least 1, got 0",
+        "policies.fit.pairs_per_step: expected at least 1, got -2",
+        "policies.fit.beta: expected a finite number > 0, got 0.0",
+        "policies.fit.alpha: expected a finite number > 0, got inf",
+        "policies.fit.lr: expected a finite number > 0, got nan",
+    ]
+
+
+def test_a_recipe_with_a_wrong_count_gets_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(recipe(tmp_path))
+    for args, message in (
+        (["--policies.rounds", "-1"], "policies.rounds: expected at least 0, got -1"),
+        (["--policies.fit.epochs", "0"], "policies.fit.epochs: expected at least 1, got 0"),
+        (["--beta", "-1"], "beta: expected a finite number >= 0, got -1"),
+    ):
+        assert main(["portfolio", "--config", path, *args]) != 0
+        shown = capsys.readouterr().err
+        assert message in shown and "Traceback" not in shown and not (tmp_path / "runs").exists()
+
+
+def test_fewer_objectives_are_for_people_who_weigh_no_others(tmp_path: Path) -> None:
+    """Or for users whose weights are given."""
+    people = {"a": {"small": 1, "tall": 3}, "b": {"tall": 2}}
+    assert source(tmp_path, people=people).deployment(2).weights.tolist() == [[0.25, 0.75], [0, 1]]
+    made = source(tmp_path, people={**people, "cem": {"brief": 1}})
+    with pytest.raises(ValueError, match=r"rewards.people.cem weighs 'brief', got 2; .* --weights FILE"):
+        made.deployment(2)
+    found = made.deployment(2, (["x"], np.array([[0.5, 0.5]])))
+    assert found.user_ids == ["x"] and found.weights.tolist() == [[0.5, 0.5]]
+
+
+def test_what_nobody_can_tell_apart_is_said(tmp_path: Path) -> None:
+    made = source(tmp_path)
+    weights = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    (note,) = undecided(made.candidates(3), weights, list(OBJECTIVES))
+    assert note.startswith("by 0.50 tall + 0.50 small all responses are worth the same") and "unaligned" in note

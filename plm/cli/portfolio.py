@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ from rich.console import Console
 
 from plm.cli import judge_report
 from plm.cli.parser import RecipeParser, shorten
-from plm.cli.portfolio_policies import WrittenMembers, inferred, own_mix_lines, users_table
+from plm.cli.portfolio_held_out import held_out_table
+from plm.cli.portfolio_policies import Finished, WrittenMembers, inferred, own_mix_lines, users_table
 from plm.cli.portfolio_report import (
     comparison_lines,
     members_table,
@@ -58,9 +60,12 @@ class PortfolioRun:
         cell: Relative and absolute slack of the grid's cells.
         max_calls: Most oracle calls of the corner search.
         solver: greedy = greedy covers and exchanges; milp = exact covers by integer programming.
-        beta: KL penalty of soft best-of-n; 0 = the best candidate.
-        num_users: Users drawn evenly from the simplex, for mean regret and usage, where the rewards bring none.
-        weights: JSONL file of users with given weights; they are routed, certified and saved.
+        beta: What a nat of KL costs, in units of a calibrated reward: of soft best-of-n, and of policies that write
+            from the unaligned one. 0 = KL is free: the best candidate, and utilities are plain rewards.
+        num_users: Users drawn evenly from the simplex, for mean regret and usage, where fewer are known than the
+            largest of ``sizes``.
+        weights: JSONL file of users with given weights for one number of objectives, in the place of those that the
+            rewards bring; they are routed, certified and saved.
         policies: Make the members policies of a language model, which write, for the weights that best-of-n chose;
             null = best-of-n policies, whose texts are chosen among those of any policy.
         output: Folder of runs; a new numbered one is made inside.
@@ -93,12 +98,20 @@ class PortfolioRun:
             f"size and sizes: expected numbers >= 1, got {self.sizes!r}": min(self.sizes) >= 1,
             f"seeds: expected at least 1, got {seeds!r}": seeds >= 1,
             f"delta: expected a loss > 0, got {delta!r}": delta > 0,
+            f"cell: expected two slacks > 0 and at most 1, got {cell!r}": all(0 < slack <= 1 for slack in cell),
+            f"max_calls: expected at least 1, got {max_calls!r}": max_calls >= 1,
+            f"beta: expected a finite number >= 0, got {beta!r}": 0 <= beta < math.inf,
             f"num_users: expected at least the largest size, got {num_users!r}": num_users >= max(self.sizes),
             f"num_objectives: expected numbers from 2 to {MAX_OBJECTIVES}, got {num_objectives!r}": all(
                 2 <= num <= MAX_OBJECTIVES for num in num_objectives or []
             ),
         }
         problems = [text for text, fine in checks.items() if not fine]
+        if weights is not None and len(num_objectives or []) > 1:
+            problems.append(
+                f"num_objectives: expected one number with weights, whose users weigh so many, got {num_objectives!r}; "
+                f"run once for each, e.g. --num_objectives [{(num_objectives or [0])[0]}] --weights {weights}"
+            )
         if policies is not None and not isinstance(rewards, SampledRewards):
             problems.append(f"policies: expected rewards to be SampledRewards, got {type(rewards).__name__}")
         if problems:
@@ -119,10 +132,8 @@ class PortfolioRun:
 
     def _run_one(self, num: int, folder: Path) -> None:
         console, names = Console(), self.rewards.names[:num]
-        deployment = self.rewards.deployment(num)
-        if self.weights is not None:
-            ids, weights = read_weights(self.weights, num)
-            deployment = deployment._replace(user_ids=ids, weights=weights)
+        given = None if self.weights is None else read_weights(self.weights, num)
+        deployment = self.rewards.deployment(num, given)
         rows = run_study(
             lambda rng: self._oracles(num, rng, deployment), self.sizes, self.seeds, self._find, self.solver
         )
@@ -134,7 +145,9 @@ class PortfolioRun:
             wanted = portfolio.members.weights
             finished = self.policies.make(self.rewards, deployment, wanted, self.size, self.solver, self.beta)
             portfolio = finished.portfolio
-        users = self._users(num, np.random.default_rng(0), deployment)
+        studied = self._users(num, np.random.default_rng(0), deployment)
+        users = deployment.weights if deployment.user_ids else studied  # who the shares are of
+        counted = f"{len(users):,} {'known users' if deployment.user_ids else 'users drawn evenly from the simplex'}"
         row = next(row for row in rows if row.size == self.size)
         used = usage(route(portfolio.members, users), len(portfolio.members.weights))
         searches = self._searches(split.train)
@@ -147,8 +160,10 @@ class PortfolioRun:
                 {"weights": w.tolist(), "rewards": r.tolist(), "cost": float(c), "share": float(s)}
                 for w, r, c, s in zip(*portfolio.members, used.shares, strict=True)
             ],
+            "shares_of": counted,
             "cold_start": method.cold_start,
             "certificate": portfolio.certificate,
+            "certificate_says": what_is_certified(finished, self.beta),
             "oracle_calls": portfolio.num_calls,
             **({} if finished is None else {"policies": finished.about}),
         }
@@ -163,36 +178,38 @@ class PortfolioRun:
             console.print(
                 "Sizes and searches are those of best-of-n, which chose the weights that policies were made for"
             )
-        for table in (
-            size_table(rows, num, self.seeds),
-            members_table(portfolio.members, names, used, method.cold_start),
-        ):
-            console.print(table, "")
+        console.print(size_table(rows, num, self.seeds))
+        if len(deployment.user_ids) > 0 and studied is not users:
+            console.print(
+                f"Mean regret, k-means, usage and dead members above are of {self.num_users:,} users drawn evenly from "
+                f"the simplex: only {len(users)} are known, fewer than the largest size {max(self.sizes)}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        console.print("", members_table(portfolio.members, names, used, method.cold_start, counted), "")
         console.print(search_table(searches, self.delta), "")
         for line in comparison_lines(row):
             console.print(line, soft_wrap=True, highlight=False)
         if finished is not None and isinstance(self.rewards, SampledRewards):
-            self._judge(finished.method, self.rewards, folder, console)
+            self._judge(finished, self.rewards, folder, console)
         pictures = "regret.png and simplex.png" if num == 3 else "regret.png"
         what = f"portfolio.ckpt, portfolio.json, study.json, {pictures} in {folder}"
-        if finished is None:
-            console.print(f"certificate of the saved portfolio: {portfolio.certificate:.4f}; {what}\n", soft_wrap=True)
-        else:  # a policy made in another way may be better
-            console.print(
-                f"estimated loss to policies trained like it: {portfolio.certificate:.4f}, no bound on the loss "
-                f"to others; {what}\n",
-                soft_wrap=True,
-            )
+        for line in (f"certificate {portfolio.certificate:.4f}: {about['certificate_says']}", f"{what}\n"):
+            console.print(line, soft_wrap=True, highlight=False)
 
-    def _judge(self, method: PolicyPortfolio, rewards: SampledRewards, folder: Path, console: Console) -> None:
+    def _judge(self, finished: Finished, rewards: SampledRewards, folder: Path, console: Console) -> None:
         """Users learned from pairs, and what the members write on prompts that nothing was chosen on."""
         assert self.policies is not None
+        method = finished.method
         names = rewards.names[: method.num_objectives]
+        for note in finished.notes:
+            console.print(note, soft_wrap=True, highlight=False)
         if method.user_ids:
             pool = rewards.candidates(len(names), "measure")
             learned = inferred(method, pool, method.weights.double().cpu().numpy())
             console.print(users_table(method, learned, len(pool.prompts), names), "")
-        result = self.policies.judged(method, rewards.prompts_to_judge, names)
+        console.print(held_out_table(*finished.held_out, method.user_ids, names, finished.sizes), "")
+        result = self.policies.judged(finished, rewards.prompts_to_judge, names)
         judge_report.show(result, console)
         for line in own_mix_lines(result, list(result["users"])):
             console.print(line, soft_wrap=True, highlight=False)
@@ -223,8 +240,12 @@ class PortfolioRun:
                 found.append({"search": how, "calls": done.num_calls, "certificate": done.gap})
         return found
 
+    def _regret_column(self) -> str:
+        """What the regret of a user is called in files: a certificate of best-of-n, an estimate of other oracles."""
+        return "certified_regret" if self.policies is None else "regret_within_oracle"
+
     def _write_users(self, method: PALM | PolicyPortfolio, folder: Path) -> None:
-        """Member and certified regret of every known user."""
+        """Member and regret of every known user."""
         if not method.user_ids:
             return
         with torch.no_grad():
@@ -234,7 +255,7 @@ class PortfolioRun:
             [user_id, member, f"{lost:.6f}", json.dumps([round(w, 6) for w in weights])]
             for user_id, member, lost, weights in zip(method.user_ids, *columns, strict=True)
         ]
-        write_csv(folder / "users.csv", ["user_id", "member", "certified_regret", "weights"], rows)
+        write_csv(folder / "users.csv", ["user_id", "member", self._regret_column(), "weights"], rows)
 
     def _write_sweep(self, method: PALM | PolicyPortfolio, names: list[str], folder: Path) -> None:
         """What evenly spaced weights would be served with: the member, its regret and its rewards."""
@@ -246,8 +267,23 @@ class PortfolioRun:
                 weights.tolist(), member.tolist(), lost.tolist(), method.member_rewards[member].tolist(), strict=True
             )
         ]
-        heads = [*(f"{name} weight" for name in names), "member", "certified_regret", *(f"{n} reward" for n in names)]
+        mixes, rewards = ([f"{name} {what}" for name in names] for what in ("weight", "reward"))
+        heads = [*mixes, "member", self._regret_column(), *rewards]
         write_csv(folder / "sweep.csv", heads, rows)
+
+
+def what_is_certified(finished: Finished | None, beta: float) -> str:
+    """What the certificate of a portfolio bounds, and what it does not."""
+    price = "KL is free, utilities are plain rewards" if beta == 0 else f"a nat of KL costs {beta:g}"
+    if finished is None:
+        return (
+            "no weights lose more than this to any way of picking among the candidates of the prompts it was computed "
+            f"on; {price}"
+        )
+    return (
+        f"estimated loss to policies made in the same way ({finished.about['oracle']}), no bound on the loss to "
+        f"others, such as the best of several samples; {price}"
+    )
 
 
 def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float) -> PALM:
@@ -293,7 +329,8 @@ def run(args: list[str]) -> None:
         prog="plm portfolio",
         description="Choose few policies that serve everybody, with a certificate, and judge them at every size. "
         "Members are best-of-n policies, or with --policies those of a language model: plm generate --user then writes "
-        "by them.",
+        "by them. The certificate bounds the loss to policies that the same oracle can make, no other; utilities are "
+        "plain rewards unless --beta prices KL.",
         parser_mode="omegaconf+",
         allow_abbrev=False,
     )

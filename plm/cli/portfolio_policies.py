@@ -16,15 +16,24 @@ from torch import Tensor
 
 from plm.backbones import CausalLM, Policy
 from plm.cli.judge import Written, judgement
+from plm.cli.portfolio_held_out import HeldOut, Values, as_json, held_out
 from plm.cli.rewards import Array, Deployment
 from plm.cli.sampled_rewards import SampledRewards
 from plm.cli.writing import device
 from plm.data.sources.population import Pool, best_and_worst
 from plm.evaluation import cluster_bootstrap, plain_table
-from plm.generation import sample
+from plm.generation import Sample, sample
 from plm.methods.palm.policies import PolicyPortfolio
 from plm.methods.palm.selection import Portfolio, Solver, choose_portfolio
-from plm.policy_oracles import LoRADPOFit, MixedPolicies, PolicyOracle, TrainedPolicies, train_adapters, written
+from plm.policy_oracles import (
+    LoRADPOFit,
+    MixedPolicies,
+    PolicyOracle,
+    TrainedPolicies,
+    train_adapters,
+    weighted_pairs,
+    written,
+)
 from plm.types import Context, UserState
 
 
@@ -35,6 +44,16 @@ class Finished(NamedTuple):
     portfolio: Portfolio
     about: dict[str, Any]
     """What `portfolio.json` says of it besides."""
+    texts: list[list[list[Sample]]]
+    """M x X x N, what the members wrote on the prompts of the test."""
+    raw: Array
+    """``(M, X, N, R)`` objectives of these texts."""
+    held_out: tuple[list[HeldOut], HeldOut]
+    """What each user loses on these prompts, and what whoever loses most."""
+    sizes: tuple[int, int, int]
+    """Prompts of the test, policies compared, and sampled responses to a prompt, at most."""
+    notes: list[str]
+    """What else to tell."""
 
 
 class WrittenMembers:
@@ -68,6 +87,14 @@ class WrittenMembers:
         self.backbone, self.oracle, self.fit = backbone, oracle, fit or LoRADPOFit()
         self.rounds = rounds
         self.num_samples, self.max_new_tokens, self.cache_dir = num_samples, max_new_tokens, cache_dir
+        least = {"rounds": 0, "num_samples": 1, "max_new_tokens": 1}
+        problems = [
+            f"policies.{name}: expected at least {low}, got {value!r}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) < low
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
 
     def make(
         self,
@@ -80,7 +107,8 @@ class WrittenMembers:
     ) -> Finished:
         """Solve ``wanted`` weights ``(M, R)`` and the vertices, choose ``size`` policies, route the users to them."""
         oracle = self._oracle(rewards, deployment, beta)
-        oracle.solve(np.concatenate([np.eye(oracle.num_objectives), wanted]))
+        num = oracle.num_objectives
+        oracle.solve(np.concatenate([np.eye(num), wanted]))
         chosen = choose_portfolio(oracle, oracle.solved, size, solver, self.rounds)
         members = oracle.members_for(chosen.members.weights)
         about = {
@@ -92,11 +120,28 @@ class WrittenMembers:
                 for w, r, kl in zip(oracle.solved.weights, oracle.solved.rewards, oracle.divergence, strict=True)
             ],
         }
-        method = oracle.portfolio
+        method, pool = oracle.portfolio, rewards.candidates(num, "judge")
+        texts = written(method, torch.arange(len(oracle.solved.weights)), pool.prompts, **self._settings)
+        raw = objectives_of(method, pool.prompts, texts)
+        values = Values(raw.mean(2) - oracle.solved.costs[:, None, None], pool.scores, beta)
+        lost = held_out(values, members, chosen.members.net, deployment.weights)
+        sizes = (len(pool.prompts), len(texts), int(np.isfinite(pool.scores).all(2).sum(1).max()))
+        trained = oracle.solved.weights if self.oracle == "lora_dpo" else np.eye(num)
+        about["held_out"] = {
+            "num_prompts": sizes[0],
+            "users": {who: as_json(row) for who, row in zip(deployment.user_ids, lost[0], strict=True)},
+            "worst": as_json(lost[1]),
+        }
+        notes = undecided(rewards.candidates(num), trained, rewards.names[:num])
         method.keep(members)
         users = torch.as_tensor(deployment.weights, dtype=torch.float32) if deployment.user_ids else None
         method.install(chosen, users)
-        return Finished(method, chosen, about)
+        return Finished(method, chosen, about, [texts[row] for row in members], raw[members], lost, sizes, notes)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """How texts to judge by are drawn: not as those that members were chosen by."""
+        return {"num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens, "temperature": 1.0, "seed": 1}
 
     def _oracle(self, rewards: SampledRewards, deployment: Deployment, beta: float) -> PolicyOracle:
         num, fit = deployment.weights.shape[1], self.fit
@@ -124,26 +169,51 @@ class WrittenMembers:
         return train_adapters(pool, weights, self.backbone, self.fit, self.cache_dir)
 
     # ------------------------------------------------------------------ judging
-    def judged(self, method: PolicyPortfolio, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-        """What the members write on new prompts: each objective, and the own mix against the other members.
+    def judged(self, finished: Finished, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        """What the members wrote on new prompts: each objective, and the own mix against the other members.
 
         Args:
-            method: The portfolio.
+            finished: The portfolio.
             prompts: X prompts that nothing was chosen on.
             names: Of the objectives.
         """
         unaligned = Policy(CausalLM(**self.backbone.spec()["init_args"])).to(device())
-        settings: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "temperature": 1.0, "seed": 1}
-        weights = method.member_weights.double().cpu().numpy()
-        texts = [sample(writer, prompts, num_samples=self.num_samples, **settings) for writer in (unaligned, method)]
-        texts += written(method, torch.arange(len(weights)), prompts, num_samples=self.num_samples, **settings)
-        asked = [prompt for _ in texts for prompt in prompts for _ in range(self.num_samples)]
-        read = method.objectives.represent(asked, [one.text for rows in texts for row in rows for one in row])
-        assert isinstance(read, Tensor)
-        raw = read.double().numpy().reshape(len(texts), len(prompts), self.num_samples, len(names))
+        first = sample(unaligned, prompts, **self._settings)
+        reference = objectives_of(finished.method, prompts, [first])
+        stranger = finished.method.cold_start  # what an unknown user gets
+        weights = finished.method.member_weights.double().cpu().numpy()
+        texts = [first, finished.texts[stranger], *finished.texts]
+        raw = np.concatenate([reference, finished.raw[stranger : stranger + 1], finished.raw])
         members = [f"{place}: {member_name(row, names)}" for place, row in enumerate(weights)]  # no two alike
-        result = judgement(Written(unaligned, prompts, members, texts, names, raw), raw, names, settings)
-        return {**result, "own_mix": [own._asdict() for own in own_mixes(np.delete(raw, 1, 0).mean(2), weights)]}
+        about = Written(unaligned, prompts, members, texts, names, raw)
+        drawn = {name: value for name, value in self._settings.items() if name != "num_samples"}  # told of the texts
+        result = judgement(about, raw, names, drawn)
+        values = np.concatenate([reference, finished.raw]).mean(2)
+        own = [mix._asdict() for mix in own_mixes(values, weights, finished.about["divergence"])]
+        return {**result, "own_mix": own}
+
+
+def objectives_of(
+    method: PolicyPortfolio, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]
+) -> Array:
+    """Objectives ``(M, X, N, R)`` of what M policies wrote on X prompts, M x X x N."""
+    shape = (len(texts), len(prompts), len(texts[0][0]))
+    asked = [prompt for _ in texts for prompt in prompts for _ in range(shape[2])]
+    read = method.objectives.represent(asked, [one.text for rows in texts for row in rows for one in row])
+    assert isinstance(read, Tensor)
+    values: Array = read.double().numpy().reshape(*shape, -1)
+    return values
+
+
+def undecided(pool: Pool, weights: Array, names: Sequence[str]) -> list[str]:
+    """A sentence for each of the weights ``(V, R)`` by which all responses to every prompt are worth the same."""
+    decided = {int(user) for user in weighted_pairs(pool, weights).user_ids}
+    return [
+        f"by {member_name(row, names)} all responses are worth the same: there is nothing to learn, and the policy for "
+        "these weights is the unaligned one"
+        for place, row in enumerate(weights)
+        if place not in decided
+    ]
 
 
 class OwnMix(NamedTuple):
@@ -155,14 +225,17 @@ class OwnMix(NamedTuple):
     """The best other member by this mix."""
     lead: tuple[float, float, float] | None
     """Over the rival."""
+    divergence: float
+    """KL from the unaligned policy in nats per response, as measured before."""
 
 
-def own_mixes(values: Array, weights: Array) -> list[OwnMix]:
+def own_mixes(values: Array, weights: Array, divergence: Sequence[float]) -> list[OwnMix]:
     """For every member: its own mix, against the unaligned policy and against the best of the other members.
 
     Args:
         values: ``(1 + M, X, R)`` mean objectives on each prompt, the unaligned policy first.
         weights: ``(M, R)``.
+        divergence: ``(M,)``.
     """
 
     def with_ends(differences: Array) -> tuple[float, float, float]:
@@ -175,12 +248,12 @@ def own_mixes(values: Array, weights: Array) -> list[OwnMix]:
         own, others = mixed[1 + member], [other for other in range(len(weights)) if other != member]
         rival = max(others, key=lambda other: float(mixed[1 + other].mean()), default=None)
         lead = None if rival is None else with_ends(own - mixed[1 + rival])
-        found.append(OwnMix(with_ends(own - mixed[0]), rival, lead))
+        found.append(OwnMix(with_ends(own - mixed[0]), rival, lead, divergence[member]))
     return found
 
 
 def own_mix_lines(result: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """One sentence per member: does it serve its own weights best?"""
+    """One sentence per member: does it serve its own weights best, and from which price of KL on is it not worth it?"""
     lines = []
     for member, (name, own) in enumerate(zip(names, result["own_mix"], strict=True)):
         (gain, *ends), rival, lead = own["gain"], own["rival"], own["lead"]
@@ -188,6 +261,8 @@ def own_mix_lines(result: dict[str, Any], names: Sequence[str]) -> list[str]:
         if lead is not None:
             verdict = "better than" if lead[1] > 0 else "WORSE than" if lead[2] < 0 else "not distinguishable from"
             line += f"; {verdict} member {rival}, the best other, {lead[0]:+.3f} [{lead[1]:+.3f}, {lead[2]:+.3f}]"
+        if own["divergence"] > 0:
+            line += f"; KL {own['divergence']:.1f} nats, a gain of {gain / own['divergence']:.3f} for each"
         lines.append(line)
     return lines
 

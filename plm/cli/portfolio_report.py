@@ -60,9 +60,9 @@ def size_table(rows: Sequence[Row], num_objectives: int, num_seeds: int) -> Tabl
     return table
 
 
-def members_table(members: Pool, names: Sequence[str], used: Usage, cold_start: int) -> Table:
-    """The saved portfolio: weights, rewards and users of each member."""
-    table = plain_table(f"The portfolio, usage perplexity {used.perplexity:.2f} of {len(used.shares)}")
+def members_table(members: Pool, names: Sequence[str], used: Usage, cold_start: int, counted: str) -> Table:
+    """The saved portfolio: weights, rewards and users of each member; ``counted`` says which users."""
+    table = plain_table(f"The portfolio, usage perplexity {used.perplexity:.2f} of {len(used.shares)} over {counted}")
     table.add_column("member", justify="right")
     for head in (*(f"{name} weight" for name in names), *(f"{name} reward" for name in names), "users %", ""):
         table.add_column(head, justify="right")

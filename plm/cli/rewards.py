@@ -9,6 +9,7 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from plm.method import PersonalizationMethod
 from plm.types import UserState
 
 Array = npt.NDArray[np.float64]
+Users = tuple[list[str], Array]
+"""Ids and weights ``(U, R)`` of users."""
 
 _LOW, _HIGH = 0.01, 0.99  # quantiles that rewards are calibrated by
 
@@ -70,8 +73,8 @@ class RewardSource(ABC):
         """Halve the prompts at random; without ``rng`` all of them are on both sides."""
 
     @abstractmethod
-    def deployment(self, num_objectives: int) -> Deployment:
-        """How the portfolio serves users."""
+    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
+        """How the portfolio serves users: its own, unless others are given."""
 
 
 class RewardTable(RewardSource):
@@ -110,7 +113,7 @@ class RewardTable(RewardSource):
             for name in [self.prompt, *columns.values()]:
                 if name not in present:
                     raise ValueError(
-                        f"{file}: expected the column {name!r}, got {present}{nearest(name, present)}; "
+                        f"{file}: expected the column {name!r}, got {present}{self._meant(name, present)}; "
                         "correct rewards.objectives or rewards.prompt"
                     )
             parts.append(pq.read_table(file, columns=list(dict.fromkeys([self.prompt, *columns.values()]))).to_pydict())
@@ -128,6 +131,11 @@ class RewardTable(RewardSource):
         table[np.sort(row, kind="stable"), place] = values
         return table[count > 1]
 
+    def _meant(self, column: str, present: Iterable[str]) -> str:
+        """The near name of a column, written as the recipe has it, with the minus of an objective."""
+        written = next((own for own in self.objectives.values() if own.removeprefix("-") == column), column)
+        return nearest(written, signed_like(written, present))
+
     def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
         """Halve the prompts; calibrate on the first half."""
         table = self._raw[..., :num_objectives]
@@ -136,9 +144,20 @@ class RewardTable(RewardSource):
         calibrated = np.clip((table - about["shift"]) / about["scale"], 0, 1)
         return Split(calibrated[train], calibrated[test], about)
 
-    def deployment(self, num_objectives: int) -> Deployment:
-        """Features are the calibrated objectives themselves; no user is known."""
-        return Deployment(torch.eye(num_objectives), None, [], np.zeros((0, num_objectives)))
+    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
+        """Features are the calibrated objectives themselves; no user is known but those given."""
+        ids, weights = ([], np.zeros((0, num_objectives))) if given is None else given
+        return Deployment(torch.eye(num_objectives), None, ids, weights)
+
+
+def signed_like(name: str, valid: Iterable[str]) -> list[str]:
+    """Valid names with the minus that ``name`` has, or without.
+
+    >>> signed_like("-sentimnt", ["sentiment", "length"])
+    ['-sentiment', '-length']
+    """
+    sign = "-" if name.startswith("-") else ""
+    return [sign + one for one in valid]
 
 
 def calibration(table: Array, names: list[str]) -> dict[str, list[float]]:
@@ -280,13 +299,13 @@ class LoReBases(RewardSource):
         about = {"shift": [0.0] * num_objectives, "scale": [scale] * num_objectives}
         return Split(train / scale, test / scale, about)
 
-    def deployment(self, num_objectives: int) -> Deployment:
-        """Everything the scorer has: its backbone, its bases, its users."""
-        ids, weights = self._users
+    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
+        """Everything the scorer has: its backbone, its bases, its users unless others are given."""
+        ids, weights = self._users if given is None else given
         return Deployment(self._bases, self._method.hparams.get("backbone"), ids, weights)
 
 
-def read_weights(path: str, num_objectives: int) -> tuple[list[str], Array]:
+def read_weights(path: str, num_objectives: int) -> Users:
     """Given users: JSONL rows ``{"user_id": ..., "weights": [...]}`` -> ids and ``(U, R)``, each row summing to one.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plm.cli.rewards import Array, Deployment, RewardSource, Split, calibration, halves
+from plm.cli.rewards import Array, Deployment, RewardSource, Split, Users, calibration, halves, signed_like
 from plm.config import nearest
 from plm.data.keys import digest, mix, seed_key
 from plm.data.rewards import Reward
@@ -60,7 +60,8 @@ class SampledRewards(RewardSource):
         self.people, self.value_prompts, self.test_share = dict(people or {}), value_prompts, test_share
         self.sharpness, self.seed = sharpness, seed
         problems = [
-            f"objectives.{name}: expected a reward ({', '.join(rewards)}), got {one!r}{nearest(one, rewards)}"
+            f"objectives.{name}: expected a reward ({', '.join(rewards)}), or -reward where less is better, got {one!r}"
+            f"{nearest(one, signed_like(one, rewards))}"
             for name, one in self.objectives.items()
             if one.removeprefix("-") not in rewards
         ]
@@ -69,13 +70,18 @@ class SampledRewards(RewardSource):
         for person, weights in self.people.items():
             problems += [
                 f"people.{person}: expected objectives ({', '.join(objectives)}), got {name!r}"
+                f"{nearest(name, objectives)}"
                 for name in weights
                 if name not in self.objectives
             ]
             if min(weights.values(), default=0) < 0 or not 0 < sum(weights.values()) < math.inf:
                 problems.append(f"people.{person}: expected finite weights >= 0 that are not all 0, got {weights!r}")
-        if value_prompts < 2 or sharpness <= 0:
-            problems.append(f"expected value_prompts >= 2 and sharpness > 0, got {value_prompts!r} and {sharpness!r}")
+        if value_prompts < 2:
+            problems.append(f"value_prompts: expected at least 2, got {value_prompts!r}")
+        if not 0 < test_share < 1:
+            problems.append(f"test_share: expected a share between 0 and 1, got {test_share!r}")
+        if not 0 < sharpness < math.inf:
+            problems.append(f"sharpness: expected a finite number of nats > 0, got {sharpness!r}")
         if problems:
             raise ValueError("\n".join(f"rewards.{problem}" for problem in problems))
 
@@ -120,10 +126,10 @@ class SampledRewards(RewardSource):
         """Prompts that nothing has been chosen, calibrated or trained on."""
         return [self._all.prompts[row] for row in np.flatnonzero(self._all.test)]
 
-    def candidates(self, num_objectives: int, part: Literal["choose", "measure"] = "choose") -> Pool:
-        """Prompts to choose from, or to measure on, with their responses and calibrated objectives."""
-        about = self.split(num_objectives, None).calibration
-        rows, pool = self._parts[0 if part == "choose" else 1], self._all
+    def candidates(self, num_objectives: int, part: Literal["choose", "measure", "judge"] = "choose") -> Pool:
+        """Prompts to choose from, to measure on, or of the test, with their responses and calibrated objectives."""
+        about, pool = self.split(num_objectives, None).calibration, self._all
+        rows = {"choose": self._parts[0], "measure": self._parts[1], "judge": np.flatnonzero(pool.test)}[part]
         scores = np.clip((pool.scores[rows][..., :num_objectives] - about["shift"]) / about["scale"], 0, 1)
         prompts = [pool.prompts[row] for row in rows]
         return Pool(prompts, pool.responses, pool.candidates[rows], scores, pool.test[rows])
@@ -145,12 +151,30 @@ class SampledRewards(RewardSource):
         specs = {name: reward_spec(reward) for name, reward in self.rewards.items() if name in used}
         return RewardFeatures(specs, objectives, about["shift"], about["scale"])
 
-    def deployment(self, num_objectives: int) -> Deployment:
-        """Features are the calibrated objectives; users are the people."""
-        if self.people and num_objectives != len(self.names):
-            raise ValueError(f"num_objectives: expected all {len(self.names)} that people weigh, got {num_objectives}")
+    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
+        """Features are the calibrated objectives; users are the people, unless others are given."""
+        ids, users = self._people(num_objectives) if given is None else given
+        scaled = self.sharpness * torch.eye(num_objectives)
+        return Deployment(scaled, self.features(num_objectives).spec(), ids, users)
+
+    def _people(self, num_objectives: int) -> Users:
+        """The people, if they weigh nothing but the first so many objectives.
+
+        Raises:
+            ValueError: If somebody does weigh another.
+        """
+        beyond = {
+            who: name
+            for who, own in self.people.items()
+            for name in self.names[num_objectives:]
+            if own.get(name, 0) > 0
+        }
+        if beyond:
+            who, name = next(iter(beyond.items()))
+            raise ValueError(
+                f"num_objectives: expected all {len(self.names)}, as rewards.people.{who} weighs {name!r}, got "
+                f"{num_objectives}; take that weight out, or give users by --weights FILE"
+            )
         weights = np.array([[own.get(name, 0.0) for name in self.names] for own in self.people.values()])
         weights = weights.reshape(-1, len(self.names))[:, :num_objectives]
-        users = weights / weights.sum(1, keepdims=True)
-        scaled = self.sharpness * torch.eye(num_objectives)
-        return Deployment(scaled, self.features(num_objectives).spec(), list(self.people), users)
+        return list(self.people), weights / weights.sum(1, keepdims=True)

@@ -5,6 +5,7 @@ Axes: V weight vectors, R objectives, M policies, X prompts, N texts of a policy
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,8 +48,17 @@ class PolicyOracle(Oracle):
         seed: int = 0,
     ) -> None:
         """See the class."""
-        if beta < 0:
-            raise ValueError(f"expected beta >= 0, got {beta!r}")
+        problems = [
+            f"{type(self).__name__}.{name}: expected at least 1, got {value!r}"
+            for name, value in {"num_samples": num_samples, "max_new_tokens": max_new_tokens}.items()
+            if value < 1
+        ]
+        if not 0 <= beta < math.inf:
+            problems.append(f"{type(self).__name__}.beta: expected a finite number >= 0, got {beta!r}")
+        if not prompts:
+            problems.append(f"{type(self).__name__}.prompts: expected some to measure on, got none")
+        if problems:
+            raise ValueError("\n".join(problems))
         super().__init__(portfolio.num_objectives)
         self.portfolio, self.prompts, self.beta = portfolio, list(prompts), beta
         self.num_samples, self.max_new_tokens, self.seed = num_samples, max_new_tokens, seed

@@ -5,6 +5,7 @@ Axes: V weight vectors, R objectives, X prompts, C candidates of a prompt (padde
 
 from __future__ import annotations
 
+import math
 import tempfile
 
 import lightning as L
@@ -47,6 +48,18 @@ class LoRADPOFit:
         """See the class."""
         self.beta, self.rank, self.alpha, self.lr = beta, rank, alpha, lr
         self.epochs, self.pairs_per_step, self.seed = epochs, pairs_per_step, seed
+        problems = [
+            f"policies.fit.{name}: expected at least 1, got {value!r}"
+            for name, value in {"rank": rank, "epochs": epochs, "pairs_per_step": pairs_per_step}.items()
+            if value < 1
+        ]
+        problems += [
+            f"policies.fit.{name}: expected a finite number > 0, got {value!r}"
+            for name, value in {"beta": beta, "alpha": alpha, "lr": lr}.items()
+            if not 0 < value < math.inf
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
 
 
 class WeightedPairs(PairSource):

@@ -99,7 +99,12 @@ def test_training_finds_objectives_and_a_portfolio() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_objectives": 7}, "2 to 6"), ({"size": 0}, "at least one member"), ({"delta": 0.0}, "a loss > 0")],
+    [
+        ({"num_objectives": 7}, "2 to 6"),
+        ({"size": 0}, "at least one member"),
+        ({"delta": 0.0}, "a loss > 0"),
+        ({"lr": 0.0}, "model.lr: expected a finite number > 0, got 0.0"),
+    ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

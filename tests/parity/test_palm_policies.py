@@ -350,5 +350,13 @@ def test_oracles_want_portfolios_that_fit() -> None:
     made = portfolio("own")
     with pytest.raises(ValueError, match="decoding merged or logits, got 2 adapters and decoding 'own'"):
         MixedPolicies(made, adapters(made), PROMPTS)
+    with pytest.raises(ValueError) as error:
+        TrainedPolicies(made, lambda weights: weights, [], num_samples=0, max_new_tokens=0, beta=float("nan"))
+    assert str(error.value).splitlines() == [
+        "TrainedPolicies.num_samples: expected at least 1, got 0",
+        "TrainedPolicies.max_new_tokens: expected at least 1, got 0",
+        "TrainedPolicies.beta: expected a finite number >= 0, got nan",
+        "TrainedPolicies.prompts: expected some to measure on, got none",
+    ]
     with pytest.raises(ValueError, match="decoding own, got 'merged'"):
         TrainedPolicies(portfolio("merged"), lambda weights: torch.zeros(0), PROMPTS)

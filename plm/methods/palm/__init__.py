@@ -90,6 +90,7 @@ class PALM(RoutedMethod):
             f"ridge: expected a number >= 0, got {self.ridge!r}": self.ridge >= 0,
             f"spread_ridge: expected a number >= 0, got {self.spread_ridge!r}": self.spread_ridge >= 0,
             f"prior_precision: expected a number >= 0, got {self.prior_precision!r}": self.prior_precision >= 0,
+            f"lr: expected a finite number > 0, got {self.lr!r}": 0 < self.lr < math.inf,
         }
         problems = [f"model.{text}" for text, fine in checks.items() if not fine]
         if problems:

@@ -5,6 +5,7 @@ Axes: V weight vectors, R objectives, M policies, X prompts, C candidates of a p
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -111,8 +112,8 @@ class BestOfN(Oracle):
         """See the class."""
         if rewards.ndim != 3 or not len(rewards):
             raise ValueError(f"expected rewards of prompts, candidates and objectives (X, C, R), got {rewards.shape}")
-        if beta < 0:
-            raise ValueError(f"expected beta >= 0, got {beta!r}")
+        if not 0 <= beta < math.inf:
+            raise ValueError(f"BestOfN.beta: expected a finite number >= 0, got {beta!r}")
         super().__init__(rewards.shape[2])
         self.beta = beta
         self.present: npt.NDArray[np.bool_] = np.logical_not(np.isnan(rewards).any(axis=2))

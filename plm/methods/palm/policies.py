@@ -12,6 +12,7 @@ K adapters, P numbers of one adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -75,10 +76,12 @@ class PolicyPortfolio(RoutedMethod, PolicyMethod):
         super().__init__(num_users, feature_dim, backbone, lr=0.0, batch_tokens=batch_tokens)
         if decoding not in ("own", "merged", "logits"):
             raise ValueError(f"decoding: expected own, merged or logits, got {decoding!r}")
-        if sharpness <= 0 or prior_precision < 0:
-            raise ValueError(
-                f"expected sharpness > 0 and prior_precision >= 0, got {sharpness!r} and {prior_precision!r}"
-            )
+        if not 0 < sharpness < math.inf:
+            raise ValueError(f"sharpness: expected a finite number of nats > 0, got {sharpness!r}")
+        if not 0 <= prior_precision < math.inf:
+            raise ValueError(f"prior_precision: expected a finite number >= 0, got {prior_precision!r}")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens!r}")
         self.decoding, self.sharpness, self.prior_precision = decoding, sharpness, prior_precision
         self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
         self.num_objectives = feature_dim

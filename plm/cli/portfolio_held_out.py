@@ -1,0 +1,147 @@
+"""What a finished portfolio of policies that write costs its users on prompts that nothing was chosen on.
+
+Axes: X prompts, Q policies of the oracle, M members, C candidates of a prompt (padded), R objectives, V weight vectors,
+B resamples of the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from rich.table import Table
+from scipy.special import logsumexp
+
+from plm.cli.portfolio_report import spread
+from plm.cli.portfolio_study import Estimate
+from plm.cli.rewards import Array
+from plm.evaluation import MIN_USERS, plain_table
+from plm.evaluation.statistics import interval_of, resampled_means
+from plm.methods.palm.search import corners
+
+_RESAMPLES = 2000
+_TIED = 1e-7  # members whose values differ by less at a corner of their cells both serve it
+
+
+class HeldOut(NamedTuple):
+    """What somebody loses, with 95 % intervals over prompts."""
+
+    weights: list[float]
+    """Of this somebody; for the worst of all, where the loss to the oracle's policies is largest."""
+    member: int
+    """Who serves these weights, by the values measured before."""
+    to_policies: Estimate
+    """To the best policy that the oracle has made: what a certificate is about."""
+    to_best_of_n: Estimate
+    """To the best of the candidates of each prompt, which no certificate is about."""
+
+
+class Values(NamedTuple):
+    """What is known of the held-out prompts."""
+
+    policies: Array
+    """``(Q, X, R)`` mean objectives of what each policy of the oracle wrote, less its cost."""
+    candidates: Array
+    """``(X, C, R)`` objectives of sampled responses; nan = no such candidate."""
+    beta: float
+    """What a nat of KL costs: the best of the candidates is then the soft one."""
+
+
+def best_of_candidates(values: Values, weights: Array) -> Array:
+    """``J*`` of best-of-n on each prompt, see `plm.methods.palm.oracle.BestOfN`: ``(V, R)`` -> ``(V, X)``."""
+    present: npt.NDArray[np.bool_] = np.logical_not(np.isnan(values.candidates).any(axis=2))
+    known: Array = np.where(present[..., None], values.candidates, 0.0)
+    scores = np.where(present, np.einsum("xcr,vr->vxc", known, weights), -np.inf)
+    if values.beta == 0:
+        best: Array = scores.max(2)
+        return best
+    soft: Array = values.beta * (logsumexp(scores / values.beta, axis=2) - np.log(present.sum(1)))
+    return soft
+
+
+def held_out(values: Values, members: Sequence[int], net: Array, users: Array) -> tuple[list[HeldOut], HeldOut]:
+    """What each user loses, and what the weights lose that lose most.
+
+    Users are routed as the portfolio does it, by ``net``. The best value is convex in the weights and that of the
+    member who serves them linear on each of the members' cells, so that the worst is at a corner of a cell; at a corner
+    all members whose cells meet there count.
+
+    Args:
+        values: Of the held-out prompts.
+        members: Rows of ``values.policies`` that are the M members.
+        net: ``(M, R)`` rewards less costs of the members by which users are routed.
+        users: ``(V, R)``.
+    """
+    places = corners(net)
+    worth = places @ net.T
+    meeting = np.argwhere(worth >= worth.max(1, keepdims=True) - _TIED)
+    weights = np.concatenate([users, places[meeting[:, 0]]])
+    served = np.concatenate([(users @ net.T).argmax(1), meeting[:, 1]])
+    rows = np.asarray(members)[served]
+    best = best_of_candidates(values, weights)  # (V, X)
+    exact = _losses(values.policies.mean(1), best.mean(1), weights, rows)
+    means = np.stack([_drawn(policy) for policy in values.policies], axis=1)  # (B, Q, R)
+    drawn = _losses(means, _drawn(best.T), weights, rows)
+
+    def one(user: slice) -> HeldOut:
+        ends = []
+        for found, many in zip(exact, drawn, strict=True):
+            num = values.policies.shape[1]
+            low, high = interval_of(many[:, user].max(1), num) if num >= MIN_USERS else (np.nan, np.nan)
+            ends.append(Estimate(float(found[user].max()), low, high))
+        row = user.start + int(exact[0][user].argmax())
+        return HeldOut(weights[row].tolist(), int(served[row]), *ends)
+
+    return [one(slice(row, row + 1)) for row in range(len(users))], one(slice(len(users), None))
+
+
+def _losses(means: Array, best: Array, weights: Array, rows: npt.NDArray[np.int64]) -> tuple[Array, Array]:
+    """What is lost ``(..., V)`` to the best of policies ``(..., Q, R)``, and to ``best`` ``(..., V)``.
+
+    Args:
+        means: Values of the policies.
+        best: Of the candidates, by the weights.
+        weights: ``(V, R)``.
+        rows: ``(V,)`` the policies that serve them.
+    """
+    worth = weights @ means.swapaxes(-1, -2)  # (..., V, Q)
+    own = worth[..., np.arange(len(rows)), rows]
+    return worth.max(-1) - own, best - own
+
+
+def _drawn(values: Array) -> Array:
+    """Means ``(B, K)`` of ``(X, K)`` values over resampled prompts, the same for all."""
+    return np.stack([resampled_means(column, _RESAMPLES, 0) for column in values.T], axis=-1)
+
+
+def held_out_table(
+    own: Sequence[HeldOut], worst: HeldOut, user_ids: Sequence[str], names: Sequence[str], sizes: tuple[int, int, int]
+) -> Table:
+    """A line for every user, and one for whoever loses most.
+
+    Args:
+        own: Of the users.
+        worst: Of the weights that lose most.
+        user_ids: Of the users.
+        names: Of the objectives.
+        sizes: X, Q and C.
+    """
+    table = plain_table(f"Regret of the finished portfolio on {sizes[0]} held-out prompts, 95% intervals over prompts")
+    for head in ("user", "weights", "member", f"to the best of {sizes[1]} policies", f"to best-of-{sizes[2]}"):
+        table.add_column(head, justify="left" if head == "user" else "right")
+    for who, row in [*zip(user_ids, own, strict=True), ("anybody, at most", worst)]:
+        mix = " + ".join(f"{weight:.2f} {name}" for weight, name in zip(row.weights, names, strict=True) if weight > 0)
+        table.add_row(who, mix, str(row.member), spread(row.to_policies), spread(row.to_best_of_n))
+    return table
+
+
+def as_json(row: HeldOut) -> dict[str, Any]:
+    """The same for a file."""
+    return {
+        "weights": row.weights,
+        "member": row.member,
+        "to_policies": row.to_policies._asdict(),
+        "to_best_of_n": row.to_best_of_n._asdict(),
+    }
