@@ -128,8 +128,10 @@ def _score(args: list[str]) -> None:
         description='Rewards of responses. Input rows: {"response": ..., "prompt": ..., "user_id": ...}, '
         "the last two optional.\n"
         "Output rows: the input with reward and user_known; an unknown user gets the population reward.\n"
-        "Rewards compare responses for one user; they do not compare users. --reference adds win_probability: how\n"
-        "likely the user prefers the response to one of the reference responses, on one scale for all users.",
+        "Rewards compare responses for one user; they do not compare users. Those of a portfolio are by the mix of\n"
+        "the member that serves the user, as plm generate --best_of chooses, not by the user's own weights.\n"
+        "--reference adds win_probability: how likely the user prefers the response to one of the reference\n"
+        "responses, on one scale for all users.",
     )
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
     parser.add_argument("--input", required=True, metavar="FILE", help="responses: JSONL(.gz), CSV or Parquet")

@@ -29,7 +29,8 @@ def run(args: list[str]) -> None:
         prog="plm export",
         description="The model of one user as a folder that works without plm. PAL writes a Hugging Face\n"
         "sequence-classification model whose logit is the user's reward; its README.md says how to load it. LoRADPO\n"
-        "writes the user's adapter as a PEFT folder for PeftModel.from_pretrained, SFT a Hugging Face model.",
+        "writes the user's adapter as a PEFT folder for PeftModel.from_pretrained, PolicyPortfolio that of the member\n"
+        "that serves the user (but for decoding logits, which is no single adapter), SFT a Hugging Face model.",
     )
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
     parser.add_argument("--user", metavar="ID", help="whose model; default: the population's")

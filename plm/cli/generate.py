@@ -34,9 +34,11 @@ def run(args: list[str]) -> None:
     parser = OptionParser(
         prog="plm generate",
         description="Responses to prompts, written for users of a checkpoint, all of them in the same batches.\n"
-        "A method with a policy writes itself; any other chooses the best of N that --policy writes. An unknown user\n"
-        "gets the policy, or the reward, of the population. Output rows: the prompt's with user_id, user_known and\n"
-        "responses (chosen ones with rewards). A text depends on policy, prompt and seed, not on its batch.",
+        "A method with a policy writes itself, a portfolio by the member that serves the user; any other method\n"
+        "chooses the best of N that --policy writes. An unknown user, or nobody, gets the policy, or the reward, of\n"
+        "the population: of a portfolio the one member whose largest regret is smallest if it alone serves everybody.\n"
+        "Output rows: the prompt's with user_id, user_known and responses (chosen ones with rewards). A text depends\n"
+        "on policy, prompt and seed, not on its batch.",
     )
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
     parser.add_argument("--prompts", required=True, metavar="FILE", help=PROMPTS)

@@ -29,7 +29,9 @@ def _row_products(weights: Tensor, vectors: Tensor) -> Tensor:
 class RoutedMethod(PersonalizationMethod):
     """A method whose users are points of a simplex, each served by the best member of a portfolio.
 
-    A state holds the user's weights and their precision, the member, and the regret certified at these weights.
+    A state holds the user's weights and their precision, the member, and the regret certified at these weights: a bound
+    on the loss to what the portfolio's oracle can make, see `plm.methods.palm.selection.Portfolio.certificate`. Scores
+    are by the mix that the user's member was made for, so that whoever chooses by them chooses as that member does.
 
     A subclass sets ``num_objectives`` and ``prior_precision``, the pull of a new user's weights to the mean user in
     nats per pair, and calls `add_portfolio` in its constructor.
