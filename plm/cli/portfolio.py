@@ -37,9 +37,9 @@ from plm.methods.palm import MAX_OBJECTIVES, PALM
 from plm.methods.palm.grid import as_array, combined_grid_size, lattice, random_weights
 from plm.methods.palm.measures import route, usage
 from plm.methods.palm.oracle import BestOfN, Oracle
-from plm.methods.palm.policies import PolicyPortfolio
 from plm.methods.palm.search import Certified
 from plm.methods.palm.selection import Portfolio, choose_portfolio
+from plm.methods.palm.writing import WritingPortfolio
 
 _SWEEP_STEPS = 10  # an edge of the lattice of weights in sweep.csv
 _SEARCH_GRID = 1000  # largest grid that is searched for the comparison of searches
@@ -244,7 +244,7 @@ class PortfolioRun:
         """What the regret of a user is called in files: a certificate of best-of-n, an estimate of other oracles."""
         return "certified_regret" if self.policies is None else "regret_within_oracle"
 
-    def _write_users(self, method: PALM | PolicyPortfolio, folder: Path) -> None:
+    def _write_users(self, method: PALM | WritingPortfolio, folder: Path) -> None:
         """Member and regret of every known user."""
         if not method.user_ids:
             return
@@ -257,7 +257,7 @@ class PortfolioRun:
         ]
         write_csv(folder / "users.csv", ["user_id", "member", self._regret_column(), "weights"], rows)
 
-    def _write_sweep(self, method: PALM | PolicyPortfolio, names: list[str], folder: Path) -> None:
+    def _write_sweep(self, method: PALM | WritingPortfolio, names: list[str], folder: Path) -> None:
         """What evenly spaced weights would be served with: the member, its regret and its rewards."""
         weights = torch.as_tensor(as_array(lattice(_SWEEP_STEPS, len(names)))).to(method.member_rewards)
         member, lost = method.route(weights)
@@ -296,7 +296,7 @@ def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float
     return method.eval()
 
 
-def save(method: PALM | PolicyPortfolio, path: Path) -> None:
+def save(method: PALM | WritingPortfolio, path: Path) -> None:
     """Write a checkpoint that `plm.load_method` and the light commands read."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from plm.backbones import CausalLM, Policy
+from plm.backbones import CausalLM
 from plm.cli.judge import Written, judgement
 from plm.cli.portfolio_held_out import HeldOut, Values, as_json, held_out
 from plm.cli.rewards import Array, Deployment
@@ -25,6 +25,7 @@ from plm.evaluation import cluster_bootstrap, plain_table
 from plm.generation import Sample, sample
 from plm.methods.palm.policies import PolicyPortfolio
 from plm.methods.palm.selection import Portfolio, Solver, choose_portfolio
+from plm.methods.palm.writing import WritingPortfolio
 from plm.policy_oracles import (
     LoRADPOFit,
     MixedPolicies,
@@ -40,7 +41,7 @@ from plm.types import Context, UserState
 class Finished(NamedTuple):
     """A portfolio of policies that write."""
 
-    method: PolicyPortfolio
+    method: WritingPortfolio
     portfolio: Portfolio
     about: dict[str, Any]
     """What `portfolio.json` says of it besides."""
@@ -177,7 +178,7 @@ class WrittenMembers:
             prompts: X prompts that nothing was chosen on.
             names: Of the objectives.
         """
-        unaligned = Policy(CausalLM(**self.backbone.spec()["init_args"])).to(device())
+        unaligned = finished.method.unaligned
         first = sample(unaligned, prompts, **self._settings)
         reference = objectives_of(finished.method, prompts, [first])
         stranger = finished.method.cold_start  # what an unknown user gets
@@ -194,7 +195,7 @@ class WrittenMembers:
 
 
 def objectives_of(
-    method: PolicyPortfolio, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]
+    method: WritingPortfolio, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]
 ) -> Array:
     """Objectives ``(M, X, N, R)`` of what M policies wrote on X prompts, M x X x N."""
     shape = (len(texts), len(prompts), len(texts[0][0]))
@@ -277,7 +278,7 @@ def member_name(weights: Array, names: Sequence[str]) -> str:
     return " + ".join(f"{weight:.2f} {name}" for weight, name in parts if weight >= 0.005)
 
 
-def inferred(method: PolicyPortfolio, pool: Pool, weights: Array) -> UserState:
+def inferred(method: WritingPortfolio, pool: Pool, weights: Array) -> UserState:
     """Users ``(U, R)`` learned from nothing but their best and worst response to each prompt of a pool."""
     shown = np.tile(np.arange(len(pool.prompts)), (len(weights), 1))
     columns = best_and_worst(pool.scores, weights, shown)  # (U, S, 2)
@@ -288,7 +289,7 @@ def inferred(method: PolicyPortfolio, pool: Pool, weights: Array) -> UserState:
     return method.adapt(Context(chosen, rejected, mask, mask.float()))
 
 
-def users_table(method: PolicyPortfolio, learned: UserState, num_pairs: int, names: Sequence[str]) -> Table:
+def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, names: Sequence[str]) -> Table:
     """Who is served by which member, by the weights given and by those learned from pairs."""
     table = plain_table(
         f"Users: weights given, and learned from {num_pairs} pairs on the prompts that members were measured on"

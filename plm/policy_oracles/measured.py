@@ -19,11 +19,12 @@ from plm.generation import Sample, sample
 from plm.methods.palm.grid import Array
 from plm.methods.palm.oracle import Oracle, Pool, unsolved
 from plm.methods.palm.policies import PolicyPortfolio
+from plm.methods.palm.writing import WritingPortfolio
 from plm.types import UserState
 
 
 class PolicyOracle(Oracle):
-    """Makes members of a `PolicyPortfolio`, and measures rewards and KL of what they write on fixed prompts.
+    """Makes members of a `WritingPortfolio`, and measures rewards and KL of what they write on fixed prompts.
 
     ``error`` is what can be seen of it: the most by which another policy was better, at the weights that a policy was
     made for. It is an estimate from below, and certificates hold as far as it is right.
@@ -39,7 +40,7 @@ class PolicyOracle(Oracle):
 
     def __init__(
         self,
-        portfolio: PolicyPortfolio,
+        portfolio: WritingPortfolio,
         prompts: Sequence[str],
         *,
         beta: float = 0.0,
@@ -111,20 +112,19 @@ class PolicyOracle(Oracle):
             objectives = self.portfolio.objectives.represent(asked, [one.text for one in texts])
             assert isinstance(objectives, Tensor)
             rewards.append(objectives.double().mean(0).numpy())
-            backbone = self.portfolio.causal_lm
+            backbone = self.portfolio.unaligned.backbone
             tokens = completion_tokens(
                 [
                     Completion(backbone.prompt_tokens(prompt), list(one.token_ids))
                     for prompt, one in zip(asked, texts, strict=True)
                 ]
             ).to(self.portfolio.device)
-            own = self.portfolio.member_logps(tokens, torch.full((len(texts),), member))
-            divergence.append(float((own - self.portfolio.unaligned_logps(tokens)).double().mean()))
+            divergence.append(float(self.portfolio.log_ratios(tokens, member).double().mean()))
         return np.stack(rewards), np.array(divergence)
 
 
 def written(
-    portfolio: PolicyPortfolio, members: Tensor, prompts: Sequence[str], **settings: Any
+    portfolio: WritingPortfolio, members: Tensor, prompts: Sequence[str], **settings: Any
 ) -> list[list[list[Sample]]]:
     """Texts of members ``(M,)`` on X prompts, see `plm.generation.sample`: M x X x N."""
     member = members.repeat_interleave(len(prompts))
@@ -154,36 +154,33 @@ class MixedPolicies(PolicyOracle):
                 f"expected an adapter of each of {self.num_objectives} objectives and decoding merged or logits, got "
                 f"{len(adapters)} adapters and decoding {portfolio.decoding!r}"
             )
+        self.mixed = portfolio
         portfolio.extend(adapters, torch.zeros(0, self.num_objectives))
 
     def _make(self, weights: Array) -> Tensor:
-        return self.portfolio.extend(self.portfolio.adapters[:0], torch.as_tensor(weights))
+        return self.mixed.extend(self.mixed.adapters[:0], torch.as_tensor(weights))
 
 
 class TrainedPolicies(PolicyOracle):
     """A policy trained for every weight vector, those of one call together.
 
     Args:
-        portfolio: Takes the members; its ``decoding`` is ``own``.
-        train: Weight vectors ``(V, R)`` -> adapters ``(V, P)``.
+        portfolio: Takes the members.
+        train: Weight vectors ``(V, R)`` -> rows that tell members ``(V, P)``, such as adapters.
         prompts: See `PolicyOracle`.
         **options: See `PolicyOracle`.
     """
 
     def __init__(
         self,
-        portfolio: PolicyPortfolio,
+        portfolio: WritingPortfolio,
         train: Callable[[Array], Tensor],
         prompts: Sequence[str],
         **options: Any,
     ) -> None:
         """See the class."""
         super().__init__(portfolio, prompts, **options)
-        if portfolio.decoding != "own":
-            raise ValueError(f"expected a portfolio of decoding own, got {portfolio.decoding!r}")
         self.train = train
 
     def _make(self, weights: Array) -> Tensor:
-        before = len(self.portfolio.adapters)
-        own = torch.eye(before + len(weights))[before:]
-        return self.portfolio.extend(self.train(weights), own)
+        return self.portfolio.add(self.train(weights))

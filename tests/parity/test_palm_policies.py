@@ -358,5 +358,6 @@ def test_oracles_want_portfolios_that_fit() -> None:
         "TrainedPolicies.beta: expected a finite number >= 0, got nan",
         "TrainedPolicies.prompts: expected some to measure on, got none",
     ]
+    oracle = TrainedPolicies(portfolio("merged"), lambda weights: torch.zeros(2, made.shape.num_parameters), PROMPTS)
     with pytest.raises(ValueError, match="decoding own, got 'merged'"):
-        TrainedPolicies(portfolio("merged"), lambda weights: torch.zeros(0), PROMPTS)
+        oracle.solve(np.eye(2))

@@ -21,21 +21,20 @@ import torch
 from torch import Tensor
 
 from plm.backbones import Backbone, Completion, LoRA, MixedWriting, Policy, TextWriter, mixed_logits
-from plm.functional import PairList, flatten_context, response_logps
-from plm.methods.palm.routing import RoutedMethod
+from plm.functional import response_logps
+from plm.methods.palm.writing import WritingPortfolio
 from plm.policy_method import PolicyMethod
-from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.types import Tokens, UserState
 
 Decoding = Literal["own", "merged", "logits"]
 
 _PLACES = 1024  # whose scores over the vocabulary are in memory at once
 
 
-class PolicyPortfolio(RoutedMethod, PolicyMethod):
-    """Few policies of one language model that serve everybody; ``plm portfolio`` makes it.
+class PolicyPortfolio(WritingPortfolio, PolicyMethod):
+    """Few policies of one language model that serve everybody, told apart by low-rank adapters.
 
-    K adapters are kept, and M members, each a row of shares over the adapters. A user writes with the member that is
-    best for the user's weights. The reward of a user is the mix of objectives that the user's member was made for.
+    K adapters are kept, and M members, each a row of shares over the adapters.
 
     Args:
         num_users: Number of users.
@@ -53,7 +52,7 @@ class PolicyPortfolio(RoutedMethod, PolicyMethod):
         batch_tokens: Most tokens that are scored at once.
     """
 
-    _of_any_length: ClassVar[tuple[str, ...]] = (*RoutedMethod._of_any_length, "adapters", "mixture")
+    _of_any_length: ClassVar[tuple[str, ...]] = (*WritingPortfolio._of_any_length, "adapters", "mixture")
 
     adapters: Tensor
     mixture: Tensor
@@ -106,6 +105,16 @@ class PolicyPortfolio(RoutedMethod, PolicyMethod):
         self.mixture = torch.cat([old, mixture.to(self.mixture)])
         return torch.arange(num_members, len(self.mixture))
 
+    def add(self, rows: Tensor) -> Tensor:
+        """Add members ``(m, P)``, each with an adapter of its own.
+
+        Raises:
+            ValueError: If members are mixtures.
+        """
+        if self.decoding != "own":
+            raise ValueError(f"expected a portfolio of decoding own, got {self.decoding!r}")
+        return self.extend(rows, torch.eye(len(self.adapters) + len(rows))[len(self.adapters) :])
+
     @torch.no_grad()
     def keep(self, members: Sequence[int]) -> None:
         """Forget all but these members, in this order, and the adapters that nobody uses any more."""
@@ -123,6 +132,11 @@ class PolicyPortfolio(RoutedMethod, PolicyMethod):
         ]
 
     # ------------------------------------------------------------------ text
+    @property
+    def unaligned(self) -> Policy:
+        """The language model as it is."""
+        return self.policy
+
     def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
         """A batch of texts, each written by the member of its user."""
         shares = self.mixture[users.tensors["member"].to(self.device)]
@@ -141,6 +155,11 @@ class PolicyPortfolio(RoutedMethod, PolicyMethod):
             else:
                 out[rows] = self.logps(part, *self._terms(shares)).total
         return out
+
+    def log_ratios(self, tokens: Tokens, member: int) -> Tensor:
+        """How much likelier a member finds B responses than the language model as it is, ``(B,)`` nats."""
+        own = self.member_logps(tokens, torch.full((tokens.num_rows,), member))
+        return own - self.unaligned_logps(tokens)
 
     @torch.no_grad()
     def unaligned_logps(self, tokens: Tokens) -> Tensor:
@@ -176,47 +195,17 @@ class PolicyPortfolio(RoutedMethod, PolicyMethod):
         self.shape.save([term[0] for term in terms], folder, self.causal_lm.model)
 
     # ------------------------------------------------------------------ users
-    def read_tokens(self, tokens: Tokens) -> Tensor:
-        """Objectives ``(B, R)`` of B responses."""
+    def read(self, responses: Tensor | Tokens) -> Tensor:
+        """Objectives ``(B, R)`` of B responses, which come as such or as tokens."""
+        if isinstance(responses, Tensor):
+            return responses
+        tokens = responses
         columns = tokens.input_ids.cpu(), tokens.attention_mask.cpu(), tokens.completion_mask.cpu()
-        prompts, responses = [], []
+        prompts, texts = [], []
         for ids, attended, is_response in zip(*columns, strict=True):
             prompt = ids[attended & ~is_response].tolist()
             prompts.append(self.causal_lm.response_text(Completion([], prompt)))
-            responses.append(self.causal_lm.response_text(Completion(prompt, ids[is_response].tolist())))
-        read = self.objectives.represent(prompts, responses)
+            texts.append(self.causal_lm.response_text(Completion(prompt, ids[is_response].tolist())))
+        read = self.objectives.represent(prompts, texts)
         assert isinstance(read, Tensor)
         return read.to(self.device)
-
-    def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
-        """The objectives, mixed as the user's member mixes them: ``(B,)``."""
-        values = self.read_tokens(responses) if isinstance(responses, Tokens) else responses
-        return (values * self.member_weights[users.tensors["member"]]).sum(-1)
-
-    def _adapt(self, context: Context) -> UserState:
-        """Weights by the convex fit to the objectives of both responses, then routed."""
-        with torch.no_grad():
-            context = context._replace(
-                chosen=self._padded(context.chosen, context.mask), rejected=self._padded(context.rejected, context.mask)
-            )
-            difference, target, weight, user = flatten_context(context)
-            design = self.sharpness * difference
-            pairs = PairList(design, torch.zeros_like(target), target, weight, user, context.num_users)
-            return self.inferred(pairs, context.mask.sum(-1))
-
-    def _padded(self, texts: Tensor | Tokens, mask: Tensor) -> Tensor:
-        """Objectives ``(U, S, R)`` of texts of a context."""
-        if isinstance(texts, Tensor):
-            return texts
-        values = torch.zeros(*mask.shape, self.num_objectives, device=self.device)
-        if mask.any():
-            values[mask] = self.read_tokens(texts.take(mask))
-        return values
-
-    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Refuse to be trained.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError("a portfolio of policies is made by plm portfolio, not trained by plm fit")
