@@ -177,7 +177,8 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
     checkpoint = read_checkpoint(path, map_location)
     about = checkpoint[CHECKPOINT_KEY]
     cls = find_class(about["class_path"])
-    _find_beside(checkpoint.get("hyper_parameters", {}).get("backbone"), Path(path).parent)
+    for spec in ("backbone", "latents"):
+        _find_beside(checkpoint.get("hyper_parameters", {}).get(spec), Path(path).parent)
     hparams = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
     # linked values and those a method hands to its bases are written even where the class has no such parameter
     bases = [base for base in cls.__mro__[1:] if issubclass(base, PersonalizationMethod)]

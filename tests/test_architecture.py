@@ -72,6 +72,7 @@ ARROWS: dict[str, set[str]] = {
         "plm.backbones",
         "plm.data",
         "plm.generation",
+        "plm.methods.latent_dpo",
         "plm.methods.lora_dpo",
         "plm.methods.palm",
         "plm.types",

@@ -18,9 +18,10 @@ from plm.config import read_config
 from plm.data.rewards import Length, Style
 from plm.evaluation import cluster_bootstrap
 from plm.generation import sample
+from plm.methods.clap import CLaP
 from plm.methods.palm.policies import PolicyPortfolio
-from plm.policy_oracles import LoRADPOFit
-from plm.testing import tiny_causal_lm
+from plm.policy_oracles import LatentPortfolio, LoRADPOFit
+from plm.testing import saved, tiny_causal_lm
 from plm.types import UserState
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,41 @@ def test_from_the_recipe_to_a_text_for_a_user(
     assert state.tensors["member"].item() == again.route(state.tensors["weights"])[0].item()  # type: ignore[operator]
     assert main(["export", "--ckpt_path", str(folder / "portfolio.ckpt"), "--user", "new", "--output", "peft"]) == 0
     assert Path("peft/adapter_model.safetensors").is_file()
+
+
+def test_latents_are_members_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same recipe with a CLaP model: kilobytes of members, routed; another language model is refused."""
+    monkeypatch.chdir(tmp_path)
+    clap = CLaP(1, 16, tiny_causal_lm().spec(), latent_dim=4, num_queries=2, encoder_layers=1)
+    clap.configure_model()
+    torch.nn.init.normal_(clap.encoder.head.weight, std=0.5)
+    with saved(clap) as path:
+        asked = ["portfolio", "--config", str(recipe(tmp_path)), "--policies.oracle", "latent_dpo"]
+        assert main(asked) != 0
+        assert "policies.clap: expected the checkpoint of a CLaP model" in capsys.readouterr().err
+        asked += ["--policies.clap", str(path), "--policies.latent_fit.kl_coef", "0.01"]
+        assert main(asked) == 0
+        folder = tmp_path / "runs/portfolio/version_0"
+        method = load_method(folder / "portfolio.ckpt")
+        assert isinstance(method, LatentPortfolio) and method.points.shape[1] == 4
+        assert (folder / "portfolio.ckpt").stat().st_size < 30_000
+        known = json.loads((folder / "portfolio.json").read_text())
+        assert known["policies"]["oracle"] == "latent_dpo" and "(latent_dpo)" in known["certificate_says"]
+        (tmp_path / "p.txt").write_text("p0\np3\n")
+        command = ["generate", "--ckpt_path", str(folder / "portfolio.ckpt"), "--prompts", "p.txt", "--max_new_tokens"]
+        assert main([*command, "8", "--user", "anna", "--output", "out.jsonl"]) == 0
+        texts = [row["responses"] for row in map(json.loads, Path("out.jsonl").open())]
+        member = method.user_states(torch.tensor([0, 0])).tensors["member"]
+        assert method.find_users is not None and method.find_users(["anna"]).tensors["member"] == member[:1]
+        latents = method.points[member]
+        own = sample(load_method(path), ["p0", "p3"], UserState({"latent": latents}, member * 0), max_new_tokens=8)
+        assert texts == [[one.text] for [one] in own]
+        other = tiny_causal_lm("llama").model
+        capsys.readouterr()
+        assert main([*asked, "--policies.backbone.init_args.model", other]) != 0
+        assert "expected a CLaP model over policies.backbone" in capsys.readouterr().err
 
 
 def test_prompts_of_the_three_parts_are_disjoint(tmp_path: Path) -> None:
@@ -262,5 +298,7 @@ def test_fewer_objectives_are_for_people_who_weigh_no_others(tmp_path: Path) -> 
 def test_what_nobody_can_tell_apart_is_said(tmp_path: Path) -> None:
     made = source(tmp_path)
     weights = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    (note,) = undecided(made.candidates(3), weights, list(OBJECTIVES))
-    assert note.startswith("by 0.50 tall + 0.50 small all responses are worth the same") and "unaligned" in note
+    (note,) = undecided(made.candidates(3), weights, list(OBJECTIVES), "the unaligned one")
+    assert note.startswith("by 0.50 tall + 0.50 small all responses are worth the same") and note.endswith(
+        "is the unaligned one"
+    )

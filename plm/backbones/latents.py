@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from plm.backbones.backbone import Backbone
 from plm.backbones.policy import Policy, TextWriter
+from plm.types import Tokens
 
 
 class LatentBackbone(Backbone):
@@ -49,3 +50,7 @@ class LatentBackbone(Backbone):
     @abstractmethod
     def writing(self, latents: Tensor) -> TextWriter:
         """A batch of texts to be written, one for each of the latents ``(B, Z)``."""
+
+    @abstractmethod
+    def log_ratios(self, tokens: Tokens, latents: Tensor) -> Tensor:
+        """How much likelier B responses are from latents ``(B, Z)`` than from ``policy`` as it is, ``(B,)`` nats."""

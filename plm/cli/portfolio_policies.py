@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,19 +23,26 @@ from plm.cli.writing import device
 from plm.data.sources.population import Pool, best_and_worst
 from plm.evaluation import cluster_bootstrap, plain_table
 from plm.generation import Sample, sample
-from plm.methods.palm.policies import PolicyPortfolio
+from plm.methods.clap.latents import ClapLatents
+from plm.methods.palm.policies import Decoding, PolicyPortfolio
 from plm.methods.palm.selection import Portfolio, Solver, choose_portfolio
 from plm.methods.palm.writing import WritingPortfolio
 from plm.policy_oracles import (
+    LatentFit,
+    LatentPortfolio,
     LoRADPOFit,
     MixedPolicies,
     PolicyOracle,
     TrainedPolicies,
+    pool_means,
+    solve_latents,
     train_adapters,
     weighted_pairs,
     written,
 )
 from plm.types import Context, UserState
+
+AnyPortfolio = TypeVar("AnyPortfolio", bound=WritingPortfolio)
 
 
 class Finished(NamedTuple):
@@ -65,9 +72,12 @@ class WrittenMembers:
 
     Args:
         backbone: The language model.
-        oracle: lora_dpo = a policy is trained for every weight vector, all of them together; merged = mixtures of the
-            weight changes of single-objective policies; logits = mixtures of their next-token distributions.
+        oracle: lora_dpo = a policy is trained for every weight vector, all of them together; latent_dpo = a latent to
+            write from is solved for every weight vector; merged = mixtures of the weight changes of single-objective
+            policies; logits = mixtures of their next-token distributions.
         fit: How policies are trained.
+        clap: Checkpoint of the CLaP model over ``backbone`` whose latents latent_dpo solves.
+        latent_fit: How latents are solved.
         rounds: Most weight vectors that are solved besides, one after the other, where the certificate is worst.
         num_samples: Texts on each prompt, to measure and to judge by.
         max_new_tokens: Tokens after which a text is cut.
@@ -77,8 +87,10 @@ class WrittenMembers:
     def __init__(
         self,
         backbone: CausalLM,
-        oracle: Literal["lora_dpo", "merged", "logits"] = "lora_dpo",
+        oracle: Literal["lora_dpo", "latent_dpo", "merged", "logits"] = "lora_dpo",
         fit: LoRADPOFit | None = None,
+        clap: str | None = None,
+        latent_fit: LatentFit | None = None,
         rounds: int = 1,
         num_samples: int = 4,
         max_new_tokens: int = 64,
@@ -86,6 +98,7 @@ class WrittenMembers:
     ) -> None:
         """See the class."""
         self.backbone, self.oracle, self.fit = backbone, oracle, fit or LoRADPOFit()
+        self.clap, self.latent_fit = clap, latent_fit or LatentFit()
         self.rounds = rounds
         self.num_samples, self.max_new_tokens, self.cache_dir = num_samples, max_new_tokens, cache_dir
         least = {"rounds": 0, "num_samples": 1, "max_new_tokens": 1}
@@ -94,6 +107,11 @@ class WrittenMembers:
             for name, low in least.items()
             if (value := getattr(self, name)) < low
         ]
+        if (clap is None) == (oracle == "latent_dpo"):
+            problems.append(
+                "policies.clap: expected the checkpoint of a CLaP model with oracle latent_dpo, and none with another, "
+                f"got {clap!r} with oracle {oracle}"
+            )
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -127,13 +145,14 @@ class WrittenMembers:
         values = Values(raw.mean(2) - oracle.solved.costs[:, None, None], pool.scores, beta)
         lost = held_out(values, members, chosen.members.net, deployment.weights)
         sizes = (len(pool.prompts), len(texts), int(np.isfinite(pool.scores).all(2).sum(1).max()))
-        trained = oracle.solved.weights if self.oracle == "lora_dpo" else np.eye(num)
+        trained = np.eye(num) if isinstance(oracle, MixedPolicies) else oracle.solved.weights
         about["held_out"] = {
             "num_prompts": sizes[0],
             "users": {who: as_json(row) for who, row in zip(deployment.user_ids, lost[0], strict=True)},
             "worst": as_json(lost[1]),
         }
-        notes = undecided(rewards.candidates(num), trained, rewards.names[:num])
+        instead = "the unaligned one" if self.clap is None else "to write from the mean of the latents' prior"
+        notes = undecided(rewards.candidates(num), trained, rewards.names[:num], instead)
         method.keep(members)
         users = torch.as_tensor(deployment.weights, dtype=torch.float32) if deployment.user_ids else None
         method.install(chosen, users)
@@ -145,29 +164,46 @@ class WrittenMembers:
         return {"num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens, "temperature": 1.0, "seed": 1}
 
     def _oracle(self, rewards: SampledRewards, deployment: Deployment, beta: float) -> PolicyOracle:
-        num, fit = deployment.weights.shape[1], self.fit
+        num, pool = deployment.weights.shape[1], rewards.candidates(deployment.weights.shape[1])
+        options = {"beta": beta, "num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens}
+        prompts, ids = rewards.prompts_to_measure, deployment.user_ids
+        if self.clap is not None:
+            latents = self._latents(self.clap)
+            points = LatentPortfolio(
+                len(ids), num, rewards.features(num).spec(), latents.spec(), sharpness=rewards.sharpness
+            )
+            solve = partial(solve_latents, pool, pool_means(pool, latents), fit=self.latent_fit)
+            return TrainedPolicies(_ready(points, ids), solve, prompts, **options)
+        decoding: Decoding = "merged" if self.oracle == "merged" else "logits" if self.oracle == "logits" else "own"
         portfolio = PolicyPortfolio(
-            len(deployment.user_ids),
+            len(ids),
             num,
             self.backbone.spec(),
             rewards.features(num).spec(),
-            decoding="own" if self.oracle == "lora_dpo" else self.oracle,
-            rank=fit.rank,
-            alpha=fit.alpha,
+            decoding=decoding,
+            rank=self.fit.rank,
+            alpha=self.fit.alpha,
             sharpness=rewards.sharpness,
         )
-        portfolio.user_ids = list(deployment.user_ids)
-        portfolio.configure_model()
-        portfolio.to(device()).eval()
-        train = partial(self._train, rewards.candidates(num))
-        options = {"beta": beta, "num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens}
-        prompts = rewards.prompts_to_measure
-        if self.oracle == "lora_dpo":
-            return TrainedPolicies(portfolio, train, prompts, **options)
-        return MixedPolicies(portfolio, train(np.eye(num)), prompts, **options)
+        train = partial(train_adapters, pool, backbone=self.backbone, fit=self.fit, cache_dir=self.cache_dir)
+        if decoding == "own":
+            return TrainedPolicies(_ready(portfolio, ids), train, prompts, **options)
+        return MixedPolicies(_ready(portfolio, ids), train(np.eye(num)), prompts, **options)
 
-    def _train(self, pool: Pool, weights: Array) -> Tensor:
-        return train_adapters(pool, weights, self.backbone, self.fit, self.cache_dir)
+    def _latents(self, path: str) -> ClapLatents:
+        """The CLaP model.
+
+        Raises:
+            ValueError: If it was trained over another language model.
+        """
+        latents = ClapLatents(path)
+        given, own = self.backbone.fingerprint(), latents.method.causal_lm.fingerprint()
+        if given != own:
+            raise ValueError(
+                f"policies.clap: expected a CLaP model over policies.backbone ({given}), got one over {own} in "
+                f"{path!r}; set policies.backbone.init_args.model to its language model"
+            )
+        return latents
 
     # ------------------------------------------------------------------ judging
     def judged(self, finished: Finished, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
@@ -194,6 +230,13 @@ class WrittenMembers:
         return {**result, "own_mix": own}
 
 
+def _ready(portfolio: AnyPortfolio, user_ids: Sequence[str]) -> AnyPortfolio:
+    """A portfolio without members, which can write."""
+    portfolio.user_ids = list(user_ids)
+    portfolio.configure_model()
+    return portfolio.to(device()).eval()
+
+
 def objectives_of(
     method: WritingPortfolio, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]
 ) -> Array:
@@ -206,12 +249,19 @@ def objectives_of(
     return values
 
 
-def undecided(pool: Pool, weights: Array, names: Sequence[str]) -> list[str]:
-    """A sentence for each of the weights ``(V, R)`` by which all responses to every prompt are worth the same."""
+def undecided(pool: Pool, weights: Array, names: Sequence[str], instead: str) -> list[str]:
+    """A sentence for each of the weights ``(V, R)`` by which all responses to every prompt are worth the same.
+
+    Args:
+        pool: What policies are made from.
+        weights: Of the policies.
+        names: Of the objectives.
+        instead: What the policy for such weights is.
+    """
     decided = {int(user) for user in weighted_pairs(pool, weights).user_ids}
     return [
         f"by {member_name(row, names)} all responses are worth the same: there is nothing to learn, and the policy for "
-        "these weights is the unaligned one"
+        f"these weights is {instead}"
         for place, row in enumerate(weights)
         if place not in decided
     ]

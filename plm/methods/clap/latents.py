@@ -179,6 +179,16 @@ class ClapLatents(LatentBackbone):
         nobody = torch.zeros(len(latents), dtype=torch.long)
         return self.method.writing(UserState({"latent": latents}, nobody), [])
 
+    @torch.no_grad()
+    def log_ratios(self, tokens: Tokens, latents: Tensor) -> Tensor:
+        """How much likelier B responses are from latents ``(B, Z)`` than from the language model, ``(B,)`` nats."""
+        method, tokens = self.method, tokens.to(self.method.device)
+        state = UserState({"latent": latents}, torch.zeros(tokens.num_rows, dtype=torch.long))
+        reference = torch.zeros(tokens.num_rows, device=method.device)
+        for rows in method.chunks(tokens):
+            reference[rows] = method.logps(tokens.take(rows).trimmed()).total
+        return method.score(tokens, state) - reference
+
 
 class ClapPrompts(Backbone):
     """Features ``(N, D)`` of prompts: mean last hidden state of the queries of a CLaP encoder.

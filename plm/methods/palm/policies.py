@@ -12,7 +12,6 @@ K adapters, P numbers of one adapter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -75,10 +74,7 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod):
         super().__init__(num_users, feature_dim, backbone, lr=0.0, batch_tokens=batch_tokens)
         if decoding not in ("own", "merged", "logits"):
             raise ValueError(f"decoding: expected own, merged or logits, got {decoding!r}")
-        if not 0 < sharpness < math.inf:
-            raise ValueError(f"sharpness: expected a finite number of nats > 0, got {sharpness!r}")
-        if not 0 <= prior_precision < math.inf:
-            raise ValueError(f"prior_precision: expected a finite number >= 0, got {prior_precision!r}")
+        self.check_users(sharpness, prior_precision)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens!r}")
         self.decoding, self.sharpness, self.prior_precision = decoding, sharpness, prior_precision
@@ -197,15 +193,16 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod):
     # ------------------------------------------------------------------ users
     def read(self, responses: Tensor | Tokens) -> Tensor:
         """Objectives ``(B, R)`` of B responses, which come as such or as tokens."""
-        if isinstance(responses, Tensor):
-            return responses
-        tokens = responses
+        return self.read_tokens(responses) if isinstance(responses, Tokens) else responses
+
+    def read_tokens(self, tokens: Tokens) -> Tensor:
+        """Objectives ``(B, R)`` of B responses."""
         columns = tokens.input_ids.cpu(), tokens.attention_mask.cpu(), tokens.completion_mask.cpu()
-        prompts, texts = [], []
+        prompts, responses = [], []
         for ids, attended, is_response in zip(*columns, strict=True):
             prompt = ids[attended & ~is_response].tolist()
             prompts.append(self.causal_lm.response_text(Completion([], prompt)))
-            texts.append(self.causal_lm.response_text(Completion(prompt, ids[is_response].tolist())))
-        read = self.objectives.represent(prompts, texts)
+            responses.append(self.causal_lm.response_text(Completion(prompt, ids[is_response].tolist())))
+        read = self.objectives.represent(prompts, responses)
         assert isinstance(read, Tensor)
         return read.to(self.device)

@@ -5,6 +5,7 @@ Axes: B texts, U users, S pairs of a user, R objectives, M members, P numbers of
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -30,6 +31,18 @@ class WritingPortfolio(RoutedMethod):
 
     objectives: Backbone
     sharpness: float
+
+    @staticmethod
+    def check_users(sharpness: float, prior_precision: float) -> None:
+        """Refuse what no user could be inferred with.
+
+        Raises:
+            ValueError: If one of them is out of range.
+        """
+        if not 0 < sharpness < math.inf:
+            raise ValueError(f"sharpness: expected a finite number of nats > 0, got {sharpness!r}")
+        if not 0 <= prior_precision < math.inf:
+            raise ValueError(f"prior_precision: expected a finite number >= 0, got {prior_precision!r}")
 
     # ------------------------------------------------------------------ members
     @abstractmethod
