@@ -160,6 +160,12 @@ def test_latents_are_members_too(
         latents = method.points[member]
         own = sample(load_method(path), ["p0", "p3"], UserState({"latent": latents}, member * 0), max_new_tokens=8)
         assert texts == [[one.text] for [one] in own]
+        pairs = [{"user_id": "new", "prompt": f"p{n}", "chosen": "so", "rejected": "SO IT IS SO"} for n in range(9)]
+        Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        assert main(["adapt", "--ckpt_path", str(folder / "portfolio.ckpt"), "--pairs", "pairs.jsonl"]) == 0
+        again = load_method(folder / "portfolio.ckpt")
+        assert again.find_users is not None
+        assert again.find_users(["new"]).tensors["weights"][0].argmin() == 1
         other = tiny_causal_lm("llama").model
         capsys.readouterr()
         assert main([*asked, "--policies.backbone.init_args.model", other]) != 0
