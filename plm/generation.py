@@ -42,8 +42,15 @@ class Writes(Protocol):
 class DrawsLatents(Protocol):
     """A method whose texts begin with a draw from their user's policy over latents, another for every text."""
 
-    def latent_states(self, users: UserState, prompts: Sequence[str], keys: Tensor) -> UserState:
-        """What ``writing`` takes in the place of ``users``: B states, B prompts, ``(B,)`` what is random comes from."""
+    def latent_states(self, users: UserState, rows: Tensor, prompts: Sequence[str], keys: Tensor) -> UserState:
+        """What ``writing`` takes in the place of users: B states.
+
+        Args:
+            users: States, each once.
+            rows: ``(B,)`` row of each text's user.
+            prompts: Of each text.
+            keys: ``(B,)`` what is random comes from.
+        """
 
 
 @runtime_checkable
@@ -77,6 +84,7 @@ def sample(
     users: UserState | None = None,
     *,
     max_new_tokens: int,
+    rows: Tensor | None = None,
     user_id: str | Sequence[str] | None = None,
     num_samples: int = 1,
     min_new_tokens: int = 0,
@@ -96,8 +104,9 @@ def sample(
     Args:
         method: Who writes: a method for its users, or a policy as it is.
         prompts: P prompts, plain texts or JSON lists of chat messages.
-        users: States with one row per prompt; instead of ``user_id``. Default: the population.
+        users: States with one row per prompt, or with ``rows``; instead of ``user_id``. Default: the population.
         max_new_tokens: Tokens after which a response is cut.
+        rows: ``(P,)`` int64, the row of ``users`` of each prompt.
         user_id: One id for all prompts or one each, for a method of ``load_method``; an unknown id gets the
             population state and a warning.
         num_samples: Responses to each prompt, which is read once for all of them.
@@ -124,7 +133,7 @@ def sample(
     if not isinstance(method, Policy | Writes):
         raise ValueError(f"expected a method whose users write, got {type(method).__name__}; take best_of_n")
     policy = method if isinstance(method, Policy) else method.policy
-    states, state_row = _states(method, len(prompts), users, user_id)
+    states, state_row = _states(method, len(prompts), users, user_id, rows)
     read = [policy.backbone.prompt_tokens(prompt) for prompt in prompts]
     _check_room(policy, prompts, read, max_new_tokens)
     ends = torch.tensor(policy.end_tokens, dtype=torch.long, device=policy.device)
@@ -134,24 +143,26 @@ def sample(
     policy.eval()
     try:
         for batch in _batches([len(ids) for ids in read], num_samples, max_new_tokens, batch_tokens):
-            rows = [row for row, _ in batch]
+            order = [row for row, _ in batch]
             if not isinstance(method, DrawsLatents):
-                rows = list(dict.fromkeys(rows))  # a prompt is read once for all its texts
+                order = list(dict.fromkeys(order))  # a prompt is read once for all its texts
             keys = torch.tensor([_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
             writing: TextWriter
             if isinstance(method, Policy) or states is None:
                 writing = policy.write()
             else:
-                own = states.take(state_row[rows].to(states.num_pairs.device)).to(policy.device)
-                asked = [prompts[row] for row in rows]
+                asked = [prompts[row] for row in order]
+                own, whose = _distinct(states, state_row[order], policy.device)
                 if isinstance(method, DrawsLatents):
-                    own = method.latent_states(own, asked, keys)
+                    own = method.latent_states(own, whose, asked, keys)
+                else:
+                    own = own.take(whose)
                 writing = method.writing(own, asked)
             logits = writing.start(
-                completion_tokens([Completion(read[row], []) for row in rows], left=True).to(policy.device)
+                completion_tokens([Completion(read[row], []) for row in order], left=True).to(policy.device)
             )
-            if len(batch) > len(rows):
-                place_of = {row: place for place, row in enumerate(rows)}
+            if len(batch) > len(order):
+                place_of = {row: place for place, row in enumerate(order)}
                 places = torch.tensor([place_of[row] for row, _ in batch], device=policy.device)
                 writing.take(places)
                 logits = logits[places]
@@ -216,9 +227,9 @@ def best_of_n(
         for start in range(0, len(candidate), _SCORED):
             at = candidate[start : start + _SCORED].to(method.device)
             chosen = represented.take(at) if isinstance(represented, Tokens) else represented[at]
-            own = states.take(whose[start : start + _SCORED].to(states.num_pairs.device)).to(method.device)
+            own, rows = _distinct(states, whose[start : start + _SCORED], method.device)
             given = None if prompt_features is None else prompt_features[at]
-            rewards.append(method.score(chosen, own, prompt_features=given).float().cpu())
+            rewards.append(method.score(chosen, own, rows=rows, prompt_features=given).float().cpu())
     table = torch.cat(rewards).reshape(len(prompts), n)
     best = table.argmax(1)
     return [
@@ -350,6 +361,7 @@ def _states(
     num_prompts: int,
     users: UserState | None,
     user_id: str | Sequence[str] | None,
+    rows: Tensor | None = None,
 ) -> tuple[UserState | None, Tensor]:
     """States, each once, and the row of each prompt's in them; no states for a policy as it is."""
     if isinstance(method, Policy):
@@ -359,9 +371,10 @@ def _states(
     if users is not None and user_id is not None:
         raise ValueError("expected either users or user_id, got both")
     if users is not None:
-        if users.num_users != num_prompts:
-            raise ValueError(f"expected one user per prompt, got {users.num_users} for {num_prompts} prompts")
-        return users, torch.arange(num_prompts)
+        rows = torch.arange(users.num_users) if rows is None else rows.cpu()
+        if len(rows) != num_prompts:
+            raise ValueError(f"expected one user per prompt, got {len(rows)} for {num_prompts} prompts")
+        return users, rows
     if user_id is None:
         return method.population_state(1), torch.zeros(num_prompts, dtype=torch.long)
     if method.find_users is None:
@@ -371,6 +384,12 @@ def _states(
         raise ValueError(f"expected one user id per prompt, got {len(ids)} for {num_prompts} prompts")
     row_of = {one: row for row, one in enumerate(dict.fromkeys(ids))}
     return method.find_users(list(row_of)), torch.tensor([row_of[one] for one in ids])
+
+
+def _distinct(states: UserState, rows: Tensor, device: torch.device) -> tuple[UserState, Tensor]:
+    """The states at ``rows`` ``(B,)``, each once, and where each row is among them; on a device."""
+    used, place = torch.unique(rows, return_inverse=True)
+    return states.take(used.to(states.num_pairs.device)).to(device), place.to(device)
 
 
 def _check_settings(

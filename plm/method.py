@@ -83,6 +83,10 @@ class PersonalizationMethod(L.LightningModule, ABC):
         With `reads_prompts` there is a third argument, ``prompt_features``: ``(B, D)`` of the prompts alone.
         """
 
+    def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **asked: Any) -> Tensor:
+        """`_score` of users who are there once: ``(B,)`` rows; for a method whose states are too large to copy."""
+        return self._score(responses, users.take(rows), **asked)
+
     @abstractmethod
     def _adapt(self, context: Context) -> UserState:
         """States of unseen users from their pairs alone; called with gradients enabled and inputs cloned."""
@@ -146,6 +150,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
         responses: Tensor | Tokens | Sequence[str],
         users: UserState | None = None,
         *,
+        rows: Tensor | None = None,
         user_id: str | Sequence[str] | None = None,
         prompts: str | Sequence[str] = "",
         prompt_features: Tensor | Tokens | None = None,
@@ -155,7 +160,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
         Args:
             responses: Features ``(B, D)``, tokens, or a list of texts (then the method must come from ``load_method``,
                 which attaches the encoder).
-            users: States with one row per response; instead of ``user_id``.
+            users: States with one row per response, or with ``rows``; instead of ``user_id``.
+            rows: ``(B,)`` int64, the row of ``users`` of each response.
             user_id: One id for all responses or one each; an unknown id gets the population reward and a warning.
             prompts: The prompt of each text, or one for all.
             prompt_features: ``(B, D)`` of the prompts alone, or their tokens, for a method that reads them.
@@ -184,14 +190,20 @@ class PersonalizationMethod(L.LightningModule, ABC):
         if user_id is not None:
             if self.find_users is None:
                 raise ValueError("score got user ids, but this method knows none; load it with plm.load_method(path)")
-            users = self.find_users([user_id] * num_responses if isinstance(user_id, str) else list(user_id))
+            ids = [user_id] * num_responses if isinstance(user_id, str) else list(user_id)
+            row_of = {one: row for row, one in enumerate(dict.fromkeys(ids))}
+            users, rows = self.find_users(list(row_of)), torch.tensor([row_of[one] for one in ids], dtype=torch.long)
         if users is None:
-            users = self.population_state(num_responses)
-        if users.num_users != num_responses:
-            raise ValueError(f"expected one user per response, got {users.num_users} for {num_responses} responses")
+            users, rows = self.population_state(1), torch.zeros(num_responses, dtype=torch.long)
+        known = users.num_users if rows is None else len(rows)
+        if known != num_responses:
+            raise ValueError(f"expected one user per response, got {known} for {num_responses} responses")
         if isinstance(responses, Tensor):
             self._check_width(responses)
-        return self._score(responses, users, **self._asked(prompt_features))
+        asked_of = self._asked(prompt_features)
+        if rows is None:
+            return self._score(responses, users, **asked_of)
+        return self._score_rows(responses, users, rows.to(users.num_pairs.device), **asked_of)
 
     def _asked(self, prompt_features: Tensor | Tokens | None) -> dict[str, Any]:
         return {"prompt_features": prompt_features} if self.reads_prompts else {}

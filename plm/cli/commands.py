@@ -144,14 +144,16 @@ def _score(args: list[str]) -> None:
     rows = read_rows(Path(options.input), lambda record: _row(record, options.user), '{"response": ...}')
     method = load_method(options.ckpt_path)
     assert isinstance(method.find_users, KnownUsers)
-    users, is_known = method.find_users.lookup([row.user_id for row in rows])
-    rewards = method.score([row.text for row in rows], users, prompts=[row.prompt for row in rows])
+    row_of = {user_id: number for number, user_id in enumerate(dict.fromkeys(row.user_id for row in rows))}
+    users, is_known = method.find_users.lookup(list(row_of))
+    whose = torch.tensor([row_of[row.user_id] for row in rows], dtype=torch.long)
+    rewards = method.score([row.text for row in rows], users, rows=whose, prompts=[row.prompt for row in rows])
     _refuse_nan(rewards, rows, options.ckpt_path)
-    known = is_known.tolist()
+    known = is_known[whose.to(is_known.device)].tolist()
     scaled: list[dict[str, float]] = [{}] * len(rows)
     if options.reference:
         reference = read_rows(Path(options.reference), lambda record: _row(record, None), '{"response": ...}')
-        scaled = [{"win_probability": value} for value in _win_probabilities(method, rows, users, rewards, reference)]
+        scaled = [{"win_probability": value} for value in _win_probabilities(method, users, whose, rewards, reference)]
     lines = [
         json.dumps(
             {**row.record, "user_id": row.user_id, "reward": reward, "user_known": sure, **extra},
@@ -185,19 +187,16 @@ def _refuse_nan(rewards: Tensor, rows: list[Row], ckpt_path: str) -> None:
 
 
 def _win_probabilities(
-    method: PersonalizationMethod, rows: list[Row], users: UserState, rewards: Tensor, reference: list[Row]
+    method: PersonalizationMethod, users: UserState, whose: Tensor, rewards: Tensor, reference: list[Row]
 ) -> list[float]:
-    """`win_probability` of every row against the reference responses, as its own user rewards them."""
+    """`win_probability` of every reward ``(B,)`` of the users at rows ``whose`` against the reference responses."""
     assert method.encode is not None and method.encode_prompts is not None
     prompts = [row.prompt for row in reference]
     features, asked = method.encode(prompts, [row.text for row in reference]), method.encode_prompts(prompts)
-    groups: dict[str | None, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row.user_id, []).append(index)
-    wins = torch.zeros_like(rewards)
-    for indices in groups.values():
-        states = users.take(torch.full((len(reference),), indices[0], device=users.num_pairs.device))
-        wins[indices] = win_probability(rewards[indices], method.score(features, states, prompt_features=asked))
+    wins, whose = torch.zeros_like(rewards), whose.to(rewards.device)
+    for user in range(users.num_users):
+        others = method.score(features, users, rows=torch.full((len(reference),), user), prompt_features=asked)
+        wins[whose == user] = win_probability(rewards[whose == user], others)
     return [float(value) for value in wins]
 
 

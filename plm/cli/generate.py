@@ -84,7 +84,8 @@ def run(args: list[str]) -> None:
             written = sample(
                 method,
                 texts,
-                mixture(method, options.mix, len(texts)) if options.mix else None,
+                mixture(method, options.mix) if options.mix else None,
+                rows=torch.zeros(len(texts), dtype=torch.long) if options.mix else None,
                 user_id=None if options.mix else users,
                 num_samples=options.num_samples,
                 progress=tell,
@@ -114,8 +115,8 @@ def run(args: list[str]) -> None:
         sys.stdout.write("\n".join(map(_readable, rows)))
 
 
-def mixture(method: PersonalizationMethod, mix: Sequence[str], num_prompts: int) -> UserState:
-    """The same mixture of stored users for every prompt.
+def mixture(method: PersonalizationMethod, mix: Sequence[str]) -> UserState:
+    """The state of one mixture of stored users.
 
     Raises:
         ValueError: If the method's users cannot be mixed, a user is unknown or named twice, or weights are not finite
@@ -141,8 +142,7 @@ def mixture(method: PersonalizationMethod, mix: Sequence[str], num_prompts: int)
     if sum(weights.values()) <= 0:
         raise ValueError(f"--mix: expected weights with a positive sum, got {given!r}")
     states = method.find_users(list(weights))
-    mixed = method.mixed(states, torch.tensor([list(weights.values())]))
-    return mixed.take(torch.zeros(num_prompts, dtype=torch.long))
+    return method.mixed(states, torch.tensor([list(weights.values())]))
 
 
 def asked(prompts: Sequence[Prompt], users: Sequence[str] | None, path: str) -> tuple[list[Prompt], list[str] | None]:

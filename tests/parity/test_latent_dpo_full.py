@@ -16,10 +16,11 @@ from plm.checkpoint import load_method
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.rewards import Length
 from plm.data.sources.sampled import SampledPairs
-from plm.generation import sample
+from plm.generation import best_of_n, sample
 from plm.methods.clap import CLaP
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
+from plm.methods.latent_dpo.families import Full
 from plm.methods.latent_dpo.maths import Gaussian, gaussian
 from plm.methods.latent_dpo.rules import preference_losses
 from plm.testing import saved, tiny_causal_lm
@@ -125,6 +126,45 @@ def test_people_are_trained_as_a_plain_encoder_would_be(checkpoint: Path) -> Non
         torch.testing.assert_close(together[person], expected, rtol=0, atol=2e-4)
         alone = Context(*(None if value is None else value[person : person + 1] for value in context))  # type: ignore[index, arg-type]
         torch.testing.assert_close(method.adapt(alone).tensors["policy"][0], together[person], rtol=0, atol=1e-5)
+
+
+def test_a_person_is_read_once_for_all_their_texts(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards, texts and mixtures of two people in turns equal those of a state per text, at one reading of each."""
+    method = make(checkpoint, variance="free", rule="closed_form", num_steps=3, lr=0.02)
+    users = method.adapt(pairs(checkpoint))
+    rows, prompts = torch.tensor([1, 0, 0, 1, 0, 1, 1]), prompts_of(checkpoint)[torch.tensor([0, 1, 2, 3, 0, 0, 1])]
+    responses = torch.randn(7, 2 * WIDTH, generator=torch.Generator().manual_seed(1))
+    mixed = method.mixed(users, torch.tensor([[0.5, 0.25], [0.0, 1.0]]))
+    method.encode_prompts = lambda asked: prompts_of(checkpoint)[: len(asked)]
+    read: list[int] = []
+    outputs = Full.outputs
+
+    def counted(self: Full, tensors: list[Tensor], given: Tensor) -> Tensor:
+        assert {len(value) for value in tensors} == {len(given)}
+        read.append(len(given))
+        return outputs(self, tensors, given)
+
+    def both(call: Any, state: Any, own: Tensor) -> tuple[Any, Any]:
+        return call(state, own), call(state.take(own), torch.arange(len(own)))
+
+    monkeypatch.setattr(Full, "outputs", counted)
+    for state, once in ((users, 2), (mixed, 4)):
+        found, expected = both(lambda s, r: method.score(responses, s, rows=r, prompt_features=prompts), state, rows)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert read == [once, once * 7 // 2] and found.std() > 1e-3
+        read.clear()
+    found, expected = both(
+        lambda s, r: method.latent_states(s, r, PROMPTS, torch.arange(4)).tensors["latent"], users, rows[:4]
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert read == [2, 4]
+    with saved(method) as path:
+        loaded = load_method(path)
+        read.clear()
+        sample(loaded, PROMPTS, user_id=["0", "1", "0", "1"], max_new_tokens=2)
+        loaded.score([" a", " b", " c"], user_id="1", prompts="no")
+        best_of_n(loaded, loaded, PROMPTS[:2], user_id="1", n=3, max_new_tokens=2)
+    assert read == [2, 1, 1, 1]  # best_of_n writes for the population, and scores
 
 
 def test_prompts_of_the_wrong_kind_are_refused(checkpoint: Path) -> None:

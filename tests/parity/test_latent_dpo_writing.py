@@ -71,7 +71,7 @@ def test_everybody_writes_as_if_alone(checkpoint: Path) -> None:
 
 
 def test_latents_come_from_the_policy_and_of_strangers_from_that_of_the_population(clap: Path) -> None:
-    keys = torch.arange(4000)
+    keys = every = torch.arange(4000)
     for temperature in (1.0, 0.5, 0.0):
         method = people(clap, latent_temperature=temperature, variance="free")
         method.population.copy_(method.policies[0])
@@ -81,16 +81,20 @@ def test_latents_come_from_the_policy_and_of_strangers_from_that_of_the_populati
             features = loaded.encode_prompts(PROMPTS[:1])
             own = loaded.user_states(torch.tensor([1])).take(torch.zeros(4000).long())
             policy = loaded.latent_policies(own.take(torch.tensor([0])), features)
-            drawn = loaded.latent_states(own, PROMPTS[:1] * 4000, keys).tensors["latent"]
-            nobody = loaded.latent_states(loaded.population_state(4000), PROMPTS[:1] * 4000, keys).tensors["latent"]
-            anna = loaded.user_states(torch.zeros(4000).long())
-            assert torch.equal(nobody, loaded.latent_states(anna, PROMPTS[:1] * 4000, keys).tensors["latent"])
+            drawn = loaded.latent_states(own, every, PROMPTS[:1] * 4000, keys).tensors["latent"]
+            nobody = loaded.latent_states(loaded.population_state(1), 0 * every, PROMPTS[:1] * 4000, keys).tensors[
+                "latent"
+            ]
+            anna = loaded.user_states(torch.tensor([0]))
+            assert torch.equal(
+                nobody, loaded.latent_states(anna, 0 * every, PROMPTS[:1] * 4000, keys).tensors["latent"]
+            )
         sigma = temperature * (0.5 * policy.log_var[0]).exp()
         assert ((drawn.mean(0) - policy.mean[0]).abs() <= 5 * sigma / 4000**0.5 + 1e-4).all()
         torch.testing.assert_close(drawn.std(0), sigma, rtol=0.08, atol=1e-4)
     capped = people(clap, max_latent_norm=0.5, family="vector")
     users = capped.user_states(torch.tensor([0, 1]))
-    drawn = capped.latent_states(users, PROMPTS[:2], keys[:2]).tensors["latent"]
+    drawn = capped.latent_states(users, every[:2], PROMPTS[:2], keys[:2]).tensors["latent"]
     torch.testing.assert_close(drawn.norm(dim=1), torch.full((2,), 0.5 * WIDTH**0.5))
 
 

@@ -327,30 +327,34 @@ class LatentDPO(PersonalizationMethod):
         """The language model that writes."""
         return self.latents.policy
 
-    def latent_states(self, users: UserState, prompts: Sequence[str], keys: Tensor) -> UserState:
+    def latent_states(self, users: UserState, rows: Tensor, prompts: Sequence[str], keys: Tensor) -> UserState:
         """Latents ``(B, Z)`` of B texts, each drawn from its user's policy at its prompt by its key, ``(B,)`` int64."""
         asked = self.encode_prompts(prompts) if self.encode_prompts is not None else None
         asked = None if asked is None else asked.to(keys.device)
-        options, policy = self.options, self.latent_policies(users, asked)
+        options, policy = self.options, self.latent_policies(users, asked, rows)
         noise = normals(fold(keys, 1), policy.mean.shape[-1])
         latent = draw_latents(policy, noise, options.latent_temperature, options.max_latent_norm)
-        return UserState({"latent": latent}, users.num_pairs)
+        return UserState({"latent": latent}, users.num_pairs[rows])
 
     def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
         """A batch of texts, one for each latent of `latent_states`."""
         return self.latents.writing(users.tensors["latent"])
 
     # ------------------------------------------------------------------ use
-    def latent_policies(self, users: UserState, prompt_features: Tensor | None = None) -> Gaussian:
-        """Policy p(z|x) of each row's user at the row's prompt: U = B, ``(B, F)`` -> ``(B, Z)``."""
+    def latent_policies(
+        self, users: UserState, prompt_features: Tensor | Tokens | None = None, rows: Tensor | None = None
+    ) -> Gaussian:
+        """Policies p(z|x) ``(B, Z)`` at B prompts ``(B, F)``, of the users at ``rows`` ``(B,)``; default: one each."""
         table, weights = users.tensors["policy"], users.tensors.get("weights")
+        rows = torch.arange(users.num_users, device=table.device) if rows is None else rows
         if weights is None:
-            return self._policies_at(table, torch.arange(len(table), device=table.device), prompt_features)
-        row = torch.arange(weights.numel(), device=table.device)
-        given = None if prompt_features is None else prompt_features.repeat_interleave(weights.shape[1], 0)
+            return self._policies_at(table, rows, prompt_features)
+        num_experts = weights.shape[1]
+        row = (rows[:, None] * num_experts + torch.arange(num_experts, device=table.device)).flatten()
+        given = prompt_features.repeat_interleave(num_experts, 0) if isinstance(prompt_features, Tensor) else None
         parts = self._policies_at(table.flatten(0, 1), row, given)
-        experts = Gaussian(*(value.view(*weights.shape, -1).transpose(0, 1) for value in parts))
-        return product_of_experts(experts, weights.T)
+        experts = Gaussian(*(value.view(len(rows), num_experts, -1).transpose(0, 1) for value in parts))
+        return product_of_experts(experts, weights[rows].T)
 
     def mixed(self, users: UserState, weights: Tensor) -> UserState:
         """Mix A users into U others, at every prompt the product of their policies by weights ``(U, A)``."""
@@ -377,8 +381,11 @@ class LatentDPO(PersonalizationMethod):
         self, responses: Tensor | Tokens, users: UserState, prompt_features: Tensor | Tokens | None = None
     ) -> Tensor:
         """``beta E h(z)`` over the posterior of each response: ``(B, 2Z)`` -> ``(B,)``."""
-        assert prompt_features is None or isinstance(prompt_features, Tensor)
         return self._reward(responses, self.latent_policies(users, prompt_features))
+
+    def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **asked: Any) -> Tensor:
+        """The same without a copy of a user's network for every response."""
+        return self._reward(responses, self.latent_policies(users, asked.get("prompt_features"), rows))
 
     def _reward(self, responses: Tensor | Tokens, policy: Gaussian) -> Tensor:
         assert isinstance(responses, Tensor)
