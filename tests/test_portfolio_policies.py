@@ -52,9 +52,9 @@ def source(folder: Path, **options: object) -> SampledRewards:
     return SampledRewards(str(samples(folder)), rewards, OBJECTIVES, **{"value_prompts": 6, **options})  # type: ignore[arg-type]
 
 
-def recipe(folder: Path) -> Path:
-    """The recipe of the film reviews with other texts, rewards and people, and far less of everything."""
-    config = read_config(ROOT / "recipes/palm_imdb.yaml")
+def recipe(folder: Path, name: str = "palm_imdb", **policies: object) -> Path:
+    """A recipe of the film reviews with other texts, rewards and people, and far less of everything."""
+    config = read_config(ROOT / f"recipes/{name}.yaml")
     config["rewards"]["init_args"] |= {
         "path": str(samples(folder)),
         "rewards": {
@@ -71,6 +71,7 @@ def recipe(folder: Path) -> Path:
         "num_samples": 2,
         "max_new_tokens": 8,
         "cache_dir": str(folder / "cache"),
+        **policies,
     }
     config |= {"seeds": 2, "sizes": [1, 3], "num_users": 20}
     path = folder / "recipe.json.yaml"
@@ -134,17 +135,16 @@ def test_from_the_recipe_to_a_text_for_a_user(
 def test_latents_are_members_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same recipe with a CLaP model: kilobytes of members, routed; another language model is refused."""
+    """Kilobytes of members of a CLaP model, routed; another language model is refused."""
     monkeypatch.chdir(tmp_path)
     clap = CLaP(1, 16, tiny_causal_lm().spec(), latent_dim=4, num_queries=2, encoder_layers=1)
     clap.configure_model()
     torch.nn.init.normal_(clap.encoder.head.weight, std=0.5)
     with saved(clap) as path:
-        asked = ["portfolio", "--config", str(recipe(tmp_path)), "--policies.oracle", "latent_dpo"]
-        assert main(asked) != 0
+        asked = ["portfolio", "--config", str(recipe(tmp_path, "palm_latent_imdb", clap=str(path)))]
+        assert main([*asked, "--policies.clap", "null"]) != 0
         assert "policies.clap: expected the checkpoint of a CLaP model" in capsys.readouterr().err
-        asked += ["--policies.clap", str(path), "--policies.latent_fit.kl_coef", "0.01"]
-        assert main(asked) == 0
+        assert main([*asked, "--policies.latent_fit.kl_coef", "0.01"]) == 0
         folder = tmp_path / "runs/portfolio/version_0"
         method = load_method(folder / "portfolio.ckpt")
         assert isinstance(method, LatentPortfolio) and method.points.shape[1] == 4
