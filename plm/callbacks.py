@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from torch import Tensor
 
 from plm.evaluation import (
@@ -27,6 +27,7 @@ from plm.evaluation import (
     few_shot_figure,
     few_shot_table,
     gain_figure,
+    print_parts,
     summarize,
     summarize_few_shot,
     summary_table,
@@ -319,11 +320,7 @@ def _show(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> None:
 
 
 def _print(report: list[RenderableType]) -> list[RenderableType]:
-    """Print the parts of a report, wide enough for a table where the output is no terminal; returns an empty one."""
+    """Print the parts of a report after an empty line; returns an empty one."""
     if report:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=max(console.width, 120))
-        for part in ("", *report):
-            console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
+        print_parts("", *report)
     return []

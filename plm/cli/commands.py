@@ -23,6 +23,7 @@ from plm.data.files import position, read_records
 from plm.data.rows import FeatureRows, token_rows
 from plm.data.schema import PairTable, read_pairs
 from plm.data.values import short, to_id, to_prompt, to_response
+from plm.evaluation import print_parts
 from plm.functional import win_probability
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.policy_method import PolicyMethod
@@ -97,7 +98,7 @@ def _adapt(args: list[str]) -> None:
         str(len(store)),
     )
     console = Console()
-    console.print(summary)
+    print_parts(summary, console=console)
     console.print(f"written to {store_path(options.ckpt_path)}", soft_wrap=True, highlight=False)
 
 

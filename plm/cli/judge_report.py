@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
-from plm.evaluation import plain_table, write_json, write_text
+from plm.evaluation import plain_table, print_parts, write_json, write_text
 
 _TITLE = "Value of each policy's texts less that of the unaligned policy's, 95% intervals over prompts"
 _NOTE = (
@@ -24,12 +25,10 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for title, names, rows in tables(result):
         table = plain_table(title)
         for name in names:
-            table.add_column(escape(name), justify="left" if name == names[0] else "right")
+            table.add_column(name, justify="left" if name == names[0] else "right")
         for row in rows:
-            table.add_row(
-                *(f"[bold]{escape(cell[2:-2])}[/]" if cell.startswith("**") else escape(cell) for cell in row)
-            )
-        console.print(table)
+            table.add_row(*(Text(cell[2:-2], style="bold") if cell.startswith("**") else cell for cell in row))
+        print_parts(table, console=console)
     for entry in result["samples"]:
         console.print(f"[bold]{escape(entry['prompt'])}[/]", highlight=False)
         for name, text in entry.items():

@@ -28,7 +28,7 @@ from plm.cli.entries import Entry
 from plm.cli.options import OptionParser
 from plm.data import surface
 from plm.data.datamodule import PreferenceDataModule
-from plm.evaluation import USER_COLUMNS, summarize, user_rows, write_csv, write_json
+from plm.evaluation import USER_COLUMNS, print_parts, summarize, user_rows, write_csv, write_json
 from plm.leaderboard import baselines as opponents
 from plm.leaderboard.figures import all_figures
 from plm.leaderboard.report import Leaderboard, terminal, write
@@ -55,7 +55,7 @@ def run(args: list[str]) -> None:
         ValueError: For whatever the user can mend.
     """
     options = _options(args)
-    console = _console()
+    console = Console()
     more = [part for item in options.set for part in (f"--{item.partition('=')[0]}", item.partition("=")[2])]
     left_out: dict[str, str] = {}
     if options.recipes:
@@ -96,8 +96,7 @@ def run(args: list[str]) -> None:
         board = Leaderboard(_title(options, data), rows, OPPONENT, data.summary(), _about(options, command), left_out)
         figures = all_figures(board)
         files = write(board, figures, folder)
-        for part in terminal(board):
-            console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
+        print_parts(*terminal(board), console=console)
         console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
     if options.wandb:
         console.print(wandb_report.publish(board, files, folder, options.wandb), highlight=False, soft_wrap=True)
@@ -266,12 +265,6 @@ class _Progress:
         seconds = time.perf_counter() - self.start
         end = "done" if one.is_done else f"failed: {one.error}"
         self.console.print(f"{seconds:6.0f} s  {one.row}, seed {one.seed}: {end}", highlight=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    """Wide enough for the tables where the output is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 190))
 
 
 def _title(options: argparse.Namespace, data: PreferenceDataModule) -> str:

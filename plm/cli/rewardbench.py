@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
+from plm.evaluation import print_parts
 from plm.rewardbench import answer, read_questions, rewards_of, summarise
 
 
@@ -37,7 +37,7 @@ def run(args: list[str]) -> None:
     for subset, score in scores.items():
         count = sum(subset in ("overall", entry.subset) for entry in answered)
         table.add_row(subset, str(count), f"{score:.1%}")
-    Console().print(table)
+    print_parts(table)
     if options.output:
         text = {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
         Path(options.output).write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")

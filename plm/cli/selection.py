@@ -17,11 +17,11 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from rich.console import Console
 from rich.table import Table
 
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.cli.parser import RecipeParser, shorten
+from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod, constructor_arguments
 
 LINKS = {
@@ -184,4 +184,4 @@ def _report(cli: LightningCLI, candidates: list[dict[str, Any]], values: list[fl
     for index, row in enumerate(rows):
         cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]
         table.add_row(*cells, "selected" if index == best else "")
-    Console().print(table)
+    print_parts(table)

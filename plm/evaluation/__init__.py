@@ -13,6 +13,7 @@ from plm.evaluation.report import (
     write_text,
 )
 from plm.evaluation.statistics import CONFIDENCE, MIN_USERS, cluster_bootstrap, summarize, summarize_few_shot
+from plm.evaluation.terminal import print_parts
 from plm.evaluation.wording import difference, interval, points, verdict
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "interval",
     "plain_table",
     "points",
+    "print_parts",
     "summarize",
     "summarize_few_shot",
     "summary_table",

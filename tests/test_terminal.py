@@ -1,0 +1,43 @@
+"""No number of a printed report is cut, however narrow the terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from plm.evaluation import plain_table, print_parts
+
+
+def wide_table() -> Table:
+    table = plain_table("Regret")
+    for number in range(12):
+        table.add_column(f"worst-case {number}")
+    table.add_row(*(f"0.{number:03d} [0.{number:03d}, 1.{number:03d}]" for number in range(12)))
+    return table
+
+
+@pytest.mark.parametrize("width", [20, 80, 300])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_number_is_cut(width: int, terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
+    print_parts(wide_table(), "a [0.1, 0.2] " + 40 * "long ", console=console)
+    text = out.getvalue()
+    assert "…" not in text and "a [0.1, 0.2] " in text
+    for number in range(12):
+        assert f"0.{number:03d}" in text and f"1.{number:03d}]" in text
+    if not terminal:
+        assert "0.011 [0.011, 1.011]" in text
+    assert console.width == width
+
+
+def test_a_table_that_fits_is_not_widened() -> None:
+    table = plain_table("")
+    table.add_column("one")
+    table.add_row("1")
+    out = io.StringIO()
+    print_parts(table, console=Console(file=out, width=80))
+    assert max(map(len, out.getvalue().splitlines())) <= 5
