@@ -9,7 +9,9 @@ import csv
 import gzip
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,6 +134,8 @@ def read_columns(path: Path, names: dict[str, str]) -> RawPairs:
     if _format(path) == "parquet":
         return _read_parquet(path, names)
     records = read_records(path)
+    if _format(path) == "jsonl" and "responses" in records.names:
+        records = _graded_pairs(records, names)
     if records.names:
         _require(path, names, records.names)
     found = {name: file_name for name, file_name in names.items() if file_name in records.names}
@@ -142,6 +146,63 @@ def read_columns(path: Path, names: dict[str, str]) -> RawPairs:
                 codes, values = columns[name]
                 columns[name] = Column(np.where(codes == values.index(""), -1, codes), values)
     return RawPairs(columns, np.array(records.lines, dtype=np.int64), records.problems)
+
+
+def _graded_pairs(records: Records, names: dict[str, str]) -> Records:
+    """Rows with K ``responses`` and their ``ratings`` as all K (K - 1) / 2 pairs, of which the higher rating is chosen.
+
+    Equal ratings are a tie. The pairs of a row share its weight, so that it counts once however many responses it has.
+
+    Args:
+        records: Rows of a file; those without responses are left as they are.
+        names: Our column name -> the file's.
+    """
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    problems = list(records.problems)
+    for line, row in zip(records.lines, records.rows, strict=True):
+        made = [row]
+        if row.get("responses") is not None:
+            problem = _rating_problem(row, names)
+            if problem:
+                problems.append((line, problem))
+                continue
+            made = []
+            rated = list(zip(row["ratings"], row["responses"], strict=True))
+            weight, share = row.get(names.get("weight", "weight"), 1.0), 2.0 / (len(rated) * (len(rated) - 1))
+            for first, second in combinations(rated, 2):
+                better, worse = (second, first) if second[0] > first[0] else (first, second)
+                pair = {
+                    "chosen": better[1],
+                    "rejected": worse[1],
+                    "chosen_score": better[0],
+                    "rejected_score": worse[0],
+                    "tie": better[0] == worse[0],
+                    "weight": weight * share if isinstance(weight, int | float) else weight,
+                }
+                made.append(row | {names[name]: value for name, value in pair.items() if name in names})
+        rows += made
+        lines += [line] * len(made)
+    columns = dict.fromkeys([*(names[name] for name in REQUIRED), *(key for row in rows for key in row)])
+    return Records(list(columns), rows, lines, problems)
+
+
+def _rating_problem(row: dict[str, Any], names: dict[str, str]) -> str | None:
+    """What is wrong with the responses and ratings of a row."""
+    responses, ratings = row["responses"], row.get("ratings")
+    if any(row.get(names[name]) is not None for name in ("chosen", "rejected")):
+        return "responses: expected either responses with ratings, or chosen and rejected, got both"
+    if not isinstance(responses, list) or len(responses) < 2:
+        return f"responses: expected a list of at least two, got {short(responses)}"
+    if not isinstance(ratings, list) or len(ratings) != len(responses):
+        return f"ratings: expected a number for each of {len(responses)} responses, got {short(ratings)}"
+    for rating in ratings:
+        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+            return f"ratings: expected finite numbers, got {short(rating)}"
+    repeated = [text for place, text in enumerate(responses) if text in responses[:place]]
+    if repeated:
+        return f"responses: expected each once, got {short(repeated[0])} again"
+    return None
 
 
 def _format(path: Path) -> str:

@@ -192,6 +192,9 @@ def pair_table(
 def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | None = None) -> PairTable:
     """Read and validate pairs from JSONL, CSV (both also .gz) and Parquet files.
 
+    A line of JSONL may hold ``responses`` and their ``ratings`` instead of ``chosen`` and ``rejected``: all pairs of
+    them, which share the weight of the line.
+
     Args:
         paths: Files; their rows are concatenated.
         columns: Our column name -> the file's; None leaves an optional column of the file unread.
@@ -216,7 +219,7 @@ def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | Non
     checker = _Checker(where, problems)
     table = _validate({name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL)}, checker, files)
     if problems:
-        raise ValueError(_report(files, sorted(problems)))
+        raise ValueError(_report(files, sorted(set(problems))))  # pairs of one line may share one problem
     assert table is not None
     if table.num_pairs == 0:
         raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,52 @@ def test_take_keeps_texts_and_users(tmp_path: Path) -> None:
     table = read(tmp_path, *ROWS)
     assert plain(table.take(np.array([2, 0]))) == [plain(table)[2], plain(table)[0]]
     assert table.take(table.user == 0).num_users == 2
+
+
+# ---------------------------------------------------------------------- graded responses
+def test_graded_responses_are_all_their_pairs_and_count_once(tmp_path: Path) -> None:
+    """The higher rating is chosen, equal ones are a tie; lines with and without ratings stand in one file."""
+    lines = [
+        {"user_id": "u", "prompt": "p", "responses": ["a", "b", "c"], "ratings": [2, 5.5, 2], "weight": 3.0},
+        {"user_id": "u", "prompt": "q", "chosen": "x", "rejected": "y"},
+        {"user_id": "v", "prompt": "p", "responses": ["c", "a"], "ratings": [0, -1]},
+    ]
+    path = tmp_path / "graded.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = read_pairs([path])
+    responses = [table.responses[item] for item in table.items[:, 1]]
+    found = [
+        (responses[chosen], responses[rejected], tie, weight, *scores)
+        for chosen, rejected, tie, weight, *scores in zip(
+            table.chosen, table.rejected, table.tie, table.weight, table.chosen_score, table.rejected_score, strict=True
+        )
+    ]
+    assert found[:3] == [
+        ("b", "a", False, 1.0, 5.5, 2.0),
+        ("a", "c", True, 1.0, 2.0, 2.0),
+        ("b", "c", False, 1.0, 5.5, 2.0),
+    ]
+    assert found[3][:4] == ("x", "y", False, 1.0) and found[4] == ("c", "a", False, 1.0, 0.0, -1.0)
+    assert [table.position(row).rsplit(":", 1)[1] for row in range(5)] == ["1", "1", "1", "2", "3"]
+
+
+def test_malformed_ratings_are_named_with_their_line(tmp_path: Path) -> None:
+    good = {"user_id": "u", "prompt": "p", "responses": ["a", "b", "c"], "ratings": [1, 2, 3]}
+    changes = [
+        ({"ratings": [1, 2]}, r"2: ratings: expected a number for each of 3 responses, got \[1, 2\]"),
+        ({"ratings": [1, 2, "3"]}, "3: ratings: expected finite numbers, got '3'"),
+        ({"responses": ["a"], "ratings": [1]}, r"4: responses: expected a list of at least two, got \['a'\]"),
+        ({"responses": ["a", "b", "a"]}, "5: responses: expected each once, got 'a' again"),
+        ({"chosen": "a"}, "6: responses: expected either responses with ratings, or chosen and rejected, got both"),
+        ({"user_id": None}, "7: user_id: missing or null"),
+        ({"ratings": None}, "8: ratings: expected a number for each of 3 responses, got None"),
+    ]
+    path = tmp_path / "graded.jsonl"
+    path.write_text("".join(json.dumps(good | change) + "\n" for change in [{}, *(one for one, _ in changes)]))
+    with pytest.raises(ValueError, match=r"^7 malformed rows") as raised:
+        read_pairs([path])
+    for _, message in changes:
+        assert re.search(message, str(raised.value)), message
+    path.write_text(json.dumps(good | {"ratings": [1]}) + "\n")
+    with pytest.raises(ValueError, match="1: ratings: expected a number for each"):
+        read_pairs([path])

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from plm.functional import bt_losses
+from plm.functional import bt_losses, unit_mean_per_user
 from plm.methods.latent_dpo.families import FAMILIES, Variance
 from plm.methods.latent_dpo.maths import (
     Gaussian,
@@ -31,7 +31,7 @@ from plm.methods.latent_dpo.maths import (
 from plm.methods.latent_dpo.newton import fit_means
 from plm.methods.latent_dpo.noise import fold, mix, normals, row_keys
 from plm.methods.latent_dpo.options import Options
-from plm.methods.latent_dpo.people import Minibatch
+from plm.methods.latent_dpo.people import Minibatch, pair_grades
 from plm.methods.latent_dpo.rules import (
     POOLED,
     SAMPLED,
@@ -302,6 +302,25 @@ def test_graded_responses_are_pairs_in_every_order_of_grades() -> None:
             total += preference_losses(rule, policy, pair, label, some_noise, BETA) / 3  # type: ignore[arg-type]
         found = preference_losses(rule, policy, responses, grades, given, BETA)  # type: ignore[arg-type]
         torch.testing.assert_close(found, total)
+
+
+@pytest.mark.parametrize("rule", ["closed_form", "direct", "newton"])
+def test_pairs_of_graded_responses_are_the_graded_loss(rule: RuleName) -> None:
+    """Pairs as a file of ratings gives them, 2 / (K (K - 1)) each: prompts with 3 and with 2 responses count once."""
+    policy, total, weights, losses = some(1, WIDTH), 0.0, [], []
+    for size, grades in ((3, (0.4, 1.0, 0.4)), (2, (0.2, 0.9))):
+        own = some(1, size, WIDTH, seed=size)
+        given = Noise(draw(1, DRAWS, WIDTH), draw(1, size, DRAWS, WIDTH, seed=9))
+        total += float(preference_losses(rule, policy, own, torch.tensor([grades]).double(), given, BETA)) / 2
+        for i, j in combinations(range(size), 2):
+            sides = [i, j] if grades[i] >= grades[j] else [j, i]
+            pair = Gaussian(*(value[:, sides] for value in own))
+            own_grades = pair_grades(torch.tensor([grades[i] == grades[j]]), pair.mean)
+            noise_of = Noise(given.prior, given.posterior[:, sides])
+            losses.append(preference_losses(rule, policy, pair, own_grades, noise_of, BETA))
+            weights.append(2 / (size * (size - 1)))
+    weight = unit_mean_per_user(torch.tensor(weights, dtype=torch.float64), torch.zeros(4).long(), 1)
+    assert (weight * torch.cat(losses)).mean().item() == pytest.approx(total, rel=1e-9)
 
 
 @pytest.mark.parametrize("grades", [(1.0, 0.0), (0.5, 0.5), (0.4, 1.0, 0.4)])

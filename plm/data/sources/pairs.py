@@ -16,6 +16,9 @@ class PairFiles(PairSource):
     test) and user_split (seen or unseen; rows with any other value are left out). Prompts and responses are texts or
     chat messages; a prompt may be an empty text, a response may not. Of duplicate rows the first is kept.
 
+    A line of JSONL may hold ``responses`` and their ``ratings``, two lists, instead of chosen and rejected: all pairs
+    of them, the higher rating chosen, equal ones a tie, with the weight of one pair in all.
+
     Args:
         path: A file or several, ending in .jsonl, .jsonl.gz, .csv, .csv.gz or .parquet; may hold ``~`` and ``*``. A
             relative path that does not exist here is looked up in the folder named by the PLM_DATA variable.

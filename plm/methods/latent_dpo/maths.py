@@ -118,7 +118,8 @@ def expected_bt_slopes(mean: Tensor, variance: Tensor, target: Tensor) -> tuple[
     """
     margin, width = _at_nodes(mean, variance)
     wins = torch.sigmoid(margin)
-    return wins @ _SHARES.to(mean) - target, (wins @ (_SHARES * _NODES).to(mean)) / width[..., 0]
+    by_mean, by_width = ((wins * shares.to(mean)).sum(-1) for shares in (_SHARES, _SHARES * _NODES))
+    return by_mean - target, by_width / width[..., 0]
 
 
 def _at_nodes(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
