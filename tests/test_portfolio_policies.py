@@ -144,6 +144,8 @@ def test_latents_are_members_too(
         asked = ["portfolio", "--config", str(recipe(tmp_path, "palm_latent_imdb", clap=str(path)))]
         assert main([*asked, "--policies.clap", "null"]) != 0
         assert "policies.clap: expected the checkpoint of a CLaP model" in capsys.readouterr().err
+        assert main([*asked, "--policies.clap", "gone.ckpt"]) != 0
+        assert "got 'gone.ckpt', which does not exist" in capsys.readouterr().err
         assert main([*asked, "--policies.latent_fit.kl_coef", "0.01"]) == 0
         folder = tmp_path / "runs/portfolio/version_0"
         method = load_method(folder / "portfolio.ckpt")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -111,6 +112,11 @@ class WrittenMembers:
             problems.append(
                 "policies.clap: expected the checkpoint of a CLaP model with oracle latent_dpo, and none with another, "
                 f"got {clap!r} with oracle {oracle}"
+            )
+        elif clap is not None and not Path(clap).is_file():
+            problems.append(
+                f"policies.clap: expected the checkpoint of a CLaP model, got {clap!r}, which does not exist; train "
+                "one by plm fit, see recipes/clap_imdb_tiny.yaml"
             )
         if problems:
             raise ValueError("\n".join(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,22 @@ def test_a_portfolio_of_latents_is_chosen_saved_and_found_again(
     score = again.score(["a b"], user_id="u0", prompts="ab")
     mix = made.member_weights[int(users.tensors["member"][0])]
     assert score.tolist() == pytest.approx([float(mix[0] * 2 / 8 + mix[1] * 6 / 8)])
+
+
+def test_a_portfolio_finds_a_latent_model_that_was_moved(clap: Path, tmp_path: Path) -> None:
+    """By its name beside the portfolio, as people of Latent DPO do."""
+    first, there = tmp_path / "first" / "clap.ckpt", tmp_path / "there"
+    first.parent.mkdir()
+    there.mkdir()
+    shutil.copy(clap, first)
+    with saved(portfolio(first)) as path:
+        mine = Path(shutil.copy(path, there / "portfolio.ckpt"))
+    first.unlink()
+    with pytest.raises(ValueError, match=r"which does not exist; .* PLM_CLAP"):
+        load_method(mine)
+    shutil.copy(clap, there / "clap.ckpt")
+    again = load_method(mine)
+    assert isinstance(again, LatentPortfolio) and again.latents.latent_dim == WIDTH
 
 
 def test_what_no_portfolio_of_latents_can_be(clap: Path) -> None:
