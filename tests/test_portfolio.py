@@ -69,8 +69,10 @@ def test_alpaca_recipe(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {row["search"]: row["calls"] for row in study["searches"]}["grid"] == 127
     # shares are of the two who are known, though too few for the study's sizes
     shown = " ".join(shown.split())
-    assert "only 2 are known, fewer than the largest size 3" in shown and "over 2 known users" in shown
-    assert saved["shares_of"] == "2 known users" and {member["share"] for member in saved["members"]} <= {0, 0.5, 1}
+    assert "known are 2, fewer than the largest size 3" in shown and "over 2 users, those who are known" in shown
+    assert saved["shares_of"] == "2 users, those who are known" and {
+        member["share"] for member in saved["members"]
+    } <= {0, 0.5, 1}
     assert "any way of picking among the candidates" in saved["certificate_says"]
     method = load_method(folder / "portfolio.ckpt")
     assert method.find_users is not None
@@ -102,7 +104,7 @@ def test_two_numbers_of_objectives_and_no_users(tables: Path, tmp_path: Path) ->
         assert all(len(member["weights"]) == num and member["cost"] > 0 for member in members)
         assert method.population_state(1).tensors["member"].item() < len(members)
         saved = json.loads((folder / "portfolio.json").read_text())
-        assert saved["shares_of"] == "50 users drawn evenly from the simplex"
+        assert saved["shares_of"] == "50 users, drawn from the simplex"
         assert saved["certificate_says"].endswith("a nat of KL costs 0.1")
 
 

@@ -46,6 +46,8 @@ def test_losses_are_those_of_the_member_that_serves_and_the_worst_is_that_of_the
     assert lost.max() <= worst.to_policies.mean + 1e-12 and worst.to_policies.mean - lost.max() < 0.02
     gap = [row.to_best_of_n.mean for row in own]
     assert max(gap) <= worst.to_best_of_n.mean + 1e-12 and worst.to_best_of_n.mean - max(gap) < 0.02
+    nobody, same = held_out(made, members, net, np.zeros((0, 3)))
+    assert nobody == [] and same == worst  # nobody is known
     at = np.array(worst.weights)
     assert at @ means.max(0) >= at @ means[members[worst.member]]
 

@@ -100,7 +100,7 @@ def test_from_the_recipe_to_a_text_for_a_user(
     assert [int(rows[name]["member"]) for name in ("anna", "ben", "cem")] == values.argmax(1).tolist()
     assert max(float(row["regret_within_oracle"]) for row in rows.values()) <= saved["certificate"] + 1e-5
     assert "no bound on the loss to others" in saved["certificate_says"] and "KL is free" in saved["certificate_says"]
-    assert saved["certificate_says"] in shown and saved["shares_of"] == "3 known users"
+    assert saved["certificate_says"] in shown and saved["shares_of"] == "3 users, those who are known"
     lost = saved["policies"]["held_out"]
     assert lost["num_prompts"] == 10 and list(lost["users"]) == ["anna", "ben", "cem"]
     for who, row in lost["users"].items():

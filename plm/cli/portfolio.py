@@ -147,7 +147,7 @@ class PortfolioRun:
             portfolio = finished.portfolio
         studied = self._users(num, np.random.default_rng(0), deployment)
         users = deployment.weights if deployment.user_ids else studied  # who the shares are of
-        counted = f"{len(users):,} {'known users' if deployment.user_ids else 'users drawn evenly from the simplex'}"
+        counted = f"{len(users):,} users, {'those who are known' if deployment.user_ids else 'drawn from the simplex'}"
         row = next(row for row in rows if row.size == self.size)
         used = usage(route(portfolio.members, users), len(portfolio.members.weights))
         searches = self._searches(split.train)
@@ -182,7 +182,7 @@ class PortfolioRun:
         if len(deployment.user_ids) > 0 and studied is not users:
             console.print(
                 f"Mean regret, k-means, usage and dead members above are of {self.num_users:,} users drawn evenly from "
-                f"the simplex: only {len(users)} are known, fewer than the largest size {max(self.sizes)}",
+                f"the simplex: known are {len(users)}, fewer than the largest size {max(self.sizes)}",
                 soft_wrap=True,
                 highlight=False,
             )
