@@ -32,7 +32,7 @@ from plm.cli.rewards import Array, Deployment, RewardSource, read_weights
 from plm.cli.sampled_rewards import SampledRewards
 from plm.cli.training import quiet
 from plm.config import expand
-from plm.evaluation import write_csv, write_json
+from plm.evaluation import print_parts, write_csv, write_json
 from plm.methods.palm import MAX_OBJECTIVES, PALM
 from plm.methods.palm.grid import as_array, combined_grid_size, lattice, random_weights
 from plm.methods.palm.measures import route, usage
@@ -131,7 +131,7 @@ class PortfolioRun:
             self._run_one(num, folder if len(numbers) == 1 else folder / f"d{num}")
 
     def _run_one(self, num: int, folder: Path) -> None:
-        console, names = Console(), self.rewards.names[:num]
+        names = self.rewards.names[:num]
         given = None if self.weights is None else read_weights(self.weights, num)
         deployment = self.rewards.deployment(num, given)
         rows = run_study(
@@ -175,44 +175,37 @@ class PortfolioRun:
         if num == 3:
             simplex_figure(portfolio.members, names, users).savefig(folder / "simplex.png")
         if finished is not None:
-            console.print(
+            print_parts(
                 "Sizes and searches are those of best-of-n, which chose the weights that policies were made for"
             )
-        console.print(size_table(rows, num, self.seeds))
+        print_parts(size_table(rows, num, self.seeds))
         if len(deployment.user_ids) > 0 and studied is not users:
-            console.print(
+            print_parts(
                 f"Mean regret, k-means, usage and dead members above are of {self.num_users:,} users drawn evenly from "
-                f"the simplex: known are {len(users)}, fewer than the largest size {max(self.sizes)}",
-                soft_wrap=True,
-                highlight=False,
+                f"the simplex: known are {len(users)}, fewer than the largest size {max(self.sizes)}"
             )
-        console.print("", members_table(portfolio.members, names, used, method.cold_start, counted), "")
-        console.print(search_table(searches, self.delta), "")
-        for line in comparison_lines(row):
-            console.print(line, soft_wrap=True, highlight=False)
+        print_parts("", members_table(portfolio.members, names, used, method.cold_start, counted), "")
+        print_parts(search_table(searches, self.delta), "", *comparison_lines(row))
         if finished is not None and isinstance(self.rewards, SampledRewards):
-            self._judge(finished, self.rewards, folder, console)
+            self._judge(finished, self.rewards, folder)
         pictures = "regret.png and simplex.png" if num == 3 else "regret.png"
         what = f"portfolio.ckpt, portfolio.json, study.json, {pictures} in {folder}"
-        for line in (f"certificate {portfolio.certificate:.4f}: {about['certificate_says']}", f"{what}\n"):
-            console.print(line, soft_wrap=True, highlight=False)
+        print_parts(f"certificate {portfolio.certificate:.4f}: {about['certificate_says']}", f"{what}\n")
 
-    def _judge(self, finished: Finished, rewards: SampledRewards, folder: Path, console: Console) -> None:
+    def _judge(self, finished: Finished, rewards: SampledRewards, folder: Path) -> None:
         """Users learned from pairs, and what the members write on prompts that nothing was chosen on."""
         assert self.policies is not None
         method = finished.method
         names = rewards.names[: method.num_objectives]
-        for note in finished.notes:
-            console.print(note, soft_wrap=True, highlight=False)
+        print_parts(*finished.notes)
         if method.user_ids:
             pool = rewards.candidates(len(names), "measure")
             learned = inferred(method, pool, method.weights.double().cpu().numpy())
-            console.print(users_table(method, learned, len(pool.prompts), names), "")
-        console.print(held_out_table(*finished.held_out, method.user_ids, names, finished.sizes), "")
+            print_parts(users_table(method, learned, len(pool.prompts), names), "")
+        print_parts(held_out_table(*finished.held_out, method.user_ids, names, finished.sizes), "")
         result = self.policies.judged(finished, rewards.prompts_to_judge, names)
-        judge_report.show(result, console)
-        for line in own_mix_lines(result, list(result["users"])):
-            console.print(line, soft_wrap=True, highlight=False)
+        judge_report.show(result, Console())
+        print_parts(*own_mix_lines(result, list(result["users"])))
         judge_report.write(result, folder)
 
     # ------------------------------------------------------------------ parts
