@@ -1,6 +1,6 @@
 """Seconds to learn one more person: LoRA-DPO against Latent DPO on the same pairs, and people learned together.
 
-Usage: OMP_NUM_THREADS=2 python benchmarks/per_user_time.py [--pairs 540 --prompts 600 --clap_seconds 816]
+Usage: OMP_NUM_THREADS=2 python benchmarks/per_user_time.py [--pairs 540 --prompts 600 --clap_seconds 775]
 
 First table, one new person, from indices of pairs to what is stored of the person. The networks have the sizes of
 recipes/clap_imdb_tiny.yaml with random weights, the texts its lengths: time depends on nothing else. LoRA-DPO and
@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=540, help="of the new person")
     parser.add_argument("--prompts", type=int, default=600, help="on which responses were sampled")
-    parser.add_argument("--clap_seconds", type=float, default=816.0, help="what training CLaP took, by its recipe")
+    parser.add_argument("--clap_seconds", type=float, default=775.0, help="what training CLaP took, by its recipe")
     parser.add_argument("--people", type=int, default=256)
     parser.add_argument("--small", type=int, default=50, help="pairs of each person in the second table")
     parser.add_argument("--steps", type=int, default=200)
