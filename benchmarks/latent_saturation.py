@@ -40,8 +40,16 @@ CASES: dict[str, dict[str, Any]] = {
     "free, evidence, kl_coef 0.01": {"rule": "evidence", "variance": "free", "kl_coef": 0.01},
     "unit, closed_form, kl_coef 0.01": {"rule": "closed_form", "kl_coef": 0.01},
     "newton, kl_coef 0.01": {"preset": "newton"},
+    "newton, kl_coef 0.003": {"preset": "newton", "kl_coef": 0.003},
 }
-NOISY_CASES = ("unit, evidence", "unit, topk", "unit, soft", "unit, closed_form, kl_coef 0.01", "newton, kl_coef 0.01")
+NOISY_CASES = [
+    "unit, evidence",
+    "unit, topk",
+    "unit, soft",
+    "unit, closed_form, kl_coef 0.01",
+    "newton, kl_coef 0.01",
+    "newton, kl_coef 0.003",
+]
 
 
 def planted(num_people: int, num_pairs: int, flipped: float, seed: int = 0) -> tuple[Context, Tensor]:
@@ -91,19 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_row(name, f"{cosine:.3f}", f"{norm:.1f}", f"{kl:.2f}", f"{later:.2f}")
     console.print(table)
 
-    table = Table(title="cos(mean, direction) by pairs, and with flipped labels")
-    cells = [(pairs, 0.0) for pairs in (5, 10, 20, 50, 200)] + [(200, share) for share in (0.1, 0.2, 0.3)]
+    table = Table(title="cos(mean, direction) and |mean| by pairs, and with flipped labels")
+    cells = [(pairs, 0.0) for pairs in (1, 5, 10, 20, 50, 200)] + [(200, share) for share in (0.1, 0.3)] + [(5, 0.5)]
     for column in ("rule", *(f"{pairs}" + (f", {share:.0%} flipped" if share else "") for pairs, share in cells)):
         table.add_column(column, justify="left" if column == "rule" else "right")
-    for name in (
-        "unit, evidence",
-        "unit, topk",
-        "unit, soft",
-        "unit, closed_form, kl_coef 0.01",
-        "newton, kl_coef 0.01",
-    ):
-        row = [learned(*planted(options.people, *cell), options.steps, **CASES[name])[0] for cell in cells]
-        table.add_row(name, *(f"{cosine:.2f}" for cosine in row))
+    for name in NOISY_CASES:
+        row = [learned(*planted(options.people, *cell), options.steps, **CASES[name])[:2] for cell in cells]
+        table.add_row(name, *(f"{cosine:.2f}, {norm:.1f}" for cosine, norm in row))
     console.print(table)
 
 

@@ -114,7 +114,10 @@ def measure(options: argparse.Namespace) -> Table:
     ranked = [("validity", promised)]
     if options.people is not None:
         method = load_method(options.people)
-        assert isinstance(method, LatentDPO)
+        if not isinstance(method, LatentDPO) or method.latents.content != backbone.content:
+            raise ValueError(
+                f"--people: expected a LatentDPO checkpoint over the CLaP model of --ckpt_path, got {options.people!r}"
+            )
         ranked.append(("learned", torch.stack([learned_rewards(method, one, prompts, latent) for one in people], 1)))
     heads = [head for name in (*(name for name, _ in ranked), "texts") for head in (name, "95 %")]
     table = Table("person", *heads, "response", title="rank correlation within a prompt")

@@ -203,7 +203,8 @@ def best_of_n(
         One response per prompt; the first of equals.
 
     Raises:
-        ValueError: See `sample`; or if the method cannot encode texts.
+        ValueError: See `sample`; or if the method cannot encode texts, or all n responses to a prompt are empty: an
+            empty one is never chosen.
     """
     if n < 1:
         raise ValueError(f"expected n >= 1, got {n!r}")
@@ -218,19 +219,32 @@ def best_of_n(
         for response in responses
     ]
     asked = [prompt for prompt in distinct for _ in range(n)]
-    represented = method.encode(asked, pool)
+    filled = torch.tensor([bool(text) for text in pool])
+    empty = [prompt for prompt, row in distinct.items() if not filled[row * n : (row + 1) * n].any()]
+    if empty:
+        raise ValueError(
+            f"expected a response that is not empty among {n}, got none to the prompt {empty[0]!r:.80}; raise n, "
+            "or set min_new_tokens"
+        )
+    written = filled.nonzero()[:, 0].tolist()
+    asked = [asked[place] for place in written]
+    represented = method.encode(asked, [pool[place] for place in written])
     prompt_features = method.encode_prompts(asked) if method.encode_prompts is not None else None
     candidate = torch.tensor([[distinct[prompt] * n + number for number in range(n)] for prompt in prompts]).flatten()
+    usable = filled[candidate].nonzero()[:, 0]
+    encoded_row = (filled.cumsum(0) - 1)[candidate[usable]]
     rewards = []
     with torch.no_grad():
-        whose = state_row.repeat_interleave(n)
-        for start in range(0, len(candidate), _SCORED):
-            at = candidate[start : start + _SCORED].to(method.device)
+        whose = state_row.repeat_interleave(n)[usable]
+        for start in range(0, len(usable), _SCORED):
+            at = encoded_row[start : start + _SCORED].to(method.device)
             chosen = represented.take(at) if isinstance(represented, Tokens) else represented[at]
             own, rows = _distinct(states, whose[start : start + _SCORED], method.device)
             given = None if prompt_features is None else prompt_features[at]
             rewards.append(method.score(chosen, own, rows=rows, prompt_features=given).float().cpu())
-    table = torch.cat(rewards).reshape(len(prompts), n)
+    table = torch.full((len(candidate),), -torch.inf)
+    table[usable] = torch.cat(rewards)
+    table = table.reshape(len(prompts), n)
     best = table.argmax(1)
     return [
         Best(pool[distinct[prompt] * n + place], float(table[row, place]))

@@ -346,6 +346,25 @@ def test_the_best_of_n_by_every_reward_method(
         assert one.text == texts[int(rewards.argmax())] and one.reward == pytest.approx(float(rewards.max()), abs=1e-5)
 
 
+def test_empty_responses_are_never_the_best(causal_lm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cannot be judged, not even by a reward that likes short texts; a prompt with nothing else is named."""
+    reward = BradleyTerry(1, 24, HashingBackbone(dim=24, ngrams=2).spec())
+    reward.encode = TextEncoder(reward, HashingBackbone(dim=24, ngrams=2).spec())
+    with torch.no_grad():
+        for value in reward.parameters():
+            value += torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    drawn = [["", "b b", "cd"], ["e", "", ""]]
+    pool = [[Sample(text, (0,) * bool(text)) for text in row] for row in drawn]
+    monkeypatch.setattr("plm.generation.sample", lambda *args, **settings: pool)
+    first, second = best_of_n(policy_of(causal_lm), reward, ["one", "two"], n=3, max_new_tokens=4)
+    rewards = reward.score(["b b", "cd"], prompts="one")
+    assert first == (drawn[0][1 + int(rewards.argmax())], pytest.approx(float(rewards.max()), abs=1e-5))
+    assert second.text == "e"
+    pool[1] = 3 * pool[1][1:2]
+    with pytest.raises(ValueError, match=r"not empty among 3, got none to the prompt 'two'; raise n, or set min_new"):
+        best_of_n(policy_of(causal_lm), reward, ["one", "two"], n=3, max_new_tokens=4)
+
+
 def test_the_best_of_n_by_a_method_on_tokens(causal_lm: Folder) -> None:
     """The likeliest of n under another model; a method may also write, for its population."""
     judge: PersonalizationMethod = SFT(1, 16, CausalLM(str(causal_lm("llama"))).spec())

@@ -46,7 +46,11 @@ def run(args: list[str]) -> None:
         "--user", nargs="+", metavar="ID", help="each writes on every prompt; default: the rows' user_id, or nobody"
     )
     parser.add_argument(
-        "--mix", nargs="+", metavar="ID=WEIGHT", help="instead of --user: one writer who is a mixture of users"
+        "--mix",
+        nargs="+",
+        metavar="ID=WEIGHT",
+        help="instead of --user: one writer whose reward is the weighted sum of theirs: weights 0.5 and 0.5 are the "
+        "average of two users, 1 and 1 twice as strong",
     )
     parser.add_argument("--num_samples", type=int, default=1, metavar="N", help="texts of each user (default 1)")
     parser.add_argument("--best_of", type=int, metavar="N", help="choose the best of N by the method's reward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,15 @@ def fit(data: People, folder: Path, epochs: int = 30, **options: Any) -> LatentD
     return method
 
 
+def test_metrics_of_newton_are_those_of_the_solution(tmp_path: Path) -> None:
+    """Not of the prior it starts from, whose KL is 0."""
+    method = fit(People(), tmp_path, preset="newton")
+    means = method.user_states(torch.arange(3)).tensors["policy"]
+    found = method.report()
+    assert found["latent/kl"] == pytest.approx(float(means.square().sum(-1).mean() / 2), rel=1e-5) != 0
+    assert found["latent/mu_norm"] > 0 and found["loss"] < math.log(2)
+
+
 @pytest.mark.parametrize("options", [EVERY[4], EVERY[3], EVERY[8]], ids=["mlp", "linear", "newton"])
 def test_seen_users_get_what_adapting_to_their_pairs_gives(options: dict[str, Any], tmp_path: Path) -> None:
     """And the fit ends when all have finished."""
@@ -342,7 +352,13 @@ def test_presets() -> None:
     ("options", "message"),
     [
         ({"preset": "fastest"}, "model.preset: expected one of fast, paper, newton, got 'fastest'"),
-        ({"beta": 0.0, "lr": -1.0}, "model.lr: expected a number >= 0, got -1.0\nmodel.beta: expected a number > 0"),
+        ({"beta": 0.0, "lr": -1.0}, "model.lr: expected a finite number >= 0, got -1.0\nmodel.beta: expected a finite"),
+        ({"kl_coef": float("nan")}, "model.kl_coef: expected a finite number >= 0, got nan"),
+        ({"beta": float("nan")}, "model.beta: expected a finite number > 0, got nan"),
+        ({"num_samples": 2.5, "rule": "topk"}, "model.num_samples: expected an integer >= 1, got 2.5"),
+        ({"family": "lora"}, "model.family: expected one of vector, linear, mlp, full, got 'lora'"),
+        ({"rule": "foo"}, "model.rule: expected one of "),
+        ({}, "model.family mlp reads features of prompts, got none: set data.prompt_features: true, or take"),
         ({"rule": "newton"}, "model.family: expected vector with model.rule newton, got 'mlp'"),
         ({"preset": "newton", "kl_coef": 0.0}, "model.kl_coef: expected a number > 0 with model.rule newton"),
         ({"preset": "newton", "num_steps": 3}, "model.num_steps acts only with another model.rule than newton, got 3"),
@@ -365,10 +381,6 @@ def test_policies_that_read_prompts_need_them() -> None:
     states = UserState({"policy": method.start.repeat(2, 1)}, torch.zeros(2).long())
     with pytest.raises(ValueError, match=r"got \(2, 5\)"):
         method.score(draw(2, 2 * WIDTH), states, prompt_features=draw(2, 5))
-    without = LatentDPO(2, 2 * WIDTH, family="linear", **STEPPED)  # type: ignore[arg-type]
-    vector = LatentDPO(2, 2 * WIDTH, family="vector", **STEPPED)  # type: ignore[arg-type]
-    assert not without.reads_prompts
-    assert torch.equal(without.adapt(context).tensors["policy"], vector.adapt(context).tensors["policy"])
 
 
 def test_newton_states_are_the_logistic_optimum_of_posterior_means() -> None:

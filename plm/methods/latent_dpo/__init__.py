@@ -171,7 +171,12 @@ class LatentDPO(PersonalizationMethod):
                     "data.backbone.init_args.prompts: tokens"
                 )
             return Full(latent_dim, self.prompt_dim, options.variance, self.latents.prompt_encoder())
-        if tokens and self.prompt_dim and options.family != "vector":
+        if options.family != "vector" and not self.prompt_dim:
+            raise ValueError(
+                f"model.family {options.family} reads features of prompts, got none: set data.prompt_features: true, "
+                "or take model.family vector or model.preset newton, which are the same at every prompt"
+            )
+        if tokens and options.family != "vector":
             raise ValueError(
                 f"model.family {options.family} reads features of prompts, got tokens; set "
                 "data.backbone.init_args.prompts: hidden, or model.family full"
@@ -223,10 +228,11 @@ class LatentDPO(PersonalizationMethod):
         if not len(rows):
             return self.policies.new_zeros(())
         here, active = users[rows], people if len(rows) == len(users) else people.take(rows)
-        gradient, metrics = step_in_parts(self.policies[here], self.family, active, self.steps[here], self.options)
-        if self.options.rule == "newton":
+        exact = self.options.rule == "newton"
+        if exact:  # before the metrics, which are then those of the solution
             self.policies[here] = solve_people(active, self.options.beta, self.options.kl_coef)
-        else:
+        gradient, metrics = step_in_parts(self.policies[here], self.family, active, self.steps[here], self.options)
+        if not exact:
             self.policies.grad = row_gradient(self.policies, here, gradient)
             if self.options.clip_norm:
                 clip_rows(self.policies, self.options.clip_norm)

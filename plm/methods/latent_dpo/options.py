@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from plm.methods.latent_dpo.families import FamilyName, Variance
 from plm.methods.latent_dpo.rules import POOLED, SAMPLED, RuleName
@@ -46,17 +47,23 @@ class Options:
         found = [
             f"model.{name}: expected an integer >= 1, got {getattr(self, name)!r}"
             for name in ("hidden_dim", "num_samples", "batch_size")
-            if getattr(self, name) < 1
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
+        ]
+        names = {"family": FamilyName, "variance": Variance, "rule": RuleName}
+        found += [
+            f"model.{name}: expected one of {', '.join(get_args(valid))}, got {getattr(self, name)!r}"
+            for name, valid in names.items()
+            if getattr(self, name) not in get_args(valid)
         ]
         found += [
-            f"model.{name}: expected a number >= 0, got {getattr(self, name)!r}"
+            f"model.{name}: expected a finite number >= 0, got {getattr(self, name)!r}"
             for name in ("kl_coef", "num_steps", "clip_norm", "weight_decay", "patience", "lr", "latent_temperature")
-            if getattr(self, name) < 0
+            if not 0 <= getattr(self, name) < math.inf
         ]
-        if self.max_latent_norm is not None and self.max_latent_norm <= 0:
+        if self.max_latent_norm is not None and not self.max_latent_norm > 0:
             found.append(f"model.max_latent_norm: expected a number > 0 or null, got {self.max_latent_norm!r}")
-        if self.beta <= 0:
-            found.append(f"model.beta: expected a number > 0, got {self.beta!r}")
+        if not 0 < self.beta < math.inf:
+            found.append(f"model.beta: expected a finite number > 0, got {self.beta!r}")
         if not 0 < self.evidence_ratio <= 1:
             found.append(f"model.evidence_ratio: expected a share in (0, 1], got {self.evidence_ratio!r}")
         if not 0 <= self.warmup <= 1:
