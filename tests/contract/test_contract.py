@@ -185,3 +185,13 @@ def test_every_registered_method_has_a_tiny_factory(entry: Any) -> None:
     contracts = [value for value in found if isinstance(value, type) and value.__name__.startswith("Test")]
     made = {type(contract().make(2, 3)) for contract in contracts}
     assert entry.load() in made, f"add a MethodContract subclass for {entry.name} to {__name__}"
+
+
+@pytest.mark.parametrize(
+    ("method_class", "name"),
+    [(LoRe, "ridge"), (LoRe, "temperature"), (PAL, "lr"), (PAL, "ridge"), (VPL, "lr"), (PALM, "ridge")],
+)
+def test_nan_is_no_option(method_class: type[PersonalizationMethod], name: str) -> None:
+    """Comparisons with it are all false, so that ``value < 0`` would let it through."""
+    with pytest.raises(ValueError, match=rf"{name}: expected a number .*got nan"):
+        method_class(2, 4, **{name: float("nan")})

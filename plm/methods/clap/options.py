@@ -47,12 +47,12 @@ class Options:
                 "kl_draws",
                 "num_negatives",
             )
-            if (value := getattr(self, name)) is not None and value < 1
+            if (value := getattr(self, name)) is not None and not value >= 1
         ]
         found += [
             f"model.{name}: expected a number >= 0, got {getattr(self, name)!r}"
             for name in ("kl_weight", "contrast_weight", "lr")
-            if getattr(self, name) < 0
+            if not getattr(self, name) >= 0
         ]
         if not found and self.latent_dim % self.num_queries:
             found.append(

@@ -125,12 +125,12 @@ class LoRe(PersonalizationMethod):
     def _check_arguments(self) -> None:
         """Raise one error about everything that does not fit together."""
         problems = []
-        if self.num_bases < 0:
+        if not self.num_bases >= 0:
             problems.append(f"model.num_bases: expected an integer >= 0, got {self.num_bases!r}")
-        if self.temperature is not None and self.temperature <= 0:
+        if self.temperature is not None and not self.temperature > 0:
             problems.append(f"model.temperature: expected a number > 0 or null, got {self.temperature!r}")
         for name in ("ridge", "basis_ridge", "anchor_strength", "prune_below", "prior_precision"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 problems.append(f"model.{name}: expected a number >= 0, got {getattr(self, name)!r}")
         published = {
             "anchor": self.anchor != "none",

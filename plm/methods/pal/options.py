@@ -49,17 +49,17 @@ def check_options(options: Mapping[str, Any]) -> None:
     problems += [
         f"model.{name}: expected an integer >= 1, got {options[name]!r}"
         for name in ("num_prototypes", "dim")
-        if options[name] is not None and options[name] < 1
+        if options[name] is not None and not options[name] >= 1
     ]
     problems += [
         f"model.{name}: expected a number > 0, got {options[name]!r}"
         for name in ("temperature", "gamma")
-        if options[name] is not None and options[name] <= 0
+        if options[name] is not None and not options[name] > 0
     ]
     problems += [
         f"model.{name}: expected a number >= 0, got {options[name]!r}"
         for name in ("ridge", "prototype_ridge", "bound", "lr")
-        if (options[name] or 0.0) < 0
+        if not (options[name] or 0.0) >= 0
     ]
     head, loss, learner = options["head"], options["loss"], options["user_learner"]
     if options["variant"] == "B" and learner in ("Pw", "f(Pw)"):
@@ -109,7 +109,7 @@ def configure_groups(
         f"model.groups.{name}: expected lr or weight_decay >= 0, got {option}: {value!r}"
         for name, options in changes.items()
         for option, value in options.items()
-        if option not in ("lr", "weight_decay") or value < 0
+        if option not in ("lr", "weight_decay") or not value >= 0
     ]
     if problems:
         raise ValueError("\n".join(problems))

@@ -50,12 +50,12 @@ class Options:
         found = [
             f"model.{name}: expected an integer >= 1, got {getattr(self, name)!r}"
             for name in counts
-            if getattr(self, name) < 1
+            if not getattr(self, name) >= 1
         ]
         found += [
             f"model.{name}: expected a number >= 0, got {getattr(self, name)!r}"
             for name in shares
-            if getattr(self, name) < 0
+            if not getattr(self, name) >= 0
         ]
         if self.min_context > self.max_context:
             found.append(
