@@ -19,10 +19,9 @@ from plm.cli.portfolio_study import Estimate
 from plm.cli.rewards import Array
 from plm.evaluation import MIN_USERS, plain_table
 from plm.evaluation.statistics import interval_of, resampled_means
-from plm.methods.palm.search import corners
+from plm.methods.palm.search import served_corners
 
 _RESAMPLES = 2000
-_TIED = 1e-7  # members whose values differ by less at a corner of their cells both serve it
 
 
 class HeldOut(NamedTuple):
@@ -74,11 +73,9 @@ def held_out(values: Values, members: Sequence[int], net: Array, users: Array) -
         net: ``(M, R)`` rewards less costs of the members by which users are routed.
         users: ``(V, R)``.
     """
-    places = corners(net)
-    worth = places @ net.T
-    meeting = np.argwhere(worth >= worth.max(1, keepdims=True) - _TIED)
-    weights = np.concatenate([users, places[meeting[:, 0]]])
-    served = np.concatenate([(users @ net.T).argmax(1), meeting[:, 1]])
+    places, meeting = served_corners(net)
+    weights = np.concatenate([users, places])
+    served = np.concatenate([(users @ net.T).argmax(1), meeting])
     rows = np.asarray(members)[served]
     best = best_of_candidates(values, weights)  # (V, X)
     exact = _losses(values.policies.mean(1), best.mean(1), weights, rows)

@@ -88,6 +88,9 @@ def comparison_lines(row: Row) -> list[str]:
     lines = []
     for way, ahead in row.ahead.items():
         both = f"{row.judged['PALM']['worst'].mean:.3f} against {row.judged[way]['worst'].mean:.3f}"
+        if np.isnan(ahead.low):
+            lines.append(f"size {row.size}: worst-case regret beside {way}'s: {both}; one seed has no interval")
+            continue
         if ahead.low > 0:
             verdict = "lower than"
         elif ahead.high < 0:

@@ -87,13 +87,21 @@ def search(oracle: Oracle, how: str, delta: float, cell: tuple[float, float], ma
     return Certified(pool, certificate(pool, pool, oracle.error).regret, len(grid))
 
 
-def judge(members: Pool, judging: BestOfN, users: Array, best: Array) -> Judged:
-    """Regrets of policies measured on the judging prompts; ``best`` ``(U,)`` is what the users could have there."""
-    lost = regret(best, members.values(users).max(axis=1))
-    used = usage(route(members, users), len(members.costs))
+def judge(known: Pool, judging: BestOfN, users: Array, best: Array) -> Judged:
+    """Regrets on the judging prompts of members by whose values on the choosing prompts users are routed.
+
+    Args:
+        known: The members on the choosing prompts.
+        judging: Oracle of the judging prompts.
+        users: ``(U, R)``.
+        best: ``(U,)`` what they could have on the judging prompts.
+    """
+    net, member = judging.measured(known.weights).net, route(known, users)
+    lost = regret(best, (users * net[member]).sum(1))
+    used = usage(member, len(net))
     return Judged(
-        worst_regret(members.net, judging.best_value).regret,
-        worst_regret(members.net, judging.best_value, "multiplicative").regret,
+        worst_regret(net, judging.best_value, routed_by=known.net).regret,
+        worst_regret(net, judging.best_value, "multiplicative", routed_by=known.net).regret,
         float(lost.mean()),
         float(np.quantile(lost, 0.95)),
         used.perplexity,
@@ -155,7 +163,7 @@ def _one_seed(
     few = BestOfN(np.where(judging.present[..., None], judging.rewards, np.nan)[:_DISAGREEMENT_PROMPTS], judging.beta)
 
     def judged(weights: Array) -> Judged:
-        return judge(judging.solve(weights), judging, users, best)
+        return judge(choosing.measured(weights), judging, users, best)
 
     out = []
     for size in sizes:

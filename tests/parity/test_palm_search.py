@@ -231,3 +231,21 @@ def test_usage_and_disagreement() -> None:
     assert used.perplexity == pytest.approx(2.0)
     policies = np.array([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]], [[0, 1], [0, 1]]])  # differ on 1, 2 and 1 of 2 prompts
     assert disagreement(policies) == pytest.approx((0.5 + 1.0 + 0.5) / 3) and disagreement(policies[:1]) == 0.0
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+def test_regret_of_users_who_were_routed_by_other_prompts(num: int) -> None:
+    """Against many draws of users; never less than with routing by the truth, and the same where nothing was wrong."""
+    rng = np.random.default_rng(num)
+    oracle = BestOfN(rng.random((30, 6, num)))
+    net = oracle.measured(rng.dirichlet(np.ones(num), 5)).net
+    known = net + 0.05 * rng.standard_normal(net.shape)
+    users = np.concatenate([rng.dirichlet(np.ones(num), 4000), rng.dirichlet(np.full(num, 0.3), 4000), np.eye(num)])
+    for kind in ("additive", "multiplicative"):
+        found = worst_regret(net, oracle.best_value, kind, routed_by=known)
+        served = (users * net[(users @ known.T).argmax(1)]).sum(1)
+        drawn = regret(oracle.best_value(users), served, kind).max()
+        assert drawn - 1e-9 <= found.regret < drawn + 0.02
+        true = worst_regret(net, oracle.best_value, kind)
+        assert found.regret >= true.regret - 1e-9
+        assert worst_regret(net, oracle.best_value, kind, routed_by=net).regret == pytest.approx(true.regret, abs=1e-6)

@@ -149,8 +149,11 @@ class BestOfN(Oracle):
         return scores
 
     def _solve(self, weights: Array) -> Pool:
-        parts = [self._solve_few(part) for part in self._parts(weights)]
-        return Pool.cat(parts)
+        return self.measured(weights)
+
+    def measured(self, weights: Array) -> Pool:
+        """The policies that ``solve`` makes for ``(V, R)``, on these prompts; not counted as calls: it judges."""
+        return Pool.cat([self._solve_few(part) for part in self._parts(weights)])
 
     def _solve_few(self, weights: Array) -> Pool:
         if self.beta == 0:
@@ -164,9 +167,9 @@ class BestOfN(Oracle):
         return Pool(weights, rewards, costs)
 
     def best_value(self, weights: Array) -> Array:
-        """``J*_v`` of each weight vector, ``(V, R)`` -> ``(V,)``; not counted as calls: it judges, it does not make."""
-        pools = [self._solve_few(part) for part in self._parts(weights)]
-        return np.concatenate([np.einsum("vr,vr->v", part.weights, part.net) for part in pools])
+        """``J*_v`` of each weight vector, ``(V, R)`` -> ``(V,)``; not counted as calls."""
+        best: Array = np.einsum("vr,vr->v", weights, self.measured(weights).net)
+        return best
 
     def _parts(self, weights: Array) -> list[Array]:
         """Weight vectors in groups that fit into memory."""

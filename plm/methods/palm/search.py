@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import linprog
 from scipy.spatial import ConvexHull, HalfspaceIntersection
 
@@ -19,6 +20,8 @@ from plm.methods.palm.grid import Array
 from plm.methods.palm.oracle import Oracle, Pool
 
 Kind = Literal["additive", "multiplicative"]
+
+_TIED = 1e-7  # members whose values differ by less at a corner of their cells both serve it
 
 
 class Worst(NamedTuple):
@@ -116,19 +119,36 @@ def regret(best: Array, served: Array, kind: Kind = "additive") -> Array:
     return lost
 
 
-def worst_regret(net: Array, best_value: Callable[[Array], Array], kind: Kind = "additive") -> Worst:
+def served_corners(net: Array) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Corners of cells ``(V, R)`` with each member ``(V,)`` whose cell meets there: all of them serve such a user."""
+    users = corners(net)
+    worth = users @ net.T
+    meeting = np.argwhere(worth >= worth.max(1, keepdims=True) - _TIED)
+    return users[meeting[:, 0]], meeting[:, 1]
+
+
+def worst_regret(
+    net: Array, best_value: Callable[[Array], Array], kind: Kind = "additive", routed_by: Array | None = None
+) -> Worst:
     """Exact worst-case regret of a portfolio over the whole simplex.
 
     Args:
         net: ``(M, R)`` rewards minus costs of the members.
         best_value: ``J*``: ``(V, R)`` -> ``(V,)``, convex.
         kind: Additive, or relative to the best value.
+        routed_by: ``(M, R)`` what was known of the members when users were routed; default: ``net`` itself. On a cell
+            of it one member serves, whose value is linear, so that the regret is again largest at a corner.
 
     Returns:
         The largest regret, at a corner of a cell of the members.
     """
-    users = corners(net)
-    lost = regret(best_value(users), (users @ net.T).max(1), kind)
+    if routed_by is None:
+        users = corners(net)
+        served = (users @ net.T).max(1)
+    else:
+        users, member = served_corners(routed_by)
+        served = (users * net[member]).sum(1)
+    lost = regret(best_value(users), served, kind)
     return Worst(float(lost.max()), users[int(lost.argmax())])
 
 
