@@ -79,6 +79,32 @@ def test_batched_training_equals_one_person_at_a_time(options: dict[str, Any], m
     assert (together[[0, 2, 3, 4]] != method.start).any(1).all()
 
 
+@pytest.mark.parametrize("options", [{"family": "vector"}, {"hidden_dim": 5}], ids=["vector", "mlp"])
+def test_adapting_seven_people_together_equals_each_alone(options: dict[str, Any]) -> None:
+    """Who has few pairs reads them in the same order beside somebody with many; what is left is rounding."""
+    sizes = (3, 1000, 1, 70, 10, 64, 0)
+    method = LatentDPO(0, 2 * WIDTH, prompt_dim=PROMPT, num_steps=40, **options)
+    everybody, mask = draw(7, 1000, 4 * WIDTH + PROMPT, seed=8), torch.arange(1000) < torch.tensor(sizes)[:, None]
+
+    def context(person: slice, most: int) -> Context:
+        chosen, rejected, prompt = everybody[person, :most].split([2 * WIDTH, 2 * WIDTH, PROMPT], -1)
+        here = mask[person, :most]
+        return Context(chosen, rejected, here, here.float(), prompt)
+
+    whole = context(slice(None), 1000)
+    together, people = method.adapt(whole).tensors["policy"], people_of_context(whole, method.seed)
+    for person, size in enumerate(sizes):
+        own = context(slice(person, person + 1), max(size, 1))
+        alone = people_of_context(own, method.seed)
+        for step in range(3 if size else 0):
+            shared, single = (some.minibatch(torch.full_like(some.num_pairs, step), 64) for some in (people, alone))
+            read, expected = shared.weight[person] > 0, single.weight[0] > 0
+            assert torch.equal(shared.response_key[person, read], single.response_key[0, expected])
+            assert torch.equal(shared.weight[person, read], single.weight[0, expected])
+        torch.testing.assert_close(together[person], method.adapt(own).tensors["policy"][0], rtol=0, atol=5e-7)
+    assert torch.equal(together[6], method.start)
+
+
 def closed_form_loss(policy: Gaussian, chosen: Gaussian, rejected: Gaussian, target: Tensor, beta: float) -> Tensor:
     (one, one_var), (two, two_var) = response_rewards(chosen, policy), response_rewards(rejected, policy)
     return expected_bt_losses(beta * (one - two), beta**2 * (one_var + two_var), target)

@@ -99,9 +99,12 @@ class People(NamedTuple):
         if self.slots.shape[1] <= batch_size:
             return self.slots
         number = step // self.num_batches(batch_size).clamp_min(1)
+        place = torch.arange(self.slots.shape[1], device=step.device).expand_as(self.slots)
         shuffled = fold(fold(self.key, number)[:, None], self.response_key.sum(1)[self.slots])
-        beyond = torch.arange(self.slots.shape[1], device=step.device) >= self.num_pairs[:, None]
-        shuffled = torch.where(beyond, torch.iinfo(torch.int64).max, shuffled)
+        shuffled = torch.where(place >= self.num_pairs[:, None], torch.iinfo(torch.int64).max, shuffled)
+        shuffled = torch.where(
+            self.num_pairs[:, None] > batch_size, shuffled, place
+        )  # one batch holds them as they are
         return self.slots.gather(1, shuffled.argsort(1))
 
     def minibatch(self, step: Tensor, batch_size: int, order: Tensor | None = None) -> Minibatch:

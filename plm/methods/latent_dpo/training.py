@@ -1,6 +1,9 @@
-"""Latent DPO of many people side by side, each exactly as if trained alone.
+"""Latent DPO of many people side by side, each as if trained alone.
 
-The loss of all is the sum of the people's own losses, never their mean, and the optimizer keeps rows apart.
+The loss of all is the sum of the people's own losses, never their mean, and the optimizer keeps rows apart. A person's
+pairs, their order, draws and steps are the same to the bit whoever shares the call. Sums over a minibatch padded for
+somebody with more pairs are rounded differently: after the default's 200 steps, 2.5e-6 was the most seen among numbers
+of up to 1.6; people with as many pairs as a minibatch holds were equal to the bit.
 
 Axes: U people, R of them that take a step, P numbers of one person.
 """
