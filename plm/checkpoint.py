@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plm.backbones import Backbone, CausalLM
+from plm.backbones import Backbone, CausalLM, TooLong
 from plm.data.values import plain_prompt
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
 from plm.types import Tokens, UserState
@@ -132,10 +132,17 @@ class TextEncoder:
         return Backbone.from_spec(self.spec)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor | Tokens:
-        """Features ``(B, D)``, or tokens, of B responses to B prompts."""
+        """Features ``(B, D)``, or tokens, of B responses to B prompts.
+
+        Raises:
+            ValueError: For a prompt that leaves no room for a response, with the number of its row.
+        """
         if not texts and self.method.view == "features":
             return self.method.reference.new_zeros(0, self.method.feature_dim)
-        return self._on_device(self.backbone.represent(prompts, texts))
+        try:
+            return self._on_device(self.backbone.represent(prompts, texts))
+        except TooLong as error:
+            raise ValueError(f"row {list(prompts).index(error.prompt) + 1} of {len(prompts)}: {error}") from error
 
     def prompts(self, prompts: Sequence[str]) -> Tensor | None:
         """Features ``(B, D)`` of B prompts alone, those of ``data.prompt_features``; None if the method reads none."""

@@ -25,7 +25,17 @@ class Completion(NamedTuple):
 
 
 class TooLong(ValueError):
-    """A prompt that leaves no room for a response."""
+    """A prompt that leaves no room for a response.
+
+    Args:
+        prompt: The prompt.
+        message: What is wrong with it.
+    """
+
+    def __init__(self, prompt: str, message: str) -> None:
+        """See the class."""
+        super().__init__(message)
+        self.prompt = prompt
 
 
 class CausalLM(HFBackbone):
@@ -104,8 +114,9 @@ class CausalLM(HFBackbone):
             ids = begin + ids[len(ids) - limit + len(begin) :]
         if len(ids) >= self.max_tokens:
             raise TooLong(
+                prompt,
                 f"expected a prompt that leaves room for a response, got {len(ids)} tokens of at most "
-                f"{self.max_tokens}: {prompt[:60]!r}; raise max_length or set max_prompt_length"
+                f"{self.max_tokens}: {prompt[:60]!r}; shorten it, raise max_length or set max_prompt_length",
             )
         return self._in_range(ids)
 

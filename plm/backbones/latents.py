@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from plm.backbones.backbone import Backbone
+from plm.backbones.causal_lm import CausalLM
 from plm.backbones.policy import Policy, TextWriter
 from plm.types import Tokens
 
@@ -29,6 +30,11 @@ class LatentBackbone(Backbone):
     def latent_dim(self) -> int:
         """Latent width Z, half that of the features."""
         return self.feature_dim // 2
+
+    @property
+    @abstractmethod
+    def causal_lm(self) -> CausalLM:
+        """What cuts texts into the tokens that are read, and says which do not fit; no weights are read for it."""
 
     @property
     @abstractmethod

@@ -15,10 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from plm.backbones import TooLong
-from plm.checkpoint import KnownUsers, load_method, read_checkpoint
+from plm.checkpoint import KnownUsers, TextEncoder, load_method, read_checkpoint
 from plm.cli.options import OptionParser
 from plm.config import missing_key, nearest
 from plm.data.collate import FeaturedPairs, build_context
+from plm.data.encoding import fitting_pairs, items_in_use, spread
 from plm.data.files import position, read_records
 from plm.data.rows import FeatureRows, token_rows
 from plm.data.schema import PairTable, read_pairs
@@ -79,11 +80,11 @@ def _adapt(args: list[str]) -> None:
     data = _encoded(method, table)
     table = data.table
     store = method.find_users.store
-    already = [user_id in store for user_id in table.user_ids]
-    by_length = np.argsort(
-        np.bincount(table.user, minlength=table.num_users), kind="stable"
-    )  # little padding per group
-    groups = [by_length[start : start + _ADAPT_USERS] for start in range(0, table.num_users, _ADAPT_USERS)]
+    num_pairs = np.bincount(table.user, minlength=table.num_users)
+    by_length = np.argsort(num_pairs, kind="stable")  # little padding per group
+    by_length = by_length[num_pairs[by_length] > 0]  # of whom no pair fits, nothing is learned
+    already = [table.user_ids[row] in store for row in by_length]
+    groups = [by_length[start : start + _ADAPT_USERS] for start in range(0, len(by_length), _ADAPT_USERS)]
     contexts = (build_context(data, np.arange(table.num_pairs), group) for group in groups)
     state = UserState.cat([method.adapt(_to(context, method.device)).to("cpu") for context in contexts])
     store.add([table.user_ids[row] for group in groups for row in group], state)
@@ -91,7 +92,7 @@ def _adapt(args: list[str]) -> None:
     pairs = state.num_pairs.float()
     summary = Table("users", "new", "learned anew", "pairs per user (median, most)", "in the store")
     summary.add_row(
-        str(table.num_users),
+        str(len(by_length)),
         str(already.count(False)),
         str(already.count(True)),
         f"{pairs.median():.0f}, {pairs.max():.0f}",
@@ -108,12 +109,16 @@ def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:
     if isinstance(method, PolicyMethod):
         table, tokens = token_rows(table, method.causal_lm, TooLong)
         return FeaturedPairs(table, tokens, None, user_index)
-    assert method.encode is not None and method.encode_prompts is not None
-    features = method.encode(*(list(column) for column in zip(*table.texts(), strict=True)))
+    assert isinstance(method.encode, TextEncoder)
+    table, _ = fitting_pairs(table, method.encode.backbone)
+    items, texts = items_in_use(table), table.texts()
+    features = method.encode(*(list(column) for column in zip(*(texts[item] for item in items), strict=True)))
     assert isinstance(features, Tensor)
-    prompts = method.encode_prompts(table.prompts)
-    asked = None if prompts is None else FeatureRows(prompts.cpu().numpy())
-    return FeaturedPairs(table, FeatureRows(features.cpu().numpy()), asked, user_index)
+    asked = np.unique(table.items[items, 0])
+    prompts = method.encode.prompts([table.prompts[prompt] for prompt in asked])
+    rows = FeatureRows(spread(features.cpu().numpy(), items, len(table.items)))
+    of_prompts = None if prompts is None else FeatureRows(spread(prompts.cpu().numpy(), asked, len(table.prompts)))
+    return FeaturedPairs(table, rows, of_prompts, user_index)
 
 
 def _to(context: Context, device: torch.device) -> Context:

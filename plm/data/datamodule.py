@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plm.backbones import Backbone, CausalLM, ReferenceLogps, TooLong
+from plm.backbones import Backbone, CausalLM, ReferenceLogps
 from plm.data.collate import (
     EvalBatches,
     FeaturedPairs,
@@ -24,10 +24,10 @@ from plm.data.collate import (
     build_context,
     split_weights,
 )
-from plm.data.encoding import featured_pairs
+from plm.data.encoding import featured_pairs, fitting_pairs
 from plm.data.files import IntArray
 from plm.data.keys import content_keys
-from plm.data.rows import TokenRows, token_rows
+from plm.data.rows import TokenRows
 from plm.data.schema import PairTable
 from plm.data.sources import PairSource
 from plm.data.splits import (
@@ -156,7 +156,7 @@ class PreferenceDataModule(L.LightningDataModule):
         table = self.source.load()
         if isinstance(self.backbone, CausalLM):
             self.backbone.prepare(prompt + text for prompt, text in table.texts())
-            table, self._tokens = token_rows(table, self.backbone, TooLong)
+        table, self._tokens = fitting_pairs(table, self.backbone)
         splits = split_pairs(
             table,
             group_by=self.group_by,

@@ -106,13 +106,19 @@ class Tokenizer(Protocol):
         """Token ids of prompt and response, and how many of the response were cut off."""
 
 
-def token_rows(table: PairTable, tokenizer: Tokenizer, too_long: type[ValueError]) -> tuple[PairTable, TokenRows]:
+def token_rows(
+    table: PairTable,
+    tokenizer: Tokenizer,
+    too_long: type[ValueError],
+    advice: str = "raise data.backbone.init_args.max_length or set max_prompt_length",
+) -> tuple[PairTable, TokenRows]:
     """Tokenise the items of a table and leave out pairs that do not fit; responses that were cut are warned about.
 
     Args:
         table: The pairs.
         tokenizer: A `plm.backbones.CausalLM`.
         too_long: What it raises for a prompt that leaves no room.
+        advice: What to do about texts that do not fit.
 
     Returns:
         The table without pairs whose prompt leaves no room (``dropped["too_long"]``) or whose responses differ only
@@ -143,7 +149,6 @@ def token_rows(table: PairTable, tokenizer: Tokenizer, too_long: type[ValueError
     same = np.zeros(table.num_pairs, dtype=bool)
     for pair in np.flatnonzero(~unfit & cut[table.chosen] & cut[table.rejected]).tolist():
         same[pair] = np.array_equal(responses[table.chosen[pair]], responses[table.rejected[pair]])
-    advice = "raise data.backbone.init_args.max_length or set max_prompt_length"
     if not (~unfit & ~same).any():
         first = table.position(0)
         raise ValueError(f"expected prompts that leave room for a response, got none (the first at {first}); {advice}")

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from plm.backbones import Backbone, completion_tokens
 from plm.checkpoint import load_method
+from plm.cli.commands import run
 from plm.data.datamodule import PreferenceDataModule
+from plm.data.encoding import featured_pairs
 from plm.data.features import FeatureCache
 from plm.data.rewards import Length
+from plm.data.schema import read_pairs
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import sample
 from plm.methods.clap import CLaP
@@ -23,6 +27,7 @@ from plm.methods.latent_dpo import LatentDPO
 from plm.testing import tiny_causal_lm
 from plm.testing.contract import quiet_trainer, saved
 from plm.types import UserState
+from plm.users import UserStore, store_path
 
 PROMPTS = ["how is it", "tell me of the sea, please", "no"]
 PAIRS = [(prompt, f" {word} words about it") for prompt in PROMPTS for word in ("kind", "long and winding", "few")]
@@ -60,8 +65,8 @@ def test_latents_are_those_of_the_encoder(checkpoint: Path, tmp_path: Path) -> N
     assert again.key() == backbone.key() and FeatureCache(again, tmp_path).folder == cache.folder
     again.encode = None  # type: ignore[assignment, method-assign]
     assert torch.equal(FeatureCache(again, tmp_path).features(PAIRS, progress=False), found)  # read, not computed
-    too_long = backbone.encode([backbone.render("x " * 100, " y")])
-    assert not too_long.any()  # the prior: nothing is known
+    with pytest.raises(ValueError, match="expected a prompt that leaves room for a response"):
+        backbone.encode([backbone.render("x " * 100, " y")])
 
 
 def test_prompt_features_are_of_another_width_and_cache(checkpoint: Path, tmp_path: Path) -> None:
@@ -144,3 +149,41 @@ def test_people_are_learned_on_it_unchanged(checkpoint: Path, tmp_path: Path, fa
             with torch.no_grad():
                 reward = loaded.score(pair[1], user_id=user, prompts=pair[0])
             assert (reward[0] - reward[1]) * sign > 0
+
+
+@pytest.mark.parametrize("family", ["vector", "mlp", "full"])
+def test_texts_that_do_not_fit_are_left_out_and_refused(checkpoint: Path, tmp_path: Path, family: str) -> None:
+    """As for token methods: pairs are left out and counted, cut responses warned about, and a score names the row."""
+    long, fits = "x " * 100, {"prompt": "hi", "rejected": " few", "user_id": "anna"}
+    rows = [
+        {**fits, "chosen": " kind words"},
+        {**fits, "prompt": long, "chosen": " a", "user_id": "anna"},
+        {**fits, "prompt": long, "chosen": " a", "user_id": "ben"},  # all that ben has
+        {**fits, "chosen": " very" * 100, "user_id": "carl"},
+        {**fits, "chosen": " y" * 100 + "a", "rejected": " y" * 100 + "b", "user_id": "dora"},
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    backbone = ClapLatents(str(checkpoint), prompts="tokens" if family == "full" else "hidden")
+    table = read_pairs([str(file)])
+    with pytest.warns(UserWarning) as caught:
+        data = featured_pairs(table, np.full(4, -1), backbone, str(tmp_path / "cache"), prompt_features=True)
+    said = "\n".join(str(warning.message) for warning in caught)
+    assert "2 of 5 pairs are left out: their prompts leave no room for a response" in said and "pairs.jsonl:2" in said
+    assert "3 of 7 responses are cut off where the model can read no more" in said
+    assert {name: data.table.dropped[name] for name in ("too_long", "same_when_cut")} == {
+        "too_long": 2,
+        "same_when_cut": 1,
+    }
+    used = torch.from_numpy(np.concatenate([data.table.chosen, data.table.rejected]))
+    assert data.items.gather(used.numpy()).isfinite().all()  # type: ignore[union-attr]
+
+    width = backbone.prompt_backbone.feature_dim
+    method = LatentDPO(0, 32, backbone.spec(), prompt_dim=width, family=family, num_steps=2)  # type: ignore[arg-type]
+    with saved(method) as learned:
+        with pytest.warns(UserWarning, match="2 of 5 pairs are left out"):
+            run("adapt", ["--ckpt_path", str(learned), "--pairs", str(file)])
+        assert UserStore.load(store_path(learned)).ids == ["anna", "carl"]
+        loaded = load_method(learned)
+        with pytest.raises(ValueError, match=r"^row 2 of 2: expected a prompt that leaves room .* shorten it"):
+            loaded.score([" a", " b"], user_id="anna", prompts=["hi", long])

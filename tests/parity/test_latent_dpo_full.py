@@ -69,7 +69,8 @@ def test_tokens_of_prompts_are_those_of_the_language_model(checkpoint: Path) -> 
         ids = lm.prompt_tokens(prompt)
         assert row[: len(ids)].tolist() == ids and (row[len(ids) :] == -1).all()
     assert rows.shape[1] == backbone.prompt_backbone.feature_dim == lm.max_tokens - 1
-    assert (backbone.prompt_backbone.encode(["x " * 100]) == -1).all()  # too long: nothing
+    with pytest.raises(ValueError, match="expected a prompt that leaves room for a response"):
+        backbone.prompt_backbone.encode(["x " * 100])
     assert backbone.prompt_backbone.key() != ClapLatents(str(checkpoint)).prompt_backbone.key()
     with pytest.raises(ValueError, match="expected hidden or tokens, got 'words'"):
         ClapLatents(str(checkpoint), prompts="words")  # type: ignore[arg-type]

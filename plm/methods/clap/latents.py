@@ -26,7 +26,6 @@ from plm.backbones import (
     LatentBackbone,
     Policy,
     TextWriter,
-    TooLong,
     completion_tokens,
 )
 from plm.checkpoint import find_class, load_method, read_checkpoint
@@ -113,6 +112,11 @@ class ClapLatents(LatentBackbone):
         """Both texts, apart."""
         return json.dumps([prompt, response], ensure_ascii=False)
 
+    @cached_property
+    def causal_lm(self) -> CausalLM:
+        """What cuts texts into tokens; no weights are read."""
+        return cast(CausalLM, Backbone.from_spec(read_checkpoint(self.checkpoint)["hyper_parameters"]["backbone"]))
+
     @property
     def prompt_backbone(self) -> ClapPrompts | ClapTokens:
         """The same encoder, of prompts alone; or what it would read."""
@@ -140,24 +144,22 @@ class ClapLatents(LatentBackbone):
         return self._method
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Posteriors ``(N, 2Z)``; the prior for a prompt that leaves no room for a response."""
-        rows: list[Completion | None] = []
-        for text in texts:
-            try:
-                rows.append(self.method.causal_lm.completion(*json.loads(text)))
-            except TooLong:
-                rows.append(None)
+        """Posteriors ``(N, 2Z)``.
+
+        Raises:
+            ValueError: For a prompt that leaves no room for a response.
+        """
+        rows = [self.causal_lm.completion(*json.loads(text)) for text in texts]
         return self._encoded(rows, self.feature_dim, lambda read: torch.cat([read.mean, read.log_var], 1))
 
-    def _encoded(self, rows: Sequence[Completion | None], width: int, values: Any) -> Tensor:
-        """What the encoder says of texts, ``(N, width)``, in batches of similar length; zeros where there is none."""
-        out = torch.zeros(len(rows), width)
-        known = [(index, row) for index, row in enumerate(rows) if row is not None]
-        known.sort(key=lambda item: sum(map(len, item[1])), reverse=True)
+    def _encoded(self, rows: Sequence[Completion], width: int, values: Any) -> Tensor:
+        """What the encoder says of texts, ``(N, width)``, in batches of similar length."""
+        out = torch.empty(len(rows), width)
+        order = sorted(enumerate(rows), key=lambda item: sum(map(len, item[1])), reverse=True)
         start, method = 0, self.method
-        while start < len(known):
-            longest = sum(map(len, known[start][1])) + method.options.num_queries
-            part = known[start : start + max(1, BATCH_TOKENS // longest)]
+        while start < len(order):
+            longest = sum(map(len, order[start][1])) + method.options.num_queries
+            part = order[start : start + max(1, BATCH_TOKENS // longest)]
             tokens = completion_tokens([row for _, row in part]).to(method.device)
             with torch.inference_mode():
                 out[[index for index, _ in part]] = values(method.encoder(tokens)).cpu()
@@ -215,13 +217,12 @@ class ClapPrompts(Backbone):
         return response
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Features ``(N, D)``; zeros for a prompt that leaves no room for a response."""
-        rows: list[Completion | None] = []
-        for text in texts:
-            try:
-                rows.append(Completion([], self.latents.method.causal_lm.prompt_tokens(text)))
-            except TooLong:
-                rows.append(None)
+        """Features ``(N, D)``.
+
+        Raises:
+            ValueError: For a prompt that leaves no room for a response.
+        """
+        rows = [Completion([], self.latents.causal_lm.prompt_tokens(text)) for text in texts]
         return self.latents._encoded(rows, self.feature_dim, lambda read: read.hidden)
 
 
@@ -236,17 +237,10 @@ class ClapTokens(Backbone):
         """See the class."""
         self.latents = latents
 
-    @cached_property
-    def _causal_lm(self) -> CausalLM:
-        """The tokenizer; no weights are read."""
-        return cast(
-            CausalLM, Backbone.from_spec(read_checkpoint(self.latents.checkpoint)["hyper_parameters"]["backbone"])
-        )
-
     @property
     def feature_dim(self) -> int:
         """Tokens T of the longest prompt."""
-        return self._causal_lm.max_prompt_length or self._causal_lm.max_tokens - 1
+        return self.latents.causal_lm.max_prompt_length or self.latents.causal_lm.max_tokens - 1
 
     def key(self) -> Key:
         """The content of the checkpoint."""
@@ -257,13 +251,14 @@ class ClapTokens(Backbone):
         return response
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Token ids ``(N, T)``; none of a prompt that leaves no room for a response."""
+        """Token ids ``(N, T)``.
+
+        Raises:
+            ValueError: For a prompt that leaves no room for a response.
+        """
         out = torch.full((len(texts), self.feature_dim), -1.0)
         for row, text in zip(out, texts, strict=True):
-            try:
-                ids = self._causal_lm.prompt_tokens(text)
-            except TooLong:
-                continue
+            ids = self.latents.causal_lm.prompt_tokens(text)
             row[: len(ids)] = torch.tensor(ids, dtype=torch.float32)
         return out
 
