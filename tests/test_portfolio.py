@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from plm.checkpoint import load_method
+from plm.checkpoint import KnownUsers, load_method
 from plm.cli import main
 from plm.cli.portfolio_study import estimate
 from plm.cli.rewards import RewardTable, read_weights
@@ -78,6 +78,16 @@ def test_alpaca_recipe(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert method.find_users is not None
     state = method.find_users(["ben", "anna"]).tensors
     assert state["weights"].tolist() == [[0, 0, 1], [0.5, 0.25, 0.25]]
+    users_of = ["--ckpt_path", str(folder / "portfolio.ckpt")]
+    capsys.readouterr()
+    assert main(["users", "list", *users_of]) == 0
+    assert capsys.readouterr().out == "anna\t0\nben\t0\n"
+    assert main(["users", "export", *users_of, "--output", "out.jsonl"]) == 0
+    exported = [json.loads(line)["state"]["weights"] for line in Path("out.jsonl").open()]
+    assert exported == [[0.5, 0.25, 0.25], [0, 0, 1]]
+    assert main(["users", "delete", *users_of, "--user", "ben"]) == 0
+    kept = load_method(folder / "portfolio.ckpt").find_users
+    assert isinstance(kept, KnownUsers) and kept.store.ids == ["anna"]
     with (folder / "users.csv").open() as file:
         rows = {row["user_id"]: row for row in csv.DictReader(file)}
     assert [int(rows[name]["member"]) for name in ("ben", "anna")] == state["member"].tolist()
@@ -99,6 +109,7 @@ def test_two_numbers_of_objectives_and_no_users(tables: Path, tmp_path: Path) ->
     for num in (2, 4):
         folder = tmp_path / f"runs/portfolio/version_0/d{num}"
         method = load_method(folder / "portfolio.ckpt")
+        assert main(["users", "list", "--ckpt_path", str(folder / "portfolio.ckpt")]) == 0
         assert method.num_users == 0 and not (folder / "users.csv").exists()
         members = json.loads((folder / "portfolio.json").read_text())["members"]
         assert all(len(member["weights"]) == num and member["cost"] > 0 for member in members)

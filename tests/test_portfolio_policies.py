@@ -23,6 +23,7 @@ from plm.methods.palm.policies import PolicyPortfolio
 from plm.policy_oracles import LatentPortfolio, LoRADPOFit
 from plm.testing import saved, tiny_causal_lm
 from plm.types import UserState
+from plm.users import UserStore
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {"small": "case", "tall": "-case", "brief": "-words"}
@@ -119,6 +120,9 @@ def test_from_the_recipe_to_a_text_for_a_user(
         state = UserState({"member": torch.tensor([int(rows[user]["member"])] * 2)}, torch.zeros(2, dtype=torch.long))
         own = sample(method, ["p0", "p3"], state, max_new_tokens=12)
         assert [texts[prompt, user] for prompt in ("p0", "p3")] == [row[0].text for row in own]
+    capsys.readouterr()
+    assert main(["users", "list", "--ckpt_path", str(folder / "portfolio.ckpt")]) == 0
+    assert capsys.readouterr().out == "anna\t0\nben\t0\ncem\t0\n"
     # a new user is learned from pairs, routed and stored
     pairs = [{"user_id": "new", "prompt": f"p{n}", "chosen": "so", "rejected": "SO IT IS SO"} for n in range(9)]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -151,6 +155,7 @@ def test_latents_are_members_too(
         method = load_method(folder / "portfolio.ckpt")
         assert isinstance(method, LatentPortfolio) and method.points.shape[1] == 4
         assert (folder / "portfolio.ckpt").stat().st_size < 30_000
+        assert UserStore.load(folder / "portfolio.users").ids == ["anna", "ben", "cem"]
         known = json.loads((folder / "portfolio.json").read_text())
         assert known["policies"]["oracle"] == "latent_dpo" and "(latent_dpo)" in known["certificate_says"]
         (tmp_path / "p.txt").write_text("p0\np3\n")

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, set_parsing_settings
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from plm.checkpoint import KnownUsers
 from plm.cli import judge_report
 from plm.cli.parser import RecipeParser, shorten
 from plm.cli.portfolio_held_out import held_out_table
@@ -40,6 +41,7 @@ from plm.methods.palm.oracle import BestOfN, Oracle
 from plm.methods.palm.search import Certified
 from plm.methods.palm.selection import Portfolio, choose_portfolio
 from plm.methods.palm.writing import WritingPortfolio
+from plm.users import store_path
 
 _SWEEP_STEPS = 10  # an edge of the lattice of weights in sweep.csv
 _SEARCH_GRID = 1000  # largest grid that is searched for the comparison of searches
@@ -290,7 +292,7 @@ def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float
 
 
 def save(method: PALM | WritingPortfolio, path: Path) -> None:
-    """Write a checkpoint that `plm.load_method` and the light commands read."""
+    """Write a checkpoint that `plm.load_method` and the light commands read, and its users to the store beside it."""
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -308,6 +310,8 @@ def save(method: PALM | WritingPortfolio, path: Path) -> None:
         trainer.save_checkpoint(path, weights_only=True)
     finally:
         log.setLevel(level)
+    beside = store_path(path)
+    KnownUsers(method, beside).store.save(beside)
 
 
 def run(args: list[str]) -> None:
