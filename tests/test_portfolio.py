@@ -178,7 +178,7 @@ def test_intervals_over_seeds() -> None:
         (["--num_objectives", "[9]"], "from 2 to 6"),
         (["--rewards.objectives", "{a: n_word, b: flesch, c: list_items}"], "did you mean 'n_words'"),
         (["--search", "grid", "--num_objectives", "[5]"], "9,031 weights"),
-        (["--weights", "bad.jsonl"], "bad.jsonl:1: expected 3 finite weights >= 0"),
+        (["--weights", "bad.jsonl"], 'bad.jsonl:1: expected {"user_id": non-empty text'),
         (["--weights", "bad.jsonl", "--num_objectives", "[3, 5]"], "num_objectives: expected one number with weights"),
         (["--rewards.objectives", "{a: -n_word, b: flesch, c: list_items}"], "did you mean '-n_words'"),
         (["--cell", "[0, 0.2]"], "cell: expected two slacks > 0"),
@@ -193,23 +193,75 @@ def test_mistakes_get_one_message(
     recipe = str(ROOT / "recipes/palm_alpaca_eval.yaml")
     assert main(["portfolio", "--config", recipe, "--seeds", "1", "--num_objectives", "[3]", *args]) != 0
     assert message in capsys.readouterr().err
+    assert not list(Path().rglob("version_*"))
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (
-            '{"user_id": "a", "weights": [1, 1]}\n{"user_id": "a", "weights": [1, 0]}\n',
-            ":2: expected each user once, got 'a'",
-        ),
-        ('{"user_id": "a", "weights": [Infinity, 0]}\n', ":1: expected 2 finite weights"),
-        ('{"user_id": "a", "weights": [NaN, 1]}\n', ":1: expected 2 finite weights"),
-    ],
-)
-def test_given_users_are_finite_and_named_once(tmp_path: Path, rows: str, message: str) -> None:
-    (tmp_path / "users.jsonl").write_text(rows)
-    with pytest.raises(ValueError, match=message):
-        read_weights(str(tmp_path / "users.jsonl"), 2)
+def test_too_many_objectives_and_users_who_weigh_others(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes/palm_alpaca_eval.yaml")
+    names = ["n_words", "-n_words", "flesch", "-flesch", "list_items", "-list_items", "judge_logit"]
+    objectives = "{" + ", ".join(f"o{place}: {name}" for place, name in enumerate(names)) + "}"
+    asked = ["portfolio", "--config", recipe, "--num_objectives", "null", "--rewards.objectives"]
+    assert main([*asked, objectives]) == 1
+    message = "7 objectives, at most 6 are possible: leave 1 out of rewards.objectives, or give --num_objectives [6]"
+    assert message in capsys.readouterr().err
+    Path("two.jsonl").write_text('{"user_id": "x", "weights": [1, 1]}\n')
+    assert main([*asked, "{a: n_words, b: flesch, c: list_items}", "--weights", "two.jsonl"]) == 1
+    assert "--weights: expected 3 weights of each user, of a, b, c, got 2" in capsys.readouterr().err
+    assert not list(Path().rglob("version_*"))
+
+
+def test_given_users_all_bad_lines_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "users.jsonl"
+    bad = [
+        '{"user_id": "b"}',
+        '{"user": "b", "weights": [1, 1]}',
+        '{"user_id": null, "weights": [1, 1]}',
+        '{"user_id": " ", "weights": [1, 1]}',
+        '{"user_id": "b", "weights": "1, 1"}',
+        '{"user_id": "b", "weights": ["1", 1]}',
+        '{"user_id": "b", "weights": [true, 1]}',
+        '{"user_id": "b", "weights": [1, 1, 1]}',
+        '{"user_id": "b", "weights": [1, -1]}',
+        '{"user_id": "b", "weights": [0, 0]}',
+        '{"user_id": "b", "weights": [Infinity, 0]}',
+        '{"user_id": "b", "weights": [NaN, 1]}',
+        '{"user_id": "b", "weights": [1e308, 1e308]}',
+        '{"user_id": "b", "weights": [1' + "0" * 400 + ", 1]}",
+    ]
+    others = ["[1, 2]", "not JSON", '{"user_id": "a", "weights": [1, 0]}']
+    path.write_text("\n".join(['{"user_id": "a", "weights": [3, 1]}', *bad, *others]) + "\n")
+    for num in (2, None):  # without a number all must weigh as many as the first
+        with pytest.raises(ValueError) as caught:
+            read_weights(str(path), num)
+        first, *lines = str(caught.value).splitlines()
+        assert first == f"--weights: {len(bad) + 3} malformed rows"
+        expected = '{"user_id": non-empty text, "weights": [2 finite numbers >= 0, not all 0]}'
+        for number, line in enumerate(lines[: len(bad)], start=2):
+            assert line.startswith(f"{path}:{number}: expected {expected}, got {{'user"), line
+        assert lines[-3].endswith("expected a JSON object, got [1, 2]") and "malformed JSON" in lines[-2]
+        assert lines[-1].endswith("expected each user once, got 'a' again")
+    path.write_text('{"user_id": "a", "weights": [3, 1]}\n\n{"user_id": 7, "weights": [0, 0.5]}\n')
+    ids, weights = read_weights(str(path), 2)
+    assert ids == ["a", "7"] and weights.tolist() == [[0.75, 0.25], [0, 1]]
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "folder.jsonl", "empty.jsonl", "text.txt"])
+def test_files_of_users_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    for file in ("empty.jsonl", "text.txt"):
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=f"^--weights: .*{name}"):
+        read_weights(str(tmp_path / name), 2)
+
+
+def test_given_users_are_read_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = str(ROOT / "recipes/palm_lore_polis.yaml")
+    assert main(["portfolio", "--config", recipe, "--rewards.init_args.recipe", "x.yaml", "--weights", "a.jsonl"]) == 1
+    assert "--weights: expected a JSONL file of users, got 'a.jsonl'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.real

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +31,7 @@ from plm.cli.portfolio_report import (
     size_table,
 )
 from plm.cli.portfolio_study import Row, run_study, search
-from plm.cli.rewards import Array, Deployment, RewardSource, read_weights
+from plm.cli.rewards import Array, Deployment, LoReBases, RewardSource, Users, read_weights
 from plm.cli.sampled_rewards import SampledRewards
 from plm.cli.training import quiet
 from plm.config import expand
@@ -121,20 +123,43 @@ class PortfolioRun:
 
     def run(self) -> None:
         """Run all numbers of objectives and say where the results are."""
-        folder = _new_folder(Path(self.output))
-        self.rewards.prepare(folder)
+        num = self.num_objectives[0] if self.num_objectives else None
+        given = None if self.weights is None else read_weights(self.weights, num)
+        with _new_folder(Path(self.output)) as folder:
+            self.rewards.prepare(folder)
+            numbers = self._numbers()
+            if given is not None and given[1].shape[1] != numbers[0]:
+                raise ValueError(
+                    f"--weights: expected {numbers[0]} weights of each user, of {', '.join(self.rewards.names)}, got "
+                    f"{given[1].shape[1]}"
+                )
+            for num in numbers:
+                self._run_one(num, given, folder if len(numbers) == 1 else folder / f"d{num}")
+
+    def _numbers(self) -> list[int]:
+        """Numbers of objectives to run.
+
+        Raises:
+            ValueError: If there are not so many objectives, or too many.
+        """
         names = self.rewards.names
+        if not self.num_objectives and len(names) > MAX_OBJECTIVES:
+            instead = (
+                f"train LoRe with at most {MAX_OBJECTIVES} bases"
+                if isinstance(self.rewards, LoReBases)
+                else f"leave {len(names) - MAX_OBJECTIVES} out of rewards.objectives, or give "
+                f"--num_objectives [{MAX_OBJECTIVES}]"
+            )
+            raise ValueError(f"{len(names)} objectives, at most {MAX_OBJECTIVES} are possible: {instead}")
         numbers = self.num_objectives or [len(names)]
         if max(numbers) > min(len(names), MAX_OBJECTIVES):
             raise ValueError(
                 f"num_objectives: expected at most {min(len(names), MAX_OBJECTIVES)} of {names}, got {numbers!r}"
             )
-        for num in numbers:
-            self._run_one(num, folder if len(numbers) == 1 else folder / f"d{num}")
+        return numbers
 
-    def _run_one(self, num: int, folder: Path) -> None:
+    def _run_one(self, num: int, given: Users | None, folder: Path) -> None:
         names = self.rewards.names[:num]
-        given = None if self.weights is None else read_weights(self.weights, num)
         deployment = self.rewards.deployment(num, given)
         rows = run_study(
             lambda rng: self._oracles(num, rng, deployment), self.sizes, self.seeds, self._find, self.solver
@@ -349,13 +374,18 @@ def run(args: list[str]) -> None:
         raise ValueError(shorten(str(error))) from error
 
 
-def _new_folder(root: Path) -> Path:
-    """The next free ``version_N``."""
+@contextmanager
+def _new_folder(root: Path) -> Iterator[Path]:
+    """The next free ``version_N``; one in which nothing was written is removed again."""
     number = 0
     while (folder := root / f"version_{number}").exists():
         number += 1
     folder.mkdir(parents=True)
-    return folder
+    try:
+        yield folder
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _plain(row: Row) -> dict[str, object]:

@@ -5,9 +5,7 @@ Axes: X prompts, C candidates of a prompt (padded), R objectives, U users, D fea
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
@@ -21,9 +19,11 @@ import torch
 from torch import Tensor
 
 from plm.checkpoint import KnownUsers, load_method
+from plm.cli.commands import read_rows
 from plm.config import nearest
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
+from plm.data.values import short, to_id
 from plm.method import PersonalizationMethod
 from plm.types import UserState
 
@@ -305,30 +305,61 @@ class LoReBases(RewardSource):
         return Deployment(self._bases, self._method.hparams.get("backbone"), ids, weights)
 
 
-def read_weights(path: str, num_objectives: int) -> Users:
+def read_weights(path: str, num_objectives: int | None = None) -> Users:
     """Given users: JSONL rows ``{"user_id": ..., "weights": [...]}`` -> ids and ``(U, R)``, each row summing to one.
 
+    Args:
+        path: The file.
+        num_objectives: R; None = as many as the first user weighs.
+
     Raises:
-        ValueError: Naming the malformed lines.
+        ValueError: Naming the file that cannot be read, or all malformed lines.
     """
-    ids, rows, problems = [], [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    num, seen = num_objectives, set()
+
+    def parse(record: dict[str, Any]) -> tuple[str, Array]:
+        nonlocal num
         try:
-            record = json.loads(line)
-            weights = np.array(record["weights"], dtype=np.float64)
-            if weights.shape != (num_objectives,) or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-                raise ValueError(f"expected {num_objectives} finite weights >= 0, not all 0, got {record['weights']!r}")
-            if str(record["user_id"]) in ids:
-                raise ValueError(f"expected each user once, got {record['user_id']!r} again")
-            ids.append(str(record["user_id"]))
-            rows.append(weights / weights.sum())
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path}:{number}: {re.sub(chr(10), ' ', str(error))}")
-    if problems or not rows:
-        raise ValueError("\n".join(problems[:20]) or f"expected users in {path!r}, got an empty file")
-    return ids, np.stack(rows)
+            user, weights = to_id(record.get("user_id")), finite_weights(record.get("weights"), num)
+        except ValueError:
+            numbers = "finite numbers" if num is None else f"{num} finite numbers"
+            raise ValueError(
+                f'expected {{"user_id": non-empty text, "weights": [{numbers} >= 0, not all 0]}}, got {short(record)}'
+            ) from None
+        if user in seen:
+            raise ValueError(f"expected each user once, got {user!r} again")
+        seen.add(user)
+        num = len(weights)
+        return user, weights / weights.sum()
+
+    try:
+        rows = read_rows(Path(path), parse, '{"user_id": ..., "weights": [...]}')
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--weights: expected a JSONL file of users, got {path!r} ({reason})") from error
+    except ValueError as error:
+        raise ValueError(f"--weights: {error}") from error
+    return [user for user, _ in rows], np.stack([weights for _, weights in rows])
+
+
+def finite_weights(value: Any, num: int | None) -> Array:
+    """Weights ``(R,)`` of a list of numbers.
+
+    Raises:
+        ValueError: If it is something else, does not hold ``num`` numbers, or cannot be made to sum to one.
+    """
+    is_list = isinstance(value, list) and num in (None, len(value))
+    if not is_list or any(isinstance(one, bool) or not isinstance(one, int | float) for one in value):
+        raise ValueError("expected a list of numbers")
+    try:
+        weights = np.array(value, dtype=np.float64)
+    except OverflowError:
+        weights = np.array([math.inf])
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not ((weights >= 0).all() and 0 < total < math.inf):
+        raise ValueError("expected finite numbers >= 0, not all 0")
+    return weights
 
 
 def halves(num: int, rng: np.random.Generator | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
