@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -163,6 +164,37 @@ def test_calibration_uses_the_choosing_half(tables: Path) -> None:
     assert flat.min() == 0 and flat.max() == 1 and flat.sum(1) == pytest.approx(np.ones(len(flat)))
     everything = source.split(2, None).train
     assert np.isnan(everything).any(2).sum() == 2
+
+
+def test_responses_without_all_numbers_are_counted(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RewardTable(str(tables), {"long": "n_words", "plain": "flesch"}).split(2, None)
+    assert "2 of 240 responses are left out" in capsys.readouterr().out
+    RewardTable(str(tables), {"plain": "flesch", "hard": "-flesch"}).split(2, None)
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prompts", "values", "message"),
+    [
+        ([0, 0, 1, 2], [1.0, 2.0, 3.0, 4.0], "expected at least 2 prompts with 2 or more complete responses, got 1; "),
+        (
+            [0, 0, 1, 1],
+            [1.0, 2.0, 3.0, np.nan],
+            "expected at least 2 prompts with 2 or more complete responses, got 1; ",
+        ),
+        ([], [], "expected at least 2 prompts with 2 or more complete responses, got 0; "),
+        ([0, 0, 1, 1], ["a", "b", "c", "d"], "expected numbers in the column 'x', got 'a'"),
+        ([0, 0, 1, 1], [None, "1", "2", "3"], "expected numbers in the column 'x', got '1'"),
+        ([0, 0, 1, 1], [[1.0], [2.0], [3.0], [4.0]], r"expected numbers in the column 'x', got \[1.0\]"),
+        ([0, 0, 1, 1], [None, None, None, None], "expected numbers in the column 'x', got None"),
+        ([0, 0, 1, 1], [np.nan, np.inf, np.nan, -np.inf], "expected numbers in the column 'x', got nan"),
+    ],
+)
+def test_tables_that_nothing_can_be_chosen_from(tmp_path: Path, prompts: list[int], values: Any, message: str) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"p": prompts, "x": values, "y": np.arange(len(prompts), dtype=np.float64)}), path)
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        RewardTable(str(path), {"x": "-x", "y": "y"}, prompt="p").split(2, None)
 
 
 def test_intervals_over_seeds() -> None:

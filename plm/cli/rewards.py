@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from plm.config import nearest
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
 from plm.data.values import short, to_id
+from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod
 from plm.types import UserState
 
@@ -116,16 +118,23 @@ class RewardTable(RewardSource):
                         f"{file}: expected the column {name!r}, got {present}{self._meant(name, present)}; "
                         "correct rewards.objectives or rewards.prompt"
                     )
-            parts.append(pq.read_table(file, columns=list(dict.fromkeys([self.prompt, *columns.values()]))).to_pydict())
-        prompts = [value for part in parts for value in part[self.prompt]]
-        values = np.array(
-            [[value for part in parts for value in part[column]] for column in columns.values()], dtype=np.float64
-        ).T
+            parts.append(_columns(file, self.prompt, list(columns.values())))
+        prompts = np.concatenate([prompt for prompt, _ in parts])
+        values = np.concatenate([numbers for _, numbers in parts])
         values *= [-1.0 if column.startswith("-") else 1.0 for column in self.objectives.values()]
         kept = np.isfinite(values).all(axis=1)
-        _, row = np.unique(np.array([str(prompt) for prompt in prompts])[kept], return_inverse=True)
+        _, row = np.unique(prompts[kept], return_inverse=True)
         values = values[kept][np.argsort(row, kind="stable")]
         count = np.bincount(row)
+        if (count > 1).sum() < 2:
+            raise ValueError(
+                f"{self.path}: expected at least 2 prompts with 2 or more complete responses, got {(count > 1).sum()}; "
+                "check rewards.prompt"
+            )
+        if not kept.all():
+            print_parts(
+                f"{(~kept).sum():,} of {len(kept):,} responses are left out: an objective is nan, inf or missing"
+            )
         place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
         table = np.full((len(count), int(count.max()), len(columns)), np.nan)
         table[np.sort(row, kind="stable"), place] = values
@@ -148,6 +157,27 @@ class RewardTable(RewardSource):
         """Features are the calibrated objectives themselves; no user is known but those given."""
         ids, weights = ([], np.zeros((0, num_objectives))) if given is None else given
         return Deployment(torch.eye(num_objectives), None, ids, weights)
+
+
+def _columns(file: str, prompt: str, columns: list[str]) -> tuple[npt.NDArray[np.str_], Array]:
+    """Prompts ``(N,)`` as texts and columns of numbers ``(N, R)`` of one file; nan where a number is missing.
+
+    Raises:
+        ValueError: If a column holds something else, or not one finite number.
+    """
+    read = pq.read_table(file, columns=list(dict.fromkeys([prompt, *columns]))).to_pydict()
+    numbers = np.full((len(read[prompt]), len(columns)), np.nan)
+    for place, column in enumerate(columns):
+        cells = read[column]
+        wrong = [cell for cell in cells if not (cell is None or isinstance(cell, int | float | Decimal))]
+        if not wrong:
+            numbers[:, place] = np.array(cells, dtype=np.float64)
+        if cells and not np.isfinite(numbers[:, place]).any():
+            raise ValueError(
+                f"{file}: expected numbers in the column {column!r}, got {short((wrong or cells)[0])}; correct "
+                "rewards.objectives"
+            )
+    return np.array([str(one) for one in read[prompt]]), numbers
 
 
 def signed_like(name: str, valid: Iterable[str]) -> list[str]:
