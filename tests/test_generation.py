@@ -341,7 +341,7 @@ def test_the_best_of_n_by_every_reward_method(
     pool = sample(policy_of(causal_lm), PROMPTS[:3], num_samples=6, **settings)
     for row, (prompt, candidates, one) in enumerate(zip(PROMPTS, pool, best, strict=False)):
         texts = [candidate.text for candidate in candidates]
-        rewards = reward.score(texts, users.take(torch.full((6,), row)), prompts=prompt)
+        rewards = reward.score(texts, users.take(torch.full((6,), row)), prompts=prompt).detach()
         assert rewards.std() > 1e-6
         assert one.text == texts[int(rewards.argmax())] and one.reward == pytest.approx(float(rewards.max()), abs=1e-5)
 
@@ -357,7 +357,7 @@ def test_empty_responses_are_never_the_best(causal_lm: Folder, monkeypatch: pyte
     pool = [[Sample(text, (0,) * bool(text)) for text in row] for row in drawn]
     monkeypatch.setattr("plm.generation.sample", lambda *args, **settings: pool)
     first, second = best_of_n(policy_of(causal_lm), reward, ["one", "two"], n=3, max_new_tokens=4)
-    rewards = reward.score(["b b", "cd"], prompts="one")
+    rewards = reward.score(["b b", "cd"], prompts="one").detach()
     assert first == (drawn[0][1 + int(rewards.argmax())], pytest.approx(float(rewards.max()), abs=1e-5))
     assert second.text == "e"
     pool[1] = 3 * pool[1][1:2]
