@@ -23,6 +23,8 @@ from plm.users import UserStore, shared_hash, store_path
 def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint written by a plm method, without running code from it.
 
+    A checkpoint or a model's folder that it names by an absolute path and that is gone is looked for beside it.
+
     Raises:
         ValueError: If there is no such file, or another program wrote it.
     """
@@ -35,6 +37,8 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} has no {CHECKPOINT_KEY!r} entry")
+    for spec in ("backbone", "latents"):
+        _find_beside(checkpoint.get("hyper_parameters", {}).get(spec), Path(path).parent)
     return checkpoint
 
 
@@ -184,8 +188,6 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
     checkpoint = read_checkpoint(path, map_location)
     about = checkpoint[CHECKPOINT_KEY]
     cls = find_class(about["class_path"])
-    for spec in ("backbone", "latents"):
-        _find_beside(checkpoint.get("hyper_parameters", {}).get(spec), Path(path).parent)
     hparams = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
     # linked values and those a method hands to its bases are written even where the class has no such parameter
     bases = [base for base in cls.__mro__[1:] if issubclass(base, PersonalizationMethod)]
@@ -212,8 +214,15 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
 
 
 def _find_beside(spec: dict[str, Any] | None, folder: Path) -> None:
-    """Where the checkpoint that a backbone reads is gone and one of its name lies in ``folder``, name that one."""
+    """Where what a backbone reads is gone and something of its name lies in ``folder``, name that.
+
+    A relative ``model`` is left alone: it may be an id on a hub.
+    """
     arguments = (spec or {}).get("init_args", {})
-    named = arguments.get("checkpoint")
-    if isinstance(named, str) and not Path(named).exists() and (folder / Path(named).name).is_file():
-        arguments["checkpoint"] = str(folder / Path(named).name)
+    for name in ("checkpoint", "model"):
+        named = arguments.get(name)
+        if not isinstance(named, str) or Path(named).exists() or (name == "model" and not Path(named).is_absolute()):
+            continue
+        beside = (folder / Path(named).name).absolute()
+        if beside.is_file() if name == "checkpoint" else beside.is_dir():
+            arguments[name] = str(beside)

@@ -89,9 +89,9 @@ class FreshCausalLM(CausalLM):
         return self.width
 
     def spec(self) -> dict[str, Any]:
-        """The model as an ordinary `CausalLM` of its folder."""
+        """The model as an ordinary `CausalLM` of its folder, which need not exist yet."""
         return CausalLM(
-            self.model,
+            str(Path(self.model).expanduser().absolute()),
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
             append_eos=self.append_eos,

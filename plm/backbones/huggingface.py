@@ -128,14 +128,26 @@ class HFBackbone(Backbone):
         if not (path.exists() or is_path):
             return None
         if not (path / "config.json").is_file():
-            state = "which holds no config.json" if path.exists() else "which does not exist"
+            state = "which holds no config.json" if path.exists() else f"which does not exist{self._seen_from}"
             raise ValueError(
                 f"expected `model` to be the folder of a Hugging Face model or a hub id, got {self.model!r}, {state}; "
-                "correct the path"
+                "correct the path (data.backbone.init_args.model); a checkpoint also finds the folder beside itself"
             )
         if self.revision is not None:
             warnings.warn(f"revision={self.revision!r} has no effect on the local model {self.model!r}", stacklevel=2)
         return path
+
+    @property
+    def _seen_from(self) -> str:
+        """Where a relative path was looked for."""
+        return "" if Path(self.model).expanduser().is_absolute() else f" in {str(Path.cwd())!r}"
+
+    def spec(self) -> dict[str, Any]:
+        """As for every backbone, a local folder as an absolute path, so that a checkpoint is of use from anywhere."""
+        spec, folder = super().spec(), Path(self.model).expanduser()
+        if folder.is_dir():
+            spec["init_args"]["model"] = str(folder.absolute())
+        return spec
 
     @cached_property
     def _config(self) -> Any:
@@ -235,7 +247,12 @@ class HFBackbone(Backbone):
             return load(name, revision=self.revision if self._folder is None else None, **options)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            where = "check that its files are whole" if self._folder else "check the id, the network and your access"
+            where = (
+                "check that its files are whole"
+                if self._folder
+                else f"check the id, the network and your access; there is no such folder{self._seen_from}: give "
+                "an absolute path (data.backbone.init_args.model), or run where the folder is found"
+            )
             raise ValueError(
                 f"expected `model` to be the folder of a Hugging Face model or a hub id, got {self.model!r}, "
                 f"which cannot be read ({reason}); {where}"

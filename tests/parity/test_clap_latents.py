@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from plm.backbones import Backbone, completion_tokens
+from plm.backbones import Backbone, CausalLM, FreshCausalLM, completion_tokens
 from plm.checkpoint import load_method
 from plm.cli.commands import run
 from plm.data.datamodule import PreferenceDataModule
@@ -35,7 +37,7 @@ PAIRS = [(prompt, f" {word} words about it") for prompt in PROMPTS for word in (
 
 def model(seed: int = 0, **options: Any) -> CLaP:
     given: dict[str, Any] = {"latent_dim": 16, "num_queries": 2, "encoder_layers": 1, "num_virtual_tokens": 2}
-    method = CLaP(1, 16, tiny_causal_lm().spec(), **{**given, **options})
+    method = CLaP(**{"num_users": 1, "feature_dim": 16, "backbone": tiny_causal_lm().spec(), **given, **options})
     method.configure_model()
     torch.manual_seed(seed)
     torch.nn.init.normal_(method.encoder.head.weight, std=0.5)
@@ -187,3 +189,34 @@ def test_texts_that_do_not_fit_are_left_out_and_refused(checkpoint: Path, tmp_pa
         loaded = load_method(learned)
         with pytest.raises(ValueError, match=r"^row 2 of 2: expected a prompt that leaves room .* shorten it"):
             loaded.score([" a", " b"], user_id="anna", prompts=["hi", long])
+
+
+def test_a_language_model_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is kept whole; where it was moved, it is found beside the checkpoint, and else there is a message."""
+    first, away = tmp_path / "first", tmp_path / "away"
+    away.mkdir()
+    shutil.copytree(tiny_causal_lm().model, first / "runs" / "tiny")
+    monkeypatch.chdir(first)
+    spec = CausalLM("runs/tiny").spec()
+    assert spec["init_args"]["model"] == str(first / "runs" / "tiny")
+    assert CausalLM("someone/tiny").spec()["init_args"]["model"] == "someone/tiny"  # an id on the hub
+    assert FreshCausalLM("runs/later").spec()["init_args"]["model"] == str(first / "runs" / "later")
+    with saved(model(backbone=spec)) as path:
+        checkpoint = Path(shutil.copy(path, away / "clap.ckpt"))
+    monkeypatch.chdir(away)
+    latents = ClapLatents("clap.ckpt")
+    found = latents.represent(PROMPTS[:1], [" a few words"])
+    (first / "runs" / "tiny").rename(away / "moved")
+    with pytest.raises(
+        ValueError, match=r"runs/tiny', which does not exist; .*a checkpoint also finds the folder besid"
+    ):
+        load_method(checkpoint)
+    (away / "moved").rename(away / "tiny")
+    assert torch.equal(ClapLatents("clap.ckpt").represent(PROMPTS[:1], [" a few words"]), found)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=re.escape(f"'./gone', which does not exist in {str(away)!r}; correct the path")
+    ):
+        CausalLM("./gone").tokenizer  # noqa: B018
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=re.escape(f"there is no such folder in {str(away)!r}: give an absolute")):
+        CausalLM("runs/gone").tokenizer  # noqa: B018
