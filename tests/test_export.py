@@ -16,8 +16,11 @@ from plm.backbones import CausalLM, HFBackbone, LoRA
 from plm.checkpoint import load_method
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.clap import CLaP
+from plm.methods.latent_dpo import LatentDPO
 from plm.methods.lora_dpo import LoRADPO
 from plm.methods.pal import PAL
+from plm.methods.palm import PALM
 from plm.testing import saved
 from plm.types import Tokens
 
@@ -93,7 +96,9 @@ def test_export_writes_the_adapter_of_a_user_which_peft_loads(
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_cannot_be_exported_gets_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_exported_gets_one_message(
+    causal_lm: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def error(method: Any, *args: str) -> str:
         with saved(method) as path:
             capsys.readouterr()
@@ -102,7 +107,14 @@ def test_what_cannot_be_exported_gets_one_message(tmp_path: Path, capsys: pytest
         assert "Traceback" not in shown and not (tmp_path / "out" / "config.json").exists()
         return shown
 
-    assert "BradleyTerry has nothing to export: its class has no `export(folder, user)`" in error(BradleyTerry(2, 4))
+    nothing = "has nothing to export: its class has no `export(folder, user)`"
+    # latents without the model that made them do not write
+    for method in (BradleyTerry(2, 4), PALM(0, 4), LatentDPO(2, 8, family="vector")):
+        instead = "score with plm score, or plm generate --policy MODEL --best_of N"
+        assert f"{type(method).__name__} {nothing}; {instead}" in error(method)
+    writes = CLaP(1, 16, CausalLM(str(causal_lm("gpt2"))).spec(), latent_dim=4, num_queries=2, encoder_layers=1)
+    writes.configure_model()
+    assert f"CLaP {nothing}; write with plm generate" in error(writes)
     pal = PAL(2, 4)
     pal.user_ids = ["anna", "ben"]
     assert "no user 'ana'; did you mean 'anna'?" in error(pal, "--user", "ana")

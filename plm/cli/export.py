@@ -8,7 +8,11 @@ from typing import Protocol, runtime_checkable
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli.options import OptionParser
 from plm.config import nearest
+from plm.generation import Writes
+from plm.method import PersonalizationMethod
 from plm.types import UserState
+
+_SCORES = "score with plm score, or plm generate --policy MODEL --best_of N"
 
 
 @runtime_checkable
@@ -41,7 +45,10 @@ def run(args: list[str]) -> None:
         raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
     method = load_method(options.ckpt_path)
     if not isinstance(method, Exports):
-        raise ValueError(f"{type(method).__name__} has nothing to export: its class has no `export(folder, user)`")
+        instead = "write with plm generate" if _writes(method) else _SCORES
+        raise ValueError(
+            f"{type(method).__name__} has nothing to export: its class has no `export(folder, user)`; {instead}"
+        )
     assert isinstance(method.find_users, KnownUsers)
     user, known = method.find_users.lookup([options.user])
     if options.user is not None and not known.all():
@@ -51,3 +58,11 @@ def run(args: list[str]) -> None:
         )
     method.export(folder, user)
     print(f"written to {folder}")
+
+
+def _writes(method: PersonalizationMethod) -> bool:
+    """Whether it writes by itself; the question may load its language model, and one that has none refuses."""
+    try:
+        return isinstance(method, Writes)
+    except ValueError:
+        return False

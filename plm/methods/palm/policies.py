@@ -186,7 +186,10 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod):
             ValueError: If members are mixtures of distributions, which no single adapter is.
         """
         if self.decoding == "logits":
-            raise ValueError("a mixture of next-token distributions is no single adapter; it cannot be exported")
+            raise ValueError(
+                "a mixture of next-token distributions is no single adapter and cannot be exported; write with plm "
+                "generate"
+            )
         terms = self._terms(self.mixture[user.tensors["member"].to(self.device)])
         self.shape.save([term[0] for term in terms], folder, self.causal_lm.model)
 
