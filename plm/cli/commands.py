@@ -19,9 +19,9 @@ from plm.checkpoint import KnownUsers, TextEncoder, load_method, read_checkpoint
 from plm.cli.options import OptionParser
 from plm.config import missing_key, nearest
 from plm.data.collate import FeaturedPairs, build_context
-from plm.data.encoding import fitting_pairs, items_in_use, spread
+from plm.data.encoding import fitting_pairs, with_features
 from plm.data.files import position, read_records
-from plm.data.rows import FeatureRows, token_rows
+from plm.data.rows import token_rows
 from plm.data.schema import PairTable, read_pairs
 from plm.data.values import short, to_id, to_prompt, to_response
 from plm.evaluation import print_parts
@@ -109,16 +109,21 @@ def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:
     if isinstance(method, PolicyMethod):
         table, tokens = token_rows(table, method.causal_lm, TooLong)
         return FeaturedPairs(table, tokens, None, user_index)
-    assert isinstance(method.encode, TextEncoder)
-    table, _ = fitting_pairs(table, method.encode.backbone)
-    items, texts = items_in_use(table), table.texts()
-    features = method.encode(*(list(column) for column in zip(*(texts[item] for item in items), strict=True)))
-    assert isinstance(features, Tensor)
-    asked = np.unique(table.items[items, 0])
-    prompts = method.encode.prompts([table.prompts[prompt] for prompt in asked])
-    rows = FeatureRows(spread(features.cpu().numpy(), items, len(table.items)))
-    of_prompts = None if prompts is None else FeatureRows(spread(prompts.cpu().numpy(), asked, len(table.prompts)))
-    return FeaturedPairs(table, rows, of_prompts, user_index)
+    encoder = method.encode
+    assert isinstance(encoder, TextEncoder)
+
+    def read(texts: list[tuple[str, str]]) -> Any:
+        features = encoder(*map(list, zip(*texts, strict=True)))
+        assert isinstance(features, Tensor)
+        return features.cpu()
+
+    def read_prompts(prompts: list[str]) -> Any:
+        features = encoder.prompts(prompts)
+        assert features is not None  # as the method reads them
+        return features.cpu()
+
+    table, _ = fitting_pairs(table, encoder.backbone)
+    return with_features(table, user_index, read, read_prompts if method.reads_prompts else None)
 
 
 def _to(context: Context, device: torch.device) -> Context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,12 +35,31 @@ def fitting_pairs(table: PairTable, backbone: Backbone) -> tuple[PairTable, Toke
     return table, None
 
 
-def items_in_use(table: PairTable) -> IntArray:
-    """Rows of the items that some pair is of; the texts of others may not fit."""
-    return np.unique(np.concatenate([table.chosen, table.rejected]))
+def with_features(
+    table: PairTable,
+    user_index: IntArray,
+    read: Callable[[list[tuple[str, str]]], Any],
+    read_prompts: Callable[[list[str]], Any] | None,
+) -> FeaturedPairs:
+    """A table with features; only texts that some pair is of are read, for others may not fit.
+
+    Args:
+        table: The pairs.
+        user_index: ``(U,)`` row of every user in the training table, -1 if unseen.
+        read: n texts, prompt and response -> features ``(n, D)``.
+        read_prompts: n prompts -> ``(n, F)``; None = they are not wanted.
+    """
+    items, texts = np.unique(np.concatenate([table.chosen, table.rejected])), table.texts()
+    rows = _spread(_array(read([texts[item] for item in items])), items, len(table.items))
+    prompts = None
+    if read_prompts is not None:
+        asked = np.unique(table.items[items, 0])
+        found = _array(read_prompts([table.prompts[prompt] for prompt in asked]))
+        prompts = FeatureRows(_spread(found, asked, len(table.prompts)))
+    return FeaturedPairs(table, FeatureRows(rows), prompts, user_index)
 
 
-def spread(values: npt.NDArray[np.float32], rows: IntArray, num_rows: int) -> npt.NDArray[np.float32]:
+def _spread(values: npt.NDArray[np.float32], rows: IntArray, num_rows: int) -> npt.NDArray[np.float32]:
     """Features ``(n, D)`` of some rows ``(n,)`` -> ``(num_rows, D)``, nan for the others, which no pair refers to."""
     if len(rows) == num_rows:
         return values
@@ -82,23 +102,26 @@ def featured_pairs(
             reference.release()
         return FeaturedPairs(table, tokens, tokens.prompts_alone() if prompt_features else None, user_index)
     cache = FeatureCache(backbone, cache_dir)
-    items, texts = items_in_use(table), table.texts()
-    features = _array(cache.features([texts[item] for item in items]))
-    if features.shape != (len(items), backbone.feature_dim):
-        raise ValueError(
-            f"expected features of shape {(len(items), backbone.feature_dim)} from {type(backbone).__name__}, "
-            f"got {features.shape}; correct its feature_dim or clear the cache {cache_dir}"
-        )
-    prompts = None
-    if prompt_features:
+
+    def read(texts: list[tuple[str, str]]) -> npt.NDArray[np.float32]:
+        features = _array(cache.features(texts))
+        if features.shape != (len(texts), backbone.feature_dim):
+            raise ValueError(
+                f"expected features of shape {(len(texts), backbone.feature_dim)} from {type(backbone).__name__}, "
+                f"got {features.shape}; correct its feature_dim or clear the cache {cache_dir}"
+            )
+        return features
+
+    def read_prompts(prompts: list[str]) -> Any:
         reader = backbone.prompt_backbone
-        cache = cache if reader is backbone else FeatureCache(reader, cache_dir)
-        asked = np.unique(table.items[items, 0])
-        read = _array(cache.features([("", plain_prompt(table.prompts[prompt])) for prompt in asked]))
-        prompts = FeatureRows(spread(read, asked, len(table.prompts)))
+        own = cache if reader is backbone else FeatureCache(reader, cache_dir)
+        found = own.features([("", plain_prompt(prompt)) for prompt in prompts])
         reader.release()
+        return found
+
+    data = with_features(table, user_index, read, read_prompts if prompt_features else None)
     backbone.release()
-    return FeaturedPairs(table, FeatureRows(spread(features, items, len(table.items))), prompts, user_index)
+    return data
 
 
 def _array(features: Any) -> npt.NDArray[np.float32]:
