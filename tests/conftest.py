@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from plm.methods.clap import CLaP
+from plm.testing import tiny_causal_lm
+
 # The tests are made of tiny problems: a second thread only waits, and on a busy machine it makes them ten times slower.
 torch.set_num_threads(1)
 
@@ -51,3 +54,19 @@ def write_causal_lm(kind: str, folder: Path) -> None:
         **size,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def steered() -> Callable[[int], CLaP]:
+    """A CLaP model of a latent width, whose latents vary with the prompt and change what is written."""
+
+    def make(width: int) -> CLaP:
+        method = CLaP(1, 16, tiny_causal_lm().spec(), latent_dim=width, num_queries=2, encoder_layers=1)
+        method.configure_model()
+        torch.manual_seed(0)
+        torch.nn.init.normal_(method.encoder.head.weight, std=0.5)
+        for norm in method.adapter.maker.norms:
+            torch.nn.init.normal_(norm.weight, std=3000.0)  # type: ignore[arg-type]
+        return method
+
+    return make

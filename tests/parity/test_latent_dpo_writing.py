@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from plm.methods.clap import CLaP
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.latent_dpo.maths import Gaussian, implicit_rewards
-from plm.testing import saved, tiny_causal_lm
+from plm.testing import saved
 from plm.types import Context, UserState
 
 WIDTH, PROMPTS = 16, ["how is it", "tell me of the sea, please", "no"]
@@ -28,15 +28,8 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def clap() -> Iterator[Path]:
-    """A model whose latents change what is written, and vary with the prompt."""
-    method = CLaP(1, 16, tiny_causal_lm().spec(), latent_dim=WIDTH, num_queries=2, encoder_layers=1)
-    method.configure_model()
-    torch.manual_seed(0)
-    torch.nn.init.normal_(method.encoder.head.weight, std=0.5)
-    for norm in method.adapter.maker.norms:
-        torch.nn.init.normal_(norm.weight, std=3000.0)  # type: ignore[arg-type]
-    with saved(method) as path:
+def clap(steered: Callable[[int], CLaP]) -> Iterator[Path]:
+    with saved(steered(WIDTH)) as path:
         yield path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from plm.methods.latent_dpo import LatentDPO
 from plm.methods.palm.selection import choose_portfolio
 from plm.policy_oracles import LatentFit, LatentPortfolio, TrainedPolicies, pool_means, solve_latents
 from plm.reward_features import RewardFeatures, reward_spec
-from plm.testing import saved, tiny_causal_lm
+from plm.testing import saved
 from plm.types import UserState
 
 WIDTH, PROMPTS = 8, ["ab", "ba", "b"]
@@ -32,15 +32,8 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "num_samples": 2, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def clap() -> Iterator[Path]:
-    """A model whose latents change what is written."""
-    method = CLaP(1, 16, tiny_causal_lm().spec(), latent_dim=WIDTH, num_queries=2, encoder_layers=1)
-    method.configure_model()
-    torch.manual_seed(0)
-    torch.nn.init.normal_(method.encoder.head.weight, std=0.5)
-    for norm in method.adapter.maker.norms:
-        torch.nn.init.normal_(norm.weight, std=3000.0)  # type: ignore[arg-type]
-    with saved(method) as path:
+def clap(steered: Callable[[int], CLaP]) -> Iterator[Path]:
+    with saved(steered(WIDTH)) as path:
         yield path
 
 
