@@ -4,15 +4,21 @@ Usage: python benchmarks/latent_validity.py --ckpt_path runs/plm/version_0/check
        --samples runs/tiny_imdb_responses.jsonl [--rewards recipes/lora_dpo_imdb.yaml]
        [--people runs/plm/version_1/checkpoints/best.ckpt --prompts 40 --latents 16 --texts 16]
 
-For prompts of the test, latents are drawn from the prior. The latent reward r(x, z) weighs what a person thinks of the
-sampled responses by how likely z is under each one's posterior; no language model runs for it. Texts are then written
+For prompts of the test, latents are drawn from the prior. The latent reward r(x, z) weighs what a person thinks of
+scored responses by how likely z is under each one's posterior; no language model runs for it. Texts are then written
 from the same latents, with the same random numbers for all latents of a prompt, and the person's mean reward of them is
 held against the promise: Spearman's correlation over the latents of a prompt, its mean over prompts, and a 95 %
-interval by a bootstrap of prompts. `learned` is the same of h(x, z) = log p(z|x) - log N(z; 0, I), the reward that the
-people of a `LatentDPO` checkpoint have learned from their pairs on other prompts, by which their texts are steered.
-`texts` holds one half of a latent's texts against the other half: how far latents decide the reward at all. `response`
-is the share of the variance of the person's reward within a prompt that a linear map of the posterior means explains on
-other prompts: how far latents know it.
+interval by a bootstrap of prompts.
+
+`published` is r as published, by the sampled responses to the prompt itself. `calibrated` is the same with posteriors
+to the power at which they are nearest those of the model that writes, by the evidence bound of responses to training
+prompts; no reward is looked at for it. `all prompts` weighs the responses to all training prompts, each by its reward
+less the mean of its prompt's: as latents come from N(0, I) whatever the prompt, p(z|x,y) / p(z) = p(x,y|z) / p(x,y),
+and the same sum estimates what a latent is worth over prompts. `learned` is h(x, z) = log p(z|x) - log N(z; 0, I), the
+reward that the people of a `LatentDPO` checkpoint have learned from their pairs on other prompts, by which their texts
+are steered. `texts` holds one half of a latent's texts against the other half: how far latents decide the reward at
+all. `response` is the share of the variance of the person's reward within a prompt that a linear map of the posterior
+means explains on other prompts: how far latents know it.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,22 +34,47 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from plm.backbones.causal_lm import completion_tokens
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli.tastes import read_tastes
 from plm.data.sources.population import standardise
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import sample
 from plm.methods.clap.latents import ClapLatents
-from plm.methods.clap.losses import log_densities
-from plm.methods.clap.validity import latent_rewards, validity
 from plm.methods.latent_dpo import LatentDPO
+from plm.methods.latent_dpo.maths import Gaussian, gaussian, implicit_rewards, latent_rewards
+from plm.methods.latent_dpo.validity import evidence_bounds, to_the_power, validity
 from plm.types import UserState
 
 RIDGE = 10.0
+POWERS = [1.0, *(2.0**-half for half in range(1, 13)), 0.0]
+DRAWS = 1
 
 
-def posteriors(backbone: ClapLatents, source: SampledPairs, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and log-variances ``(P, C, Z)`` of the responses to some prompts, and where there is a response."""
+class Scored(NamedTuple):
+    """Responses to P prompts, at most C each, as U people see them."""
+
+    rows: np.ndarray
+    """``(P,)`` of the pool."""
+    latents: Gaussian
+    """``(P, C, Z)`` posteriors."""
+    mask: Tensor
+    """``(P, C)`` bool, True = a response."""
+    worth: Tensor
+    """``(P, C, U)`` rewards; 0 where there is no response."""
+
+    def first(self, count: int) -> Scored:
+        """Of the first prompts alone."""
+        return Scored(self.rows[:count], Gaussian(*(x[:count] for x in self.latents)), *(x[:count] for x in self[2:]))
+
+    def advantages(self) -> Tensor:
+        """Rewards less their mean over the responses to a prompt, ``(P, C, U)``."""
+        mean = self.worth.sum(1, keepdim=True) / self.mask.sum(1)[:, None, None]
+        return (self.worth - mean) * self.mask[..., None]
+
+
+def scored(backbone: ClapLatents, source: SampledPairs, weights: np.ndarray, rows: np.ndarray) -> Scored:
+    """Encode the responses to some prompts and value them."""
     pool = source.pool
     candidates = pool.candidates[rows]
     place, column = np.nonzero(candidates >= 0)
@@ -51,21 +83,34 @@ def posteriors(backbone: ClapLatents, source: SampledPairs, rows: np.ndarray) ->
     assert isinstance(encoded, Tensor)
     out = torch.zeros(*candidates.shape, backbone.feature_dim)
     out[place, column] = encoded
-    mean, log_var = out.chunk(2, -1)
-    return mean, log_var, torch.from_numpy(candidates >= 0)
+    worth = torch.from_numpy(np.nan_to_num(standardise(pool.scores[rows]) @ weights)).float()
+    return Scored(rows, gaussian(out), torch.from_numpy(candidates >= 0), worth)
 
 
-def known_share(mean: Tensor, worth: Tensor, mask: Tensor) -> Tensor:
-    """Share ``(U,)`` of the variance of rewards ``(P, C, U)`` within a prompt explained by a linear map of the means.
+def calibrated_power(
+    backbone: ClapLatents, source: SampledPairs, given: Scored, seed: int
+) -> tuple[float, list[float]]:
+    """The power of posteriors that the evidence prefers, and the bound of each of `POWERS`."""
+    pool, (place, column) = source.pool, given.mask.nonzero(as_tuple=True)
+    texts = pool.candidates[given.rows][given.mask.numpy()].tolist()
+    asked = [pool.prompts[row] for row in given.rows[place].tolist()]
+    tokens = completion_tokens(
+        [backbone.causal_lm.completion(prompt, pool.responses[code]) for prompt, code in zip(asked, texts, strict=True)]
+    )
+    noise = torch.randn(DRAWS, len(texts), backbone.latent_dim, generator=torch.Generator().manual_seed(seed))
+    own = Gaussian(*(part[place, column] for part in given.latents))
+    bounds = evidence_bounds(own, POWERS, lambda latents: backbone.log_ratios(tokens, latents).cpu(), noise).tolist()
+    return POWERS[int(np.argmax(bounds))], bounds
+
+
+def known_share(given: Scored) -> Tensor:
+    """Share ``(U,)`` of the variance of rewards within a prompt explained by a linear map of the posterior means.
 
     The map is fitted on the first half of the prompts and judged on the second.
     """
-    count = mask.sum(1)[:, None, None]
-    x, y = (
-        ((value - (value * mask[..., None]).sum(1, keepdim=True) / count) * mask[..., None]).double()
-        for value in (mean, worth)
-    )
-    half = len(mean) // 2
+    mean, mask = given.latents.mean, given.mask[..., None]
+    x = ((mean - (mean * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)) * mask).double()
+    y, half = given.advantages().double(), len(mean) // 2
     train, test = x[:half].flatten(0, 1), x[half:].flatten(0, 1)
     solved = torch.linalg.solve(
         train.T @ train + RIDGE * torch.eye(train.shape[1], dtype=torch.double), train.T @ y[:half].flatten(0, 1)
@@ -74,32 +119,40 @@ def known_share(mean: Tensor, worth: Tensor, mask: Tensor) -> Tensor:
     return 1 - (target - test @ solved).square().sum(0) / target.square().sum(0)
 
 
+def prompt_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
+    """Latent rewards of latents ``(P, M, Z)`` by the responses to their prompts, ``(P, U, M)``."""
+    latents = to_the_power(given.latents, power)
+    return torch.stack([latent_rewards(latent, latents, own, given.mask) for own in given.worth.unbind(-1)], 1)
+
+
+def pooled_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
+    """Latent rewards of latents ``(P, M, Z)`` by responses to other prompts, ``(P, U, M)``."""
+    latents, asked = to_the_power(Gaussian(*(part[given.mask] for part in given.latents)), power), latent.flatten(0, 1)
+    worth = [latent_rewards(asked, latents, own) for own in given.advantages()[given.mask].unbind(-1)]
+    return torch.stack(worth).view(-1, *latent.shape[:2]).transpose(0, 1)
+
+
 def learned_rewards(people: LatentDPO, user_id: str, prompts: Sequence[str], latent: Tensor) -> Tensor:
     """What a person's policy says of latents ``(P, M, Z)``, against the prior: ``(P, M)``."""
     assert isinstance(people.find_users, KnownUsers) and people.encode_prompts is not None
     users, known = people.find_users.lookup([user_id] * len(prompts))
     if not known.all():
         raise ValueError(f"--people: expected a checkpoint that knows {user_id!r}")
-    policy = people.latent_policies(users, people.encode_prompts(prompts))
-    prior = torch.zeros(())
-    own = log_densities(latent, policy.mean[:, None], policy.log_var[:, None])
-    return (own - log_densities(latent, prior, prior)).sum(-1)
+    return implicit_rewards(latent, people.latent_policies(users, people.encode_prompts(prompts)))
 
 
-def measure(options: argparse.Namespace) -> Table:
+def measure(options: argparse.Namespace) -> tuple[Table, str]:
     """Write texts from latents and compare."""
     source = read_tastes(options.rewards, [options.samples])
     pool, people = source.pool, list(source.weights)
     weights = np.stack(list(source.weights.values()), axis=1)  # (A, U)
     scale, shift = np.nanstd(pool.scores, axis=(0, 1)), np.nanmean(pool.scores, axis=(0, 1))
     backbone = ClapLatents(options.ckpt_path)
-    test = np.flatnonzero(pool.test)
-    mean, log_var, mask = posteriors(backbone, source, test)
-    worth = torch.from_numpy(np.nan_to_num(standardise(pool.scores[test]) @ weights)).float()
-    known = known_share(mean, worth, mask)
-    shown = slice(0, min(options.prompts, len(test)))
-    mean, log_var, mask, worth = mean[shown], log_var[shown], mask[shown], worth[shown]
-    prompts = [pool.prompts[row] for row in test[shown].tolist()]
+    train, test = (scored(backbone, source, weights, np.flatnonzero(part)) for part in (~pool.test, pool.test))
+    known = known_share(test)
+    power, bounds = calibrated_power(backbone, source, train.first(options.prompts), options.seed)
+    test = test.first(options.prompts)
+    prompts = [pool.prompts[row] for row in test.rows.tolist()]
     generator = torch.Generator().manual_seed(options.seed)
     latent = torch.randn(len(prompts), options.latents, backbone.latent_dim, generator=generator)
     asked = [prompt for prompt in prompts for _ in range(options.latents)]
@@ -110,8 +163,11 @@ def measure(options: argparse.Namespace) -> Table:
     again = [prompt for prompt in asked for _ in range(options.texts)]
     raw = np.stack([reward.score(again, texts) for reward in source.rewards.values()], axis=-1)
     found = torch.from_numpy((raw - shift) / scale @ weights).view(*latent.shape[:2], options.texts, len(people))
-    promised = torch.stack([latent_rewards(latent, mean, log_var, own, mask) for own in worth.unbind(-1)], 1)
-    ranked = [("validity", promised)]
+    ranked = [
+        ("published", prompt_rewards(latent, test, 1.0)),
+        ("calibrated", prompt_rewards(latent, test, power)),
+        ("all prompts", pooled_rewards(latent, train, power)),
+    ]
     if options.people is not None:
         method = load_method(options.people)
         if not isinstance(method, LatentDPO) or method.latents.content != backbone.content:
@@ -119,17 +175,18 @@ def measure(options: argparse.Namespace) -> Table:
                 f"--people: expected a LatentDPO checkpoint over the CLaP model of --ckpt_path, got {options.people!r}"
             )
         ranked.append(("learned", torch.stack([learned_rewards(method, one, prompts, latent) for one in people], 1)))
-    heads = [head for name in (*(name for name, _ in ranked), "texts") for head in (name, "95 %")]
-    table = Table("person", *heads, "response", title="rank correlation within a prompt")
+    heads = [*(name for name, _ in ranked), "texts", "response"]
+    table = Table("person", *heads, title="rank correlation within a prompt, 95 %")
     halves = [part.mean(2).transpose(1, 2) for part in found.split([options.texts // 2, -(-options.texts // 2)], 2)]
     whole = found.mean(2).transpose(1, 2)
     for number, name in enumerate([*people, "mean"]):
         own = slice(None) if name == "mean" and number == len(people) else slice(number, number + 1)
         pairs = [validity(values[:, own], whole[:, own]) for _, values in ranked]
         pairs.append(validity(halves[0][:, own], halves[1][:, own]))
-        cells = [text for one in pairs for text in (f"{one.correlation:+.2f}", f"[{one.low:+.2f}, {one.high:+.2f}]")]
+        cells = [f"{one.correlation:+.2f} [{one.low:+.2f}, {one.high:+.2f}]" for one in pairs]
         table.add_row(name, *cells, f"{float(known[own].mean()):.2f}")
-    return table
+    shown = ", ".join(f"{one:.4g}: {bound:.2f}" for one, bound in zip(POWERS, bounds, strict=True))
+    return table, f"posteriors calibrated to the power {power:.4g}; evidence bounds by power, nats: {shown}"
 
 
 def main() -> None:
@@ -150,7 +207,8 @@ def main() -> None:
         parser.error("--texts: expected at least 2, for texts of a latent are held against each other")
     began = time.perf_counter()
     console = Console()
-    console.print(measure(options))
+    for part in measure(options):
+        console.print(part)
     console.print(
         f"{options.prompts} prompts, {options.latents} latents of each, {options.texts} texts of each; "
         f"{time.perf_counter() - began:.0f} seconds"

@@ -29,7 +29,6 @@ from plm.methods.clap.losses import (
     mean_kl,
     mutual_information,
 )
-from plm.methods.clap.validity import latent_rewards, rank_correlations, validity
 from plm.testing.contract import saved
 from plm.types import Tokens, UserState
 
@@ -499,32 +498,6 @@ def test_the_second_stage_starts_where_the_first_ended(causal_lm: Folder) -> Non
             clap(causal_lm, untrained=True, latent_dim=4).start_from(str(path))
         with pytest.raises(ValueError, match="trained over another language model"):
             clap(causal_lm, "llama", untrained=True).start_from(str(path))
-
-
-def test_latent_rewards_and_their_ranks() -> None:
-    """With two responses of rewards 1 and 0 the sigmoid of a log-ratio; ranks as scipy's."""
-    from scipy.stats import spearmanr
-
-    mean, log_var = torch.randn(5, 2, 3), torch.randn(5, 2, 3)
-    latent, reward, mask = torch.randn(5, 6, 3), torch.tensor([[1.0, 0.0]]).expand(5, 2), torch.ones(5, 2).bool()
-    one, two = (
-        torch.distributions.Normal(mean[:, k, None], (0.5 * log_var[:, k, None]).exp()).log_prob(latent).sum(-1)
-        for k in (0, 1)
-    )
-    found = latent_rewards(latent, mean, log_var, reward, mask)
-    torch.testing.assert_close(found, torch.sigmoid(one - two))
-    first, second = torch.randn(4, 9), torch.randint(0, 4, (4, 9)).float()
-    expected = [spearmanr(a.numpy(), b.numpy()).statistic for a, b in zip(first, second, strict=True)]
-    torch.testing.assert_close(rank_correlations(first, second), torch.tensor(expected, dtype=torch.double))
-    noisy = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
-    close = noisy + torch.randn(300, 12, generator=torch.Generator().manual_seed(1))
-    result = validity(noisy, close)
-    rho, count = 0.5**0.5, 12  # Moran 1948: the expectation of Spearman's correlation of n normal pairs
-    expected_rank = 6 / (math.pi * (count + 1)) * (math.asin(rho) + (count - 2) * math.asin(rho / 2))
-    assert result.low < expected_rank < result.high and result.num_prompts == 300
-    assert validity(noisy, torch.zeros(300, 12)).num_prompts == 0
-    both = validity(torch.stack([noisy, noisy], 1), torch.stack([close, -close], 1))  # one that holds, one turned round
-    assert both.correlation == pytest.approx(0, abs=1e-9) and both.num_prompts == 300
 
 
 def test_health_of_a_model_that_knows_and_of_one_that_does_not(causal_lm: Folder) -> None:

@@ -146,20 +146,33 @@ def reward_logits(latent: Tensor, responses: Gaussian, grades: Tensor) -> Tensor
     Returns:
         ``(..., N)``; minus or plus infinity where all grades are 0 or all 1.
     """
-    density = torch.stack(
-        [
-            log_density(latent, Gaussian(responses.mean[..., k, :], responses.log_var[..., k, :]))
-            for k in range(grades.shape[-1])
-        ],
-        -1,
-    )
+    density = _densities(latent, responses)
     good, bad = (torch.logsumexp(density + part.log()[..., None, :], -1) for part in (grades, 1.0 - grades))
     return good - bad
 
 
-def latent_rewards(latent: Tensor, responses: Gaussian, grades: Tensor) -> Tensor:
-    """Reward of latents in [0, 1], the sigmoid of `reward_logits`: ``(..., N, Z)`` -> ``(..., N)``."""
-    return torch.sigmoid(reward_logits(latent, responses, grades))
+def latent_rewards(latent: Tensor, responses: Gaussian, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The latent reward r itself, of any rewards; for grades in [0, 1] the sigmoid of `reward_logits`.
+
+    Args:
+        latent: ``(..., N, Z)``.
+        responses: Posteriors of the K responses, ``(..., K, Z)``.
+        rewards: ``(..., K)``.
+        mask: ``(..., K)`` bool, True = a response; null = all are.
+
+    Returns:
+        ``(..., N)``.
+    """
+    density = _densities(latent, responses)
+    if mask is not None:
+        density, rewards = density.masked_fill(~mask[..., None, :], -torch.inf), torch.where(mask, rewards, 0.0)
+    return (density.softmax(-1) * rewards[..., None, :]).sum(-1)
+
+
+def _densities(latent: Tensor, responses: Gaussian) -> Tensor:
+    """Log-densities ``(..., N, K)`` of latents under the posteriors of responses."""
+    rows = zip(responses.mean.unbind(-2), responses.log_var.unbind(-2), strict=True)
+    return torch.stack([log_density(latent, Gaussian(mean, log_var)) for mean, log_var in rows], -1)
 
 
 def product_of_experts(policies: Gaussian, weights: Tensor) -> Gaussian:

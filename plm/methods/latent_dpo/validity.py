@@ -1,37 +1,58 @@
 """Whether a latent leads to the texts that its latent reward promises: the assumption on which Latent DPO stands.
 
-Axes: P prompts, M latents of a prompt, N scored responses of a prompt (padded), Z latent width, R rewards.
+Axes: P prompts, M latents of a prompt, R responses or rewards, D draws, Z latent width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from plm.methods.clap.losses import log_densities
+from plm.methods.latent_dpo.maths import Gaussian, draw_latents, kl_to_prior, product_of_experts
 
 
-def latent_rewards(latent: Tensor, mean: Tensor, log_var: Tensor, reward: Tensor, mask: Tensor) -> Tensor:
-    """Reward of latents by self-normalised importance: r(x, z) = sum_k q_k(z) r_k / sum_k q_k(z).
+def evidence_bounds(
+    responses: Gaussian, powers: Sequence[float], log_ratios: Callable[[Tensor], Tensor], noise: Tensor
+) -> Tensor:
+    """How near powers of posteriors are to the posteriors of the model that writes: evidence bounds, in nats.
 
-    Responses y_k were drawn from p(y|x), so each counts by p(y_k|x,z) / p(y_k|x) = p(z|x,y_k) / p(z), with q_k for
-    p(z|x,y_k) (arXiv 2412.20834).
+    The latent reward takes q(z|x,y) for p(z|x,y) = p(z) p(y|x,z) / p(y|x), but neither the density-gap KL nor the
+    contrast asks for that: both are content with a q as narrow as can be. What q says of a response, the factor q / p
+    by which it changes the prior, is here raised to a power a, ``q_a = p (q / p)^a / c``, which is normal again. With
+    draws of q_a,
+
+        E log p(y|x,z) - log p(y|x) - KL(q_a || p)
+
+    bounds the log-evidence of y, less what the model gives without a latent, and falls short of it by
+    KL(q_a || p(z|x,y)): the power with the largest bound is the nearest. No person's reward is asked.
 
     Args:
-        latent: ``(P, M, Z)``.
-        mean: ``(P, N, Z)`` of the responses' posteriors.
-        log_var: ``(P, N, Z)``.
-        reward: ``(P, N)``.
-        mask: ``(P, N)`` bool, True = a response.
+        responses: Posteriors of R responses, ``(R, Z)``.
+        powers: Numbers from 0, the prior, to 1, q itself.
+        log_ratios: log p(y|x,z) - log p(y|x) of the responses, each under its latent: ``(R, Z)`` -> ``(R,)`` nats.
+        noise: ``(D, R, Z)`` standard normal numbers, the same for all powers.
 
     Returns:
-        ``(P, M)``.
+        Means over responses, one for each power.
     """
-    density = log_densities(latent[:, :, None], mean[:, None], log_var[:, None]).sum(-1)  # (P, M, N)
-    share = density.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-    return (share * torch.where(mask, reward, 0.0)[:, None]).sum(-1)
+    bounds = []
+    for power in powers:
+        given = to_the_power(responses, power)
+        gain = torch.stack([log_ratios(draw_latents(given, one)) for one in noise]).mean(0)
+        bounds.append((gain - kl_to_prior(given).sum(-1)).mean())
+    return torch.stack(bounds)
+
+
+def to_the_power(responses: Gaussian, power: float) -> Gaussian:
+    """What posteriors say of the prior, to a power: ``p (q / p)^power``, normalised; ``(..., Z)`` each.
+
+    >>> to_the_power(Gaussian(torch.tensor([2.0]), torch.zeros(1)), 0.5).mean
+    tensor([1.])
+    """
+    return product_of_experts(Gaussian(*(part[None] for part in responses)), torch.tensor([power]))
 
 
 def rank_correlations(one: Tensor, two: Tensor) -> Tensor:
@@ -67,8 +88,8 @@ def validity(promised: Tensor, found: Tensor, num_resamples: int = 2000, seed: i
     """Compare latent rewards with the rewards of texts written from the same latents.
 
     Args:
-        promised: ``(P, M)`` latent rewards, see `latent_rewards`; or ``(P, R, M)`` of R rewards, whose correlations are
-            averaged within a prompt.
+        promised: ``(P, M)`` latent rewards, see `plm.methods.latent_dpo.maths.latent_rewards`; or ``(P, R, M)`` of R
+            rewards, whose correlations are averaged within a prompt.
         found: Of the same shape, rewards of texts y ~ p(y|x,z), or their mean over some texts of each latent.
         num_resamples: Bootstrap resamples behind the interval.
         seed: Of the bootstrap.
