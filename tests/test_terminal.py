@@ -1,8 +1,11 @@
-"""No number of a printed report is cut, however narrow the terminal."""
+"""What a terminal shows: no number of a report is cut, however narrow; and what is no terminal: no progress bars."""
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -41,3 +44,15 @@ def test_a_table_that_fits_is_not_widened() -> None:
     out = io.StringIO()
     print_parts(table, console=Console(file=out, width=80))
     assert max(map(len, out.getvalue().splitlines())) <= 5
+
+
+def test_no_progress_bars_in_pipes() -> None:
+    """What is no terminal gets messages alone, unless the user says otherwise."""
+    code = (
+        "from plm.cli import main; main(['--version']); "
+        "from transformers.utils import logging; print(logging.is_progress_bar_enabled())"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    for asked, shown in (({}, "False"), ({"HF_HUB_DISABLE_PROGRESS_BARS": "0"}, "True")):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | asked)
+        assert run.stdout.split()[-1] == shown, run.stderr

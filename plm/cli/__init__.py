@@ -6,6 +6,7 @@ Nothing here imports torch: the light commands must answer at once, and the othe
 from __future__ import annotations
 
 import ast
+import os
 import sys
 import traceback
 import warnings
@@ -56,6 +57,8 @@ def main(args: Sequence[str] | None = None) -> int:
         shown as one message; ``PLM_DEBUG=1`` shows the traceback too. Anything else shows its traceback: a bug.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if not sys.stderr.isatty():  # transformers draws a bar for every model that it reads, also into files and pipes
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         warnings.formatwarning = _one_line
         return _dispatch(arguments)
