@@ -13,12 +13,12 @@ interval by a bootstrap of prompts.
 `published` is r as published, by the sampled responses to the prompt itself. `calibrated` is the same with posteriors
 to the power at which they are nearest those of the model that writes, by the evidence bound of responses to training
 prompts; no reward is looked at for it. `all prompts` weighs the responses to all training prompts, each by its reward
-less the mean of its prompt's: as latents come from N(0, I) whatever the prompt, p(z|x,y) / p(z) = p(x,y|z) / p(x,y),
-and the same sum estimates what a latent is worth over prompts. `learned` is h(x, z) = log p(z|x) - log N(z; 0, I), the
-reward that the people of a `LatentDPO` checkpoint have learned from their pairs on other prompts, by which their texts
-are steered. `texts` holds one half of a latent's texts against the other half: how far latents decide the reward at
-all. `response` is the share of the variance of the person's reward within a prompt that a linear map of the posterior
-means explains on other prompts: how far latents know it.
+less the mean of the others to its prompt: as latents come from N(0, I) whatever the prompt,
+p(z|x,y) / p(z) = p(x,y|z) / p(x,y), and the same sum estimates what a latent is worth over prompts. `learned` is
+h(x, z) = log p(z|x) - log N(z; 0, I), the reward that the people of a `LatentDPO` checkpoint have learned from their
+pairs on other prompts, by which their texts are steered. `texts` holds one half of a latent's texts against the other
+half: how far latents decide the reward at all. `response` is the share of the variance of the person's reward within a
+prompt that a linear map of the posterior means explains on other prompts: how far latents know it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from plm.generation import sample
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.latent_dpo.maths import Gaussian, gaussian, implicit_rewards, latent_rewards
-from plm.methods.latent_dpo.validity import evidence_bounds, to_the_power, validity
+from plm.methods.latent_dpo.validity import advantages, evidence_bounds, to_the_power, validity
 from plm.types import UserState
 
 RIDGE = 10.0
@@ -66,11 +66,6 @@ class Scored(NamedTuple):
     def first(self, count: int) -> Scored:
         """Of the first prompts alone."""
         return Scored(self.rows[:count], Gaussian(*(x[:count] for x in self.latents)), *(x[:count] for x in self[2:]))
-
-    def advantages(self) -> Tensor:
-        """Rewards less their mean over the responses to a prompt, ``(P, C, U)``."""
-        mean = self.worth.sum(1, keepdim=True) / self.mask.sum(1)[:, None, None]
-        return (self.worth - mean) * self.mask[..., None]
 
 
 def scored(backbone: ClapLatents, source: SampledPairs, weights: np.ndarray, rows: np.ndarray) -> Scored:
@@ -110,7 +105,7 @@ def known_share(given: Scored) -> Tensor:
     """
     mean, mask = given.latents.mean, given.mask[..., None]
     x = ((mean - (mean * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)) * mask).double()
-    y, half = given.advantages().double(), len(mean) // 2
+    y, half = advantages(given.worth, given.mask).double(), len(mean) // 2
     train, test = x[:half].flatten(0, 1), x[half:].flatten(0, 1)
     solved = torch.linalg.solve(
         train.T @ train + RIDGE * torch.eye(train.shape[1], dtype=torch.double), train.T @ y[:half].flatten(0, 1)
@@ -128,8 +123,8 @@ def prompt_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
 def pooled_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
     """Latent rewards of latents ``(P, M, Z)`` by responses to other prompts, ``(P, U, M)``."""
     latents, asked = to_the_power(Gaussian(*(part[given.mask] for part in given.latents)), power), latent.flatten(0, 1)
-    worth = [latent_rewards(asked, latents, own) for own in given.advantages()[given.mask].unbind(-1)]
-    return torch.stack(worth).view(-1, *latent.shape[:2]).transpose(0, 1)
+    worth = latent_rewards(asked, latents, advantages(given.worth, given.mask)[given.mask].T)
+    return worth.view(-1, *latent.shape[:2]).transpose(0, 1)
 
 
 def learned_rewards(people: LatentDPO, user_id: str, prompts: Sequence[str], latent: Tensor) -> Tensor:
@@ -148,6 +143,10 @@ def measure(options: argparse.Namespace) -> tuple[Table, str]:
     weights = np.stack(list(source.weights.values()), axis=1)  # (A, U)
     scale, shift = np.nanstd(pool.scores, axis=(0, 1)), np.nanmean(pool.scores, axis=(0, 1))
     backbone = ClapLatents(options.ckpt_path)
+    if not pool.test.any() or pool.test.all():
+        raise ValueError(
+            f"--samples: expected prompts of training and test (key split), got {options.samples!r} with one"
+        )
     train, test = (scored(backbone, source, weights, np.flatnonzero(part)) for part in (~pool.test, pool.test))
     known = known_share(test)
     power, bounds = calibrated_power(backbone, source, train.first(options.prompts), options.seed)
@@ -205,6 +204,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.texts < 2:
         parser.error("--texts: expected at least 2, for texts of a latent are held against each other")
+    if options.prompts < 1:
+        parser.error("--prompts: expected at least 1")
     began = time.perf_counter()
     console = Console()
     for part in measure(options):

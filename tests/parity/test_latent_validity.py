@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from plm.methods.latent_dpo.maths import Gaussian, latent_rewards
-from plm.methods.latent_dpo.validity import evidence_bounds, rank_correlations, to_the_power, validity
+from plm.methods.latent_dpo.validity import advantages, evidence_bounds, rank_correlations, to_the_power, validity
 
 
 def test_latent_rewards_of_prompts_with_few_responses() -> None:
@@ -21,6 +21,10 @@ def test_latent_rewards_of_prompts_with_few_responses() -> None:
         normal = torch.distributions.Normal(responses.mean[row, :size], (0.5 * responses.log_var[row, :size]).exp())
         density = normal.log_prob(latent[row][:, None]).sum(-1).exp()
         torch.testing.assert_close(found[row], (density @ rewards[row, :size]) / density.sum(1))
+    several = latent_rewards(
+        latent[0], Gaussian(*(part[0] for part in responses)), torch.stack([rewards[0], -rewards[0]])
+    )
+    torch.testing.assert_close(several, torch.stack([found[0], -found[0]]))
 
 
 def test_the_evidence_prefers_the_power_that_gives_the_posterior_of_the_model() -> None:
@@ -43,8 +47,28 @@ def test_the_evidence_prefers_the_power_that_gives_the_posterior_of_the_model() 
         *(torch.distributions.Normal(mean, (log_var / 2).exp()) for mean, log_var in (given, exact))
     )
     assert (evidence - bounds[0]).item() == pytest.approx(gap.sum(-1).mean().item(), abs=0.02)
-    prior = torch.distributions.Normal(0.0, 1.0).log_prob(to_the_power(given, 0.0).mean)
-    assert torch.equal(prior, torch.full_like(prior, -0.5 * math.log(math.tau)))
+
+
+def test_a_power_is_one_of_densities() -> None:
+    """p (q / p)^a, up to a factor that is the same for all latents and makes it a density."""
+    torch.manual_seed(0)
+    given, latent = Gaussian(torch.randn(5, 3), torch.randn(5, 3)), torch.randn(40, 5, 3)
+    own = torch.distributions.Normal(given.mean, (0.5 * given.log_var).exp()).log_prob(latent)
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(latent)
+    for power in (0.0, 0.3, 1.0):
+        mean, log_var = to_the_power(given, power)
+        found = torch.distributions.Normal(mean, (0.5 * log_var).exp()).log_prob(latent)
+        rest = found - prior - power * (own - prior)
+        torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=0, atol=1e-4)
+
+
+def test_advantages_are_over_the_other_responses() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [5.0, 7.0, torch.nan], [9.0, torch.nan, torch.nan]])
+    mask = rewards.isfinite()
+    expected = torch.tensor([[-3.0, -1.5, 4.5], [-2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(advantages(rewards, mask), expected)
+    both = advantages(torch.stack([rewards, -rewards], -1), mask)
+    torch.testing.assert_close(both, torch.stack([expected, -expected], -1))
 
 
 def test_ranks_are_those_of_scipy() -> None:

@@ -157,7 +157,7 @@ def latent_rewards(latent: Tensor, responses: Gaussian, rewards: Tensor, mask: T
     Args:
         latent: ``(..., N, Z)``.
         responses: Posteriors of the K responses, ``(..., K, Z)``.
-        rewards: ``(..., K)``.
+        rewards: ``(..., K)``; leading axes that responses lack are of several rewards.
         mask: ``(..., K)`` bool, True = a response; null = all are.
 
     Returns:

@@ -19,20 +19,21 @@ def evidence_bounds(
 ) -> Tensor:
     """How near powers of posteriors are to the posteriors of the model that writes: evidence bounds, in nats.
 
-    The latent reward takes q(z|x,y) for p(z|x,y) = p(z) p(y|x,z) / p(y|x), but neither the density-gap KL nor the
-    contrast asks for that: both are content with a q as narrow as can be. What q says of a response, the factor q / p
-    by which it changes the prior, is here raised to a power a, ``q_a = p (q / p)^a / c``, which is normal again. With
-    draws of q_a,
+    The latent reward takes q(z|x,y) for the posterior of the model that writes, p(z|x,y) ~ p(z) p(y|x,z). Neither the
+    density-gap KL nor the contrast asks for that: the contrast is content with a q as narrow as can be, and the KL of
+    the mean of many q does not widen each of them. What q says of a response, the factor q / p by which it changes the
+    prior, is here raised to a power a, ``q_a = p (q / p)^a / c``, which is normal again. With draws of q_a, and p_0(y|x)
+    of the language model without a latent,
 
-        E log p(y|x,z) - log p(y|x) - KL(q_a || p)
+        E log p(y|x,z) - log p_0(y|x) - KL(q_a || p)
 
-    bounds the log-evidence of y, less what the model gives without a latent, and falls short of it by
-    KL(q_a || p(z|x,y)): the power with the largest bound is the nearest. No person's reward is asked.
+    falls short of the same constant for all q_a by KL(q_a || p(z|x,y)): the power with the largest bound is the
+    nearest. No person's reward is asked.
 
     Args:
         responses: Posteriors of R responses, ``(R, Z)``.
         powers: Numbers from 0, the prior, to 1, q itself.
-        log_ratios: log p(y|x,z) - log p(y|x) of the responses, each under its latent: ``(R, Z)`` -> ``(R,)`` nats.
+        log_ratios: log p(y|x,z) - log p_0(y|x) of the responses, each under its latent: ``(R, Z)`` -> ``(R,)`` nats.
         noise: ``(D, R, Z)`` standard normal numbers, the same for all powers.
 
     Returns:
@@ -49,10 +50,25 @@ def evidence_bounds(
 def to_the_power(responses: Gaussian, power: float) -> Gaussian:
     """What posteriors say of the prior, to a power: ``p (q / p)^power``, normalised; ``(..., Z)`` each.
 
-    >>> to_the_power(Gaussian(torch.tensor([2.0]), torch.zeros(1)), 0.5).mean
-    tensor([1.])
+    Powers of powers multiply; 0 gives the prior.
     """
-    return product_of_experts(Gaussian(*(part[None] for part in responses)), torch.tensor([power]))
+    return product_of_experts(Gaussian(*(part[None] for part in responses)), responses.mean.new_tensor([power]))
+
+
+def advantages(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Rewards less the mean of those of the other responses to the prompt, so that easy prompts count as hard ones.
+
+    Args:
+        rewards: ``(P, R, ...)``.
+        mask: ``(P, R)`` bool, True = a response.
+
+    Returns:
+        Of the shape of ``rewards``; 0 where there is no response, or no other.
+    """
+    known = mask.view(*mask.shape, *[1] * (rewards.dim() - 2))
+    rewards, count = torch.where(known, rewards, 0.0), known.sum(1, keepdim=True)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (count - 1).clamp(min=1)
+    return torch.where(known & (count > 1), rewards - others, 0.0)
 
 
 def rank_correlations(one: Tensor, two: Tensor) -> Tensor:
