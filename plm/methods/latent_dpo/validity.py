@@ -22,8 +22,8 @@ def evidence_bounds(
     The latent reward takes q(z|x,y) for the posterior of the model that writes, p(z|x,y) ~ p(z) p(y|x,z). Neither the
     density-gap KL nor the contrast asks for that: the contrast is content with a q as narrow as can be, and the KL of
     the mean of many q does not widen each of them. What q says of a response, the factor q / p by which it changes the
-    prior, is here raised to a power a, ``q_a = p (q / p)^a / c``, which is normal again. With draws of q_a, and p_0(y|x)
-    of the language model without a latent,
+    prior, is here raised to a power a, ``q_a = p (q / p)^a / c``, which is normal again. With draws of q_a, and p_0 of
+    the language model without a latent,
 
         E log p(y|x,z) - log p_0(y|x) - KL(q_a || p)
 
