@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from plm.checkpoint import KnownUsers, load_method
 from plm.cli.tastes import read_tastes
 from plm.data.sources.population import standardise
 from plm.data.sources.sampled import SampledPairs
+from plm.evaluation import print_parts
 from plm.generation import sample
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
@@ -117,7 +117,7 @@ def known_share(given: Scored) -> Tensor:
 def prompt_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
     """Latent rewards of latents ``(P, M, Z)`` by the responses to their prompts, ``(P, U, M)``."""
     latents = to_the_power(given.latents, power)
-    return torch.stack([latent_rewards(latent, latents, own, given.mask) for own in given.worth.unbind(-1)], 1)
+    return latent_rewards(latent, latents, given.worth.movedim(-1, 0), given.mask).transpose(0, 1)
 
 
 def pooled_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
@@ -207,12 +207,10 @@ def main() -> None:
     if options.prompts < 1:
         parser.error("--prompts: expected at least 1")
     began = time.perf_counter()
-    console = Console()
-    for part in measure(options):
-        console.print(part)
-    console.print(
+    print_parts(
+        *measure(options),
         f"{options.prompts} prompts, {options.latents} latents of each, {options.texts} texts of each; "
-        f"{time.perf_counter() - began:.0f} seconds"
+        f"{time.perf_counter() - began:.0f} seconds",
     )
 
 

@@ -24,7 +24,7 @@ from plm.cli.commands import read_rows
 from plm.config import nearest
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
-from plm.data.values import short, to_id
+from plm.data.values import is_number, short, to_id
 from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod
 from plm.types import UserState
@@ -379,7 +379,7 @@ def finite_weights(value: Any, num: int | None) -> Array:
         ValueError: If it is something else, does not hold ``num`` numbers, or cannot be made to sum to one.
     """
     is_list = isinstance(value, list) and num in (None, len(value))
-    if not is_list or any(isinstance(one, bool) or not isinstance(one, int | float) for one in value):
+    if not is_list or not all(map(is_number, value)):
         raise ValueError("expected a list of numbers")
     try:
         weights = np.array(value, dtype=np.float64)

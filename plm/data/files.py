@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plm.config import closest, nearest
-from plm.data.values import short
+from plm.data.values import is_number, short
 
 IntArray = npt.NDArray[np.int64]
 
@@ -197,7 +197,7 @@ def _rating_problem(row: dict[str, Any], names: dict[str, str]) -> str | None:
     if not isinstance(ratings, list) or len(ratings) != len(responses):
         return f"ratings: expected a number for each of {len(responses)} responses, got {short(ratings)}"
     for rating in ratings:
-        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+        if not is_number(rating) or not math.isfinite(rating):
             return f"ratings: expected finite numbers, got {short(rating)}"
     repeated = [text for place, text in enumerate(responses) if text in responses[:place]]
     if repeated:

@@ -92,6 +92,11 @@ def to_response(value: Any) -> Response:
     return Response(text, history)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number as JSON has them, which true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def to_number(value: Any) -> float:
     """A number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -41,6 +41,19 @@ _LOADED: WeakValueDictionary[str, CLaP] = WeakValueDictionary()
 """Models by their content, while anybody holds them: who scores and who writes hold the same one."""
 
 
+class _About(NamedTuple):
+    """What a checkpoint says of a CLaP model."""
+
+    content: str
+    """Hash of all that decides latents and texts."""
+    feature_dim: int
+    """Width 2Z of posteriors."""
+    prompt_dim: int
+    """Width of prompt features."""
+    policy: dict[str, Any]
+    """Spec of the language model."""
+
+
 class ClapLatents(LatentBackbone):
     """Posteriors of responses under a CLaP checkpoint: mean and log-variance side by side, ``(N, 2Z)``.
 
@@ -66,8 +79,8 @@ class ClapLatents(LatentBackbone):
         self._method: CLaP | None = None
 
     @cached_property
-    def _about(self) -> tuple[str, int, int]:
-        """Hash of all that decides latents and texts, width of the features, and of prompt features."""
+    def _about(self) -> _About:
+        """What is read from the checkpoint, once."""
         if not Path(self.checkpoint).is_file():
             raise ValueError(
                 f"expected the CLaP checkpoint that makes the latents, got {self.checkpoint!r}, which does not "
@@ -88,7 +101,7 @@ class ClapLatents(LatentBackbone):
                 "mean nothing to another, nor do people who were learned on them; give the checkpoint they were "
                 "learned on, or learn them again"
             )
-        return content, 2 * options.latent_dim, int(hparams["feature_dim"])
+        return _About(content, 2 * options.latent_dim, int(hparams["feature_dim"]), hparams["backbone"])
 
     @property
     def content(self) -> str:
@@ -97,12 +110,12 @@ class ClapLatents(LatentBackbone):
         Raises:
             ValueError: If the checkpoint is not one of CLaP, or has another hash than was asked for.
         """
-        return self._about[0]
+        return self._about.content
 
     @property
     def feature_dim(self) -> int:
         """Width 2Z of the features."""
-        return self._about[1]
+        return self._about.feature_dim
 
     def key(self) -> Key:
         """The content of the checkpoint, wherever it lies."""
@@ -115,7 +128,7 @@ class ClapLatents(LatentBackbone):
     @cached_property
     def causal_lm(self) -> CausalLM:
         """What cuts texts into tokens; no weights are read."""
-        return cast(CausalLM, Backbone.from_spec(read_checkpoint(self.checkpoint)["hyper_parameters"]["backbone"]))
+        return cast(CausalLM, Backbone.from_spec(self._about.policy))
 
     @property
     def prompt_backbone(self) -> ClapPrompts | ClapTokens:
@@ -206,7 +219,7 @@ class ClapPrompts(Backbone):
     @property
     def feature_dim(self) -> int:
         """Width D of the encoder."""
-        return self.latents._about[2]
+        return self.latents._about.prompt_dim
 
     def key(self) -> Key:
         """The content of the checkpoint."""

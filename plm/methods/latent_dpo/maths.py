@@ -158,7 +158,7 @@ def latent_rewards(latent: Tensor, responses: Gaussian, rewards: Tensor, mask: T
         latent: ``(..., N, Z)``.
         responses: Posteriors of the K responses, ``(..., K, Z)``.
         rewards: ``(..., K)``; leading axes that responses lack are of several rewards.
-        mask: ``(..., K)`` bool, True = a response; null = all are.
+        mask: ``(..., K)`` bool, True = a response; None = all are.
 
     Returns:
         ``(..., N)``.

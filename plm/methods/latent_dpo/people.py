@@ -102,9 +102,8 @@ class People(NamedTuple):
         place = torch.arange(self.slots.shape[1], device=step.device).expand_as(self.slots)
         shuffled = fold(fold(self.key, number)[:, None], self.response_key.sum(1)[self.slots])
         shuffled = torch.where(place >= self.num_pairs[:, None], torch.iinfo(torch.int64).max, shuffled)
-        shuffled = torch.where(
-            self.num_pairs[:, None] > batch_size, shuffled, place
-        )  # one batch holds them as they are
+        # pairs that one batch holds stay as they are
+        shuffled = torch.where(self.num_pairs[:, None] > batch_size, shuffled, place)
         return self.slots.gather(1, shuffled.argsort(1))
 
     def minibatch(self, step: Tensor, batch_size: int, order: Tensor | None = None) -> Minibatch:
