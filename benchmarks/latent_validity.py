@@ -35,11 +35,11 @@ from torch import Tensor
 
 from plm.backbones.causal_lm import completion_tokens
 from plm.checkpoint import KnownUsers, load_method
-from plm.cli.tastes import read_tastes
 from plm.data.sources.population import standardise
 from plm.data.sources.sampled import SampledPairs
 from plm.evaluation import print_parts
 from plm.generation import sample
+from plm.judging.tastes import read_tastes
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.latent_dpo.maths import Gaussian, gaussian, implicit_rewards, latent_rewards

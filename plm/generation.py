@@ -28,7 +28,7 @@ _SCORED = 1024  # candidates whose features and users' states are side by side
 
 @runtime_checkable
 class Writes(Protocol):
-    """A method whose users write; every `plm.policy_method.PolicyMethod` is one."""
+    """A method whose users write; every `plm.method.policy.PolicyMethod` is one."""
 
     @property
     def policy(self) -> Policy:

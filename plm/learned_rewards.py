@@ -15,11 +15,12 @@ from typing import Literal
 import numpy as np
 import torch
 
+from plm.backbones import device
 from plm.backbones.classifier import Classifier
 from plm.checkpoint import KnownUsers, load_method
-from plm.config import nearest
 from plm.data.rewards import Reward
 from plm.data.rewards.reward import DoubleArray
+from plm.messages import nearest
 from plm.method import PersonalizationMethod
 
 _SCORED = 1024  # responses that are in memory at once
@@ -28,7 +29,7 @@ _SCORED = 1024  # responses that are in memory at once
 @lru_cache(maxsize=1)
 def _loaded(ckpt_path: str, written: int) -> PersonalizationMethod:
     """A checkpoint as it was written at a time: its users share one copy of the weights."""
-    return load_method(ckpt_path, "cuda" if torch.cuda.is_available() else "cpu")
+    return load_method(ckpt_path, device())
 
 
 class MethodReward(Reward):

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 
 from plm.checkpoint import KnownUsers
-from plm.config import nearest
 from plm.data.sources.corpus import PARQUET, corpus_files, local_files, read_rows
 from plm.data.values import to_prompt
+from plm.messages import nearest
 from plm.method import PersonalizationMethod
 
 REPO = "allenai/reward-bench-2"

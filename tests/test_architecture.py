@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,111 +20,132 @@ MODULES = {
 MAX_LINES = 450
 
 DATA_LEAVES = {"plm.data.schema", "plm.data.files", "plm.data.values", "plm.data.keys"}
+METHOD_NEEDS = {"backbones", "distributed", "functional", "messages", "method", "optimizer", "types"}
+EVERYTHING_BUT_CLI = {
+    *METHOD_NEEDS,
+    "audit",
+    "callbacks",
+    "checkpoint",
+    "data",
+    "evaluation",
+    "generation",
+    "judging",
+    "leaderboard",
+    "learned_rewards",
+    "methods",
+    "metrics",
+    "portfolio",
+    "querying",
+    "recipe",
+    "rewardbench",
+    "users",
+}
+
+
+def of_plm(*rooms: str) -> set[str]:
+    """Full names of rooms."""
+    return {f"plm.{room}" for room in rooms}
+
+
 ARROWS: dict[str, set[str]] = {
     "plm.types": set(),
-    "plm.config": set(),
-    "plm.functional": {"plm.types"},
-    "plm.users": {"plm.types"},
-    "plm.backbones": {"plm.distributed", "plm.types"},
+    "plm.messages": set(),
     "plm.distributed": set(),
-    "plm.method": {"plm.types"},
     "plm.optimizer": set(),
-    "plm.network_method": {"plm.method", "plm.backbones", "plm.distributed", "plm.types"},
-    "plm.policy_method": {
-        "plm.method",
-        "plm.network_method",
-        "plm.backbones",
-        "plm.distributed",
-        "plm.functional",
-        "plm.optimizer",
-        "plm.types",
-    },
-    "plm.live_method": {"plm.method", "plm.network_method", "plm.backbones", "plm.functional", "plm.types"},
-    "plm.generation": {"plm.method", "plm.functional", "plm.backbones", "plm.types"},
-    "plm.methods": {
-        "plm.config",
-        "plm.method",
-        "plm.policy_method",
-        "plm.live_method",
-        "plm.functional",
-        "plm.backbones",
-        "plm.optimizer",
-        "plm.distributed",
-        "plm.types",
-    },
-    "plm.methods.clap": {
-        "plm.checkpoint",
-        "plm.method",
-        "plm.policy_method",
-        "plm.functional",
-        "plm.backbones",
-        "plm.optimizer",
-        "plm.types",
-        "plm.users",
-    },
-    "plm.data.sources": {"plm.types", "plm.config", "plm.data.rewards", *DATA_LEAVES},
-    "plm.data.features": {"plm.types", "plm.backbones", *DATA_LEAVES},
-    "plm.data.datamodule": {"plm.types", "plm.backbones", "plm.data"},
-    "plm.data.encoding": {"plm.types", "plm.backbones", "plm.data"},
-    "plm.data": {"plm.types", "plm.config", "plm.data"},
-    "plm.querying": {"plm.method", "plm.types"},
-    "plm.reward_features": {"plm.backbones", "plm.data.rewards"},
-    "plm.policy_oracles": {
-        "plm.backbones",
-        "plm.data",
-        "plm.generation",
-        "plm.methods.latent_dpo",
-        "plm.methods.lora_dpo",
-        "plm.methods.palm",
-        "plm.types",
-    },
-    "plm.learned_rewards": {"plm.method", "plm.checkpoint", "plm.backbones", "plm.config", "plm.data.rewards"},
-    "plm.metrics": {"plm.types"},
-    "plm.evaluation": {"plm.metrics", "plm.types", "plm.users"},
-    "plm.callbacks": {"plm.metrics", "plm.evaluation", "plm.types", "plm.users"},
-    "plm.checkpoint": {"plm.method", "plm.backbones", "plm.users", "plm.data.values", "plm.types"},
+    "plm.functional": of_plm("types", "messages"),
+    "plm.users": of_plm("types", "messages"),
+    "plm.metrics": of_plm("types"),
+    "plm.backbones": of_plm("distributed", "types", "messages"),
+    "plm.method": of_plm("types", "messages"),
+    "plm.method.network": of_plm("method", "backbones", "distributed", "types", "messages"),
+    "plm.method.policy": of_plm(*METHOD_NEEDS),
+    "plm.method.live": of_plm("method", "backbones", "functional", "types", "messages"),
+    "plm.methods": of_plm(*METHOD_NEEDS),
+    "plm.methods.clap": of_plm(*METHOD_NEEDS, "checkpoint", "users"),
+    "plm.data": of_plm("types", "messages", "data"),
+    "plm.data.sources": {*of_plm("types", "messages", "data.rewards"), *DATA_LEAVES},
+    "plm.data.features": {*of_plm("types", "messages", "backbones"), *DATA_LEAVES},
+    "plm.data.encoding": of_plm("types", "messages", "backbones", "data"),
+    "plm.data.datamodule": of_plm("types", "messages", "backbones", "data"),
+    "plm.querying": of_plm("method", "types"),
+    "plm.generation": of_plm("method", "functional", "backbones", "types"),
+    "plm.checkpoint": of_plm("method", "backbones", "users", "data.values", "types", "messages"),
+    "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "messages", "data.rewards"),
+    "plm.rewardbench": of_plm("method", "checkpoint", "messages", "data.sources.corpus", "data.values"),
+    "plm.evaluation": of_plm("metrics", "types", "messages", "users"),
+    "plm.callbacks": of_plm("metrics", "evaluation", "types", "messages", "users"),
+    "plm.audit": of_plm("data", "evaluation", "messages", "types"),
+    "plm.recipe": of_plm("callbacks", "checkpoint", "data", "evaluation", "messages", "method", "backbones", "types"),
+    "plm.judging": of_plm(
+        "backbones", "checkpoint", "data", "evaluation", "generation", "messages", "method", "metrics", "recipe"
+    ),
     "plm.leaderboard": {
-        "plm.callbacks",
-        "plm.data",
-        "plm.evaluation",
-        "plm.functional",
-        "plm.method",
-        "plm.metrics",
-        "plm.types",
-    },
-    "plm.rewardbench": {"plm.method", "plm.checkpoint", "plm.config", "plm.data.sources.corpus", "plm.data.values"},
-    "plm.testing": {
-        "plm.checkpoint",
-        "plm.method",
-        "plm.backbones",
-        "plm.types",
-        "plm.users",
-        "plm.data.sources.synthetic",
-    },
-    "plm.cli": {
         "plm",
-        "plm.config",
-        "plm.checkpoint",
-        "plm.callbacks",
-        "plm.evaluation",
-        "plm.leaderboard",
-        "plm.rewardbench",
-        "plm.data",
-        "plm.method",
-        "plm.methods",
-        "plm.types",
-        "plm.users",
-        "plm.functional",
-        "plm.backbones",
-        "plm.generation",
-        "plm.policy_method",
-        "plm.policy_oracles",
-        "plm.querying",
-        "plm.reward_features",
+        *of_plm("callbacks", "data", "evaluation", "functional", "messages", "method", "metrics", "recipe", "types"),
     },
-    "plm.__main__": {"plm.cli"},
+    "plm.portfolio": of_plm(
+        *METHOD_NEEDS,
+        "checkpoint",
+        "data",
+        "evaluation",
+        "generation",
+        "judging",
+        "methods.clap",
+        "methods.latent_dpo",
+        "methods.lora_dpo",
+        "methods.palm",
+        "recipe",
+        "users",
+    ),
+    "plm.testing": of_plm("checkpoint", "method", "backbones", "types", "users", "data.sources.synthetic"),
+    "plm.cli": {"plm", *of_plm(*EVERYTHING_BUT_CLI)},
+    "plm.__main__": of_plm("cli"),
 }
 """Module or package -> what it may import besides itself; the longest matching name counts."""
+
+FLOORS: dict[str, list[set[str]]] = {
+    "plm.method": [{"base"}, {"network"}, {"live", "policy"}],
+    "plm.evaluation": [{"statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
+    "plm.audit": [{"check"}, {"report"}],
+    "plm.recipe": [{"defaults", "parser", "predict"}, {"read", "select"}, {"fit", "prompts"}],
+    "plm.judging": [{"compare", "report", "tastes"}, {"written"}],
+    "plm.leaderboard": [
+        {"baselines", "facts", "per_user", "results"},
+        {"cells", "report"},
+        {"entries", "figures", "wandb"},
+        {"board", "dashboard"},
+    ],
+    "plm.portfolio": [
+        {"features", "objectives", "study", "training", "writing"},
+        {"latents", "policies", "report", "sampled"},
+        {"held_out", "measured"},
+        {"written"},
+        {"run"},
+    ],
+    "plm.cli": [
+        {"options"},
+        {"writing"},
+        {
+            "adapt",
+            "dashboard",
+            "data_check",
+            "export",
+            "fit",
+            "generate",
+            "judge",
+            "label",
+            "leaderboard",
+            "methods",
+            "portfolio",
+            "query",
+            "rewardbench",
+            "sample",
+            "score",
+            "users",
+        },
+    ],
+}
+"""Room -> its floors, the lowest first: a module imports from lower floors of its room, never from its own."""
 
 FORBIDDEN_NAMES = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py", "registry.py"}
 
@@ -179,6 +201,30 @@ def test_arrows(name: str) -> None:
         assert target in allowed or longest(target, allowed - {"plm"}), f"{name} may not import {target}"
 
 
+@pytest.mark.parametrize("room", FLOORS)
+def test_floors(room: str) -> None:
+    """Inside a room, imports go down; a new module is given a floor."""
+    floor_of = {f"{room}.{module}": number for number, floor in enumerate(FLOORS[room]) for module in floor}
+    modules = {name for name in MODULES if name.startswith(f"{room}.")}
+    assert set(floor_of) == modules
+    for name in modules:
+        for target in imports(MODULES[name], name) & modules:
+            assert floor_of[target] < floor_of[name], f"{name} may not import {target}: it is on no lower floor"
+
+
+def test_there_is_no_circle() -> None:
+    """Neither inside a room nor between rooms."""
+    arrows = {name: imports(path, name) & set(MODULES) - {name} for name, path in MODULES.items()}
+    list(TopologicalSorter(arrows).static_order())
+
+
+def test_nothing_but_the_program_imports_the_command_line() -> None:
+    """What a command can do, a program can do without it."""
+    for name, path in MODULES.items():
+        if not longest(name, {"plm.cli", "plm.__main__"}):
+            assert not any(longest(target, {"plm.cli"}) for target in imports(path, name)), name
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("plm.data")])
 def test_only_the_datamodule_wires_data_together(name: str) -> None:
     """Nothing in data imports the datamodule, only it what encodes texts, and only that the feature cache."""
@@ -191,7 +237,8 @@ def test_only_the_datamodule_wires_data_together(name: str) -> None:
 def test_the_walk_sees_what_it_should() -> None:
     """The test of the test: known edges are found, lazy ones too, and those under TYPE_CHECKING are not."""
     assert "plm.functional" in imports(MODULES["plm.methods.lore"], "plm.methods.lore")
-    assert "plm.cli.training" in imports(MODULES["plm.cli"], "plm.cli")
+    assert "plm.recipe.fit" in imports(MODULES["plm.cli.fit"], "plm.cli.fit")
+    assert "plm.recipe.fit" in imports(MODULES["plm.portfolio.objectives"], "plm.portfolio.objectives")
     assert imports(MODULES["plm"], "plm") == set()
     assert longest("plm.data.sources.pairs", set(ARROWS)) == "plm.data.sources"
     assert longest("plm.methodical", {"plm.method"}) is None

@@ -512,7 +512,7 @@ def test_methods_are_listed_from_their_source(
     )
     monkeypatch.syspath_prepend(Path.cwd())
     entries = [EntryPoint("Mine", "third.party:Mine", "plm.methods"), EntryPoint("Gone", "gone.x:Gone", "plm.methods")]
-    monkeypatch.setattr("plm.cli.entry_points", lambda group: entries)
+    monkeypatch.setattr("plm.cli.methods.entry_points", lambda group: entries)
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
     assert "Mine  (third.party.Mine)\n    Guesses well.\n    Paper: Someone (2031), On Taste." in shown
@@ -522,14 +522,14 @@ def test_methods_are_listed_from_their_source(
 def test_plugins_get_short_names_and_broken_ones_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from plm.cli.training import load_plugins
+    from plm.recipe.fit import load_plugins
 
     entries = [
         EntryPoint("MeanMethod", f"{__name__}:MeanMethod", "plm.methods"),
         EntryPoint("Gone", "gone.x:Gone", "plm.methods"),
         EntryPoint("Twin", f"{__name__}:MeanMethod ", "plm.methods"),
     ]
-    monkeypatch.setattr("plm.cli.training.entry_points", lambda group: entries)
+    monkeypatch.setattr("plm.recipe.fit.entry_points", lambda group: entries)
     with pytest.warns(UserWarning) as warned:
         load_plugins()
     assert ["gone.x" in str(w.message) for w in warned] == [True, False]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from plm.config import expand, nearest, shipped
+from plm.messages import nearest
+from plm.recipe.defaults import expand, shipped
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from plm.cli import main
-from plm.cli.dashboard import SECTIONS
+from plm.leaderboard.dashboard import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 

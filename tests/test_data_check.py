@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from plm.audit.check import DataReport, agreement, check_pairs, conflicts, leakage
+from plm.audit.report import markdown, plots
 from plm.cli import main
-from plm.cli.data_check import build_source, merged_recipe
-from plm.cli.data_report import markdown, plots
-from plm.data.check import DataReport, agreement, check_pairs, conflicts, leakage
 from plm.data.schema import PairTable, make_pairs, pair_table
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.surface import MARGIN, clustered, probe_surface, wilson
+from plm.recipe.read import build_source, merged_recipe
 
 CONF = sorted((Path(__file__).parents[1] / "conf" / "data").glob("*.yaml"))
 CLEAN = SyntheticPairs(num_users=30, pairs_per_user=40).load()

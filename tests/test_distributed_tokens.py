@@ -34,10 +34,10 @@ from plm.checkpoint import load_method
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable
 from plm.data.sources.synthetic import SyntheticPairs
+from plm.method.policy import PolicyMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lora_dpo import LoRADPO
 from plm.methods.sft import SFT
-from plm.policy_method import PolicyMethod
 from plm.testing import quiet_trainer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")

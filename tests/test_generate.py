@@ -16,9 +16,9 @@ from filelock import FileLock
 from plm.backbones import CausalLM, HashingBackbone, Policy
 from plm.checkpoint import load_method
 from plm.cli import main
-from plm.cli.prompts import read_prompts
 from plm.generation import best_of_n, sample
 from plm.methods.lore import LoRe
+from plm.recipe.prompts import read_prompts
 from plm.testing import saved
 from plm.users import UserStore, store_path
 from tests.test_generation import adapted

@@ -17,13 +17,13 @@ from plm.backbones.causal_lm import Completion
 from plm.checkpoint import TextEncoder, load_method
 from plm.generation import Sample, best_of_n, gumbel_noise, sample, sample_logps
 from plm.method import PersonalizationMethod
+from plm.method.policy import PolicyMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lore import LoRe
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
 from plm.methods.sft import SFT
 from plm.methods.vpl import VPL
-from plm.policy_method import PolicyMethod
 from plm.testing import saved
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from plm.backbones import CausalLM, Policy, TextWriter
 from plm.cli import main
 from plm.evaluation import cluster_bootstrap
-from plm.evaluation.policies import compare_policies, distinct
 from plm.generation import sample, sample_logps
+from plm.judging.compare import compare_policies, distinct
+from plm.method.policy import PolicyMethod
 from plm.methods.bradley_terry import BradleyTerry
-from plm.policy_method import PolicyMethod
 from plm.testing import saved
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 

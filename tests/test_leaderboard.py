@@ -21,18 +21,19 @@ from filelock import FileLock
 from torch import Tensor
 
 from plm.backbones import HashingBackbone
-from plm.cli import cells, entries, main
-from plm.cli import leaderboard as command
-from plm.cli.cells import Cell, run_cells
-from plm.cli.entries import Entry, as_options, candidates, source_hash
-from plm.config import shipped
+from plm.cli import main
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import TEST, UNSEEN
+from plm.leaderboard import board as command
+from plm.leaderboard import cells, entries
+from plm.leaderboard.cells import Cell, run_cells
+from plm.leaderboard.entries import Entry, as_options, candidates, source_hash
 from plm.leaderboard.report import Leaderboard, markdown
 from plm.leaderboard.results import Row
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
+from plm.recipe.defaults import shipped
 
 
 class Headed(HashingBackbone):
@@ -288,7 +289,9 @@ def test_a_process_that_dies_leaves_its_reason(tmp_path: Path, monkeypatch: pyte
 
 def test_a_run_ends_with_the_process_that_started_it() -> None:
     """The parent is killed without a chance to say so; its run must not go on beside those of the next command."""
-    run = "import time; from plm.cli.cells import end_with_parent; end_with_parent(0.05); print('up', flush=True)"
+    run = (
+        "import time; from plm.leaderboard.cells import end_with_parent; end_with_parent(0.05); print('up', flush=True)"
+    )
     parent = f"import subprocess, sys; one = subprocess.Popen([sys.executable, '-c', {run + '; time.sleep(300)'!r}])"
     started = subprocess.Popen(
         [sys.executable, "-c", f"{parent}; print(one.pid, flush=True); one.wait()"], stdout=subprocess.PIPE, text=True

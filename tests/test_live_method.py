@@ -20,7 +20,7 @@ from plm.checkpoint import load_method
 from plm.cli import main
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
-from plm.live_method import LiveMethod, distinct_texts
+from plm.method.live import LiveMethod, distinct_texts
 from plm.methods.pal import PAL, LivePAL
 from plm.methods.vpl import VPL
 from plm.methods.vpl.live import LiveVPL

@@ -17,9 +17,9 @@ import torch
 
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli import main
-from plm.cli.portfolio_study import estimate
-from plm.cli.rewards import RewardTable, read_weights
-from plm.config import read_config
+from plm.portfolio.objectives import RewardTable, read_weights
+from plm.portfolio.study import estimate
+from plm.recipe.defaults import read_config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("palm_*.yaml"))

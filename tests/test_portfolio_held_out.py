@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from plm.cli.portfolio_held_out import Values, best_of_candidates, held_out, held_out_table
 from plm.evaluation import cluster_bootstrap
 from plm.methods.palm.grid import as_array, lattice
 from plm.methods.palm.oracle import BestOfN
+from plm.portfolio.held_out import Values, best_of_candidates, held_out, held_out_table
 
 NAMES = ["a", "b", "c"]
 

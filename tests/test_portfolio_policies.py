@@ -12,15 +12,16 @@ import torch
 
 from plm.checkpoint import load_method
 from plm.cli import main
-from plm.cli.portfolio_policies import WrittenMembers, own_mix_lines, own_mixes, simplex_covariance, undecided
-from plm.cli.sampled_rewards import SampledRewards
-from plm.config import read_config
 from plm.data.rewards import Length, Style
 from plm.evaluation import cluster_bootstrap
 from plm.generation import sample
 from plm.methods.clap import CLaP
-from plm.methods.palm.policies import PolicyPortfolio
-from plm.policy_oracles import LatentPortfolio, LoRADPOFit
+from plm.portfolio.latents import LatentPortfolio
+from plm.portfolio.policies import PolicyPortfolio
+from plm.portfolio.sampled import SampledRewards
+from plm.portfolio.training import LoRADPOFit
+from plm.portfolio.written import WrittenMembers, own_mix_lines, own_mixes, simplex_covariance, undecided
+from plm.recipe.defaults import read_config
 from plm.testing import saved, tiny_causal_lm
 from plm.types import UserState
 from plm.users import UserStore
@@ -205,7 +206,7 @@ def test_objectives_are_signed_and_calibrated_on_the_prompts_to_choose_from(tmp_
 def test_people_are_points_of_the_simplex(tmp_path: Path) -> None:
     made = source(tmp_path, people={"a": {"brief": 3, "small": 1}, "b": {"tall": 0.5}}).deployment(3)
     assert made.user_ids == ["a", "b"] and made.weights.tolist() == [[0.25, 0, 0.75], [0, 1, 0]]
-    assert made.backbone is not None and made.backbone["class_path"] == "plm.reward_features.RewardFeatures"
+    assert made.backbone is not None and made.backbone["class_path"] == "plm.portfolio.features.RewardFeatures"
 
 
 def test_a_member_is_compared_by_its_own_mix_with_the_best_of_the_others() -> None:

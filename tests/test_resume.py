@@ -24,11 +24,11 @@ from plm.cli import main
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.method import PersonalizationMethod
+from plm.method.policy import PolicyMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lora_dpo import LoRADPO
 from plm.methods.lore import LoRe
 from plm.methods.sft import SFT
-from plm.policy_method import PolicyMethod
 from plm.testing import quiet_trainer
 from plm.types import Tokens
 

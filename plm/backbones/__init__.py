@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plm.backbones.backbone import Backbone, Key
+from plm.backbones.backbone import Backbone, Key, device
 from plm.backbones.causal_lm import CausalLM, Completion, TooLong, completion_tokens
 from plm.backbones.fresh import FreshCausalLM
 from plm.backbones.hashing import HashingBackbone
@@ -43,6 +43,7 @@ __all__ = [
     "Warpers",
     "Writing",
     "completion_tokens",
+    "device",
     "first_layers",
     "mixed_logits",
     "split_texts",

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from plm.types import Tokens
@@ -129,3 +130,8 @@ def choose(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not among the choices."""
     if value not in choices:
         raise ValueError(f"expected {name} to be one of {list(choices)}, got {value!r}")
+
+
+def device() -> str:
+    """Where texts are written."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

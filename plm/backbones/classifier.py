@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plm.backbones.backbone import Key, chat_messages, plain_text
+from plm.backbones.backbone import Key, chat_messages, device, plain_text
 from plm.backbones.huggingface import HFBackbone
 
 
@@ -83,7 +83,7 @@ class Classifier(HFBackbone):
         if info["missing_keys"]:
             absent = sorted(info["missing_keys"])[:3]
             raise ValueError(f"expected a trained classifier, but {self.model!r} lacks the weights {absent}")
-        self._network = model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+        self._network = model.eval().requires_grad_(False).to(device())
         self._network.config.use_cache = False
         if self._pads is False:
             self.batch_tokens = 1  # the head finds the last token by the padding: one text at a time

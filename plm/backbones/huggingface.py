@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from plm.backbones.backbone import Backbone, Key, chat_messages, choose, plain_text
+from plm.backbones.backbone import Backbone, Key, chat_messages, choose, device, plain_text
 from plm.backbones.weights import content_hash, score_weight
 
 CPU_BATCH_TOKENS = 1024
@@ -389,7 +389,7 @@ class HFBackbone(Backbone):
                 f"{self.model!r} lacks the weights {absent[:3]} of a {type(model).__name__}; "
                 f"set another kind than {self._kind!r}"
             )
-        model = model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.eval().requires_grad_(False).to(device())
         model.config.use_cache = False
         network = getattr(model, model.base_model_prefix) if rewards else model
         self._network = network.get_encoder() if model.config.is_encoder_decoder else network

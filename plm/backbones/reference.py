@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from plm.backbones.backbone import Backbone, Key
+from plm.backbones.backbone import Backbone, Key, device
 from plm.backbones.causal_lm import CausalLM, Completion, TooLong, completion_tokens
 from plm.backbones.policy import Policy
 
@@ -80,8 +80,7 @@ class ReferenceLogps(Backbone):
         if not kept:
             return out
         if self._policy is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._policy = Policy(self._backbone).to(device)
+            self._policy = Policy(self._backbone).to(device())
         start = 0
         while start < len(kept):
             longest = sum(map(len, cast(Completion, rows[kept[start]])))

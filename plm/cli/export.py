@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli.options import OptionParser
-from plm.config import nearest
 from plm.generation import Writes
+from plm.messages import nearest
 from plm.method import PersonalizationMethod
 from plm.types import UserState
 

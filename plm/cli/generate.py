@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from plm.backbones import device
 from plm.checkpoint import KnownUsers, load_method
 from plm.cli.options import OptionParser
-from plm.cli.prompts import Prompt, read_prompts
-from plm.cli.writing import PROMPTS, add_policy, add_settings, device, policy_of, progress_bar, settings_of
-from plm.config import nearest
+from plm.cli.writing import PROMPTS, add_policy, add_settings, policy_of, progress_bar, settings_of
 from plm.data.values import to_id
 from plm.evaluation import write_text
 from plm.generation import Mixes, Writes, best_of_n, sample
+from plm.messages import nearest
 from plm.method import PersonalizationMethod
+from plm.recipe.prompts import Prompt, read_prompts
 from plm.types import UserState
 
 _SHOWN = 200

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from plm.cli.options import OptionParser
-from plm.cli.tastes import REWARDS, build, read_tastes
 from plm.data.schema import PairTable
 from plm.data.sources.sampled import SampledPairs
 from plm.data.values import ROW_SPLITS
 from plm.evaluation import write_text
+from plm.judging.tastes import REWARDS, build, read_tastes
 
 
 def run(args: list[str]) -> None:

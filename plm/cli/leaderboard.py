@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
-import inspect
-import os
 import shlex
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 import plm
-from plm.cli import entries as book
-from plm.cli import wandb_report
-from plm.cli.cells import Cell, clean, run_cells
-from plm.cli.entries import Entry
 from plm.cli.options import OptionParser
-from plm.data import surface
-from plm.data.datamodule import PreferenceDataModule
-from plm.evaluation import USER_COLUMNS, print_parts, summarize, user_rows, write_csv, write_json
-from plm.leaderboard import baselines as opponents
-from plm.leaderboard.figures import all_figures
-from plm.leaderboard.report import Leaderboard, terminal, write
-from plm.leaderboard.results import Row, make_row, other_user_row, read_run
-
-OPPONENT = "BradleyTerry"
-"""The row all others are compared with: ridge-tuned, one reward for everybody."""
-
-_HEAD = "reference head"
-
-_ABOUT = {
-    "majority": "how often an item won among training pairs of seen users",
-    "length": "characters and words of the response, signs and scales learned",
-    "surface": "ridge logistic probe on lengths, brackets, digits and the like, no words",
-    "oracle": "the planted utilities themselves",
-}
-_ONE_STEP = ("--trainer.max_epochs", "1")
+from plm.evaluation import print_parts
+from plm.leaderboard.board import run_board
+from plm.leaderboard.entries import find_group, of_methods, of_recipes, shared_part
+from plm.leaderboard.report import terminal
+from plm.leaderboard.wandb import publish
 
 
 def run(args: list[str]) -> None:
@@ -56,66 +28,35 @@ def run(args: list[str]) -> None:
     """
     options = _options(args)
     console = Console()
-    more = [part for item in options.set for part in (f"--{item.partition('=')[0]}", item.partition("=")[2])]
+    overrides = [part for item in options.set for part in (f"--{item.partition('=')[0]}", item.partition("=")[2])]
     left_out: dict[str, str] = {}
     if options.recipes:
         folder = Path(options.output or f"runs/leaderboard/{Path(options.recipes[0]).stem}")
-        given = book.of_recipes(options.recipes, more)
-        shared = [*book.shared_part(options.recipes[0], folder / "shared"), *more]
+        entries = of_recipes(options.recipes, overrides)
+        shared = [*shared_part(options.recipes[0], folder / "shared"), *overrides]
     else:
         folder = Path(options.output or f"runs/leaderboard/{Path(options.data).stem}")
-        files = [book.find_group(path) for path in (options.trainer, options.data, options.backbone)]
-        shared = [*(part for file in files for part in ("--config", str(file))), *more]
-        given, left_out = book.of_methods(options.methods, shared)
-    field, data = book.read([*given, *_opponents(given, shared)])
-    if data.reference_head is None:
-        field = [entry for entry in field if entry.name != _HEAD]
-        left_out[_HEAD] = f"{type(data.backbone).__name__} is no reward model, so it has none"
-    if "oracle" not in opponents.baselines(data):
-        left_out["oracle"] = f"{data.source.name} has no planted utilities"
-    root = folder / "cells"
-    root.mkdir(parents=True, exist_ok=True)
-    with _alone(root, folder):
-        clean(root)
-        tell = _Progress(console)
-        _warn_of_grids(field, options.budget, console)
-        if options.budget > 1:
-            field = book.search(field, options.budget, root, options.jobs, tell)
-        cells = {
-            entry.name: [entry.cell(root, seed) for seed in range(_seeds(entry, options.seeds))] for entry in field
-        }
-        run_cells([one for e in field if not e.error for one in cells[e.name]], options.jobs, tell)
-        rows = [_row(entry, cells[entry.name]) for entry in field]
-        personal = {row.name: row for row in rows if row.kind == "method" and row.is_personal}
-        shuffled = [_shuffled(entry) for entry in field if entry.name in personal]
-        cells = {entry.name: [entry.cell(root, seed) for seed in range(options.seeds)] for entry in shuffled}
-        run_cells([one for again in cells.values() for one in again], options.jobs, tell)
-        rows += [*(_row(entry, cells[entry.name]) for entry in shuffled), *map(other_user_row, personal.values())]
-        command = shlex.join(["plm", "leaderboard", *args])
-        rows += _baseline_rows(data, root, command)
-        board = Leaderboard(_title(options, data), rows, OPPONENT, data.summary(), _about(options, command), left_out)
-        figures = all_figures(board)
-        files = write(board, figures, folder)
-        print_parts(*terminal(board), console=console)
-        console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
+        files = [find_group(path) for path in (options.trainer, options.data, options.backbone)]
+        shared = [*(part for file in files for part in ("--config", str(file))), *overrides]
+        entries, left_out = of_methods(options.methods, shared)
+    command = shlex.join(["plm", "leaderboard", *args])
+    board, files = run_board(
+        entries,
+        shared,
+        folder,
+        command=command,
+        title=f"{Path(options.data).stem}, {Path(options.backbone).stem}" if options.data else None,
+        about=_about(options, command),
+        seeds=options.seeds,
+        budget=options.budget,
+        jobs=options.jobs,
+        left_out=left_out,
+        console=console,
+    )
+    print_parts(*terminal(board), console=console)
+    console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
     if options.wandb:
-        console.print(wandb_report.publish(board, files, folder, options.wandb), highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _alone(root: Path, folder: Path) -> Iterator[None]:
-    """Hold the folder of cells, so that no second leaderboard writes there; given back however this one ends."""
-    lock = FileLock(root / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"another plm leaderboard is writing {folder}; wait for it, or choose another --output"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+        console.print(publish(board, files, folder, options.wandb), highlight=False, soft_wrap=True)
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -159,118 +100,6 @@ def _options(args: list[str]) -> argparse.Namespace:
     if malformed:
         parser.error(f"--set: expected KEY=VALUE, got {malformed[0]!r}")
     return options
-
-
-# ---------------------------------------------------------------------- rows
-def _opponents(given: Sequence[Entry], shared: Sequence[str]) -> list[Entry]:
-    """The fitted rows that are always there."""
-    made = [
-        Entry(
-            "per-user BradleyTerry",
-            "baseline",
-            "every user alone, from their own pairs",
-            (*shared, *_ONE_STEP, "--model", "plm.leaderboard.per_user.PerUserBradleyTerry"),
-        ),
-        Entry(
-            _HEAD,
-            "baseline",
-            "the reward model's own head",
-            (*shared, *_ONE_STEP, "--model", "plm.methods.lore.LoRe", "--model.num_bases", "0"),
-        ),
-    ]
-    if all(entry.name != OPPONENT for entry in given):
-        path = "plm.methods.bradley_terry.BradleyTerry"
-        made.insert(0, Entry(OPPONENT, "method", path, (*shared, "--model", path)))
-    return made
-
-
-def _seeds(entry: Entry, seeds: int) -> int:
-    """Baselines are solved, not trained: one seed says it all."""
-    return 1 if entry.kind == "baseline" else seeds
-
-
-def _row(entry: Entry, cells: Sequence[Cell]) -> Row:
-    """The row of an entry from its cells."""
-    row = Row(
-        entry.name,
-        entry.kind,
-        entry.about,
-        errors=dict.fromkeys([0], entry.error) if entry.error else {one.seed: one.error for one in cells if one.error},
-        arguments=entry.arguments,
-        num_candidates=entry.num_candidates,
-        command=shlex.join(["plm", "fit", *entry.args, "--seed_everything", "0"]),
-    )
-    if entry.error:
-        return row
-    runs = {}
-    for one in cells:
-        try:
-            if one.is_done:
-                runs[one.seed] = read_run(one.folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            row.errors[one.seed] = (
-                f"its result cannot be read ({type(error).__name__}: {error}); remove {one.folder.name} to run it again"
-            )
-    return make_row(row, runs)
-
-
-def _shuffled(entry: Entry) -> Entry:
-    """The same method on data whose users are permuted over the pairs of each part of the split."""
-    about = f"{entry.name} after user ids were permuted: nothing personal is left"
-    args = (*entry.args, "--data.shuffle_users", "true")
-    return replace(entry, name=f"{entry.name}, shuffled users", kind="control", about=about, args=args)
-
-
-def _baseline_rows(data: PreferenceDataModule, root: Path, command: str) -> list[Row]:
-    """Rows that need no features; done once, like every other cell."""
-    rows = []
-    for name, margins in opponents.baselines(data).items():
-        row = Row(name, "baseline", _ABOUT[name], command=command)
-        text = "\n".join([data.split_hash, *(inspect.getsource(module) for module in (opponents, surface))])
-        folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        try:
-            if not folder.is_dir():
-                part = folder.with_name(f"{folder.name}.part")
-                start = time.perf_counter()
-                groups = opponents.judge(margins(), data.table, data.splits)
-                write_json(part / "facts.json", {"fit_seconds": time.perf_counter() - start})
-                numbers = {group: summarize(table) for group, table in groups.items()}
-                write_json(part / "metrics.json", {"split_hash": data.split_hash, **numbers})
-                write_csv(part / "per_user.csv", USER_COLUMNS, user_rows(groups, data.all_user_ids))
-                os.replace(part, folder)
-            rows.append(make_row(row, {0: read_run(folder)}))
-        except Exception as error:
-            shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
-            rows.append(replace(row, errors={0: f"{type(error).__name__}: {error}"}))
-    return rows
-
-
-def _warn_of_grids(field: Sequence[Entry], budget: int, console: Console) -> None:
-    """Say whose search is shorter than the others'."""
-    for entry in field:
-        num = len(book.candidates(entry, budget))
-        if entry.kind == "method" and not entry.error and num < budget:
-            console.print(f"{entry.name} has {num} of {budget} candidates: its grid conf/search is missing or small")
-
-
-# ---------------------------------------------------------------------- words
-class _Progress:
-    """Prints a line per finished run."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.start = time.perf_counter()
-
-    def __call__(self, one: Cell) -> None:
-        seconds = time.perf_counter() - self.start
-        end = "done" if one.is_done else f"failed: {one.error}"
-        self.console.print(f"{seconds:6.0f} s  {one.row}, seed {one.seed}: {end}", highlight=False, soft_wrap=True)
-
-
-def _title(options: argparse.Namespace, data: PreferenceDataModule) -> str:
-    if options.data:
-        return f"{Path(options.data).stem}, {Path(options.backbone).stem}"
-    return f"{data.source.name}, {type(data.backbone).__name__}"
 
 
 def _about(options: argparse.Namespace, command: str) -> dict[str, object]:

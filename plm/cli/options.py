@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from plm.config import nearest
+from plm.messages import nearest
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from plm.checkpoint import KnownUsers, load_method
-from plm.cli.commands import read_rows
 from plm.cli.options import OptionParser
-from plm.config import missing_key
+from plm.data.files import read_rows
 from plm.data.values import short, to_prompt, to_response
+from plm.messages import missing_key
 from plm.querying import choose_pairs, posterior_samples, sampled_chances
 
 _NOTHING = 1e-6  # nats

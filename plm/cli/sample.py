@@ -11,9 +11,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from plm.cli.options import OptionParser
-from plm.cli.prompts import Prompt, read_prompts
 from plm.cli.writing import PROMPTS, add_policy, add_settings, policy_of, progress_bar, settings_of
 from plm.generation import sample
+from plm.recipe.prompts import Prompt, read_prompts
 
 CHUNK = 1024
 """Responses written between two visits to the file: what a kill costs at most."""

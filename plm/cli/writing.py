@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from plm.backbones import CausalLM, Policy
+from plm.backbones import CausalLM, Policy, device
 from plm.cli.options import OptionParser
 from plm.generation import BATCH_TOKENS
 
@@ -69,11 +68,6 @@ def policy_of(options: argparse.Namespace) -> Policy:
     )
     backbone.tokenizer  # noqa: B018 - what is wrong with the template shows before the weights are read
     return Policy(backbone).to(device())
-
-
-def device() -> str:
-    """Where texts are written."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

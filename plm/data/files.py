@@ -10,18 +10,18 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plm.config import closest, nearest
 from plm.data.values import is_number, short
+from plm.messages import closest, nearest
 
 IntArray = npt.NDArray[np.int64]
 
@@ -309,3 +309,27 @@ def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:
         codes.append(np.where(column.codes >= 0, column.codes + len(values), -1))
         values += column.values
     return Column(np.concatenate(codes), values)
+
+
+_SHOWN = 20
+
+
+_Parsed = TypeVar("_Parsed")
+
+
+def read_rows(path: Path, parse: Callable[[dict[str, Any]], _Parsed], example: str) -> list[_Parsed]:
+    """Rows of a JSONL(.gz), CSV(.gz) or Parquet file; all malformed ones are reported together as ``file:line``."""
+    records = read_records(path)
+    rows, problems = [], records.problems
+    for line, record in zip(records.lines, records.rows, strict=True):
+        try:
+            rows.append(parse(record))
+        except ValueError as error:
+            problems.append((line, str(error)))
+    if problems:
+        shown = [f"{position(path, line)}: {text}" for line, text in sorted(problems)[:_SHOWN]]
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise ValueError("\n".join([f"{len(problems)} malformed rows", *shown, *more]))
+    if not rows:
+        raise ValueError(f"expected rows like {example} in {path}, got an empty file")
+    return rows

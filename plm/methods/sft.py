@@ -17,8 +17,8 @@ from torch import Tensor
 
 from plm.backbones import Policy
 from plm.distributed import pair_weights, summed, world_size
+from plm.method.policy import PolicyMethod
 from plm.optimizer import Schedule
-from plm.policy_method import PolicyMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 

@@ -10,8 +10,8 @@ from unittest.mock import MagicMock
 import pytest
 from matplotlib.figure import Figure
 
-from plm.cli import wandb_report
-from plm.cli.dashboard import definition
+from plm.leaderboard import wandb as wandb_report
+from plm.leaderboard.dashboard import definition
 from plm.leaderboard.report import Leaderboard, markdown
 from plm.leaderboard.results import Row
 

@@ -15,7 +15,7 @@ import torch
 
 from plm.backbones import Backbone, CausalLM, FreshCausalLM, completion_tokens
 from plm.checkpoint import load_method
-from plm.cli.commands import run
+from plm.cli.adapt import run
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.encoding import featured_pairs
 from plm.data.features import FeatureCache
@@ -184,7 +184,7 @@ def test_texts_that_do_not_fit_are_left_out_and_refused(checkpoint: Path, tmp_pa
     method = LatentDPO(0, 32, backbone.spec(), prompt_dim=width, family=family, num_steps=2)  # type: ignore[arg-type]
     with saved(method) as learned:
         with pytest.warns(UserWarning, match="2 of 5 pairs are left out"):
-            run("adapt", ["--ckpt_path", str(learned), "--pairs", str(file)])
+            run(["--ckpt_path", str(learned), "--pairs", str(file)])
         assert UserStore.load(store_path(learned)).ids == ["anna", "carl"]
         loaded = load_method(learned)
         with pytest.raises(ValueError, match=r"^row 2 of 2: expected a prompt that leaves room .* shorten it"):

@@ -22,8 +22,9 @@ from plm.methods.clap import CLaP
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.palm.selection import choose_portfolio
-from plm.policy_oracles import LatentFit, LatentPortfolio, TrainedPolicies, pool_means, solve_latents
-from plm.reward_features import RewardFeatures, reward_spec
+from plm.portfolio.features import RewardFeatures, reward_spec
+from plm.portfolio.latents import LatentFit, LatentPortfolio, pool_means, solve_latents
+from plm.portfolio.measured import TrainedPolicies
 from plm.testing import saved
 from plm.types import UserState
 

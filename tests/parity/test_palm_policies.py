@@ -16,11 +16,12 @@ from plm.data.sources.population import Pool as Candidates
 from plm.functional import PairList, fit_simplex
 from plm.generation import sample
 from plm.methods.palm.oracle import Pool
-from plm.methods.palm.policies import Decoding, PolicyPortfolio
 from plm.methods.palm.search import certificate, upper_bound, upper_planes
 from plm.methods.palm.selection import choose_portfolio
-from plm.policy_oracles import LoRADPOFit, MixedPolicies, TrainedPolicies, train_adapters, weighted_pairs
-from plm.reward_features import RewardFeatures, reward_spec
+from plm.portfolio.features import RewardFeatures, reward_spec
+from plm.portfolio.measured import MixedPolicies, TrainedPolicies
+from plm.portfolio.policies import Decoding, PolicyPortfolio
+from plm.portfolio.training import LoRADPOFit, train_adapters, weighted_pairs
 from plm.testing import saved, tiny_causal_lm
 from plm.types import Context, Tokens, UserState
 

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from plm.config import nearest
 from plm.data.rewards.reward import DoubleArray, Reward
+from plm.messages import nearest
 
 Rule = Literal[
     "questions", "exclamations", "first_person", "second_person", "distinct_words", "no_repeats", "lower_case"

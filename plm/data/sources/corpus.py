@@ -12,8 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from plm.config import nearest
 from plm.data.values import short
+from plm.messages import nearest
 
 PARQUET = "refs/convert/parquet"
 """Revision of every dataset of the hub that holds it as ``<config>/<split>/*.parquet``."""

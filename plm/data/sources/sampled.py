@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from plm.config import nearest
 from plm.data.files import IntArray
 from plm.data.keys import digest
 from plm.data.rewards import Reward
@@ -33,6 +32,7 @@ from plm.data.sources.population import (
     standardise,
 )
 from plm.data.sources.samples import read_samples
+from plm.messages import nearest
 
 
 class SampledPairs(PairSource):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from plm.backbones import Policy
 from plm.checkpoint import read_checkpoint
 from plm.functional import response_logps
+from plm.method.policy import PolicyMethod
 from plm.methods.clap.adapter import LatentAdapter, Placement, SteeredTexts, SteeredWriting
 from plm.methods.clap.encoder import PosteriorEncoder
 from plm.methods.clap.groups import PromptGroups, group_by_prompt
@@ -41,7 +42,6 @@ from plm.methods.clap.losses import (
 )
 from plm.methods.clap.options import KL, Options, Preset, resolved
 from plm.optimizer import Schedule
-from plm.policy_method import PolicyMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 

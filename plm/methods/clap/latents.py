@@ -27,6 +27,7 @@ from plm.backbones import (
     Policy,
     TextWriter,
     completion_tokens,
+    device,
 )
 from plm.checkpoint import find_class, load_method, read_checkpoint
 from plm.method import CHECKPOINT_KEY
@@ -150,7 +151,7 @@ class ClapLatents(LatentBackbone):
         if self._method is None:
             method = _LOADED.get(self.content)
             if method is None:
-                loaded = load_method(self.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+                loaded = load_method(self.checkpoint, device())
                 assert isinstance(loaded, CLaP)
                 method = _LOADED[self.content] = loaded
             self._method = method

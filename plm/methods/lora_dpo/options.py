@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from plm.config import nearest
+from plm.messages import nearest
 
 LossType = Literal[
     "sigmoid",

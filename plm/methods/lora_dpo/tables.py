@@ -16,9 +16,9 @@ from torch import Tensor
 
 from plm.backbones import LoRA, MixedWriting, Policy, PrefixShape, Writing
 from plm.distributed import summed
+from plm.method.policy import PolicyMethod
 from plm.methods.lora_dpo.adapters import Owned
 from plm.optimizer import RowAdam, Schedule, clip_rows, rate_factor
-from plm.policy_method import PolicyMethod
 from plm.types import UserState
 
 Mode = Literal["shared", "per_user", "shared_and_user", "basis"]

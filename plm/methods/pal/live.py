@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plm.distributed import clip_gradients
 from plm.functional import targets
-from plm.live_method import LiveMethod
+from plm.method.live import LiveMethod
 from plm.methods.pal.geometry import Distinct
 from plm.methods.pal.model import PAL
 from plm.methods.pal.options import Users

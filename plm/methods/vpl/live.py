@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plm.live_method import LiveMethod
+from plm.method.live import LiveMethod
 from plm.methods.vpl import VPL
 from plm.methods.vpl.episodes import response_ids, response_nodes
 from plm.types import PreferenceBatch

@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plm.cli.rewards import Array, Deployment, RewardSource, Split, Users, calibration, halves, signed_like
-from plm.config import nearest
 from plm.data.keys import digest, mix, seed_key
 from plm.data.rewards import Reward
 from plm.data.sources.population import Pool
 from plm.data.sources.sampled import SampledPairs
-from plm.reward_features import RewardFeatures, reward_spec
+from plm.messages import nearest
+from plm.portfolio.features import RewardFeatures, reward_spec
+from plm.portfolio.objectives import Array, Deployment, RewardSource, Split, Users, calibration, halves, signed_like
 
 
 class SampledRewards(RewardSource):

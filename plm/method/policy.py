@@ -17,7 +17,7 @@ from plm.backbones import Prefix, TextWriter
 from plm.distributed import summed
 from plm.functional import SequenceLogps, response_logps
 from plm.method import CHECKPOINT_KEY
-from plm.network_method import NetworkMethod
+from plm.method.network import NetworkMethod
 from plm.optimizer import Schedule, rate_factor
 from plm.types import Tokens, UserState
 

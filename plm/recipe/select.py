@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.table import Table
 
 from plm.callbacks import is_fast_dev_run, run_dir
-from plm.cli.parser import RecipeParser, shorten
 from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod, constructor_arguments
+from plm.recipe.parser import RecipeParser, shorten
 
 LINKS = {
     "num_users": "data.num_users",

@@ -14,12 +14,12 @@ import numpy.typing as npt
 from rich.table import Table
 from scipy.special import logsumexp
 
-from plm.cli.portfolio_report import spread
-from plm.cli.portfolio_study import Estimate
-from plm.cli.rewards import Array
 from plm.evaluation import MIN_USERS, plain_table
 from plm.evaluation.statistics import interval_of, resampled_means
 from plm.methods.palm.search import served_corners
+from plm.portfolio.objectives import Array
+from plm.portfolio.report import spread
+from plm.portfolio.study import Estimate
 
 _RESAMPLES = 2000
 

@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from plm.cli.dashboard import workspaces
 from plm.leaderboard.report import Leaderboard, markdown, records
 
 TABLE = "leaderboard"
@@ -58,3 +57,15 @@ def report(board: Leaderboard, entity: str, project: str, run_id: str, pictures:
     ]
     about = "; ".join(board.facts()[:3])
     return wr.Report(project=project, entity=entity, title=board.title, description=about, blocks=blocks, width="fluid")
+
+
+def workspaces() -> tuple[Any, Any]:
+    """The modules of wandb-workspaces that make reports and workspaces.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        return import_module("wandb_workspaces.reports.v2"), import_module("wandb_workspaces.workspaces")
+    except ModuleNotFoundError as error:
+        raise ValueError("W&B reports and workspaces need wandb-workspaces: pip install 'plm[dashboard]'") from error

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from plm.data.check import DataReport, percent
+from plm.audit.check import DataReport, percent
 
 _COLOUR = {"problem": "red", "warning": "yellow", "info": "dim"}
 _VERDICT = {

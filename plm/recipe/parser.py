@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 
-from plm.config import debug, nearest
+from plm.messages import debug, nearest
 
 
 def shorten(message: str) -> str:

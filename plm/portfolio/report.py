@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from plm.cli.portfolio_study import BASELINES, Estimate, Row
-from plm.cli.rewards import Array
 from plm.evaluation import plain_table
 from plm.evaluation.figures import FAINT, INK, SAME, blank, headline, tidy
 from plm.methods.palm.measures import Usage, route
 from plm.methods.palm.oracle import Pool
+from plm.portfolio.objectives import Array
+from plm.portfolio.study import BASELINES, Estimate, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from plm.cli.data_check import build_source, merged_recipe
 from plm.data.sources.sampled import SampledPairs
+from plm.recipe.read import build_source, merged_recipe
 
 REWARDS = (
     "a recipe over SampledPairs, or YAML, as a file or as text, with its arguments: rewards (name -> {class_path, "

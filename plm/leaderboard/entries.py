@@ -20,11 +20,12 @@ import numpy as np
 import yaml
 
 import plm
-from plm.cli import training
-from plm.cli.cells import Cell, ReadCLI, cell, output_to, run_cells
-from plm.config import closest, expand, nearest, read_config, shipped
 from plm.data.datamodule import PreferenceDataModule
+from plm.leaderboard.cells import Cell, ReadCLI, cell, output_to, run_cells
 from plm.leaderboard.results import Kind
+from plm.messages import closest, nearest
+from plm.recipe.defaults import expand, read_config, shipped
+from plm.recipe.fit import run_recipe
 
 _OF_A_METHOD = ("model", "select", "defaults")
 """Keys of a recipe that the other rows do not share."""
@@ -165,7 +166,7 @@ def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
         log = io.StringIO()
         try:
             with output_to(log):
-                cli = training.run(["fit", *entry.args], ReadCLI)
+                cli = run_recipe(["fit", *entry.args], ReadCLI)
             config = cli.config["fit"]
             if not config.final_test:
                 raise ValueError("expected final_test: true, got false: a row is what the test of its fit says")

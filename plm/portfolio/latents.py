@@ -19,7 +19,7 @@ from plm.data.sources.population import Pool, best_and_worst
 from plm.methods.latent_dpo.maths import gaussian
 from plm.methods.latent_dpo.newton import fit_means
 from plm.methods.palm.grid import Array
-from plm.methods.palm.writing import WritingPortfolio
+from plm.portfolio.writing import WritingPortfolio
 from plm.types import Tokens, UserState
 
 

@@ -15,32 +15,21 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from plm.backbones import CausalLM
-from plm.cli.judge import Written, judgement
-from plm.cli.portfolio_held_out import HeldOut, Values, as_json, held_out
-from plm.cli.rewards import Array, Deployment
-from plm.cli.sampled_rewards import SampledRewards
-from plm.cli.writing import device
+from plm.backbones import CausalLM, device
 from plm.data.sources.population import Pool, best_and_worst
 from plm.evaluation import cluster_bootstrap, plain_table
 from plm.generation import Sample, sample
+from plm.judging.written import Written, judgement
 from plm.methods.clap.latents import ClapLatents
-from plm.methods.palm.policies import Decoding, PolicyPortfolio
 from plm.methods.palm.selection import Portfolio, Solver, choose_portfolio
-from plm.methods.palm.writing import WritingPortfolio
-from plm.policy_oracles import (
-    LatentFit,
-    LatentPortfolio,
-    LoRADPOFit,
-    MixedPolicies,
-    PolicyOracle,
-    TrainedPolicies,
-    pool_means,
-    solve_latents,
-    train_adapters,
-    weighted_pairs,
-    written,
-)
+from plm.portfolio.held_out import HeldOut, Values, as_json, held_out
+from plm.portfolio.latents import LatentFit, LatentPortfolio, pool_means, solve_latents
+from plm.portfolio.measured import MixedPolicies, PolicyOracle, TrainedPolicies, written
+from plm.portfolio.objectives import Array, Deployment
+from plm.portfolio.policies import Decoding, PolicyPortfolio
+from plm.portfolio.sampled import SampledRewards
+from plm.portfolio.training import LoRADPOFit, train_adapters, weighted_pairs
+from plm.portfolio.writing import WritingPortfolio
 from plm.types import Context, UserState
 
 AnyPortfolio = TypeVar("AnyPortfolio", bound=WritingPortfolio)

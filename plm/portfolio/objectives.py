@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from plm.checkpoint import KnownUsers, load_method
-from plm.cli.commands import read_rows
-from plm.config import nearest
+from plm.data.files import read_rows
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
 from plm.data.values import is_number, short, to_id
 from plm.evaluation import print_parts
+from plm.messages import nearest
 from plm.method import PersonalizationMethod
 from plm.types import UserState
 
@@ -243,12 +243,12 @@ class LoReBases(RewardSource):
     def prepare(self, folder: Path) -> None:
         """Train the method of the recipe, when there is no checkpoint."""
         if self.ckpt_path is None:
-            from plm.cli import training
+            from plm.recipe.fit import run_recipe
 
             assert self.recipe is not None
             where = ["--checkpoint.dirpath", str(folder / "scorer"), "--checkpoint.filename", "scorer"]
             quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-            training.run(["fit", "--config", self.recipe, "--final_test", "false", *where, *quiet])
+            run_recipe(["fit", "--config", self.recipe, "--final_test", "false", *where, *quiet])
             self.ckpt_path = str(folder / "scorer" / "scorer.ckpt")
 
     @cached_property

@@ -25,13 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
 from plm.checkpoint import find_class, read_checkpoint
-from plm.cli.parser import RecipeParser, shorten
-from plm.cli.prediction import SavePredictions
-from plm.cli.selection import LINKS, check_grid, select
-from plm.config import expand, read_config
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources import source_modules
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
+from plm.recipe.defaults import expand, read_config
+from plm.recipe.parser import RecipeParser, shorten
+from plm.recipe.predict import SavePredictions
+from plm.recipe.select import LINKS, check_grid, select
 
 MONITOR = "val/seen/log_loss"
 """What early stopping, checkpoints and selection watch unless the recipe says otherwise: lower is better."""
@@ -180,7 +180,7 @@ class RecipeCLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
 
 
-def run(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> RecipeCLI:
+def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> RecipeCLI:
     """Run a training command.
 
     Args:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from plm.backbones import Backbone, Completion, LoRA, MixedWriting, Policy, TextWriter, mixed_logits
 from plm.functional import response_logps
-from plm.methods.palm.writing import WritingPortfolio
-from plm.policy_method import PolicyMethod
+from plm.method.policy import PolicyMethod
+from plm.portfolio.writing import WritingPortfolio
 from plm.types import Tokens, UserState
 
 Decoding = Literal["own", "merged", "logits"]

@@ -28,14 +28,14 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import plm
-from plm.cli import training
 from plm.evaluation import write_text
 from plm.leaderboard.facts import RunFacts
+from plm.recipe.fit import RecipeCLI, run_recipe
 
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
 
 
-class CellCLI(training.RecipeCLI):
+class CellCLI(RecipeCLI):
     """A recipe whose run also writes what it cost."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -134,7 +134,7 @@ def run_here(one: Cell) -> None:
     error = ""
     with (part / "log.txt").open("w", encoding="utf-8") as log, output_to(log):
         try:
-            training.run(args, CellCLI)
+            run_recipe(args, CellCLI)
             found = json.loads((part / "run" / "facts.json").read_text(encoding="utf-8"))
             if (part / "run" / "metrics.json").is_file():
                 metrics = json.loads((part / "run" / "metrics.json").read_text(encoding="utf-8"))
@@ -173,7 +173,7 @@ def _run_apart(one: Cell, jobs: int) -> None:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     done = subprocess.run(
-        [sys.executable, "-m", "plm.cli.cells"],
+        [sys.executable, "-m", "plm.leaderboard.cells"],
         input=json.dumps(job),
         capture_output=True,
         text=True,

@@ -6,10 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plm.cli.commands import read_rows
-from plm.config import missing_key
-from plm.data.files import FORMATS
+from plm.data.files import FORMATS, read_rows
 from plm.data.values import ROW_SPLITS, short, to_prompt
+from plm.messages import missing_key
 
 
 class Prompt(NamedTuple):
@@ -69,7 +68,7 @@ def _distinct(prompts: list[Prompt], path: str, per_user: bool) -> list[Prompt]:
 
 def _of_source(path: str) -> list[Prompt]:
     """Prompts of a recipe's pairs; one that pairs of two splits share belongs to the training."""
-    from plm.cli.data_check import build_source, merged_recipe
+    from plm.recipe.read import build_source, merged_recipe
 
     table = build_source(merged_recipe(path, [])).load()
     splits: dict[int, int] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from plm.backbones import Policy
-from plm.network_method import NetworkMethod
+from plm.method.network import NetworkMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 TrainBackbone = Literal["none", "lora", "full"]

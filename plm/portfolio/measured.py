@@ -18,8 +18,8 @@ from plm.backbones import Completion, completion_tokens
 from plm.generation import Sample, sample
 from plm.methods.palm.grid import Array
 from plm.methods.palm.oracle import Oracle, Pool, unsolved
-from plm.methods.palm.policies import PolicyPortfolio
-from plm.methods.palm.writing import WritingPortfolio
+from plm.portfolio.policies import PolicyPortfolio
+from plm.portfolio.writing import WritingPortfolio
 from plm.types import UserState
 
 

@@ -1,0 +1,1 @@
+"""Reports on preference pairs before anything is trained on them."""

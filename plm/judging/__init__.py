@@ -1,0 +1,1 @@
+"""What texts that policies wrote are worth to whom."""

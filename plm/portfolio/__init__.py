@@ -1,0 +1,1 @@
+"""PALM at work: objectives, the search for few policies, members that write, their study and report."""
