@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.console import RenderableType
 from torch import Tensor
 
+from plm.atomic import write_csv, write_json
 from plm.evaluation import (
     USER_COLUMNS,
     calibration_figure,
@@ -33,8 +34,6 @@ from plm.evaluation import (
     summary_table,
     user_rows,
     verdict,
-    write_csv,
-    write_json,
 )
 from plm.metrics import FewShotMetric, PreferenceMetric
 from plm.types import PreferenceBatch
@@ -75,7 +74,6 @@ class PreferenceMetrics(L.Callback):
     """
 
     def __init__(self, num_resamples: int = 2000, seed: int = 0) -> None:
-        """See the class."""
         self.num_resamples = num_resamples
         self.seed = seed
         self._names: list[str] = []  # of the evaluation loaders, in order
@@ -172,7 +170,6 @@ class FewShotCurve(L.Callback):
     """
 
     def __init__(self, num_resamples: int = 2000, seed: int = 0) -> None:
-        """See the class."""
         self.num_resamples = num_resamples
         self.seed = seed
         self._loader = 0  # index of the few-shot loader

@@ -74,7 +74,6 @@ class KnownUsers:
     """
 
     def __init__(self, method: PersonalizationMethod, path: Path) -> None:
-        """See the class."""
         self.method = method
         own = shared_hash(method.state_dict(), method.user_tables)
         if path.exists():
@@ -124,7 +123,6 @@ class TextEncoder:
     """
 
     def __init__(self, method: PersonalizationMethod, spec: dict[str, Any] | None) -> None:
-        """See the class."""
         self.method = method
         self.spec = spec
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from plm.backbones import Completion, Policy, TextWriter, Warpers, completion_tokens
 from plm.functional import sequence_logps
 from plm.method import PersonalizationMethod
+from plm.method.abilities import LatentWriter, Writer
 from plm.types import Tokens, UserState
 
 BATCH_TOKENS = 16384
@@ -24,41 +25,6 @@ _WEYL = 0x9E3779B97F4A7C15 - 2**64
 _MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 """Of splitmix64, as signed integers."""
 _SCORED = 1024  # candidates whose features and users' states are side by side
-
-
-@runtime_checkable
-class Writes(Protocol):
-    """A method whose users write; every `plm.method.policy.PolicyMethod` is one."""
-
-    @property
-    def policy(self) -> Policy:
-        """The language model that they write with."""
-
-    def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
-        """A batch of texts to be written, one for each row of ``users``."""
-
-
-@runtime_checkable
-class DrawsLatents(Protocol):
-    """A method whose texts begin with a draw from their user's policy over latents, another for every text."""
-
-    def latent_states(self, users: UserState, rows: Tensor, prompts: Sequence[str], keys: Tensor) -> UserState:
-        """What ``writing`` takes in the place of users: B states.
-
-        Args:
-            users: States, each once.
-            rows: ``(B,)`` row of each text's user.
-            prompts: Of each text.
-            keys: ``(B,)`` what is random comes from.
-        """
-
-
-@runtime_checkable
-class Mixes(Protocol):
-    """A method whose users can be mixed into others."""
-
-    def mixed(self, users: UserState, weights: Tensor) -> UserState:
-        """States of U mixtures of A users by weights ``(U, A)``."""
 
 
 class Sample(NamedTuple):
@@ -130,7 +96,7 @@ def sample(
         raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
     if temperature == 0 and num_samples > 1:
         warnings.warn(f"temperature=0 writes the same text {num_samples} times; set num_samples to 1", stacklevel=2)
-    if not isinstance(method, Policy | Writes):
+    if not isinstance(method, Policy | Writer):
         raise ValueError(f"expected a method whose users write, got {type(method).__name__}; take best_of_n")
     policy = method if isinstance(method, Policy) else method.policy
     states, state_row = _states(method, len(prompts), users, user_id, rows)
@@ -144,7 +110,7 @@ def sample(
     try:
         for batch in _batches([len(ids) for ids in read], num_samples, max_new_tokens, batch_tokens):
             order = [row for row, _ in batch]
-            if not isinstance(method, DrawsLatents):
+            if not isinstance(method, LatentWriter):
                 order = list(dict.fromkeys(order))  # a prompt is read once for all its texts
             keys = torch.tensor([_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
             writing: TextWriter
@@ -153,7 +119,7 @@ def sample(
             else:
                 asked = [prompts[row] for row in order]
                 own, whose = _distinct(states, state_row[order], policy.device)
-                if isinstance(method, DrawsLatents):
+                if isinstance(method, LatentWriter):
                     own = method.latent_states(own, whose, asked, keys)
                 else:
                     own = own.take(whose)
@@ -397,7 +363,7 @@ def _states(
     if len(ids) != num_prompts:
         raise ValueError(f"expected one user id per prompt, got {len(ids)} for {num_prompts} prompts")
     row_of = {one: row for row, one in enumerate(dict.fromkeys(ids))}
-    return method.find_users(list(row_of)), torch.tensor([row_of[one] for one in ids])
+    return method.known_users(list(row_of)), torch.tensor([row_of[one] for one in ids])
 
 
 def _distinct(states: UserState, rows: Tensor, device: torch.device) -> tuple[UserState, Tensor]:

@@ -17,7 +17,7 @@ import torch
 
 from plm.backbones import device
 from plm.backbones.classifier import Classifier
-from plm.checkpoint import KnownUsers, load_method
+from plm.checkpoint import load_method
 from plm.data.rewards import Reward
 from plm.data.rewards.reward import DoubleArray
 from plm.messages import nearest
@@ -41,7 +41,6 @@ class MethodReward(Reward):
     """
 
     def __init__(self, ckpt_path: str, user: str | None = None) -> None:
-        """See the class."""
         self.ckpt_path, self.user = ckpt_path, user
 
     @cached_property
@@ -54,8 +53,7 @@ class MethodReward(Reward):
         method = _loaded(
             self.ckpt_path, Path(self.ckpt_path).stat().st_mtime_ns if Path(self.ckpt_path).exists() else 0
         )
-        assert isinstance(method.find_users, KnownUsers)
-        store = method.find_users.store
+        store = method.known_users.store
         if self.user is not None and self.user not in store:
             raise ValueError(f"no user {self.user!r}{nearest(self.user, store.ids)} beside {self.ckpt_path!r}")
         return method
@@ -87,7 +85,6 @@ class ClassifierReward(Reward):
         label: str | int | None = None,
         template: Literal["chat", "plain", "response"] = "response",
     ) -> None:
-        """See the class."""
         self.model, self.label, self.template = model, label, template
 
     @cached_property

@@ -1,10 +1,11 @@
-"""Words of errors that more than one room needs."""
+"""Wording of errors that more than one room needs: near names, and checks of arguments that are reported together."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def debug() -> bool:
@@ -28,3 +29,73 @@ def missing_key(name: str, record: Iterable[str]) -> str:
     close = closest(name, record)
     advice = f"; rename {close!r}?" if close else ""
     return f"missing {name!r}, got the keys {sorted(record)}{advice}"
+
+
+class Problems:
+    """Collects what is wrong with the arguments of one object, so that all of it is raised in one message.
+
+    Every check takes arguments by name; a value of None is an option that was left out, and fine.
+
+    Example:
+        >>> problems = Problems("model.")
+        >>> problems.integers(1, num_bases=0, num_steps=5)
+        >>> problems.numbers(lr=-1.0, ridge=None)
+        >>> problems.found
+        ['model.num_bases: expected an integer >= 1, got 0', 'model.lr: expected a finite number >= 0, got -1.0']
+
+    Args:
+        prefix: What stands before the name of an argument, such as ``model.``.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.found: list[str] = []
+
+    def integers(self, least: int, /, **values: object) -> None:
+        """Each must be an integer of at least ``least``."""
+        for name, value in values.items():
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_integer and value >= least):  # type: ignore[operator]
+                self.add(name, f"an integer >= {least}", value)
+
+    def numbers(self, least: float = 0, /, **values: float | None) -> None:
+        """Each must be a finite number of at least ``least``."""
+        for name, value in values.items():
+            if value is not None and not least <= value < math.inf:
+                self.add(name, f"a finite number >= {least:g}", value)
+
+    def positive(self, **values: float | None) -> None:
+        """Each must be a finite number above zero."""
+        for name, value in values.items():
+            if value is not None and not 0 < value < math.inf:
+                self.add(name, "a finite number > 0", value)
+
+    def shares(self, **values: float | None) -> None:
+        """Each must be a share from 0 up to, but not including, 1."""
+        for name, value in values.items():
+            if value is not None and not 0 <= value < 1:
+                self.add(name, "a share in [0, 1)", value)
+
+    def choices(self, **values: tuple[object, Collection[str]]) -> None:
+        """Each is a value and the names it must be among."""
+        for name, (value, valid) in values.items():
+            if value is not None and value not in valid:
+                self.add(name, f"one of {', '.join(valid)}", value, nearest(str(value), valid))
+
+    def add(self, name: str, expected: str, value: object, advice: str = "") -> None:
+        """Note that the argument ``name`` is not what it should be."""
+        self.found.append(f"{self.prefix}{name}: expected {expected}, got {value!r}{advice}")
+
+    def say(self, text: str, *, when: bool = True) -> None:
+        """Note a sentence of its own, where the condition holds."""
+        if when:
+            self.found.append(text)
+
+    def check(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            ValueError: With one line for each problem.
+        """
+        if self.found:
+            raise ValueError("\n".join(self.found))

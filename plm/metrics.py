@@ -142,7 +142,6 @@ class PreferenceMetric(Metric):
     bins: Tensor
 
     def __init__(self, num_users: int) -> None:
-        """See the class."""
         super().__init__()
         self.num_users = num_users
         zeros = torch.zeros(num_users, len(_COLUMNS), dtype=torch.float64)
@@ -247,7 +246,6 @@ class FewShotMetric(Metric):
     shots: Tensor
 
     def __init__(self, num_users: int, shots: Sequence[int], num_repeats: int) -> None:
-        """See the class."""
         super().__init__()
         self.num_users = num_users
         self.num_repeats = num_repeats

@@ -41,7 +41,6 @@ class RowAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         row_rate: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        """See the class."""
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.row_rate = row_rate
 

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from plm.checkpoint import KnownUsers
 from plm.data.sources.corpus import PARQUET, corpus_files, local_files, read_rows
 from plm.data.values import to_prompt
 from plm.messages import nearest
@@ -168,9 +167,8 @@ def rewards_of(
         ValueError: If there is no such user.
     """
     if user_id is not None:
-        assert isinstance(method.find_users, KnownUsers)
-        if user_id not in method.find_users.store:
-            near = nearest(user_id, method.find_users.store.ids)
+        if user_id not in method.known_users.store:
+            near = nearest(user_id, method.known_users.store.ids)
             raise ValueError(
                 f"no user {user_id!r}{near} beside the checkpoint; run plm adapt first, or leave --user out for the "
                 "population"

@@ -7,8 +7,9 @@ Batches are NamedTuples because Lightning refuses frozen dataclasses and pinned 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,6 +90,38 @@ class Context(NamedTuple):
         """Number of users, U."""
         return self.mask.shape[0]
 
+    @property
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Features of both responses, for a method whose view is ``features`` or ``latents``.
+
+        Raises:
+            ValueError: If the pairs hold tokens.
+        """
+        if isinstance(self.chosen, Tensor) and isinstance(self.rejected, Tensor):
+            return self.chosen, self.rejected
+        raise ValueError("expected pairs of features, got tokens; set data.backbone to one that gives features")
+
+    @property
+    def tokens(self) -> tuple[Tokens, Tokens]:
+        """Tokens of both responses, for a method whose view is ``tokens``.
+
+        Raises:
+            ValueError: If the pairs hold features.
+        """
+        if isinstance(self.chosen, Tokens) and isinstance(self.rejected, Tokens):
+            return self.chosen, self.rejected
+        raise ValueError("expected pairs of tokens, got features; set data.backbone to a plm.backbones.CausalLM")
+
+    @property
+    def difference(self) -> Tensor:
+        """Features of the preferred response less those of the other: ``(U, S, D)``.
+
+        Raises:
+            ValueError: If the pairs hold tokens.
+        """
+        chosen, rejected = self.features
+        return chosen - rejected
+
 
 class UserState(NamedTuple):
     """What a method knows about U users: named tensors with a leading user axis."""
@@ -163,3 +196,70 @@ class PreferenceBatch(NamedTuple):
     def num_pairs(self) -> int:
         """Number of pairs, B."""
         return self.user_index.shape[0]
+
+    @property
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Features of both responses, for a method whose view is ``features`` or ``latents``.
+
+        Raises:
+            ValueError: If the pairs hold tokens.
+        """
+        if isinstance(self.chosen, Tensor) and isinstance(self.rejected, Tensor):
+            return self.chosen, self.rejected
+        raise ValueError("expected pairs of features, got tokens; set data.backbone to one that gives features")
+
+    @property
+    def tokens(self) -> tuple[Tokens, Tokens]:
+        """Tokens of both responses, for a method whose view is ``tokens``.
+
+        Raises:
+            ValueError: If the pairs hold features.
+        """
+        if isinstance(self.chosen, Tokens) and isinstance(self.rejected, Tokens):
+            return self.chosen, self.rejected
+        raise ValueError("expected pairs of tokens, got features; set data.backbone to a plm.backbones.CausalLM")
+
+    @property
+    def difference(self) -> Tensor:
+        """Features of the preferred response less those of the other: ``(B, D)``.
+
+        Raises:
+            ValueError: If the pairs hold tokens.
+        """
+        chosen, rejected = self.features
+        return chosen - rejected
+
+
+class ResumableBatches(ABC):
+    """A loader of ready training batches; a fit can be resumed in the middle of an epoch."""
+
+    _skipped = 0
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        """The batches of one epoch."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches per epoch on every process."""
+
+    def skip(self, num_batches: int) -> None:
+        """Leave out the first batches of the epoch that is read next; of a whole epoch, none."""
+        self._skipped = num_batches % len(self)
+
+    def whole_users(self) -> Iterable[PreferenceBatch]:
+        """Every training pair of this process once, a user's in one batch; each user belongs to one process."""
+        return self
+
+    def take_skipped(self) -> int:
+        """How many batches the epoch that begins leaves out; the next is whole again."""
+        skipped, self._skipped = self._skipped, 0
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, for the trainer counts the batches; it tells Lightning that a fit can be resumed within an epoch."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing, see ``state_dict``."""
+        return

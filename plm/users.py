@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from plm.atomic import whole_file, write_text
 from plm.types import UserState
 
 _INDEX = "index.json"
@@ -61,7 +61,6 @@ class UserStore:
     """
 
     def __init__(self, shared_hash: str, user_ids: Sequence[str] = (), state: UserState | None = None) -> None:
-        """See the class."""
         self.shared_hash = shared_hash
         self._state = state if state is not None else UserState({}, torch.zeros(0, dtype=torch.long))
         self._row_of = {user_id: row for row, user_id in enumerate(user_ids)}
@@ -106,9 +105,7 @@ class UserStore:
         # safetensors refuses views that share memory, hence the clones
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, path / name)
         index = {"format": _FORMAT, "shared_hash": self.shared_hash, "tensors": name, "user_ids": self.ids}
-        temporary = path / f"{name}.json"
-        temporary.write_text(json.dumps(index), encoding="utf-8")
-        os.replace(temporary, path / _INDEX)
+        write_text(path / _INDEX, json.dumps(index))
         for old in path.glob("users-*"):  # the former rows, and what a killed writer left behind
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -189,7 +186,7 @@ class UserStore:
         ids = self._known(user_ids)
         state = self._take(ids)._state
         rows = {name: value.tolist() for name, value in state.tensors.items()}
-        with Path(path).open("w", encoding="utf-8") as file:
+        with whole_file(path, "w") as file:
             for row, (user_id, num_pairs) in enumerate(zip(ids, state.num_pairs.tolist(), strict=True)):
                 tensors = {name: values[row] for name, values in rows.items()}
                 file.write(json.dumps({"user_id": user_id, "num_pairs": num_pairs, "state": tensors}) + "\n")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from plm.atomic import write_csv, write_json
 from plm.evaluation import (
     MIN_USERS,
     USER_COLUMNS,
@@ -26,8 +27,6 @@ from plm.evaluation import (
     summary_table,
     user_rows,
     verdict,
-    write_csv,
-    write_json,
 )
 from plm.metrics import FewShotTable, UserTable
 

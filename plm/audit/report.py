@@ -5,11 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-import math
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -17,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from plm.atomic import write_json, write_text
 from plm.audit.check import DataReport, percent
 
 _COLOUR = {"problem": "red", "warning": "yellow", "info": "dim"}
@@ -48,26 +45,10 @@ def show(report: DataReport, console: Console) -> None:
 
 def write(report: DataReport, folder: Path) -> list[Path]:
     """Write ``report.json``, ``report.md`` and ``report.html``; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "report.json": json.dumps(_finite(report.as_dict()), ensure_ascii=False, indent=1),
-        "report.md": markdown(report),
-        "report.html": page(report),
-    }
-    for name, text in texts.items():
-        part = folder / f"{name}.{os.getpid()}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, folder / name)
-    return [folder / name for name in texts]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(folder / "report.json", report.as_dict())
+    write_text(folder / "report.md", markdown(report))
+    write_text(folder / "report.html", page(report))
+    return [folder / name for name in ("report.json", "report.md", "report.html")]
 
 
 def _tables(report: DataReport) -> list[tuple[str, list[str], list[list[str]]]]:

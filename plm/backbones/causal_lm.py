@@ -33,7 +33,6 @@ class TooLong(ValueError):
     """
 
     def __init__(self, prompt: str, message: str) -> None:
-        """See the class."""
         super().__init__(message)
         self.prompt = prompt
 
@@ -72,7 +71,6 @@ class CausalLM(HFBackbone):
         quantization: Literal["4bit"] | None = None,
         attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto",
     ) -> None:
-        """See the class."""
         choose("template", template, ("chat", "plain"))
         choose("attention", attention, ("auto", "eager", "sdpa", "flash_attention_2"))
         if quantization not in (None, "4bit"):

@@ -36,7 +36,6 @@ class Classifier(HFBackbone):
         max_length: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        """See the class."""
         super().__init__(
             model, revision, kind="sequence_classification", template=template, max_length=max_length, dtype=dtype
         )

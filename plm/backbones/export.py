@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from plm.atomic import write_text
 from plm.backbones.backbone import Backbone
 from plm.backbones.huggingface import HFBackbone
 
@@ -111,4 +112,4 @@ def save_reward_model(model: RewardModel, backbone: HFBackbone, folder: Path) ->
     special = ", add_special_tokens=False" if backbone.template == "chat" else ""
     call = _PROMPTED_CALL.format(special=special) if model.config.num_prototypes else _CALL
     text = _README.format(text=_TEXT[backbone.template], special=special, call=call)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_text(folder / "README.md", text)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from plm.atomic import replace, write_text
 from plm.backbones.backbone import choose
 from plm.backbones.causal_lm import CausalLM
 
@@ -60,7 +61,6 @@ class FreshCausalLM(CausalLM):
         max_prompt_length: int | None = None,
         append_eos: bool = True,
     ) -> None:
-        """See the class."""
         choose("architecture", architecture, ("gpt2", "llama"))
         super().__init__(model, max_length=max_length, max_prompt_length=max_prompt_length, append_eos=append_eos)
         self.architecture = architecture
@@ -120,7 +120,7 @@ class FreshCausalLM(CausalLM):
             part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
             self._write(part, texts)
             try:
-                os.rename(part, folder)
+                replace(part, folder)
             except OSError:  # another process was faster, and wrote the same
                 shutil.rmtree(part)
         file = folder / SETTINGS_FILE
@@ -152,7 +152,7 @@ class FreshCausalLM(CausalLM):
             network = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         network.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-        (folder / SETTINGS_FILE).write_text(json.dumps(self.settings, indent=1), encoding="utf-8")
+        write_text(folder / SETTINGS_FILE, json.dumps(self.settings, indent=1))
 
     def _learn_tokenizer(self, texts: Iterable[str]) -> Any:
         """Byte-level BPE: every text can be written with it, and read back."""

@@ -24,7 +24,6 @@ class HashingBackbone(Backbone):
     def __init__(
         self, dim: int = 512, ngrams: int = 1, norm: Literal["l2", "l1", "none"] = "l2", include_prompt: bool = False
     ) -> None:
-        """See the class."""
         if dim < 1 or ngrams < 1:
             raise ValueError(f"HashingBackbone expects dim >= 1 and ngrams >= 1, got dim={dim!r}, ngrams={ngrams!r}")
         choose("norm", norm, ("l2", "l1", "none"))

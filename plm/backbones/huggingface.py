@@ -65,7 +65,6 @@ class HFBackbone(Backbone):
         normalize: bool = False,
         batch_tokens: int | None = None,
     ) -> None:
-        """See the class."""
         choose("kind", kind, ("auto", "encoder", "causal_lm", "sequence_classification"))
         choose("pooling", pooling, ("auto", "last", "mean", "cls"))
         choose("template", template, ("chat", "plain", "response"))

@@ -49,7 +49,6 @@ class LoRA:
     """
 
     def __init__(self, network: Any, rank: int, alpha: float, target_modules: Sequence[str] | None = None) -> None:
-        """See the class."""
         if rank < 1:
             raise ValueError(f"expected rank to be at least 1, got {rank!r}")
         self.rank, self.alpha = rank, alpha

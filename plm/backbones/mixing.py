@@ -26,7 +26,6 @@ class MixedWriting:
     """
 
     def __init__(self, parts: Sequence[TextWriter], weights: Tensor) -> None:
-        """See the class."""
         self.parts, self.weights = parts, weights
 
     def start(self, prompts: Tokens) -> Tensor:

@@ -54,7 +54,6 @@ class RewardConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         unit_prototypes: bool = False,
         **common: Any,
     ) -> None:
-        """See the class."""
         self.base, self.pooling, self.layer, self.normalize = base or {}, pooling, layer, normalize
         self.skip_token_id, self.head, self.width, self.projector = skip_token_id, head, width, projector
         self.prompt_projector, self.num_prototypes = prompt_projector, num_prototypes
@@ -71,7 +70,6 @@ class Mlp(nn.Module):
     """
 
     def __init__(self, spec: dict[str, Any] | None) -> None:
-        """See the class."""
         super().__init__()
         self.residual = spec is not None and bool(spec["residual"])
         self.layers = nn.Sequential()
@@ -127,7 +125,6 @@ class RewardHead(nn.Module):
     weights: Tensor
 
     def __init__(self, config: RewardConfig, feature_dim: int) -> None:
-        """See the class."""
         super().__init__()
         self.kind, self.unit_prototypes = config.head, config.unit_prototypes
         self.projector = Mlp(config.projector)
@@ -169,7 +166,6 @@ class RewardModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = {"head"}  # noqa: RUF012 - a set in transformers
 
     def __init__(self, config: RewardConfig) -> None:
-        """See the class."""
         super().__init__(config)
         base = AutoConfig.for_model(**config.base)
         self.model = AutoModel.from_config(base)  # type: ignore[no-untyped-call]

@@ -55,7 +55,6 @@ class KeyValueMaker(nn.Module):
     """
 
     def __init__(self, policy: Policy, train_maps: bool) -> None:
-        """See the class."""
         super().__init__()
         network = policy.network
         base = network.base_model

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from plm.atomic import replace
 from plm.backbones.causal_lm import CausalLM
 from plm.backbones.head import TokenFacts, token_logps
 from plm.backbones.lora import LoRA
@@ -59,7 +60,6 @@ class Policy(nn.Module):
     """
 
     def __init__(self, backbone: CausalLM, gradient_checkpointing: bool = False) -> None:
-        """See the class."""
         super().__init__()
         self.backbone = backbone
         network: Any = backbone.load()
@@ -149,11 +149,11 @@ class Policy(nn.Module):
         self.backbone.tokenizer.save_pretrained(str(part))
         if folder.exists():
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.replace(folder, old)
-            os.replace(part, folder)
+            replace(folder, old)
+            replace(part, folder)
             shutil.rmtree(old)
         else:
-            os.replace(part, folder)
+            replace(part, folder)
 
     def adapted(self, *adapters: Tensor) -> AbstractContextManager[None]:
         """Context in which the network is adapted, see `LoRA.use`."""
@@ -308,7 +308,6 @@ class Writing:
     """
 
     def __init__(self, policy: Policy, adapters: Sequence[Tensor], prefix: Prefix | None) -> None:
-        """See the class."""
         self.policy, self.adapters, self.prefix = policy, adapters, prefix
         self._cache: Any = None
         self._mask = torch.empty(0)

@@ -27,7 +27,6 @@ class PrefixShape:
     """
 
     def __init__(self, policy: Policy, num_virtual_tokens: int) -> None:
-        """See the class."""
         if num_virtual_tokens < 1:
             raise ValueError(f"model.num_virtual_tokens: expected at least 1, got {num_virtual_tokens!r}")
         ids = torch.zeros(1, 1, dtype=torch.long, device=policy.device)

@@ -28,7 +28,6 @@ class Reading:
     """
 
     def __init__(self, policy: Policy, num_rows: int) -> None:
-        """See the class."""
         from transformers import DynamicCache
 
         self.policy = policy

@@ -27,7 +27,6 @@ class ReferenceLogps(Backbone):
     """
 
     def __init__(self, causal_lm: dict[str, Any]) -> None:
-        """See the class."""
         self.causal_lm = causal_lm
         self._backbone = cast(CausalLM, Backbone.from_spec(causal_lm))
         self._policy: Policy | None = None

@@ -21,7 +21,6 @@ class Warpers:
     """
 
     def __init__(self, temperature: float, top_k: int | None = None, top_p: float | None = None) -> None:
-        """See the class."""
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         steps: list[Any] = [TemperatureLogitsWarper(float(temperature))]

@@ -10,12 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from plm.backbones import TooLong
-from plm.checkpoint import KnownUsers, TextEncoder, load_method
+from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.data.collate import FeaturedPairs, build_context
-from plm.data.encoding import fitting_pairs, with_features
-from plm.data.rows import token_rows
+from plm.data.encoding import fitting_pairs, token_rows, with_features
 from plm.data.schema import PairTable, read_pairs
 from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod
@@ -52,10 +50,9 @@ def run(args: list[str]) -> None:
         parser.error(f"--columns: expected NAME=COLUMN, got {malformed[0]!r}")
     method = load_method(options.ckpt_path)
     table = read_pairs(options.pairs, dict(item.split("=", 1) for item in options.columns))
-    assert isinstance(method.find_users, KnownUsers)
     data = _encoded(method, table)
     table = data.table
-    store = method.find_users.store
+    store = method.known_users.store
     num_pairs = np.bincount(table.user, minlength=table.num_users)
     by_length = np.argsort(num_pairs, kind="stable")  # little padding per group
     by_length = by_length[num_pairs[by_length] > 0]  # of whom no pair fits, nothing is learned
@@ -83,10 +80,9 @@ def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:
     """Pairs of unseen users with the features, or tokens, that the method reads."""
     user_index = np.full(table.num_users, -1, dtype=np.int64)
     if isinstance(method, PolicyMethod):
-        table, tokens = token_rows(table, method.causal_lm, TooLong)
+        table, tokens = token_rows(table, method.causal_lm)
         return FeaturedPairs(table, tokens, None, user_index)
-    encoder = method.encode
-    assert isinstance(encoder, TextEncoder)
+    encoder = method.text_encoder
 
     def read(texts: list[tuple[str, str]]) -> Any:
         features = encoder(*map(list, zip(*texts, strict=True)))

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-from plm.checkpoint import KnownUsers, load_method
+from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
-from plm.generation import Writes
 from plm.messages import nearest
-from plm.method import PersonalizationMethod
-from plm.types import UserState
+from plm.method.abilities import Exporter, Writer
 
 _SCORES = "score with plm score, or plm generate --policy MODEL --best_of N"
-
-
-@runtime_checkable
-class Exports(Protocol):
-    """A method that can be exported."""
-
-    def export(self, folder: Path, user: UserState) -> None:
-        """Write a model of one user, the one row of ``user``, into a folder that does not exist or is empty."""
 
 
 def run(args: list[str]) -> None:
@@ -44,25 +33,16 @@ def run(args: list[str]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
     method = load_method(options.ckpt_path)
-    if not isinstance(method, Exports):
-        instead = "write with plm generate" if _writes(method) else _SCORES
+    if not isinstance(method, Exporter):
+        instead = "write with plm generate" if isinstance(method, Writer) else _SCORES
         raise ValueError(
             f"{type(method).__name__} has nothing to export: its class has no `export(folder, user)`; {instead}"
         )
-    assert isinstance(method.find_users, KnownUsers)
-    user, known = method.find_users.lookup([options.user])
+    user, known = method.known_users.lookup([options.user])
     if options.user is not None and not known.all():
         raise ValueError(
-            f"no user {options.user!r}{nearest(options.user, method.find_users.store.ids)} beside "
+            f"no user {options.user!r}{nearest(options.user, method.known_users.store.ids)} beside "
             f"{options.ckpt_path!r}; run plm adapt first, or leave --user out for the population"
         )
     method.export(folder, user)
     print(f"written to {folder}")
-
-
-def _writes(method: PersonalizationMethod) -> bool:
-    """Whether it writes by itself; the question may load its language model, and one that has none refuses."""
-    try:
-        return isinstance(method, Writes)
-    except ValueError:
-        return False

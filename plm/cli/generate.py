@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from plm.atomic import write_text
 from plm.backbones import device
-from plm.checkpoint import KnownUsers, load_method
+from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.cli.writing import PROMPTS, add_policy, add_settings, policy_of, progress_bar, settings_of
 from plm.data.values import to_id
-from plm.evaluation import write_text
-from plm.generation import Mixes, Writes, best_of_n, sample
+from plm.generation import best_of_n, sample
 from plm.messages import nearest
 from plm.method import PersonalizationMethod
+from plm.method.abilities import Mixable, Writer
 from plm.recipe.prompts import Prompt, read_prompts
 from plm.types import UserState
 
@@ -71,7 +72,6 @@ def run(args: list[str]) -> None:
     prompts, users = asked(read_prompts(options.prompts, per_user=given is None), given, options.prompts)
     texts = [prompt.text for prompt in prompts]
     method = load_method(options.ckpt_path, device())
-    assert isinstance(method.find_users, KnownUsers)
     if options.best_of is not None:
         with progress_bar("writing", options.best_of * len(set(texts))) as tell:
             best = best_of_n(
@@ -84,7 +84,7 @@ def run(args: list[str]) -> None:
                 **settings_of(options),
             )
         made: list[dict[str, Any]] = [{"responses": [one.text], "rewards": [one.reward]} for one in best]
-    elif isinstance(method, Writes):
+    elif isinstance(method, Writer):
         with progress_bar("writing", options.num_samples * len(texts)) as tell:
             written = sample(
                 method,
@@ -102,7 +102,7 @@ def run(args: list[str]) -> None:
             f"{type(method).__name__} has no policy that writes: give --policy MODEL --best_of N, and the texts are "
             "chosen by its reward"
         )
-    store = method.find_users.store
+    store = method.known_users.store
     whose: list[str | None] = [None] * len(prompts) if users is None else [*users]
     rows = [
         {
@@ -127,8 +127,7 @@ def mixture(method: PersonalizationMethod, mix: Sequence[str]) -> UserState:
         ValueError: If the method's users cannot be mixed, a user is unknown or named twice, or weights are not finite
             or have no positive sum.
     """
-    assert isinstance(method.find_users, KnownUsers)
-    if not isinstance(method, Mixes):
+    if not isinstance(method, Mixable):
         raise ValueError(f"users of {type(method).__name__} cannot be mixed; give --user")
     weights: dict[str, float] = {}
     for part in mix:
@@ -141,12 +140,12 @@ def mixture(method: PersonalizationMethod, mix: Sequence[str]) -> UserState:
             raise ValueError(f"--mix: expected ID=WEIGHT with a number, got {part!r}") from None
         if not math.isfinite(weights[user]):
             raise ValueError(f"--mix: expected ID=WEIGHT with a finite number, got {part!r}")
-        if user not in method.find_users.store:
-            raise ValueError(f"--mix: no user {user!r}{nearest(user, method.find_users.store.ids)}")
+        if user not in method.known_users.store:
+            raise ValueError(f"--mix: no user {user!r}{nearest(user, method.known_users.store.ids)}")
     given = " ".join(mix)
     if sum(weights.values()) <= 0:
         raise ValueError(f"--mix: expected weights with a positive sum, got {given!r}")
-    states = method.find_users(list(weights))
+    states = method.known_users(list(weights))
     return method.mixed(states, torch.tensor([list(weights.values())]))
 
 

@@ -12,10 +12,11 @@ from plm.backbones import Backbone, CausalLM, Policy, device
 from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.cli.writing import PROMPTS, add_settings, progress_bar, settings_of
-from plm.generation import Writes, sample
+from plm.generation import sample
 from plm.judging import report as judge_report
 from plm.judging.tastes import REWARDS, read_tastes
 from plm.judging.written import Written, held_out, judgement, score, users_of
+from plm.method.abilities import Writer
 
 
 def run(args: list[str]) -> None:
@@ -51,7 +52,7 @@ def run(args: list[str]) -> None:
     tastes = read_tastes(options.rewards, [])
     prompts = held_out(options.prompts)[: options.num_prompts]
     method = load_method(options.ckpt_path, device())
-    if not isinstance(method, Writes):
+    if not isinstance(method, Writer):
         raise ValueError(f"plm judge needs a method with a policy, got {type(method).__name__}")
     users = users_of(method, tastes, options.user, options.ckpt_path)
     unaligned = Policy(cast(CausalLM, Backbone.from_spec(method.policy.backbone.spec()))).to(device())

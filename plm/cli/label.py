@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from plm.atomic import write_text
 from plm.cli.options import OptionParser
 from plm.data.schema import PairTable
 from plm.data.sources.sampled import SampledPairs
 from plm.data.values import ROW_SPLITS
-from plm.evaluation import write_text
 from plm.judging.tastes import REWARDS, build, read_tastes
 
 

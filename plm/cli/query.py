@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from plm.checkpoint import KnownUsers, load_method
+from plm.atomic import write_text
+from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.data.files import read_rows
 from plm.data.values import short, to_prompt, to_response
@@ -59,16 +60,14 @@ def run(args: list[str]) -> None:
         distinct.setdefault((row.prompt, frozenset((row.left, row.right))), row)
     pool = list(distinct.values())
     method = load_method(options.ckpt_path)
-    assert method.encode is not None and method.encode_prompts is not None
-    assert isinstance(method.find_users, KnownUsers)
-    state, known = method.find_users.lookup([options.user])
+    state, known = method.known_users.lookup([options.user])
     samples = posterior_samples(state, options.samples, options.seed)
     prompts = [pair.prompt for pair in pool]
-    features = method.encode(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
+    features = method.text_encoder(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
     if not isinstance(features, Tensor):
         raise ValueError(f"plm query needs a method that reads features, got {type(method).__name__}")
     left, right = features[: len(pool)], features[len(pool) :]
-    chances = sampled_chances(method, left, right, samples, method.encode_prompts(prompts))
+    chances = sampled_chances(method, left, right, samples, method.text_encoder.prompts(prompts))
     queries = choose_pairs(chances, options.num, options.seed)
     lines = [
         json.dumps(
@@ -85,7 +84,7 @@ def run(args: list[str]) -> None:
     ]
     text = "".join(f"{line}\n" for line in lines)
     if options.output:
-        Path(options.output).write_text(text, encoding="utf-8")
+        write_text(options.output, text)
     else:
         sys.stdout.write(text)
     if len(pool) < len(rows):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from plm.atomic import write_json
 from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.evaluation import print_parts
@@ -39,5 +37,6 @@ def run(args: list[str]) -> None:
         table.add_row(subset, str(count), f"{score:.1%}")
     print_parts(table)
     if options.output:
-        text = {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
-        Path(options.output).write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_json(
+            options.output, {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from plm.atomic import write_text
 from plm.cli.options import OptionParser
 from plm.cli.writing import PROMPTS, add_policy, add_settings, policy_of, progress_bar, settings_of
 from plm.generation import sample
@@ -95,7 +96,7 @@ def _prepare(output: Path, about: dict[str, Any]) -> set[str]:
     """
     settings = output.with_name(f".{output.name}.settings.json")
     if not output.exists():
-        settings.write_text(json.dumps(about), encoding="utf-8")
+        write_text(settings, json.dumps(about))
         return set()
     if not settings.is_file():
         raise ValueError(f"{output} exists and was not written by plm sample; choose another --output or remove it")

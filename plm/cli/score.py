@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plm.checkpoint import KnownUsers, load_method
+from plm.atomic import write_text
+from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.data.files import read_rows
 from plm.data.values import short, to_id, to_prompt, to_response
@@ -55,9 +56,8 @@ def run(args: list[str]) -> None:
     options = parser.parse(args)
     rows = read_rows(Path(options.input), lambda record: _row(record, options.user), '{"response": ...}')
     method = load_method(options.ckpt_path)
-    assert isinstance(method.find_users, KnownUsers)
     row_of = {user_id: number for number, user_id in enumerate(dict.fromkeys(row.user_id for row in rows))}
-    users, is_known = method.find_users.lookup(list(row_of))
+    users, is_known = method.known_users.lookup(list(row_of))
     whose = torch.tensor([row_of[row.user_id] for row in rows], dtype=torch.long)
     rewards = method.score([row.text for row in rows], users, rows=whose, prompts=[row.prompt for row in rows])
     _refuse_nan(rewards, rows, options.ckpt_path)
@@ -76,7 +76,7 @@ def run(args: list[str]) -> None:
     ]
     text = "".join(f"{line}\n" for line in lines)
     if options.output:
-        Path(options.output).write_text(text, encoding="utf-8")
+        write_text(options.output, text)
     else:
         sys.stdout.write(text)
     strangers = len(known) - sum(known)
@@ -102,9 +102,11 @@ def _win_probabilities(
     method: PersonalizationMethod, users: UserState, whose: Tensor, rewards: Tensor, reference: list[Row]
 ) -> list[float]:
     """`win_probability` of every reward ``(B,)`` of the users at rows ``whose`` against the reference responses."""
-    assert method.encode is not None and method.encode_prompts is not None
     prompts = [row.prompt for row in reference]
-    features, asked = method.encode(prompts, [row.text for row in reference]), method.encode_prompts(prompts)
+    features, asked = (
+        method.text_encoder(prompts, [row.text for row in reference]),
+        method.text_encoder.prompts(prompts),
+    )
     wins, whose = torch.zeros_like(rewards), whose.to(rewards.device)
     for user in range(users.num_users):
         others = method.score(features, users, rows=torch.full((len(reference),), user), prompt_features=asked)

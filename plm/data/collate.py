@@ -8,10 +8,9 @@ Axes: N pairs, I items, P prompts, U users, D feature width, S support pairs of 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from plm.data.keys import KeyArray
 from plm.data.rows import Rows, TokenRows
 from plm.data.schema import FloatArray, PairTable
 from plm.data.splits import nested_supports
-from plm.types import Context, PreferenceBatch, Tokens
+from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens
 
 
 @dataclass(frozen=True)
@@ -133,33 +132,6 @@ def split_weights(table: PairTable, rows: IntArray, macro: bool, *, evaluation: 
     return (weight / (weight.mean() if len(rows) else 1.0)).astype(np.float32)
 
 
-class ResumableBatches(ABC):
-    """Batches of an epoch of which the first can be left out, so that a fit is resumed in the middle of one."""
-
-    _skipped = 0
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Batches per epoch on every process."""
-
-    def skip(self, num_batches: int) -> None:
-        """Leave out the first batches of the epoch that is read next; of a whole epoch, none."""
-        self._skipped = num_batches % len(self)
-
-    def take_skipped(self) -> int:
-        """How many batches the epoch that begins leaves out; the next is whole again."""
-        skipped, self._skipped = self._skipped, 0
-        return skipped
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing, for the trainer counts the batches; it tells Lightning that a fit can be resumed within an epoch."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing, see ``state_dict``."""
-        return
-
-
 class TrainBatches(ResumableBatches):
     """Training batches of this rank, made of whole users; every user goes to one rank.
 
@@ -184,7 +156,6 @@ class TrainBatches(ResumableBatches):
         seed: int,
         place: Callable[[], Place],
     ) -> None:
-        """See the class."""
         order = np.argsort(data.table.user[rows], kind="stable")
         self.data, self.rows, self.weight = data, rows[order], weight[order]
         self.batch_size, self.seed, self.place = batch_size, seed, place
@@ -266,7 +237,6 @@ class EvalBatches:
         few_shot: bool,
         place: Callable[[], Place],
     ) -> None:
-        """See the class."""
         self.data, self.circle, self.support, self.few_shot, self.place = data, circle, support, few_shot, place
         order = np.argsort(data.table.user[rows], kind="stable")
         self.rows, self.weight = rows[order], weight[order]

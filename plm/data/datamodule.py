@@ -101,7 +101,6 @@ class PreferenceDataModule(L.LightningDataModule):
         prompt_features: bool = False,
         reference_logps: bool = False,
     ) -> None:
-        """See the class."""
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than users to evaluate
         self.source, self.backbone, self.cache_dir = source, backbone, cache_dir

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import uuid
 import warnings
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from plm.atomic import replace, write_text
 from plm.backbones import Backbone
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ class FeatureCache:
     """
 
     def __init__(self, backbone: Backbone, directory: str | Path) -> None:
-        """See the class."""
         self.backbone = backbone
         identity = {"format": FORMAT, "key": backbone.key(), "feature_dim": backbone.feature_dim}
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -187,7 +186,7 @@ class FeatureCache:
         try:
             tensors: dict[str, NDArray[Any]] = {"digests": codes, "features": features}
             save_file(tensors, temporary, metadata={"checksum": _checksum(codes, features)})
-            os.replace(temporary, shard)
+            replace(temporary, shard)
         finally:
             temporary.unlink(missing_ok=True)
         self._shards[shard] = digests
@@ -199,9 +198,7 @@ def _claim(folder: Path, identity: dict[str, object]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.exists():
-            temporary = _temporary(manifest)
-            temporary.write_text(json.dumps(identity, indent=2, sort_keys=True), encoding="utf-8")
-            os.replace(temporary, manifest)
+            write_text(manifest, json.dumps(identity, indent=2, sort_keys=True))
         stored = json.loads(manifest.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"expected a folder for features that can be written, got {str(folder)!r}: {error}") from error

@@ -5,7 +5,6 @@ Axes: I items, P prompts, B gathered rows, D feature width, T tokens of the long
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from plm.data.files import IntArray
-from plm.data.schema import PairTable
 from plm.types import Tokens
 
 MAX_FLOATS = 2**26
@@ -97,76 +95,3 @@ class TokenRows:
         """Rows that are the prompts without a response."""
         nothing = [np.zeros(0, dtype=np.int32)] * len(self.prompts)
         return TokenRows(self.prompts, nothing, np.arange(len(self.prompts)))
-
-
-class Tokenizer(Protocol):
-    """What turns texts into token ids, and refuses a prompt that leaves no room for a response."""
-
-    def cut_completion(self, prompt: str, response: str, /) -> tuple[tuple[list[int], list[int]], int]:
-        """Token ids of prompt and response, and how many of the response were cut off."""
-
-
-def token_rows(
-    table: PairTable,
-    tokenizer: Tokenizer,
-    too_long: type[ValueError],
-    advice: str = "raise data.backbone.init_args.max_length or set max_prompt_length",
-) -> tuple[PairTable, TokenRows]:
-    """Tokenise the items of a table and leave out pairs that do not fit; responses that were cut are warned about.
-
-    Args:
-        table: The pairs.
-        tokenizer: A `plm.backbones.CausalLM`.
-        too_long: What it raises for a prompt that leaves no room.
-        advice: What to do about texts that do not fit.
-
-    Returns:
-        The table without pairs whose prompt leaves no room (``dropped["too_long"]``) or whose responses differ only
-        where they were cut off (``dropped["same_when_cut"]``), both with a warning, and the tokens of all items.
-
-    Raises:
-        ValueError: For a response without tokens or an id outside the vocabulary, with the position of its pair; or if
-            no pair fits.
-    """
-    prompts: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)] * len(table.prompts)
-    responses: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)] * len(table.items)
-    fits = np.ones(len(table.items), dtype=bool)
-    cut = np.zeros(len(table.items), dtype=bool)
-    for item, (prompt, text) in enumerate(table.texts()):
-        try:
-            (before, after), num_cut = tokenizer.cut_completion(prompt, text)
-        except too_long:
-            fits[item] = False
-            continue
-        except ValueError as error:
-            pair = int(np.flatnonzero((table.chosen == item) | (table.rejected == item))[0])
-            raise ValueError(f"{table.position(pair)}: {error}") from error
-        prompts[table.items[item, 0]] = np.array(before, dtype=np.int32)
-        responses[item] = np.array(after, dtype=np.int32)
-        cut[item] = num_cut > 0
-    rows = TokenRows(prompts, responses, table.items[:, 0])
-    unfit = ~(fits[table.chosen] & fits[table.rejected])
-    same = np.zeros(table.num_pairs, dtype=bool)
-    for pair in np.flatnonzero(~unfit & cut[table.chosen] & cut[table.rejected]).tolist():
-        same[pair] = np.array_equal(responses[table.chosen[pair]], responses[table.rejected[pair]])
-    if not (~unfit & ~same).any():
-        first = table.position(0)
-        raise ValueError(f"expected prompts that leave room for a response, got none (the first at {first}); {advice}")
-    if cut.any():
-        first = table.position(int(np.flatnonzero(cut[table.chosen] | cut[table.rejected])[0]))
-        warnings.warn(
-            f"{cut.sum()} of {len(table.items)} responses are cut off where the model can read no more (the first at "
-            f"{first}); {advice}",
-            stacklevel=2,
-        )
-    reasons = {"too_long": (unfit, "their prompts leave no room for a response"), "same_when_cut": (same, SAME)}
-    left = table.take(~unfit & ~same) if (unfit | same).any() else table
-    for name, (which, why) in reasons.items():
-        if which.any():
-            first = table.position(int(np.flatnonzero(which)[0]))
-            warnings.warn(
-                f"{which.sum()} of {table.num_pairs} pairs are left out: {why} (the first at {first}); {advice}",
-                stacklevel=2,
-            )
-            left.dropped[name] = int(which.sum())
-    return left, rows

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from plm.atomic import write_text
 from plm.data.files import IntArray
 from plm.data.keys import (
     KeyArray,
@@ -432,8 +432,4 @@ def write_splits(path: str | Path, splits: Splits, user_ids: Sequence[str], abou
         },
         "pairs": "".join("rvt-"[code] for code in splits.stage.tolist()),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(text, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(text, ensure_ascii=False, indent=1))

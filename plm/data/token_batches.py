@@ -10,12 +10,12 @@ from itertools import zip_longest
 
 import numpy as np
 
-from plm.data.collate import FeaturedPairs, Place, ResumableBatches, TrainBatches, pair_batch
+from plm.data.collate import FeaturedPairs, Place, TrainBatches, pair_batch
 from plm.data.files import IntArray
 from plm.data.keys import KeyArray
 from plm.data.rows import TokenRows
 from plm.data.schema import FloatArray
-from plm.types import PreferenceBatch
+from plm.types import PreferenceBatch, ResumableBatches
 
 WINDOW = 32
 """Batches that are sorted by length together: enough to save padding, few enough to keep batches random."""
@@ -56,7 +56,6 @@ class TokenBatches(ResumableBatches):
         place: Callable[[], Place],
         prompts_per_batch: int | None = None,
     ) -> None:
-        """See the class."""
         assert isinstance(data.items, TokenRows)
         self.data, self.rows, self.weight = data, rows, weight
         self.batch_size, self.pairs_per_user, self.seed = batch_size, pairs_per_user, seed

@@ -8,9 +8,6 @@ from plm.evaluation.report import (
     plain_table,
     summary_table,
     user_rows,
-    write_csv,
-    write_json,
-    write_text,
 )
 from plm.evaluation.statistics import CONFIDENCE, MIN_USERS, cluster_bootstrap, summarize, summarize_few_shot
 from plm.evaluation.terminal import print_parts
@@ -38,7 +35,4 @@ __all__ = [
     "summary_table",
     "user_rows",
     "verdict",
-    "write_csv",
-    "write_json",
-    "write_text",
 ]

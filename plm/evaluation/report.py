@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-import os
-import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -67,29 +61,6 @@ def few_shot_table(curve: Mapping[str, Any]) -> Table:
     return table
 
 
-def write_json(path: str | Path, entries: Mapping[str, Any], merge: bool = False) -> None:
-    """Write ``entries`` as JSON in one step; nan becomes null.
-
-    Args:
-        path: The file; its folder is made.
-        entries: What to write.
-        merge: Keep the file's other top-level entries.
-    """
-    path = Path(path)
-    kept = json.loads(path.read_text(encoding="utf-8")) if merge and path.is_file() else {}
-    text = json.dumps(_finite({**kept, **entries}), indent=2, allow_nan=False, ensure_ascii=False)
-    write_text(path, text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """Replace nan and infinities, which JSON does not have, by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 USER_COLUMNS = ["user_id", "split", "num_pairs", "accuracy", "global_accuracy", "gain", "other_accuracy", "log_loss"]
 """Columns of ``per_user.csv``; gain = accuracy - global accuracy."""
 
@@ -110,19 +81,3 @@ def user_rows(groups: Mapping[str, UserTable], user_ids: Sequence[str]) -> list[
         for row, num_pairs, *values in zip(*(column.tolist() for column in columns), strict=True):
             rows.append([user_ids[row], split, int(num_pairs), *(None if math.isnan(v) else v for v in values)])
     return rows
-
-
-def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a CSV file in one step; None becomes an empty cell."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([columns, *rows])
-    write_text(path, text.getvalue())
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file as it is in one step, so that a reader sees all of it or the file before; makes its folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_bytes(text.encode())
-    os.replace(temporary, path)

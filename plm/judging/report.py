@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from plm.evaluation import plain_table, print_parts, write_json, write_text
+from plm.atomic import write_json, write_text
+from plm.evaluation import plain_table, print_parts
 
 _TITLE = "Value of each policy's texts less that of the unaligned policy's, 95% intervals over prompts"
 _NOTE = (

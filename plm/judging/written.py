@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plm.backbones import Policy
-from plm.checkpoint import KnownUsers
 from plm.data.rewards.reward import DoubleArray
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import Sample, sample_logps
@@ -85,8 +84,7 @@ def users_of(method: PersonalizationMethod, tastes: SampledPairs, asked: Sequenc
     Raises:
         ValueError: If one is unknown, or nobody is named and no person is a user.
     """
-    assert isinstance(method.find_users, KnownUsers)
-    known = method.find_users.store.ids
+    known = method.known_users.store.ids
     if asked is None:
         users = [person for person in tastes.weights if person in known]
         if not users:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import shlex
 import shutil
 import time
@@ -16,9 +15,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from plm.atomic import replace as move
+from plm.atomic import write_csv, write_json
 from plm.data import surface
 from plm.data.datamodule import PreferenceDataModule
-from plm.evaluation import USER_COLUMNS, summarize, user_rows, write_csv, write_json
+from plm.evaluation import USER_COLUMNS, summarize, user_rows
 from plm.leaderboard import baselines as opponents
 from plm.leaderboard import entries as book
 from plm.leaderboard.cells import Cell, clean, run_cells
@@ -200,7 +201,7 @@ def _baseline_rows(data: PreferenceDataModule, root: Path, command: str) -> list
                 numbers = {group: summarize(table) for group, table in groups.items()}
                 write_json(part / "metrics.json", {"split_hash": data.split_hash, **numbers})
                 write_csv(part / "per_user.csv", USER_COLUMNS, user_rows(groups, data.all_user_ids))
-                os.replace(part, folder)
+                move(part, folder)
             rows.append(make_row(row, {0: read_run(folder)}))
         except Exception as error:
             shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)

@@ -28,7 +28,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import plm
-from plm.evaluation import write_text
+from plm.atomic import replace, write_text
 from plm.leaderboard.facts import RunFacts
 from plm.recipe.fit import RecipeCLI, run_recipe
 
@@ -129,7 +129,7 @@ def run_here(one: Cell) -> None:
     logger: dict[str, Any] = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
     logger["init_args"] = {"save_dir": str(part), "name": "", "version": "run"}
     overlay = part / "logger.yaml"
-    overlay.write_text(yaml.safe_dump({"trainer": {"logger": logger}}), encoding="utf-8")
+    write_text(overlay, yaml.safe_dump({"trainer": {"logger": logger}}))
     args = ["fit", *one.args, "--config", str(overlay), "--seed_everything", str(one.seed), *QUIET]
     error = ""
     with (part / "log.txt").open("w", encoding="utf-8") as log, output_to(log):
@@ -154,7 +154,7 @@ def run_here(one: Cell) -> None:
     for file in list((part / "run").iterdir()):
         file.rename(part / file.name)
     (part / "run").rmdir()
-    os.replace(part, one.folder)
+    replace(part, one.folder)
 
 
 def _fail(one: Cell, part: Path, error: str) -> None:
@@ -164,7 +164,7 @@ def _fail(one: Cell, part: Path, error: str) -> None:
         error = next((line for line in reversed(log.splitlines()) if line.startswith("error:")), error)
     write_text(part / "error.txt", error + "\n")
     shutil.rmtree(one.failed, ignore_errors=True)
-    os.replace(part, one.failed)
+    replace(part, one.failed)
 
 
 def _run_apart(one: Cell, jobs: int) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 import plm
+from plm.atomic import write_text
 from plm.data.datamodule import PreferenceDataModule
 from plm.leaderboard.cells import Cell, ReadCLI, cell, output_to, run_cells
 from plm.leaderboard.results import Kind
@@ -143,8 +144,7 @@ def shared_part(recipe: str, folder: Path) -> list[str]:
     for number, file in enumerate(files):
         kept = {key: value for key, value in read_config(file).items() if key not in _OF_A_METHOD}
         path = folder / f"{number}-{file.stem}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(kept), encoding="utf-8")
+        write_text(path, yaml.safe_dump(kept))
         args += ["--config", str(path)]
     return args
 

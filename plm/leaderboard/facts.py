@@ -9,8 +9,8 @@ from typing import Any, cast
 import lightning as L
 import torch
 
+from plm.atomic import write_json
 from plm.callbacks import run_dir
-from plm.evaluation import write_json
 from plm.types import PreferenceBatch, UserState
 
 UNCERTAINTY = ("precision", "log_precision", "log_var")
@@ -24,7 +24,6 @@ class RunFacts(L.Callback):
     """
 
     def __init__(self) -> None:
-        """See the class."""
         self._start = math.nan
         self._facts: dict[str, Any] = {}
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from plm.evaluation import interval, plain_table, points, write_csv, write_json, write_text
+from plm.atomic import write_csv, write_json, write_text
+from plm.evaluation import interval, plain_table, points
 from plm.leaderboard.results import GROUPS, Row, Versus, all_pairs, ranked, verdicts, versus
 
 if TYPE_CHECKING:

@@ -6,33 +6,20 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
+
+if TYPE_CHECKING:
+    from plm.checkpoint import KnownUsers, TextEncoder
 
 CHECKPOINT_KEY = "plm"
 """Where a checkpoint keeps what is not a weight: class path, format version, seen user ids."""
-
-
-@runtime_checkable
-class Resumable(Protocol):
-    """A loader of training batches that can go on in the middle of an epoch."""
-
-    def skip(self, num_batches: int) -> None:
-        """Leave out the first batches of the epoch that is read next; of a whole epoch, none."""
-
-
-@runtime_checkable
-class ByUser(Protocol):
-    """A loader of training batches over which a user's pairs are spread, that can also give whole users."""
-
-    def whole_users(self) -> Iterable[PreferenceBatch]:
-        """Every training pair of this process once, a user's in one batch; each user belongs to one process."""
 
 
 class PersonalizationMethod(L.LightningModule, ABC):
@@ -55,16 +42,15 @@ class PersonalizationMethod(L.LightningModule, ABC):
     """Names of parameters and buffers with one row per seen user: copied by user id when a checkpoint is loaded."""
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None, lr: float) -> None:
-        """See the class."""
         super().__init__()
         self.save_hyperparameters()
         self.num_users = num_users
         self.feature_dim = feature_dim
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
-        self.encode: Callable[[Sequence[str], Sequence[str]], Tensor | Tokens] | None = None
+        self.encode: TextEncoder | None = None
         self.encode_prompts: Callable[[Sequence[str]], Tensor | None] | None = None
-        self.find_users: Callable[[Sequence[str]], UserState] | None = None
+        self.find_users: KnownUsers | None = None
         self.num_train_pairs = 1
         self.reference: Tensor
         self.feature_scale: Tensor
@@ -180,19 +166,16 @@ class PersonalizationMethod(L.LightningModule, ABC):
         else:
             num_responses = len(responses)
         if not isinstance(responses, Tensor | Tokens):
-            if self.encode is None:
-                raise ValueError("score got texts, but this method has no encoder; load it with plm.load_method(path)")
+            encoder = self.text_encoder
             texts, asked = list(responses), [prompts] * num_responses if isinstance(prompts, str) else list(prompts)
             if not all(isinstance(text, str) for text in texts) or len(asked) != num_responses:
                 raise ValueError(f"expected texts with one prompt each, got {len(asked)} prompts and {texts[:3]!r}")
-            responses = self.encode(asked, texts)
+            responses = encoder(asked, texts)
             prompt_features = self.encode_prompts(asked) if self.encode_prompts else None
         if user_id is not None:
-            if self.find_users is None:
-                raise ValueError("score got user ids, but this method knows none; load it with plm.load_method(path)")
             ids = [user_id] * num_responses if isinstance(user_id, str) else list(user_id)
             row_of = {one: row for row, one in enumerate(dict.fromkeys(ids))}
-            users, rows = self.find_users(list(row_of)), torch.tensor([row_of[one] for one in ids], dtype=torch.long)
+            users, rows = self.known_users(list(row_of)), torch.tensor([row_of[one] for one in ids], dtype=torch.long)
         if users is None:
             users, rows = self.population_state(1), torch.zeros(num_responses, dtype=torch.long)
         known = users.num_users if rows is None else len(rows)
@@ -204,6 +187,28 @@ class PersonalizationMethod(L.LightningModule, ABC):
         if rows is None:
             return self._score(responses, users, **asked_of)
         return self._score_rows(responses, users, rows.to(users.num_pairs.device), **asked_of)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """What turns texts into what the method reads.
+
+        Raises:
+            ValueError: If the method was not loaded by ``load_method``.
+        """
+        if self.encode is None:
+            raise ValueError(f"{type(self).__name__} has no encoder of texts; load it with plm.load_method(path)")
+        return self.encode
+
+    @property
+    def known_users(self) -> KnownUsers:
+        """The users in the store beside the checkpoint.
+
+        Raises:
+            ValueError: If the method was not loaded by ``load_method``.
+        """
+        if self.find_users is None:
+            raise ValueError(f"{type(self).__name__} knows no user ids; load it with plm.load_method(path)")
+        return self.find_users
 
     def _asked(self, prompt_features: Tensor | Tokens | None) -> dict[str, Any]:
         return {"prompt_features": prompt_features} if self.reads_prompts else {}
@@ -261,8 +266,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
         count = self.reference.new_zeros(2, dtype=torch.float64)
         for batch in self.train_pass():
             count[0] += batch.num_pairs
-            if isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor):
-                count[1] += (batch.chosen - batch.rejected).square().sum()
+            if isinstance(batch.chosen, Tensor):
+                count[1] += batch.difference.square().sum()
         num_pairs, length = self.sum_over_processes(count).tolist()
         self.num_train_pairs = int(num_pairs)
         if self.trainer.global_step == 0 and length > 0:
@@ -275,14 +280,14 @@ class PersonalizationMethod(L.LightningModule, ABC):
         Lightning does so itself only where nobody has asked for the length of the fit before, as schedules do.
         """
         loader = self.trainer.train_dataloader
-        if isinstance(loader, Resumable):
+        if isinstance(loader, ResumableBatches):
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             loader.skip(progress.processed)
 
     def train_pass(self) -> Iterator[PreferenceBatch]:
         """Every training pair of this process once; a user's pairs are never spread over batches."""
         loader = self.trainer.train_dataloader
-        return self._pass(loader.whole_users() if isinstance(loader, ByUser) else loader)
+        return self._pass(loader.whole_users() if isinstance(loader, ResumableBatches) else loader)
 
     def val_pass(self) -> Iterator[PreferenceBatch]:
         """Every validation pair of this process once."""

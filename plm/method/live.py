@@ -53,7 +53,6 @@ class LiveMethod(NetworkMethod):
         batch_tokens: int = 16384,
         **options: Any,
     ) -> None:
-        """See the class."""
         super().__init__(
             gradient_checkpointing=gradient_checkpointing,
             compile_network=compile_network,

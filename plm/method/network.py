@@ -41,7 +41,6 @@ class NetworkMethod(PersonalizationMethod):
         batch_tokens: int = 16384,
         **options: Any,
     ) -> None:
-        """See the class."""
         super().__init__(**options)
         if options.get("backbone") is None:
             raise ValueError(f"{type(self).__name__} needs a language model: set data.backbone to a CausalLM")

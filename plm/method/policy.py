@@ -17,12 +17,13 @@ from plm.backbones import Prefix, TextWriter
 from plm.distributed import summed
 from plm.functional import SequenceLogps, response_logps
 from plm.method import CHECKPOINT_KEY
+from plm.method.abilities import Writer
 from plm.method.network import NetworkMethod
 from plm.optimizer import Schedule, rate_factor
 from plm.types import Tokens, UserState
 
 
-class PolicyMethod(NetworkMethod):
+class PolicyMethod(NetworkMethod, Writer):
     """A preference model that is a language model, or steers one: it reads tokens and writes text.
 
     A subclass adds its own parameters in ``build``, see `NetworkMethod`.
@@ -54,7 +55,6 @@ class PolicyMethod(NetworkMethod):
         compile_network: bool = False,
         batch_tokens: int = 16384,
     ) -> None:
-        """See the class."""
         super().__init__(
             num_users=num_users,
             feature_dim=feature_dim,

@@ -57,7 +57,6 @@ class BradleyTerry(PersonalizationMethod):
         anchor: bool = False,
         lr: float = 0.1,
     ) -> None:
-        """See the class."""
         super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
         if not ridges or min(ridges) < 0:
             raise ValueError(f"model.ridges: expected numbers >= 0, at least one, got {list(ridges)!r}")

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from plm.backbones import Policy
 from plm.distributed import pair_weights, summed, world_size
+from plm.method.abilities import Exporter
 from plm.method.policy import PolicyMethod
 from plm.optimizer import Schedule
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
-class SFT(PolicyMethod):
+class SFT(PolicyMethod, Exporter):
     """Maximum likelihood on preferred responses: the baseline policy, and where preference methods start.
 
     All weights are trained. The trained model is a folder that transformers loads: ``plm export`` writes it, and so
@@ -56,7 +57,6 @@ class SFT(PolicyMethod):
         batch_tokens: int = 16384,
         save_to: str | None = None,
     ) -> None:
-        """See the class."""
         super().__init__(
             num_users,
             feature_dim,
@@ -145,6 +145,6 @@ class SFT(PolicyMethod):
             self.load_weights(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
         self.export(self.save_to)
 
-    def export(self, folder: str | Path, users: UserState | None = None) -> None:
+    def export(self, folder: str | Path, user: UserState | None = None) -> None:
         """Write the model and its tokenizer as a Hugging Face folder; it is the same for every user."""
         self.policy.save(folder)

@@ -35,7 +35,6 @@ class RewardFeatures(Backbone):
     def __init__(
         self, rewards: dict[str, Any], objectives: dict[str, str], shift: list[float], scale: list[float]
     ) -> None:
-        """See the class."""
         unknown = [name for name in objectives.values() if name.removeprefix("-") not in rewards]
         if unknown or not objectives:
             raise ValueError(f"expected objectives among the rewards {sorted(rewards)}, got {unknown or objectives!r}")

@@ -32,7 +32,6 @@ class LatentFit:
     """
 
     def __init__(self, beta: float = 0.1, kl_coef: float = 0.003) -> None:
-        """See the class."""
         self.beta, self.kl_coef = beta, kl_coef
         problems = [
             f"policies.latent_fit.{name}: expected a finite number > 0, got {value!r}"
@@ -104,7 +103,6 @@ class LatentPortfolio(WritingPortfolio):
         sharpness: float = 8.0,
         prior_precision: float = 0.1,
     ) -> None:
-        """See the class."""
         super().__init__(num_users, feature_dim, backbone, lr=0.0)
         self.check_users(sharpness, prior_precision)
         self.sharpness, self.prior_precision = sharpness, prior_precision

@@ -48,7 +48,6 @@ class PolicyOracle(Oracle):
         max_new_tokens: int = 64,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         problems = [
             f"{type(self).__name__}.{name}: expected at least 1, got {value!r}"
             for name, value in {"num_samples": num_samples, "max_new_tokens": max_new_tokens}.items()
@@ -147,7 +146,6 @@ class MixedPolicies(PolicyOracle):
     """
 
     def __init__(self, portfolio: PolicyPortfolio, adapters: Tensor, prompts: Sequence[str], **options: Any) -> None:
-        """See the class."""
         super().__init__(portfolio, prompts, **options)
         if len(adapters) != self.num_objectives or portfolio.decoding == "own":
             raise ValueError(
@@ -178,7 +176,6 @@ class TrainedPolicies(PolicyOracle):
         prompts: Sequence[str],
         **options: Any,
     ) -> None:
-        """See the class."""
         super().__init__(portfolio, prompts, **options)
         self.train = train
 

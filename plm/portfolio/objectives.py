@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from plm.checkpoint import KnownUsers, load_method
+from plm.checkpoint import load_method
 from plm.data.files import read_rows
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
@@ -92,7 +92,6 @@ class RewardTable(RewardSource):
     """
 
     def __init__(self, path: str, objectives: dict[str, str], prompt: str = "prompt_id") -> None:
-        """See the class."""
         if len(objectives) < 2:
             raise ValueError(f"rewards.objectives: expected at least two objectives, got {objectives!r}")
         self.path, self.objectives, self.prompt = path, objectives, prompt
@@ -227,7 +226,6 @@ class LoReBases(RewardSource):
         candidates: int = 8,
         slates: int = 300,
     ) -> None:
-        """See the class."""
         if (ckpt_path is None) == (recipe is None):
             raise ValueError(f"rewards: give either ckpt_path or recipe, got {ckpt_path!r} and {recipe!r}")
         if candidates < 2 or slates < 1:
@@ -259,8 +257,7 @@ class LoReBases(RewardSource):
     @cached_property
     def _users(self) -> tuple[list[str], Array]:
         """Ids and weights of all users beside the checkpoint."""
-        assert isinstance(self._method.find_users, KnownUsers)
-        store = self._method.find_users.store
+        store = self._method.known_users.store
         state = store.get(store.ids)[0].tensors
         weights = state["weights"].double().numpy() if "weights" in state else np.zeros((1, 1))
         if "weights" not in state or weights.min() < -1e-5 or abs(weights.sum(axis=1) - 1).max() > 1e-3:
@@ -299,8 +296,7 @@ class LoReBases(RewardSource):
         table = self.source.load()
         prompts = [table.prompts[row] for row in table.items[:, 0]]
         texts = [table.responses[row] for row in table.items[:, 1]]
-        assert self._method.encode is not None
-        features = self._method.encode(prompts, texts)
+        features = self._method.text_encoder(prompts, texts)
         assert isinstance(features, Tensor)
         rewards = (features @ self._bases).double().numpy()
         groups = [np.flatnonzero(table.items[:, 0] == prompt) for prompt in range(len(table.prompts))]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from plm.backbones import Backbone, Completion, LoRA, MixedWriting, Policy, TextWriter, mixed_logits
 from plm.functional import response_logps
+from plm.method.abilities import Exporter
 from plm.method.policy import PolicyMethod
 from plm.portfolio.writing import WritingPortfolio
 from plm.types import Tokens, UserState
@@ -30,7 +31,7 @@ Decoding = Literal["own", "merged", "logits"]
 _PLACES = 1024  # whose scores over the vocabulary are in memory at once
 
 
-class PolicyPortfolio(WritingPortfolio, PolicyMethod):
+class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
     """Few policies of one language model that serve everybody, told apart by low-rank adapters.
 
     K adapters are kept, and M members, each a row of shares over the adapters.
@@ -70,7 +71,6 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod):
         prior_precision: float = 0.1,
         batch_tokens: int = 16384,
     ) -> None:
-        """See the class."""
         super().__init__(num_users, feature_dim, backbone, lr=0.0, batch_tokens=batch_tokens)
         if decoding not in ("own", "merged", "logits"):
             raise ValueError(f"decoding: expected own, merged or logits, got {decoding!r}")
@@ -179,7 +179,7 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod):
         ]
         return response_logps(torch.cat(parts), row, tokens.num_rows).total
 
-    def export(self, folder: Path, user: UserState) -> None:
+    def export(self, folder: str | Path, user: UserState) -> None:
         """Write the member of one user as a PEFT folder.
 
         Raises:

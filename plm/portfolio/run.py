@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from plm.atomic import write_csv, write_json
 from plm.checkpoint import KnownUsers
-from plm.evaluation import print_parts, write_csv, write_json
+from plm.evaluation import print_parts
 from plm.judging import report as judge_report
 from plm.methods.palm import MAX_OBJECTIVES, PALM
 from plm.methods.palm.grid import as_array, combined_grid_size, lattice, random_weights
@@ -90,7 +91,6 @@ class PortfolioRun:
         policies: WrittenMembers | None = None,
         output: str = "runs/portfolio",
     ) -> None:
-        """See the class."""
         self.rewards, self.size, self.sizes = rewards, size, sorted({*sizes, size})
         self.num_objectives, self.seeds, self.search, self.delta = num_objectives, seeds, search, delta
         self.cell, self.max_calls, self.solver, self.beta = cell, max_calls, solver, beta

@@ -55,7 +55,6 @@ class SampledRewards(RewardSource):
         sharpness: float = 8.0,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.path, self.rewards, self.objectives = path, dict(rewards), dict(objectives)
         self.people, self.value_prompts, self.test_share = dict(people or {}), value_prompts, test_share
         self.sharpness, self.seed = sharpness, seed

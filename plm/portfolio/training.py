@@ -45,7 +45,6 @@ class LoRADPOFit:
         pairs_per_step: int = 8,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.beta, self.rank, self.alpha, self.lr = beta, rank, alpha, lr
         self.epochs, self.pairs_per_step, self.seed = epochs, pairs_per_step, seed
         problems = [
@@ -70,7 +69,6 @@ class WeightedPairs(PairSource):
     """
 
     def __init__(self, table: PairTable) -> None:
-        """See the class."""
         self.table = table
 
     @property

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plm.backbones import Backbone, Policy, TextWriter
+from plm.backbones import Backbone, Policy
 from plm.functional import PairList, flatten_context
+from plm.method.abilities import Writer
 from plm.methods.palm.routing import RoutedMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
-class WritingPortfolio(RoutedMethod):
+class WritingPortfolio(RoutedMethod, Writer):
     """Few policies that serve everybody; ``plm portfolio`` makes it.
 
     A user writes with the member that is best for the user's weights. The reward of a user is the mix of objectives
@@ -57,10 +58,6 @@ class WritingPortfolio(RoutedMethod):
     @abstractmethod
     def unaligned(self) -> Policy:
         """The language model as it is, where no member writes."""
-
-    @abstractmethod
-    def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
-        """A batch of texts, each written by the member of its user."""
 
     @abstractmethod
     def log_ratios(self, tokens: Tokens, member: int) -> Tensor:

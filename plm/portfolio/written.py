@@ -86,7 +86,6 @@ class WrittenMembers:
         max_new_tokens: int = 64,
         cache_dir: str = "~/.cache/plm",
     ) -> None:
-        """See the class."""
         self.backbone, self.oracle, self.fit = backbone, oracle, fit or LoRADPOFit()
         self.clap, self.latent_fit = clap, latent_fit or LatentFit()
         self.rounds = rounds

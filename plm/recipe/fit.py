@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
+from plm.atomic import write_text
 from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
 from plm.checkpoint import find_class, read_checkpoint
 from plm.data.datamodule import PreferenceDataModule
@@ -62,8 +63,7 @@ class SaveRecipe(SaveConfigCallback):
         if not self.already_saved and trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_unset=False)
             path = run_dir(trainer) / ("recipe.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
             data = getattr(trainer, "datamodule", None)
             if stage == "fit" and isinstance(data, PreferenceDataModule):
                 data.save_splits(path.with_name("splits.json"))

@@ -22,7 +22,6 @@ class SavePredictions(L.Callback):
     """
 
     def __init__(self) -> None:
-        """See the class."""
         self._rows: list[list[Any]] = []
 
     def on_predict_batch_end(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import logging
 import math
 from typing import Any
@@ -19,6 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from rich.table import Table
 
+from plm.atomic import write_json, write_text
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod, constructor_arguments
@@ -42,7 +42,6 @@ class BestValue(L.Callback):
     """
 
     def __init__(self, monitor: str, mode: str) -> None:
-        """See the class."""
         self.monitor = monitor
         self.mode = mode
         self.value = math.nan
@@ -171,15 +170,14 @@ def _report(cli: LightningCLI, candidates: list[dict[str, Any]], values: list[fl
     rows = [
         {**candidate, config.checkpoint.monitor: value} for candidate, value in zip(candidates, values, strict=True)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     about = {"monitor": config.checkpoint.monitor, "mode": config.checkpoint.mode, "selected": best, "candidates": rows}
-    (folder / "select.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "select.json", about)
     chosen = config.clone()
     chosen.select = None
     for name, value in candidates[best].items():
         chosen.model.init_args[name] = value
     text = cli._parser("fit").dump(chosen, skip_unset=False)
-    (folder / "selected.yaml").write_text(text, encoding="utf-8")
+    write_text(folder / "selected.yaml", text)
     table = Table(*map(str, rows[0]), "", title="Selection on validation rows", title_justify="left")
     for index, row in enumerate(rows):
         cells = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]

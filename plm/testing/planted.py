@@ -24,7 +24,6 @@ class TinyBackbone(Backbone):
     """
 
     def __init__(self, dim: int = 8) -> None:
-        """See the class."""
         self.dim = dim
 
     @property
@@ -58,7 +57,6 @@ class Batches:
     """
 
     def __init__(self, *batches: PreferenceBatch) -> None:
-        """See the class."""
         self.batches = batches
 
     def __len__(self) -> int:
@@ -108,7 +106,6 @@ class PlantedData(L.LightningDataModule):
         shuffle_users: bool = False,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         super().__init__()
         self.num_users, self.feature_dim = num_users, feature_dim
         self.user_ids = [f"seen-{row}" for row in range(num_users)]

@@ -55,7 +55,6 @@ class PlantedTexts(PlantedData):
     prompts_per_batch = 1  # there is one prompt, and all its pairs are in every batch
 
     def __init__(self, num_users: int = 6, **options: Any) -> None:
-        """See the class."""
         super().__init__(num_users, **options)
         self.backbone_spec = tiny_causal_lm().spec()
         self.context = _context(self.context)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from plm.backbones import TooLong
 from plm.data.collate import FeaturedPairs, Place, build_context, pair_batch
+from plm.data.encoding import token_rows
 from plm.data.keys import content_keys
-from plm.data.rows import TokenRows, token_rows
+from plm.data.rows import TokenRows
 from plm.data.schema import PairTable, pair_table
 from plm.data.token_batches import TokenBatches
 from plm.types import Tokens
@@ -23,14 +25,10 @@ class Letters:
 
     def cut_completion(self, prompt: str, response: str, /) -> tuple[tuple[list[int], list[int]], int]:
         if len(prompt) > 5:
-            raise TooLong(prompt)
+            raise TooLong(prompt, "too long")
         return ([ord(letter) for letter in prompt], [ord(letter) for letter in response[:100]]), max(
             0, len(response) - 100
         )
-
-
-class TooLong(ValueError):
-    pass
 
 
 def planted(pairs_of: list[int], prompt: str = "p") -> PairTable:
@@ -50,7 +48,7 @@ def planted(pairs_of: list[int], prompt: str = "p") -> PairTable:
 def loader(
     table: PairTable, *, rank: int = 0, world_size: int = 1, epoch: int = 0, batch_size: int = 4, per_user: int = 0
 ) -> TokenBatches:
-    table, tokens = token_rows(table, Letters(), TooLong)
+    table, tokens = token_rows(table, Letters())
     data = FeaturedPairs(table, tokens, None, np.arange(table.num_users))
     weight = np.linspace(0.5, 1.5, table.num_pairs).astype(np.float32)
     return TokenBatches(
@@ -72,11 +70,11 @@ def pairs(batch: object) -> list[int]:
 
 def test_rows_are_padded_on_the_right_and_marked() -> None:
     table = planted([3], "pq")
-    tokens = token_rows(table, Letters(), TooLong)[1].gather(table.chosen[[0, 2]])
+    tokens = token_rows(table, Letters())[1].gather(table.chosen[[0, 2]])
     assert tokens.input_ids.tolist() == [[112, 113, 97, 0, 0], [112, 113, 97, 97, 97]]
     assert tokens.attention_mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
     assert tokens.completion_mask.tolist() == [[False, False, True, False, False], [False, False, True, True, True]]
-    alone = token_rows(table, Letters(), TooLong)[1].prompts_alone().gather(np.array([0]))
+    alone = token_rows(table, Letters())[1].prompts_alone().gather(np.array([0]))
     assert alone.input_ids.tolist() == [[112, 113]] and not alone.completion_mask.any()
 
 
@@ -85,10 +83,10 @@ def test_pairs_that_do_not_fit_are_left_out_and_counted() -> None:
     texts = (["u"], ["short", "too long"], ["a", "b"])
     table = pair_table(*texts, user=0 * one, prompt=prompts, chosen=0 * one, rejected=one)
     with pytest.warns(UserWarning, match="1 of 2 pairs are left out: their prompts leave no room"):
-        kept, _ = token_rows(table, Letters(), TooLong)
+        kept, _ = token_rows(table, Letters())
     assert kept.num_pairs == 1 and kept.dropped["too_long"] == 1
     with pytest.raises(ValueError, match=r"got none .*max_prompt_length"), warnings.catch_warnings():
-        token_rows(planted([2], "too long"), Letters(), TooLong)
+        token_rows(planted([2], "too long"), Letters())
 
 
 def test_cut_responses_are_reported_and_pairs_without_a_difference_left_out() -> None:
@@ -98,7 +96,7 @@ def test_cut_responses_are_reported_and_pairs_without_a_difference_left_out() ->
         ["u"], ["p"], texts, user=np.zeros(2, int), prompt=np.zeros(2, int), chosen=both[0], rejected=both[1]
     )
     with pytest.warns(UserWarning) as caught:
-        kept, tokens = token_rows(table, Letters(), TooLong)
+        kept, tokens = token_rows(table, Letters())
     told = [str(one.message) for one in caught]
     assert told[0].startswith("3 of 4 responses are cut off where the model can read no more (the first at")
     assert told[1].startswith("1 of 2 pairs are left out: their responses differ only where they are cut off")
@@ -107,7 +105,7 @@ def test_cut_responses_are_reported_and_pairs_without_a_difference_left_out() ->
 
 
 def test_reference_log_probabilities_travel_with_the_tokens() -> None:
-    table, tokens = token_rows(planted([3]), Letters(), TooLong)
+    table, tokens = token_rows(planted([3]), Letters())
     tokens = TokenRows(tokens.prompts, tokens.responses, tokens.prompt, np.arange(6, dtype=np.float32))
     data = FeaturedPairs(table, tokens, None, np.zeros(1, np.int64))
     batch = pair_batch(data, np.array([2, 0]), np.ones(2, np.float32), evaluation=False)
@@ -116,7 +114,7 @@ def test_reference_log_probabilities_travel_with_the_tokens() -> None:
 
 
 def test_a_context_of_tokens_is_padded_like_one_of_features() -> None:
-    table, tokens = token_rows(planted([1, 2]), Letters(), TooLong)
+    table, tokens = token_rows(planted([1, 2]), Letters())
     context = build_context(FeaturedPairs(table, tokens, None, np.arange(2)), np.arange(3), np.array([1, 0]))
     assert isinstance(context.chosen, Tokens)
     assert context.mask.tolist() == [[True, True], [True, False]]
@@ -235,7 +233,7 @@ def test_batches_by_prompt_hold_all_pairs_of_their_prompts() -> None:
         chosen=2 * np.arange(count),
         rejected=2 * np.arange(count) + 1,
     )
-    table, tokens = token_rows(table, Letters(), TooLong)
+    table, tokens = token_rows(table, Letters())
     data = FeaturedPairs(table, tokens, None, np.arange(2))
 
     def epoch(rank: int, world_size: int, number: int = 0) -> list[list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plm.evaluation import write_csv, write_json
+from plm.atomic import write_csv, write_json
 from plm.leaderboard.figures import all_figures
 from plm.leaderboard.report import Leaderboard, markdown, page, records, terminal, write
 from plm.leaderboard.results import Row, all_pairs, make_row, other_user_row, ranked, read_run, verdicts, versus

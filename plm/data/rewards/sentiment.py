@@ -9,15 +9,15 @@ Axes: N responses, F words and word pairs of the vocabulary.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from plm.atomic import whole_file
 from plm.data.rewards.reward import DoubleArray, Reward
 from plm.data.sources.reviews import Review, read_reviews
 
@@ -59,7 +59,6 @@ class Sentiment(Reward):
         window: int = 48,
         cache_dir: str = "~/.cache/plm",
     ) -> None:
-        """See the class."""
         if part not in ("reward", "judge"):
             raise ValueError(f"Sentiment.part: expected reward or judge, got {part!r}")
         if window < 1:
@@ -79,10 +78,9 @@ class Sentiment(Reward):
         reviews = [review for half in ("train", "test") for review in read_reviews(self.path, half, self.part)]
         file = Path(self.cache_dir).expanduser() / "rewards" / f"sentiment-{self._key(reviews)}.npz"
         if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-            _save(_train(reviews, self.window), part)
-            os.replace(part, file)
+            classifier = _train(reviews, self.window)
+            with whole_file(file) as whole:
+                _save(classifier, whole)
         return _load(file)
 
     def _key(self, reviews: Sequence[Review]) -> str:
@@ -134,7 +132,7 @@ def _train(reviews: Sequence[Review], window: int) -> Classifier:
     )
 
 
-def _save(classifier: Classifier, file: Path) -> None:
+def _save(classifier: Classifier, file: IO[bytes]) -> None:
     words: npt.NDArray[np.uint8] = np.frombuffer("\n".join(classifier.vocabulary).encode(), dtype=np.uint8)
     np.savez(
         file,

@@ -76,7 +76,6 @@ class Length(Reward):
     """
 
     def __init__(self, target: int | None = None) -> None:
-        """See the class."""
         if target is not None and target < 0:
             raise ValueError(f"Length.target: expected a number of words or null, got {target!r}")
         self.target = target
@@ -95,7 +94,6 @@ class Lexicon(Reward):
     """
 
     def __init__(self, words: list[str]) -> None:
-        """See the class."""
         self.words = frozenset(word.lower() for word in words)
         if not self.words:
             raise ValueError("Lexicon.words: expected words, got none")
@@ -117,7 +115,6 @@ class Style(Reward):
     """
 
     def __init__(self, rule: Rule) -> None:
-        """See the class."""
         if rule not in _RULES:
             raise ValueError(
                 f"Style.rule: expected one of {', '.join(get_args(Rule))}, got {rule!r}{nearest(rule, _RULES)}"

@@ -50,7 +50,6 @@ class ArenaPairs(PairSource):
     """
 
     def __init__(self, path: str | None = None, min_pairs: int = 5, language: str | None = "English") -> None:
-        """See the class."""
         self.path, self.min_pairs, self.language = path, min_pairs, language
 
     @property

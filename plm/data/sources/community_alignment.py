@@ -80,7 +80,6 @@ class CommunityAlignmentPairs(PairSource):
     """
 
     def __init__(self, path: str | None = None, min_pairs: int = 30, language: str | None = None) -> None:
-        """See the class."""
         self.path, self.min_pairs, self.language = path, min_pairs, language
 
     @property

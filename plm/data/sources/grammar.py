@@ -59,7 +59,6 @@ class GrammarResponses(PairSource):
     """
 
     def __init__(self, num_prompts: int = 160, num_responses: int = 16, test_share: float = 0.2, seed: int = 0) -> None:
-        """See the class."""
         self.num_prompts, self.num_responses, self.test_share, self.seed = num_prompts, num_responses, test_share, seed
         most = len(SUBJECTS) * len(VERBS)
         checks = {
@@ -119,7 +118,6 @@ class GrammarPeople(PairSource):
         test_share: float = 0.2,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.texts = GrammarResponses(num_prompts, num_responses, test_share, seed)
         self.num_people, self.prompts_per_person = num_people, prompts_per_person
         for name in ("num_people", "prompts_per_person"):

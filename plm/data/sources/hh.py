@@ -62,7 +62,6 @@ class HHPairs(TypedPairs):
         test_pairs: int = 64,
         **people: Any,
     ) -> None:
-        """See the class."""
         super().__init__(support_pairs=support_pairs, target_pairs=target_pairs, test_pairs=test_pairs, **people)
         self.path = path
 

@@ -26,7 +26,6 @@ class PairFiles(PairSource):
     """
 
     def __init__(self, path: str | list[str], columns: dict[str, str | None] | None = None) -> None:
-        """See the class."""
         self.path = path
         self.columns = columns
 

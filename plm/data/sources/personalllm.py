@@ -37,7 +37,6 @@ class PersonalLlmPairs(PopulationPairs):
     """
 
     def __init__(self, path: str | None = None, z_score: bool = False, **population: Any) -> None:
-        """See the class."""
         super().__init__(z_score=z_score, **population)
         self.path = path
 

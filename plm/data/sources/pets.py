@@ -63,7 +63,6 @@ class PetsPairs(TypedPairs):
     def __init__(
         self, variant: Literal["full", "controversial"] = "full", pool_size: int = 2000, **people: Any
     ) -> None:
-        """See the class."""
         super().__init__(**people)
         self.variant, self.pool_size = variant, pool_size
 

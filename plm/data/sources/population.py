@@ -133,7 +133,6 @@ class PopulationPairs(PairSource):
         z_score: bool = True,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.concentration, self.num_seen, self.num_unseen = concentration, num_seen, num_unseen
         self.seen_pairs, self.unseen_pairs, self.test_pairs = seen_pairs, unseen_pairs, test_pairs
         self.z_score, self.seed = z_score, seed

@@ -94,7 +94,6 @@ class PrismPairs(PairSource):
     def __init__(
         self, path: str | None = None, seed: int = 123, seen_share: float = 0.8, min_dialogues: int = 6
     ) -> None:
-        """See the class."""
         self.path, self.seed, self.seen_share, self.min_dialogues = path, seed, seen_share, min_dialogues
 
     @property

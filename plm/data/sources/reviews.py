@@ -89,7 +89,6 @@ class ReviewPairs(PairSource):
         num_train: int | None = None,
         num_test: int | None = 1000,
     ) -> None:
-        """See the class."""
         self.path, self.part = path, part
         self.prompt_words, self.response_words = prompt_words, response_words
         self.max_sentences, self.num_train, self.num_test = max_sentences, num_train, num_test

@@ -72,7 +72,6 @@ class SampledPairs(PairSource):
         z_score: bool = True,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.path, self.rewards, self.people = path, dict(rewards), dict(people or {})
         self.num_people, self.concentration = num_people, concentration
         self.pairs, self.pairs_per_prompt, self.prompts_per_person = pairs, pairs_per_prompt, prompts_per_person

@@ -126,7 +126,6 @@ class SampledResponses(PairSource):
     def __init__(
         self, path: str | list[str], num_responses: int | None = None, test_share: float = 0.2, seed: int = 0
     ) -> None:
-        """See the class."""
         self.path, self.num_responses, self.test_share, self.seed = path, num_responses, test_share, seed
         problems = []
         if num_responses is not None and num_responses < 2:

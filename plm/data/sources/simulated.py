@@ -80,7 +80,6 @@ class SimulatedPairs(PopulationPairs):
         test_share: float = 0.2,
         **population: Any,
     ) -> None:
-        """See the class."""
         super().__init__(**population)
         self.path, self.attributes, self.prompts = path, list(attributes), prompts
         self.key, self.prompt, self.response = key, prompt, response

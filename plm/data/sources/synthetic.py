@@ -70,7 +70,6 @@ class SyntheticPairs(PairSource):
         noise: float = 0.3,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.world, self.num_users, self.pairs_per_user = world, num_users, pairs_per_user
         self.num_objectives, self.noise, self.seed = num_objectives, noise, seed
         checks = {

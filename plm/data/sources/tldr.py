@@ -66,7 +66,6 @@ class TldrPairs(PairSource):
         unseen_pairs: int = 50,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.path, self.min_pairs, self.seed = path, min_pairs, seed
         self.limits = {"seen": seen_pairs, "unseen": unseen_pairs}
 

@@ -72,7 +72,6 @@ class TypedPairs(PairSource):
         test_pairs: int = 32,
         seed: int = 0,
     ) -> None:
-        """See the class."""
         self.num_seen, self.num_unseen, self.seed = num_seen, num_unseen, seed
         self.support_pairs, self.target_pairs, self.test_pairs = support_pairs, target_pairs, test_pairs
         if num_seen < 1 or min(num_unseen, support_pairs, target_pairs) < 0 or test_pairs < 1:

@@ -68,7 +68,6 @@ class UltraFeedbackPPairs(TypedPairs):
         survey_size: int = 100,
         **people: Any,
     ) -> None:
-        """See the class."""
         super().__init__(**people)
         self.path, self.types, self.survey_size = path, list(types), survey_size
         if len(set(self.types)) < 2 or not set(self.types) <= set(ATTRIBUTES):

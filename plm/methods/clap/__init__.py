@@ -135,7 +135,6 @@ class CLaP(PolicyMethod):
         schedule: Schedule = "constant",
         batch_tokens: int = 16384,
     ) -> None:
-        """See the class."""
         values = locals()
         options = resolved(preset, unfreeze, {name: values[name] for name in Options.__dataclass_fields__})
         super().__init__(

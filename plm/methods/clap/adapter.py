@@ -50,7 +50,6 @@ class LatentAdapter(nn.Module):
         gated: bool,
         train_maps: bool,
     ) -> None:
-        """See the class."""
         super().__init__()
         self.maker = KeyValueMaker(policy, train_maps)
         width = int(policy.network.config.hidden_size)
@@ -111,7 +110,6 @@ class SteeredTexts:
     def __init__(
         self, policy: Policy, adapter: LatentAdapter, tokens: Tokens, prompt: Tensor, latent: Tensor | None
     ) -> None:
-        """See the class."""
         self.policy, self.adapter = policy, adapter
         self.texts = split_texts(tokens)
         self._prefix: Prefix | None = None
@@ -152,7 +150,6 @@ class SteeredWriting:
     """
 
     def __init__(self, policy: Policy, adapter: LatentAdapter, latent: Tensor) -> None:
-        """See the class."""
         self.policy, self.adapter, self.latent = policy, adapter, latent
         self._reading = Reading(policy, len(latent))
 

@@ -55,7 +55,6 @@ class PosteriorEncoder(nn.Module):
         train_embeddings: bool,
         seed: int,
     ) -> None:
-        """See the class."""
         super().__init__()
         self.reads_prompt, self.fix_entropy = reads_prompt, fix_entropy
         self.network = first_layers(policy, num_layers)

@@ -39,7 +39,6 @@ class Health:
     """
 
     def __init__(self, latent_dim: int) -> None:
-        """See the class."""
         self.latent_dim = latent_dim
         self.clear()
 

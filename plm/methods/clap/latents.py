@@ -71,7 +71,6 @@ class ClapLatents(LatentBackbone):
     def __init__(
         self, checkpoint: str, prompts: Literal["hidden", "tokens"] = "hidden", content: str | None = None
     ) -> None:
-        """See the class."""
         if prompts not in ("hidden", "tokens"):
             raise ValueError(f"ClapLatents.prompts: expected hidden or tokens, got {prompts!r}")
         moved = os.environ.get("PLM_CLAP") if content is not None else None
@@ -214,7 +213,6 @@ class ClapPrompts(Backbone):
     """
 
     def __init__(self, latents: ClapLatents) -> None:
-        """See the class."""
         self.latents = latents
 
     @property
@@ -248,7 +246,6 @@ class ClapTokens(Backbone):
     """
 
     def __init__(self, latents: ClapLatents) -> None:
-        """See the class."""
         self.latents = latents
 
     @property
@@ -286,7 +283,6 @@ class PromptEncoder(nn.Module):
     """
 
     def __init__(self, encoder: PosteriorEncoder, train_embeddings: bool) -> None:
-        """See the class."""
         super().__init__()
         self.encoder = copy.deepcopy(encoder).eval().requires_grad_(True)
         self.encoder.network.get_input_embeddings().requires_grad_(train_embeddings)

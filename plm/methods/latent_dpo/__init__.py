@@ -24,6 +24,7 @@ from torch import Tensor
 
 from plm.backbones import Backbone, LatentBackbone, Policy, TextWriter
 from plm.method import PersonalizationMethod
+from plm.method.abilities import LatentWriter, Mixable
 from plm.methods.latent_dpo.families import FAMILIES, Family, FamilyName, Full, Variance
 from plm.methods.latent_dpo.maths import Gaussian, draw_latents, gaussian, product_of_experts, response_rewards
 from plm.methods.latent_dpo.newton import solve_people
@@ -42,7 +43,7 @@ from plm.optimizer import RowAdam, clip_rows, row_gradient
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
-class LatentDPO(PersonalizationMethod):
+class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
     """A policy p(z|x) over latents per user, learned by DPO from pairs of responses whose latents are cached.
 
     Responses come as the mean and log-variance of their posterior q(z|x,y) side by side. A user's reward of a response
@@ -117,7 +118,6 @@ class LatentDPO(PersonalizationMethod):
         latent_temperature: float | None = None,
         max_latent_norm: float | None = None,
     ) -> None:
-        """See the class."""
         values = locals()
         if preset not in PRESETS:
             raise ValueError(f"model.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")

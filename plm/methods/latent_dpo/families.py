@@ -40,7 +40,6 @@ class Family(ABC):
     reads_tokens: ClassVar[bool] = False
 
     def __init__(self, latent_dim: int, prompt_dim: int, hidden_dim: int, variance: Variance) -> None:
-        """See the class."""
         self.latent_dim, self.prompt_dim, self.hidden_dim = latent_dim, prompt_dim, hidden_dim
         self.variance = variance
         self.out_dim = latent_dim if variance == "unit" else 2 * latent_dim
@@ -164,7 +163,6 @@ class Full(Family):
     reads_tokens = True
 
     def __init__(self, latent_dim: int, prompt_dim: int, variance: Variance, encoder: nn.Module) -> None:
-        """See the class."""
         super().__init__(latent_dim, prompt_dim, 0, variance)
         self.encoder = encoder
         self.trained = {name: value for name, value in encoder.named_parameters() if value.requires_grad}

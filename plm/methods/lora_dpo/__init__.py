@@ -104,7 +104,6 @@ class LoRADPO(AdaptedPolicy):
         compile_network: bool = False,
         batch_tokens: int = 16384,
     ) -> None:
-        """See the class."""
         super().__init__(
             num_users,
             feature_dim,

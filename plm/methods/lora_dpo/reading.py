@@ -48,7 +48,6 @@ class PairReader:
         share_prompts: bool,
         chunks: Callable[[Tokens], list[Tensor]],
     ) -> None:
-        """See the class."""
         self.policy, self.reference, self.options, self.shape = policy, reference, options, shape
         self.share_prompts, self.chunks = share_prompts, chunks
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from plm.backbones import LoRA, MixedWriting, Policy, PrefixShape, Writing
 from plm.distributed import summed
+from plm.method.abilities import Exporter
 from plm.method.policy import PolicyMethod
 from plm.methods.lora_dpo.adapters import Owned
 from plm.optimizer import RowAdam, Schedule, clip_rows, rate_factor
@@ -26,7 +27,7 @@ Adapter = Literal["lora", "prefix", "full"]
 Decoding = Literal["logits", "merged"]
 
 
-class AdaptedPolicy(PolicyMethod):
+class AdaptedPolicy(PolicyMethod, Exporter):
     """A policy method whose users write with adapters over one frozen network.
 
     Args:
@@ -77,7 +78,6 @@ class AdaptedPolicy(PolicyMethod):
         compile_network: bool,
         batch_tokens: int,
     ) -> None:
-        """See the class."""
         super().__init__(
             num_users,
             feature_dim,

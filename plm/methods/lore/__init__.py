@@ -93,7 +93,6 @@ class LoRe(PersonalizationMethod):
         lr: float = 0.2,
         user_lr: float | None = None,
     ) -> None:
-        """See the class."""
         super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
         self.num_bases, self.simplex, self.ridge, self.basis_ridge = num_bases, simplex, ridge, basis_ridge
         self.anchor, self.anchor_strength, self.optimization = anchor, anchor_strength, optimization

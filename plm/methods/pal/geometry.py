@@ -130,7 +130,6 @@ class Geometry(torch.nn.Module):
         dim: int | None,
         unit: float,
     ) -> None:
-        """See the class."""
         super().__init__()
         self.num_prototypes, self.user_learner, self.head, self.unit = num_prototypes, user_learner, head, unit
         width = feature_dim if dim is None else dim

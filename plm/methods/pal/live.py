@@ -44,7 +44,6 @@ class LivePAL(LiveMethod, PAL):
         lr: float = 0.005,
         **options: Any,
     ) -> None:
-        """See the class."""
         if users != "table":
             raise ValueError(
                 f"model.users: LivePAL takes table, got {users!r}: a posterior needs all pairs of a user at every step"

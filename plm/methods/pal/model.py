@@ -25,6 +25,7 @@ from torch import Tensor
 
 from plm.backbones.export import reward_backbone, reward_model, save_reward_model
 from plm.functional import bt_losses, expected_losses, targets
+from plm.method.abilities import Exporter
 from plm.methods.pal.export import head_parts
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, as_double, distinct_pairs, distinct_rows
 from plm.methods.pal.groups import GroupedMethod
@@ -51,7 +52,7 @@ PRIOR_SCALES = (1e-3, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
 """Candidates for the spread of users around the population, in units of the spread that training learned."""
 
 
-class PAL(GroupedMethod):
+class PAL(GroupedMethod, Exporter):
     """Ideal points mixed from K prototypes; a reward is closeness to the user's own point.
 
     Args:
@@ -122,7 +123,6 @@ class PAL(GroupedMethod):
         freeze: list[str] | None = None,
         lr: float = 0.2,
     ) -> None:
-        """See the class."""
         super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
         self.num_prototypes, self.variant, self.users, self.partition = num_prototypes, variant, users, partition
         self.loss_kind, self.gamma, self.mixing, self.residual = loss, gamma, mixing, residual
@@ -444,7 +444,7 @@ class PAL(GroupedMethod):
         parts = head_parts(self.geometry, weights, self.feature_scale, self._base_direction(), prompt)
         return reward_model(reward_backbone(self.hparams.get("backbone")), parts)
 
-    def export(self, folder: Path, user: UserState) -> None:
+    def export(self, folder: str | Path, user: UserState) -> None:
         """Write the reward model of one user into a folder; it loads without plm."""
         model = self.export_reward_model(self._served(user.tensors["weights"], user.num_pairs)[0])
-        save_reward_model(model, reward_backbone(self.hparams.get("backbone")), folder)
+        save_reward_model(model, reward_backbone(self.hparams.get("backbone")), Path(folder))

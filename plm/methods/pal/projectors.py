@@ -76,7 +76,6 @@ class Projectors(torch.nn.Module):
     """
 
     def __init__(self, text: str, in_dim: int, out_dim: int, copies: int = 1, where: str = "model.projector") -> None:
-        """See the class."""
         super().__init__()
         self.spec = parse_projector(text, where)
         if in_dim != out_dim and (self.spec.residual or self.spec.num_hidden < 0):

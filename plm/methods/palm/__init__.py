@@ -70,7 +70,6 @@ class PALM(RoutedMethod):
         prior_precision: float = 0.1,
         lr: float = 0.2,
     ) -> None:
-        """See the class."""
         super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
         self.num_objectives, self.size, self.delta = num_objectives, size, delta
         self.ridge, self.spread_ridge, self.prior_precision = ridge, spread_ridge, prior_precision

@@ -62,7 +62,6 @@ class Oracle(ABC):
     """Bound on ``J*_w - J_w(p)`` of its own answer p, additive."""
 
     def __init__(self, num_objectives: int) -> None:
-        """See the class."""
         self.num_objectives = num_objectives
         self._asked = np.zeros((0, num_objectives))
 
@@ -109,7 +108,6 @@ class BestOfN(Oracle):
     """
 
     def __init__(self, rewards: Array, beta: float = 0.0) -> None:
-        """See the class."""
         if rewards.ndim != 3 or not len(rewards):
             raise ValueError(f"expected rewards of prompts, candidates and objectives (X, C, R), got {rewards.shape}")
         if not 0 <= beta < math.inf:

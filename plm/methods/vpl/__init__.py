@@ -147,7 +147,6 @@ class VPL(PersonalizationMethod):
         weight_decay: float | None = None,
         lr: float | None = None,
     ) -> None:
-        """See the class."""
         values = locals()
         if preset not in PRESETS:
             raise ValueError(f"model.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")

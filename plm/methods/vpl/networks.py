@@ -111,7 +111,6 @@ class PairEncoder(nn.Module):
     """
 
     def __init__(self, feature_dim: int, hidden_dim: int, odd_even: bool) -> None:
-        """See the class."""
         super().__init__()
         self.odd_even = odd_even
         self.net = nn.Sequential(
@@ -145,7 +144,6 @@ class ProductPosterior(nn.Module):
     limit = 4.0
 
     def __init__(self, hidden_dim: int, latent_dim: int, odd_even: bool, bounds: Bounds) -> None:
-        """See the class."""
         super().__init__()
         self.bounds: Bounds = bounds
         self.vote = nn.Linear(hidden_dim, latent_dim, bias=not odd_even)
@@ -169,7 +167,6 @@ class AttentionPosterior(nn.Module):
     """
 
     def __init__(self, hidden_dim: int, latent_dim: int, odd_even: bool, bounds: Bounds) -> None:
-        """See the class."""
         super().__init__()
         self.bounds: Bounds = bounds
         self.token = nn.Linear(hidden_dim, latent_dim, bias=not odd_even)
@@ -217,7 +214,6 @@ class BilinearDecoder(nn.Module):
     """``reward = population @ x + z @ bases @ x``: what is not in the population's direction has to go through z."""
 
     def __init__(self, feature_dim: int, hidden_dim: int, latent_dim: int) -> None:
-        """See the class."""
         super().__init__()
         self.population = nn.Parameter(torch.zeros(feature_dim))
         self.bases = nn.Parameter(torch.randn(latent_dim, feature_dim) * 0.3 / math.sqrt(feature_dim))
@@ -235,7 +231,6 @@ class FilmDecoder(nn.Module):
     """A hidden layer whose units z scales and shifts before the nonlinearity (FiLM)."""
 
     def __init__(self, feature_dim: int, hidden_dim: int, latent_dim: int) -> None:
-        """See the class."""
         super().__init__()
         self.hidden = nn.Linear(feature_dim, hidden_dim)
         self.modulation = nn.Linear(latent_dim, 2 * hidden_dim, bias=False)
@@ -257,7 +252,6 @@ class ConcatDecoder(nn.Module):
     """Two hidden layers on response and z side by side, as published."""
 
     def __init__(self, feature_dim: int, hidden_dim: int, latent_dim: int) -> None:
-        """See the class."""
         super().__init__()
         self.response = nn.Linear(feature_dim, hidden_dim)
         self.latent = nn.Linear(latent_dim, hidden_dim, bias=False)

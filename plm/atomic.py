@@ -1,0 +1,95 @@
+"""Files and folders that appear whole or not at all, and survive a power cut once the call has returned."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a new file that takes the place of ``path`` when the block ends without an error.
+
+    A reader sees the file before or all of the new one, never a part. The folder is made where it is missing; a block
+    that fails leaves the former file as it was.
+
+    Args:
+        path: The file.
+        mode: ``wb`` for bytes, ``w`` for UTF-8 text whose line ends are left alone.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with temporary.open(mode, **text) as file:
+            yield file
+        replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or folder to ``target`` and make the rename durable.
+
+    Raises:
+        OSError: As `os.replace`; a folder does not replace one that holds something.
+    """
+    if source.is_file():
+        _to_disk(source)
+    os.replace(source, target)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _to_disk(target.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until what was written to a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file as it is, in one step."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: str | Path, entries: Mapping[str, Any], merge: bool = False) -> None:
+    """Write a JSON object in one step; nan and infinities, which JSON does not have, become null.
+
+    Args:
+        path: The file.
+        entries: What to write.
+        merge: Keep the file's other top-level entries.
+    """
+    path = Path(path)
+    kept = json.loads(path.read_text(encoding="utf-8")) if merge and path.is_file() else {}
+    write_text(path, json.dumps(_finite({**kept, **entries}), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a CSV file in one step; None becomes an empty cell."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    write_text(path, text.getvalue())
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON does not have by None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
