@@ -34,7 +34,7 @@ def run(args: list[str]) -> None:
         raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
     method = load_method(options.ckpt_path)
     if not isinstance(method, Exporter):
-        instead = "write with plm generate" if isinstance(method, Writer) else _SCORES
+        instead = "write with plm generate" if isinstance(method, Writer) and method.can_write else _SCORES
         raise ValueError(
             f"{type(method).__name__} has nothing to export: its class has no `export(folder, user)`; {instead}"
         )

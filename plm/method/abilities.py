@@ -25,6 +25,11 @@ class Writer(ABC):
         def policy(self) -> Policy:
             """The language model that users write with."""
 
+    @property
+    def can_write(self) -> bool:
+        """Whether the model to write with is known; nothing is loaded to tell."""
+        return True
+
     @abstractmethod
     def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
         """A batch of texts to be written, one for each row of ``users``, whose prompts are given in ``start``.

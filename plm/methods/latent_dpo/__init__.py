@@ -329,6 +329,11 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         return backbone
 
     @property
+    def can_write(self) -> bool:
+        """Whether the model that made the latents is known."""
+        return bool(self.hparams.get("backbone"))
+
+    @property
     def policy(self) -> Policy:
         """The language model that writes."""
         return self.latents.policy
