@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plm.arrays import Float64Array
 from plm.backbones import Backbone, Key
 from plm.data.rewards import Reward
-from plm.data.rewards.reward import DoubleArray
 
 
 class RewardFeatures(Backbone):
@@ -70,7 +70,7 @@ class RewardFeatures(Backbone):
 
 def raw_objectives(
     rewards: Mapping[str, Reward], objectives: Mapping[str, str], prompts: Sequence[str], responses: Sequence[str]
-) -> DoubleArray:
+) -> Float64Array:
     """Objectives ``(N, R)`` of N responses before calibration; a reward that two objectives use is asked once.
 
     Raises:

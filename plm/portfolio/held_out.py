@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from rich.table import Table
 from scipy.special import logsumexp
 
+from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.evaluation import MIN_USERS, plain_table
 from plm.evaluation.statistics import interval_of, resampled_means
 from plm.methods.palm.search import served_corners
-from plm.portfolio.objectives import Array
 from plm.portfolio.report import spread
 from plm.portfolio.study import Estimate
 
@@ -40,27 +39,29 @@ class HeldOut(NamedTuple):
 class Values(NamedTuple):
     """What is known of the held-out prompts."""
 
-    policies: Array
+    policies: Float64Array
     """``(Q, X, R)`` mean objectives of what each policy of the oracle wrote, less its cost."""
-    candidates: Array
+    candidates: Float64Array
     """``(X, C, R)`` objectives of sampled responses; nan = no such candidate."""
     beta: float
     """What a nat of KL costs: the best of the candidates is then the soft one."""
 
 
-def best_of_candidates(values: Values, weights: Array) -> Array:
+def best_of_candidates(values: Values, weights: Float64Array) -> Float64Array:
     """``J*`` of best-of-n on each prompt, see `plm.methods.palm.oracle.BestOfN`: ``(V, R)`` -> ``(V, X)``."""
-    present: npt.NDArray[np.bool_] = np.logical_not(np.isnan(values.candidates).any(axis=2))
-    known: Array = np.where(present[..., None], values.candidates, 0.0)
+    present: BoolArray = np.logical_not(np.isnan(values.candidates).any(axis=2))
+    known: Float64Array = np.where(present[..., None], values.candidates, 0.0)
     scores = np.where(present, np.einsum("xcr,vr->vxc", known, weights), -np.inf)
     if values.beta == 0:
-        best: Array = scores.max(2)
+        best: Float64Array = scores.max(2)
         return best
-    soft: Array = values.beta * (logsumexp(scores / values.beta, axis=2) - np.log(present.sum(1)))
+    soft: Float64Array = values.beta * (logsumexp(scores / values.beta, axis=2) - np.log(present.sum(1)))
     return soft
 
 
-def held_out(values: Values, members: Sequence[int], net: Array, users: Array) -> tuple[list[HeldOut], HeldOut]:
+def held_out(
+    values: Values, members: Sequence[int], net: Float64Array, users: Float64Array
+) -> tuple[list[HeldOut], HeldOut]:
     """What each user loses, and what the weights lose that lose most.
 
     Users are routed as the portfolio does it, by ``net``. The best value is convex in the weights and that of the
@@ -94,7 +95,9 @@ def held_out(values: Values, members: Sequence[int], net: Array, users: Array) -
     return [one(slice(row, row + 1)) for row in range(len(users))], one(slice(len(users), None))
 
 
-def _losses(means: Array, best: Array, weights: Array, rows: npt.NDArray[np.int64]) -> tuple[Array, Array]:
+def _losses(
+    means: Float64Array, best: Float64Array, weights: Float64Array, rows: IntArray
+) -> tuple[Float64Array, Float64Array]:
     """What is lost ``(..., V)`` to the best of policies ``(..., Q, R)``, and to ``best`` ``(..., V)``.
 
     Args:
@@ -108,7 +111,7 @@ def _losses(means: Array, best: Array, weights: Array, rows: npt.NDArray[np.int6
     return worth.max(-1) - own, best - own
 
 
-def _drawn(values: Array) -> Array:
+def _drawn(values: Float64Array) -> Float64Array:
     """Means ``(B, K)`` of ``(X, K)`` values over resampled prompts, the same for all."""
     return np.stack([resampled_means(column, _RESAMPLES, 0) for column in values.T], axis=-1)
 

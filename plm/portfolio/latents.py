@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plm.arrays import Float64Array
 from plm.backbones import Backbone, LatentBackbone, Policy, TextWriter
-from plm.data.sources.population import Pool, best_and_worst
+from plm.data.sources.population import CandidatePool, best_and_worst
 from plm.methods.latent_dpo.maths import gaussian
 from plm.methods.latent_dpo.newton import fit_means
-from plm.methods.palm.grid import Array
 from plm.portfolio.writing import WritingPortfolio
 from plm.types import Tokens, UserState
 
@@ -42,7 +42,7 @@ class LatentFit:
             raise ValueError("\n".join(problems))
 
 
-def pool_means(pool: Pool, latents: LatentBackbone) -> Tensor:
+def pool_means(pool: CandidatePool, latents: LatentBackbone) -> Tensor:
     """Posterior means ``(X, C, Z)`` of all candidates of a pool; nan where there is none."""
     row, column = np.nonzero(pool.candidates >= 0)
     prompts = [pool.prompts[index] for index in row.tolist()]
@@ -54,7 +54,7 @@ def pool_means(pool: Pool, latents: LatentBackbone) -> Tensor:
     return means
 
 
-def solve_latents(pool: Pool, means: Tensor, weights: Array, fit: LatentFit) -> Tensor:
+def solve_latents(pool: CandidatePool, means: Tensor, weights: Float64Array, fit: LatentFit) -> Tensor:
     """The latent of each weight vector, by its best and worst candidate of each prompt: ``(V, R)`` -> ``(V, Z)``.
 
     Latent DPO of a person who is one point of the latent space is logistic regression on differences of latents, with

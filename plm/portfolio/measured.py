@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plm.arrays import Float64Array
 from plm.backbones import Completion, completion_tokens
 from plm.generation import Sample, sample
-from plm.methods.palm.grid import Array
-from plm.methods.palm.oracle import Oracle, Pool, unsolved
+from plm.methods.palm.oracle import Oracle, PolicySet, unsolved
 from plm.portfolio.policies import PolicyPortfolio
 from plm.portfolio.writing import WritingPortfolio
 from plm.types import UserState
@@ -63,12 +63,12 @@ class PolicyOracle(Oracle):
         self.portfolio, self.prompts, self.beta = portfolio, list(prompts), beta
         self.num_samples, self.max_new_tokens, self.seed = num_samples, max_new_tokens, seed
         none = np.zeros((0, self.num_objectives))
-        self.solved = Pool(none, none, np.zeros(0))
-        self.divergence: Array = np.zeros(0)
+        self.solved = PolicySet(none, none, np.zeros(0))
+        self.divergence: Float64Array = np.zeros(0)
         """``(M,)`` KL of every policy made so far from the unaligned one, in nats per response."""
 
     @abstractmethod
-    def _make(self, weights: Array) -> Tensor:
+    def _make(self, weights: Float64Array) -> Tensor:
         """Add a member for each weight vector ``(V, R)``; their numbers ``(V,)``."""
 
     @property
@@ -81,18 +81,18 @@ class PolicyOracle(Oracle):
         """The largest among the policies compared."""
         return float(self.solved.costs.max(initial=0.0))
 
-    def members_for(self, weights: Array) -> list[int]:
+    def members_for(self, weights: Float64Array) -> list[int]:
         """Numbers of the members made for weight vectors ``(V, R)``, all of them solved."""
         assert not len(unsolved(weights, self.solved.weights))
         apart = np.abs(self.solved.weights[None] - weights[:, None]).max(2)
         return [int(row) for row in apart.argmin(1)]
 
-    def _solve(self, weights: Array) -> Pool:
+    def _solve(self, weights: Float64Array) -> PolicySet:
         asked = unsolved(weights, self.solved.weights)
         if len(asked):
             rewards, divergence = self.measured(self._make(asked))
             self.divergence = np.concatenate([self.divergence, divergence])
-            self.solved = Pool.cat([self.solved, Pool(asked, rewards, self.beta * np.maximum(divergence, 0))])
+            self.solved = PolicySet.cat([self.solved, PolicySet(asked, rewards, self.beta * np.maximum(divergence, 0))])
             values = self.solved.values(self.solved.weights)  # (W, M), a policy for each weight vector
             self.error = float((values.max(1) - values.diagonal()).max())
         return self.solved.take(self.members_for(weights))
@@ -102,7 +102,7 @@ class PolicyOracle(Oracle):
         return written(self.portfolio, members, self.prompts, **options)
 
     @torch.no_grad()
-    def measured(self, members: Tensor) -> tuple[Array, Array]:
+    def measured(self, members: Tensor) -> tuple[Float64Array, Float64Array]:
         """Mean objectives ``(M, R)`` and KL ``(M,)`` of members ``(M,)``."""
         rewards, divergence = [], []
         for member, rows in zip(members.tolist(), self._texts(members), strict=True):
@@ -155,7 +155,7 @@ class MixedPolicies(PolicyOracle):
         self.mixed = portfolio
         portfolio.extend(adapters, torch.zeros(0, self.num_objectives))
 
-    def _make(self, weights: Array) -> Tensor:
+    def _make(self, weights: Float64Array) -> Tensor:
         return self.mixed.extend(self.mixed.adapters[:0], torch.as_tensor(weights))
 
 
@@ -172,12 +172,12 @@ class TrainedPolicies(PolicyOracle):
     def __init__(
         self,
         portfolio: WritingPortfolio,
-        train: Callable[[Array], Tensor],
+        train: Callable[[Float64Array], Tensor],
         prompts: Sequence[str],
         **options: Any,
     ) -> None:
         super().__init__(portfolio, prompts, **options)
         self.train = train
 
-    def _make(self, weights: Array) -> Tensor:
+    def _make(self, weights: Float64Array) -> Tensor:
         return self.portfolio.add(self.train(weights))

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from plm.arrays import Float64Array, IntArray
 from plm.checkpoint import load_method
 from plm.data.files import read_rows
 from plm.data.sources import PairSource
@@ -29,8 +30,7 @@ from plm.messages import nearest
 from plm.method import PersonalizationMethod
 from plm.types import UserState
 
-Array = npt.NDArray[np.float64]
-Users = tuple[list[str], Array]
+Users = tuple[list[str], Float64Array]
 """Ids and weights ``(U, R)`` of users."""
 
 _LOW, _HIGH = 0.01, 0.99  # quantiles that rewards are calibrated by
@@ -39,9 +39,9 @@ _LOW, _HIGH = 0.01, 0.99  # quantiles that rewards are calibrated by
 class Split(NamedTuple):
     """Normalised rewards of the prompts a portfolio is chosen on and of those it is judged on."""
 
-    train: Array
+    train: Float64Array
     """``(X, C, R)`` in [0, 1], or about so for bases; nan = no such candidate."""
-    test: Array
+    test: Float64Array
     """The same for other prompts, by the calibration of ``train``."""
     calibration: dict[str, list[float]]
     """``shift`` and ``scale`` of each objective: reward = (raw - shift) / scale."""
@@ -54,7 +54,7 @@ class Deployment(NamedTuple):
     """``(D, R)``."""
     backbone: dict[str, Any] | None
     user_ids: list[str]
-    weights: Array
+    weights: Float64Array
     """``(U, R)``."""
 
 
@@ -105,7 +105,7 @@ class RewardTable(RewardSource):
         """Nothing is missing."""
 
     @cached_property
-    def _raw(self) -> Array:
+    def _raw(self) -> Float64Array:
         """``(X, C, R)`` signed columns, read once."""
         columns = {name: column.removeprefix("-") for name, column in self.objectives.items()}
         parts = []
@@ -158,7 +158,7 @@ class RewardTable(RewardSource):
         return Deployment(torch.eye(num_objectives), None, ids, weights)
 
 
-def _columns(file: str, prompt: str, columns: list[str]) -> tuple[npt.NDArray[np.str_], Array]:
+def _columns(file: str, prompt: str, columns: list[str]) -> tuple[npt.NDArray[np.str_], Float64Array]:
     """Prompts ``(N,)`` as texts and columns of numbers ``(N, R)`` of one file; nan where a number is missing.
 
     Raises:
@@ -189,7 +189,7 @@ def signed_like(name: str, valid: Iterable[str]) -> list[str]:
     return [sign + one for one in valid]
 
 
-def calibration(table: Array, names: list[str]) -> dict[str, list[float]]:
+def calibration(table: Float64Array, names: list[str]) -> dict[str, list[float]]:
     """Shift and scale by which the 1 % and 99 % quantiles of each objective, ``(X, C, R)``, become 0 and 1.
 
     Raises:
@@ -255,7 +255,7 @@ class LoReBases(RewardSource):
         return load_method(self.ckpt_path)
 
     @cached_property
-    def _users(self) -> tuple[list[str], Array]:
+    def _users(self) -> tuple[list[str], Float64Array]:
         """Ids and weights of all users beside the checkpoint."""
         store = self._method.known_users.store
         state = store.get(store.ids)[0].tensors
@@ -291,7 +291,7 @@ class LoReBases(RewardSource):
         return bases
 
     @cached_property
-    def _pool(self) -> tuple[Array, list[npt.NDArray[np.int64]]]:
+    def _pool(self) -> tuple[Float64Array, list[IntArray]]:
         """Rewards ``(I, R)`` of all responses, and the rows of each prompt's."""
         table = self.source.load()
         prompts = [table.prompts[row] for row in table.items[:, 0]]
@@ -313,7 +313,7 @@ class LoReBases(RewardSource):
             raise ValueError(f"num_objectives: expected all {len(self.names)} bases, got {num_objectives}")
         rewards, groups = self._pool
         draw = np.random.default_rng(0) if rng is None else rng
-        sides: tuple[list[Array], list[Array]] = ([], [])
+        sides: tuple[list[Float64Array], list[Float64Array]] = ([], [])
         sizes = np.array([len(rows) for rows in groups], dtype=np.float64)
         parts = [[rows[half] for half in halves(len(rows), rng)] for rows in groups]
         for side, slates in enumerate(sides):
@@ -343,7 +343,7 @@ def read_weights(path: str, num_objectives: int | None = None) -> Users:
     """
     num, seen = num_objectives, set()
 
-    def parse(record: dict[str, Any]) -> tuple[str, Array]:
+    def parse(record: dict[str, Any]) -> tuple[str, Float64Array]:
         nonlocal num
         try:
             user, weights = to_id(record.get("user_id")), finite_weights(record.get("weights"), num)
@@ -368,7 +368,7 @@ def read_weights(path: str, num_objectives: int | None = None) -> Users:
     return [user for user, _ in rows], np.stack([weights for _, weights in rows])
 
 
-def finite_weights(value: Any, num: int | None) -> Array:
+def finite_weights(value: Any, num: int | None) -> Float64Array:
     """Weights ``(R,)`` of a list of numbers.
 
     Raises:
@@ -388,7 +388,7 @@ def finite_weights(value: Any, num: int | None) -> Array:
     return weights
 
 
-def halves(num: int, rng: np.random.Generator | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def halves(num: int, rng: np.random.Generator | None) -> tuple[IntArray, IntArray]:
     """Two random halves of ``num`` rows, or all rows twice."""
     if rng is None:
         return np.arange(num), np.arange(num)

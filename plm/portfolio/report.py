@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
+from plm.arrays import Float64Array
 from plm.evaluation import plain_table
 from plm.evaluation.figures import FAINT, INK, SAME, blank, headline, tidy
 from plm.methods.palm.measures import Usage, route
-from plm.methods.palm.oracle import Pool
-from plm.portfolio.objectives import Array
-from plm.portfolio.study import BASELINES, Estimate, Row
+from plm.methods.palm.oracle import PolicySet
+from plm.portfolio.study import BASELINES, Estimate, StudyRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def spread(value: Estimate, digits: int = 3) -> str:
     return text if np.isnan(value.low) else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
-def size_table(rows: Sequence[Row], num_objectives: int, num_seeds: int) -> Table:
+def size_table(rows: Sequence[StudyRow], num_objectives: int, num_seeds: int) -> Table:
     """Every size: worst-case regret of all ways to choose, and what else is known of PALM's choice."""
     table = plain_table(
         f"Regret on held-out prompts, {num_objectives} objectives, 95% intervals over {num_seeds} seeds"
@@ -42,25 +42,25 @@ def size_table(rows: Sequence[Row], num_objectives: int, num_seeds: int) -> Tabl
     for head in heads:
         table.add_column(head, justify="right", no_wrap=head == "size")
     for row in rows:
-        palm = row.judged["PALM"]
+        palm = row.quality["PALM"]
         table.add_row(
             str(row.size),
             spread(palm["worst"]),
-            *(f"{row.judged[way]['worst'].mean:.3f}" for way in BASELINES),
+            *(f"{row.quality[way]['worst'].mean:.3f}" for way in BASELINES),
             f"{100 * palm['worst_share'].mean:.1f}",
             f"{palm['mean'].mean:.4f}",
-            f"{row.judged['k-means']['mean'].mean:.4f}",
+            f"{row.quality['k-means']['mean'].mean:.4f}",
             f"{row.certificate.mean:.3f}",
             f"{row.num_calls.mean:.0f}",
             f"{palm['perplexity'].mean:.1f}",
             f"{palm['num_dead'].mean:.1f}",
-            f"{row.judged['lattice']['num_dead'].mean:.1f}",
+            f"{row.quality['lattice']['num_dead'].mean:.1f}",
             f"{100 * row.disagreement.mean:.0f}",
         )
     return table
 
 
-def members_table(members: Pool, names: Sequence[str], used: Usage, cold_start: int, counted: str) -> Table:
+def members_table(members: PolicySet, names: Sequence[str], used: Usage, cold_start: int, counted: str) -> Table:
     """The saved portfolio: weights, rewards and users of each member; ``counted`` says which users."""
     table = plain_table(f"The portfolio, usage perplexity {used.perplexity:.2f} of {len(used.shares)} over {counted}")
     table.add_column("member", justify="right")
@@ -83,11 +83,11 @@ def search_table(searches: Sequence[dict[str, float | str]], delta: float) -> Ta
     return table
 
 
-def comparison_lines(row: Row) -> list[str]:
+def comparison_lines(row: StudyRow) -> list[str]:
     """One sentence per baseline: is PALM's worst-case regret lower on held-out prompts?"""
     lines = []
     for way, ahead in row.ahead.items():
-        both = f"{row.judged['PALM']['worst'].mean:.3f} against {row.judged[way]['worst'].mean:.3f}"
+        both = f"{row.quality['PALM']['worst'].mean:.3f} against {row.quality[way]['worst'].mean:.3f}"
         if np.isnan(ahead.low):
             lines.append(f"size {row.size}: worst-case regret beside {way}'s: {both}; one seed has no interval")
             continue
@@ -101,13 +101,13 @@ def comparison_lines(row: Row) -> list[str]:
     return lines
 
 
-def regret_figure(rows: Sequence[Row]) -> Figure:
+def regret_figure(rows: Sequence[StudyRow]) -> Figure:
     """Worst-case regret on held-out prompts against size, with bands over seeds."""
     figure = blank(6.4, 4.2)
     axes = figure.subplots()
     sizes = [row.size for row in rows]
     for way, colour in _WAYS.items():
-        values = [row.judged[way]["worst"] for row in rows]
+        values = [row.quality[way]["worst"] for row in rows]
         axes.plot(sizes, [v.mean for v in values], color=colour, marker="o", markersize=4, linewidth=1.8, label=way)
         axes.fill_between(
             sizes, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.15, linewidth=0
@@ -122,7 +122,7 @@ def regret_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def simplex_figure(members: Pool, names: Sequence[str], users: Array) -> Figure:
+def simplex_figure(members: PolicySet, names: Sequence[str], users: Float64Array) -> Figure:
     """Three objectives: the cell in which each member is best, the members, and the users."""
     figure = blank(5.6, 5.2)
     axes = figure.subplots()
@@ -155,7 +155,7 @@ def simplex_figure(members: Pool, names: Sequence[str], users: Array) -> Figure:
     return figure
 
 
-def _flat(weights: Array) -> Array:
+def _flat(weights: Float64Array) -> Float64Array:
     """Points of the simplex in the plane, ``(V, 3)`` -> ``(V, 2)``."""
-    place: Array = weights @ np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
+    place: Float64Array = weights @ np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 3**0.5 / 2]])
     return place

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from plm.arrays import Float64Array
 from plm.atomic import write_csv, write_json
 from plm.checkpoint import KnownUsers
 from plm.evaluation import print_parts
@@ -26,7 +27,7 @@ from plm.methods.palm.oracle import BestOfN, Oracle
 from plm.methods.palm.search import Certified
 from plm.methods.palm.selection import Portfolio, choose_portfolio
 from plm.portfolio.held_out import held_out_table
-from plm.portfolio.objectives import Array, Deployment, LoReBases, RewardSource, Users, read_weights
+from plm.portfolio.objectives import Deployment, LoReBases, RewardSource, Users, read_weights
 from plm.portfolio.report import (
     comparison_lines,
     members_table,
@@ -36,7 +37,7 @@ from plm.portfolio.report import (
     size_table,
 )
 from plm.portfolio.sampled import SampledRewards
-from plm.portfolio.study import Row, run_study, search
+from plm.portfolio.study import StudyRow, run_search, run_study
 from plm.portfolio.writing import WritingPortfolio
 from plm.portfolio.written import Finished, WrittenMembers, inferred, own_mix_lines, users_table
 from plm.users import store_path
@@ -163,7 +164,7 @@ class PortfolioRun:
         )
         split = self.rewards.split(num, None)  # what is saved is chosen from all prompts
         oracle = BestOfN(split.train, self.beta)
-        portfolio = choose_portfolio(oracle, self._find(oracle).pool, self.size, self.solver)
+        portfolio = choose_portfolio(oracle, self._find(oracle).policies, self.size, self.solver)
         finished = None
         if self.policies is not None and isinstance(self.rewards, SampledRewards):
             wanted = portfolio.members.weights
@@ -234,26 +235,28 @@ class PortfolioRun:
 
     # ------------------------------------------------------------------ parts
     def _find(self, oracle: Oracle) -> Certified:
-        return search(oracle, self.search, self.delta, self.cell, self.max_calls)
+        return run_search(oracle, self.search, self.delta, self.cell, self.max_calls)
 
-    def _users(self, num: int, rng: np.random.Generator, deployment: Deployment) -> Array:
+    def _users(self, num: int, rng: np.random.Generator, deployment: Deployment) -> Float64Array:
         """Known users, or draws from the simplex."""
         if len(deployment.weights) >= max(self.sizes):
             return deployment.weights
         return random_weights(self.num_users, num, rng)
 
-    def _oracles(self, num: int, rng: np.random.Generator, deployment: Deployment) -> tuple[BestOfN, BestOfN, Array]:
+    def _oracles(
+        self, num: int, rng: np.random.Generator, deployment: Deployment
+    ) -> tuple[BestOfN, BestOfN, Float64Array]:
         split = self.rewards.split(num, rng)
         users = self._users(num, rng, deployment)
         return BestOfN(split.train, self.beta), BestOfN(split.test, self.beta), users
 
-    def _searches(self, rewards: Array) -> list[dict[str, float | str]]:
+    def _searches(self, rewards: Float64Array) -> list[dict[str, float | str]]:
         """Oracle calls and whole-simplex certificates of the three searches, on all prompts."""
         found: list[dict[str, float | str]] = []
         grid_size = combined_grid_size(*self.cell, rewards.shape[2])
         for how in ("grid", "lazy", "corner"):
             if how == "corner" or grid_size <= _SEARCH_GRID:
-                done = search(BestOfN(rewards, self.beta), how, self.delta, self.cell, self.max_calls)
+                done = run_search(BestOfN(rewards, self.beta), how, self.delta, self.cell, self.max_calls)
                 found.append({"search": how, "calls": done.num_calls, "certificate": done.gap})
         return found
 
@@ -350,13 +353,13 @@ def _new_folder(root: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _plain(row: Row) -> dict[str, object]:
+def _plain(row: StudyRow) -> dict[str, object]:
     """A row of the study for JSON."""
     plain: dict[str, object] = {"size": row.size}
     for name in ("certificate", "num_calls", "disagreement"):
         plain[name] = getattr(row, name)._asdict()
     plain["held_out"] = {
-        way: {name: value._asdict() for name, value in fields.items()} for way, fields in row.judged.items()
+        way: {name: value._asdict() for name, value in fields.items()} for way, fields in row.quality.items()
     }
     plain["baseline_minus_palm"] = {way: value._asdict() for way, value in row.ahead.items()}
     return plain

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from plm.arrays import Float64Array, IntArray
 from plm.data.keys import digest, mix, seed_key
 from plm.data.rewards import Reward
-from plm.data.sources.population import Pool
+from plm.data.sources.population import CandidatePool
 from plm.data.sources.sampled import SampledPairs
 from plm.messages import nearest
 from plm.portfolio.features import RewardFeatures, reward_spec
-from plm.portfolio.objectives import Array, Deployment, RewardSource, Split, Users, calibration, halves, signed_like
+from plm.portfolio.objectives import Deployment, RewardSource, Split, Users, calibration, halves, signed_like
 
 
 class SampledRewards(RewardSource):
@@ -94,7 +94,7 @@ class SampledRewards(RewardSource):
 
     # ------------------------------------------------------------------ prompts
     @cached_property
-    def _all(self) -> Pool:
+    def _all(self) -> CandidatePool:
         """Everything, with objectives before calibration."""
         source = SampledPairs(self.path, self.rewards, num_people=1, test_share=self.test_share, seed=self.seed)
         names = list(self.rewards)
@@ -103,7 +103,7 @@ class SampledRewards(RewardSource):
         return replace(source.pool, scores=scores)
 
     @cached_property
-    def _parts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _parts(self) -> tuple[IntArray, IntArray]:
         """Rows of the prompts to choose from and of those to measure on."""
         train = np.flatnonzero(~self._all.test)
         if len(train) < self.value_prompts + 2:
@@ -125,18 +125,18 @@ class SampledRewards(RewardSource):
         """Prompts that nothing has been chosen, calibrated or trained on."""
         return [self._all.prompts[row] for row in np.flatnonzero(self._all.test)]
 
-    def candidates(self, num_objectives: int, part: Literal["choose", "measure", "judge"] = "choose") -> Pool:
+    def candidates(self, num_objectives: int, part: Literal["choose", "measure", "judge"] = "choose") -> CandidatePool:
         """Prompts to choose from, to measure on, or of the test, with their responses and calibrated objectives."""
         about, pool = self.split(num_objectives, None).calibration, self._all
         rows = {"choose": self._parts[0], "measure": self._parts[1], "judge": np.flatnonzero(pool.test)}[part]
         scores = np.clip((pool.scores[rows][..., :num_objectives] - about["shift"]) / about["scale"], 0, 1)
         prompts = [pool.prompts[row] for row in rows]
-        return Pool(prompts, pool.responses, pool.candidates[rows], scores, pool.test[rows])
+        return CandidatePool(prompts, pool.responses, pool.candidates[rows], scores, pool.test[rows])
 
     # ------------------------------------------------------------------ objectives
     def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
         """Halve the prompts to choose from; calibrate on the first half."""
-        table: Array = self._all.scores[self._parts[0]][..., :num_objectives]
+        table: Float64Array = self._all.scores[self._parts[0]][..., :num_objectives]
         train, test = halves(len(table), rng)
         about = calibration(table[train], self.names)
         calibrated = np.clip((table - about["shift"]) / about["scale"], 0, 1)

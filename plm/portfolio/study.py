@@ -9,17 +9,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import stdtrit
 
+from plm.arrays import Float64Array
 from plm.methods.palm.grid import as_array, combined_grid, combined_grid_size, kmeans_weights, lattice_weights
 from plm.methods.palm.grid import random_weights as random_draw
 from plm.methods.palm.measures import disagreement, route, usage
-from plm.methods.palm.oracle import BestOfN, Oracle, Pool
+from plm.methods.palm.oracle import BestOfN, Oracle, PolicySet
 from plm.methods.palm.search import Certified, certificate, corner_search, lazy_grid, regret, worst_regret
 from plm.methods.palm.selection import Solver, choose_portfolio
-
-Array = npt.NDArray[np.float64]
 
 BASELINES = ("random", "lattice", "k-means")
 _RANDOM_DRAWS = 5  # random portfolios of a seed, averaged
@@ -27,7 +25,7 @@ _DISAGREEMENT_PROMPTS = 200
 _MOST_GRID = 2000  # oracle calls that a whole grid may take
 
 
-class Judged(NamedTuple):
+class Quality(NamedTuple):
     """A portfolio on held-out prompts; regrets are exact over the simplex, or over users."""
 
     worst: float
@@ -52,27 +50,27 @@ class Estimate(NamedTuple):
     high: float
 
 
-class Row(NamedTuple):
+class StudyRow(NamedTuple):
     """One size."""
 
     size: int
     certificate: Estimate
     num_calls: Estimate
-    judged: dict[str, dict[str, Estimate]]
-    """Way of choosing -> field of `Judged`."""
+    quality: dict[str, dict[str, Estimate]]
+    """Way of choosing -> field of `Quality`."""
     ahead: dict[str, Estimate]
     """Baseline -> by how much its worst regret exceeds PALM's on the same prompts."""
     disagreement: Estimate
     """Share of the prompts on which two of PALM's members answer differently, mean over pairs of members."""
 
 
-def search(oracle: Oracle, how: str, delta: float, cell: tuple[float, float], max_calls: int) -> Certified:
+def run_search(oracle: Oracle, search: str, delta: float, cell: tuple[float, float], max_calls: int) -> Certified:
     """Policies to choose from, by the named search.
 
     Raises:
         ValueError: If a whole grid is too large.
     """
-    if how == "corner":
+    if search == "corner":
         return corner_search(oracle, delta, max_calls=max_calls)
     size = combined_grid_size(*cell, oracle.num_objectives)
     if size > _MOST_GRID:
@@ -81,27 +79,27 @@ def search(oracle: Oracle, how: str, delta: float, cell: tuple[float, float], ma
             f"{_MOST_GRID:,}; use search: corner, or a coarser cell"
         )
     grid = as_array(combined_grid(*cell, oracle.num_objectives))
-    if how == "lazy":
+    if search == "lazy":
         return lazy_grid(oracle, grid, delta)
-    pool = oracle.solve(grid)
-    return Certified(pool, certificate(pool, pool, oracle.error).regret, len(grid))
+    solved = oracle.solve(grid)
+    return Certified(solved, certificate(solved, solved, oracle.error).regret, len(grid))
 
 
-def judge(known: Pool, judging: BestOfN, users: Array, best: Array) -> Judged:
+def quality_of(members: PolicySet, judging: BestOfN, users: Float64Array, best: Float64Array) -> Quality:
     """Regrets on the judging prompts of members by whose values on the choosing prompts users are routed.
 
     Args:
-        known: The members on the choosing prompts.
+        members: The members, measured on the choosing prompts.
         judging: Oracle of the judging prompts.
         users: ``(U, R)``.
         best: ``(U,)`` what they could have on the judging prompts.
     """
-    net, member = judging.measured(known.weights).net, route(known, users)
+    net, member = judging.measured(members.weights).net, route(members, users)
     lost = regret(best, (users * net[member]).sum(1))
     used = usage(member, len(net))
-    return Judged(
-        worst_regret(net, judging.best_value, routed_by=known.net).regret,
-        worst_regret(net, judging.best_value, "multiplicative", routed_by=known.net).regret,
+    return Quality(
+        worst_regret(net, judging.best_value, routed_by=members.net).regret,
+        worst_regret(net, judging.best_value, "multiplicative", routed_by=members.net).regret,
         float(lost.mean()),
         float(np.quantile(lost, 0.95)),
         used.perplexity,
@@ -110,12 +108,12 @@ def judge(known: Pool, judging: BestOfN, users: Array, best: Array) -> Judged:
 
 
 def run_study(
-    make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Array]],
+    make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Float64Array]],
     sizes: list[int],
     num_seeds: int,
     find: Callable[[Oracle], Certified],
     solver: Solver,
-) -> list[Row]:
+) -> list[StudyRow]:
     """Choose and judge portfolios of all sizes on ``num_seeds`` random halves of the prompts.
 
     Args:
@@ -129,28 +127,28 @@ def run_study(
     rows = []
     for index, size in enumerate(sizes):
         facts = [seed[index] for seed in seeds]
-        judged = {
-            way: {name: estimate([getattr(fact.judged[way], name) for fact in facts]) for name in Judged._fields}
+        quality = {
+            way: {name: estimate([getattr(fact.quality[way], name) for fact in facts]) for name in Quality._fields}
             for way in ("PALM", *BASELINES)
         }
         ahead = {
-            way: estimate([fact.judged[way].worst - fact.judged["PALM"].worst for fact in facts]) for way in BASELINES
+            way: estimate([fact.quality[way].worst - fact.quality["PALM"].worst for fact in facts]) for way in BASELINES
         }
         others = [estimate([fact.facts[column] for fact in facts]) for column in range(3)]
-        rows.append(Row(size, others[0], others[1], judged, ahead, others[2]))
+        rows.append(StudyRow(size, others[0], others[1], quality, ahead, others[2]))
     return rows
 
 
 class _Seed(NamedTuple):
     """One size of one seed."""
 
-    judged: dict[str, Judged]
+    quality: dict[str, Quality]
     facts: tuple[float, float, float]
     """Certificate, calls, disagreement."""
 
 
 def _one_seed(
-    make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Array]],
+    make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Float64Array]],
     sizes: list[int],
     rng: np.random.Generator,
     find: Callable[[Oracle], Certified],
@@ -158,23 +156,23 @@ def _one_seed(
 ) -> list[_Seed]:
     choosing, judging, users = make_split(rng)
     best = judging.best_value(users)
-    solved = find(choosing).pool
+    solved = find(choosing).policies
     num = choosing.num_objectives
     few = BestOfN(np.where(judging.present[..., None], judging.rewards, np.nan)[:_DISAGREEMENT_PROMPTS], judging.beta)
 
-    def judged(weights: Array) -> Judged:
-        return judge(choosing.measured(weights), judging, users, best)
+    def measured(weights: Float64Array) -> Quality:
+        return quality_of(choosing.measured(weights), judging, users, best)
 
     out = []
     for size in sizes:
         portfolio = choose_portfolio(choosing, solved, size, solver)
         weights = portfolio.members.weights
-        draws = [judged(random_draw(size, num, rng)) for _ in range(_RANDOM_DRAWS)]
+        draws = [measured(random_draw(size, num, rng)) for _ in range(_RANDOM_DRAWS)]
         ways = {
-            "PALM": judged(weights),
-            "random": Judged(*np.mean(draws, axis=0).tolist()),
-            "lattice": judged(lattice_weights(size, num, rng)),
-            "k-means": judged(kmeans_weights(users, size, rng)),
+            "PALM": measured(weights),
+            "random": Quality(*np.mean(draws, axis=0).tolist()),
+            "lattice": measured(lattice_weights(size, num, rng)),
+            "k-means": measured(kmeans_weights(users, size, rng)),
         }
         apart = disagreement(few.policies(weights))
         facts = (portfolio.certificate, float(portfolio.num_calls), apart)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plm.arrays import Float64Array
 from plm.backbones import CausalLM
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
-from plm.data.sources.population import Pool, best_and_worst
+from plm.data.sources.population import CandidatePool, best_and_worst
 from plm.methods.lora_dpo import LoRADPO
-from plm.methods.palm.grid import Array
 
 
 class LoRADPOFit:
@@ -81,7 +81,7 @@ class WeightedPairs(PairSource):
         return self.table
 
 
-def weighted_pairs(pool: Pool, weights: Array) -> PairTable:
+def weighted_pairs(pool: CandidatePool, weights: Float64Array) -> PairTable:
     """The best and the worst candidate of each prompt by each weight vector, ``(V, R)``; a tie gives no pair.
 
     Users are named by the row of their weights; one who finds all candidates of every prompt alike is left out.
@@ -108,7 +108,9 @@ def weighted_pairs(pool: Pool, weights: Array) -> PairTable:
     )
 
 
-def train_adapters(pool: Pool, weights: Array, backbone: CausalLM, fit: LoRADPOFit, cache_dir: str) -> Tensor:
+def train_adapters(
+    pool: CandidatePool, weights: Float64Array, backbone: CausalLM, fit: LoRADPOFit, cache_dir: str
+) -> Tensor:
     """An adapter for each weight vector, rows over one frozen network: ``(V, R)`` -> ``(V, P)``.
 
     Weights by which all candidates of every prompt are worth the same have no pairs; nothing is better for them than

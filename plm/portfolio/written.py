@@ -15,8 +15,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from plm.arrays import Float64Array
 from plm.backbones import CausalLM, device
-from plm.data.sources.population import Pool, best_and_worst
+from plm.data.sources.population import CandidatePool, best_and_worst
 from plm.evaluation import cluster_bootstrap, plain_table
 from plm.generation import Sample, sample
 from plm.judging.written import Written, judgement
@@ -25,7 +26,7 @@ from plm.methods.palm.selection import Portfolio, Solver, choose_portfolio
 from plm.portfolio.held_out import HeldOut, Values, as_json, held_out
 from plm.portfolio.latents import LatentFit, LatentPortfolio, pool_means, solve_latents
 from plm.portfolio.measured import MixedPolicies, PolicyOracle, TrainedPolicies, written
-from plm.portfolio.objectives import Array, Deployment
+from plm.portfolio.objectives import Deployment
 from plm.portfolio.policies import Decoding, PolicyPortfolio
 from plm.portfolio.sampled import SampledRewards
 from plm.portfolio.training import LoRADPOFit, train_adapters, weighted_pairs
@@ -44,7 +45,7 @@ class Finished(NamedTuple):
     """What `portfolio.json` says of it besides."""
     texts: list[list[list[Sample]]]
     """M x X x N, what the members wrote on the prompts of the test."""
-    raw: Array
+    raw: Float64Array
     """``(M, X, N, R)`` objectives of these texts."""
     held_out: tuple[list[HeldOut], HeldOut]
     """What each user loses on these prompts, and what whoever loses most."""
@@ -113,7 +114,7 @@ class WrittenMembers:
         self,
         rewards: SampledRewards,
         deployment: Deployment,
-        wanted: Array,
+        wanted: Float64Array,
         size: int,
         solver: Solver,
         beta: float,
@@ -233,17 +234,17 @@ def _ready(portfolio: AnyPortfolio, user_ids: Sequence[str]) -> AnyPortfolio:
 
 def objectives_of(
     method: WritingPortfolio, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]
-) -> Array:
+) -> Float64Array:
     """Objectives ``(M, X, N, R)`` of what M policies wrote on X prompts, M x X x N."""
     shape = (len(texts), len(prompts), len(texts[0][0]))
     asked = [prompt for _ in texts for prompt in prompts for _ in range(shape[2])]
     read = method.objectives.represent(asked, [one.text for rows in texts for row in rows for one in row])
     assert isinstance(read, Tensor)
-    values: Array = read.double().numpy().reshape(*shape, -1)
+    values: Float64Array = read.double().numpy().reshape(*shape, -1)
     return values
 
 
-def undecided(pool: Pool, weights: Array, names: Sequence[str], instead: str) -> list[str]:
+def undecided(pool: CandidatePool, weights: Float64Array, names: Sequence[str], instead: str) -> list[str]:
     """A sentence for each of the weights ``(V, R)`` by which all responses to every prompt are worth the same.
 
     Args:
@@ -274,7 +275,7 @@ class OwnMix(NamedTuple):
     """KL from the unaligned policy in nats per response, as measured before."""
 
 
-def own_mixes(values: Array, weights: Array, divergence: Sequence[float]) -> list[OwnMix]:
+def own_mixes(values: Float64Array, weights: Float64Array, divergence: Sequence[float]) -> list[OwnMix]:
     """For every member: its own mix, against the unaligned policy and against the best of the other members.
 
     Args:
@@ -283,7 +284,7 @@ def own_mixes(values: Array, weights: Array, divergence: Sequence[float]) -> lis
         divergence: ``(M,)``.
     """
 
-    def with_ends(differences: Array) -> tuple[float, float, float]:
+    def with_ends(differences: Float64Array) -> tuple[float, float, float]:
         low, high = cluster_bootstrap(differences)
         return float(differences.mean()), float(low), float(high)
 
@@ -312,7 +313,7 @@ def own_mix_lines(result: dict[str, Any], names: Sequence[str]) -> list[str]:
     return lines
 
 
-def member_name(weights: Array, names: Sequence[str]) -> str:
+def member_name(weights: Float64Array, names: Sequence[str]) -> str:
     """``0.70 brief + 0.30 positive``, the largest share first.
 
     >>> member_name(np.array([0.3, 0.0, 0.7]), ["positive", "negative", "brief"])
@@ -322,7 +323,7 @@ def member_name(weights: Array, names: Sequence[str]) -> str:
     return " + ".join(f"{weight:.2f} {name}" for weight, name in parts if weight >= 0.005)
 
 
-def inferred(method: WritingPortfolio, pool: Pool, weights: Array) -> UserState:
+def inferred(method: WritingPortfolio, pool: CandidatePool, weights: Float64Array) -> UserState:
     """Users ``(U, R)`` learned from nothing but their best and worst response to each prompt of a pool."""
     shown = np.tile(np.arange(len(pool.prompts)), (len(weights), 1))
     columns = best_and_worst(pool.scores, weights, shown)  # (U, S, 2)
@@ -357,7 +358,7 @@ def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, na
     return table
 
 
-def simplex_covariance(precision: Array) -> Array:
+def simplex_covariance(precision: Float64Array) -> Float64Array:
     """Covariance ``(R, R)`` of weights of this precision whose sum is known.
 
     >>> simplex_covariance(np.eye(2)).round(2).tolist()
@@ -365,5 +366,5 @@ def simplex_covariance(precision: Array) -> Array:
     """
     num = len(precision)
     along = np.linalg.svd(np.ones((1, num)))[2][1:].T  # (R, R - 1), what leaves the sum alone
-    covariance: Array = along @ np.linalg.pinv(along.T @ precision @ along) @ along.T
+    covariance: Float64Array = along @ np.linalg.pinv(along.T @ precision @ along) @ along.T
     return covariance

@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from plm.backbones import Completion, completion_tokens
 from plm.checkpoint import load_method, read_checkpoint
 from plm.data.rewards import Length
-from plm.data.sources.population import Pool as Candidates
+from plm.data.sources.population import CandidatePool
 from plm.generation import sample, sample_logps
 from plm.methods.clap import CLaP
 from plm.methods.clap.latents import ClapLatents
@@ -52,14 +52,14 @@ def points() -> torch.Tensor:
     return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def candidates() -> Candidates:
+def candidates() -> CandidatePool:
     """Twelve prompts, three responses, of which one is missing; both objectives tie on the last prompt."""
     rng = np.random.default_rng(0)
     scores = np.concatenate([one := rng.random((12, 3, 1)), 1 - one], axis=2)
     scores[11], scores[0, 2] = 0.5, np.nan
     rows = np.arange(36).reshape(12, 3)
     rows[0, 2] = -1
-    return Candidates(
+    return CandidatePool(
         [f"p{n}" for n in range(12)], [f"so {n}" for n in range(36)], rows, scores, np.zeros(12, dtype=bool)
     )
 

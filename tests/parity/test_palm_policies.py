@@ -12,10 +12,10 @@ from torch import Tensor
 
 from plm.backbones import CausalLM, Completion, completion_tokens, mixed_logits
 from plm.data.rewards import Length, Style
-from plm.data.sources.population import Pool as Candidates
+from plm.data.sources.population import CandidatePool
 from plm.functional import PairList, fit_simplex
 from plm.generation import sample
-from plm.methods.palm.oracle import Pool
+from plm.methods.palm.oracle import PolicySet
 from plm.methods.palm.search import certificate, upper_bound, upper_planes
 from plm.methods.palm.selection import choose_portfolio
 from plm.portfolio.features import RewardFeatures, reward_spec
@@ -221,7 +221,7 @@ def served() -> Iterator[PolicyPortfolio]:
     """Two members, long and short, with known rewards."""
     made = portfolio("own", users=2)
     made.extend(adapters(made), torch.eye(2))
-    pool = Pool(np.eye(2), np.array([[0.9, 0.1], [0.4, 0.8]]), np.zeros(2))
+    pool = PolicySet(np.eye(2), np.array([[0.9, 0.1], [0.4, 0.8]]), np.zeros(2))
     made.install(choose_portfolio(TrainedPolicies(made, lambda w: made.adapters, PROMPTS), pool, 2, rounds=0))
     yield made
 
@@ -290,11 +290,11 @@ def test_a_member_is_exported_as_its_adapter(served: PolicyPortfolio, tmp_path: 
 
 
 # ---------------------------------------------------------------------- training
-def candidates() -> Candidates:
+def candidates() -> CandidatePool:
     """Two prompts, three responses, the first the longest; one objective ties on the second prompt."""
     scores = np.array([[[1.0, 0.0], [0.5, 0.6], [0.0, 1.0]], [[0.3, 0.2], [0.3, 0.9], [0.3, 0.4]]])
     texts = ["a b c d", "a b", "a", "b c d", "b c", "b"]
-    return Candidates(["ab", "b"], texts, np.arange(6).reshape(2, 3), scores, np.zeros(2, dtype=bool))
+    return CandidatePool(["ab", "b"], texts, np.arange(6).reshape(2, 3), scores, np.zeros(2, dtype=bool))
 
 
 def test_a_weight_vector_compares_its_best_with_its_worst() -> None:

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 
 from plm.methods.palm.grid import as_array, combined_grid, direct_grid, random_weights, two_sided_levels
 from plm.methods.palm.measures import disagreement, route, usage
-from plm.methods.palm.oracle import BestOfN, Pool, check_simplex
+from plm.methods.palm.oracle import BestOfN, PolicySet, check_simplex
 from plm.methods.palm.search import (
     certificate,
     corner_search,
@@ -127,15 +127,15 @@ def test_searches_certify_a_loss_with_few_calls(tau: float) -> None:
         corner, lazy = corner_search(oracle, tau), lazy_grid(oracle, grid, tau)
         assert corner.gap <= tau
         for found in (corner, lazy):
-            assert worst_regret(found.pool.net, oracle.best_value).regret <= found.gap + 1e-9
+            assert worst_regret(found.policies.net, oracle.best_value).regret <= found.gap + 1e-9
         assert corner.num_calls <= lazy.num_calls <= len(grid) + 3
-        at_grid = oracle.best_value(grid) - lazy.pool.values(grid).max(1)
+        at_grid = oracle.best_value(grid) - lazy.policies.values(grid).max(1)
         assert at_grid.max() <= tau + 1e-9
 
 
 def test_an_inexact_oracle_widens_the_certificate() -> None:
     oracle = bandit(0)
-    pool = corner_search(oracle, 0.05).pool
+    pool = corner_search(oracle, 0.05).policies
     exact = certificate(pool, pool)
     assert certificate(pool, pool, error=0.1).regret == pytest.approx(exact.regret + 0.1)
     assert certificate(pool, pool, eps=0.1).regret < exact.regret
@@ -155,10 +155,10 @@ def test_a_weight_vector_is_one_call_however_often_it_is_asked_for() -> None:
     assert oracle.num_calls == 5
     found = corner_search(oracle, 1e-6, max_calls=6)
     assert found.num_calls == 6  # of its own
-    portfolio = choose_portfolio(bandit(0), found.pool, 2, rounds=0)
+    portfolio = choose_portfolio(bandit(0), found.policies, 2, rounds=0)
     assert portfolio.num_calls == 0  # all of them had been solved
     with pytest.raises(ValueError, match="expected rounds >= 0, got -1"):
-        choose_portfolio(bandit(0), found.pool, 2, rounds=-1)
+        choose_portfolio(bandit(0), found.policies, 2, rounds=-1)
 
 
 # ---------------------------------------------------------------------- covers and portfolios
@@ -197,7 +197,7 @@ def test_subsets_are_optimal(size: int) -> None:
 @pytest.mark.parametrize(("size", "gap"), [(2, 1.03), (3, 0.79), (4, 0.0)])
 def test_the_published_pool_needs_four_policies(size: int, gap: float) -> None:
     """Multiplicative gap against the own pool at beta 0.01, at 1,001 weights and over the whole simplex."""
-    pool = Pool(np.column_stack([PUBLISHED[:, 0], 1 - PUBLISHED[:, 0]]), PUBLISHED[:, 1:3], 0.01 * PUBLISHED[:, 3])
+    pool = PolicySet(np.column_stack([PUBLISHED[:, 0], 1 - PUBLISHED[:, 0]]), PUBLISHED[:, 1:3], 0.01 * PUBLISHED[:, 3])
     first = np.linspace(0, 1, 1001)
     values = pool.values(np.column_stack([first, 1 - first]))
     losses = (1 - values / values.max(1, keepdims=True)).T
@@ -223,7 +223,7 @@ def test_a_portfolio_is_certified_and_improves_with_size() -> None:
 
 # ---------------------------------------------------------------------- measures
 def test_usage_and_disagreement() -> None:
-    members = Pool(np.eye(3), np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 0.1]]), np.zeros(3))
+    members = PolicySet(np.eye(3), np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 0.1]]), np.zeros(3))
     users = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.3, 0.7, 0.0], [0.6, 0.4, 0.0]])
     member = route(members, users)
     used = usage(member, 3)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from plm.data.sources.corpus import PARQUET, corpus_files, read_rows
-from plm.data.sources.population import Pool, PopulationPairs
+from plm.data.sources.population import CandidatePool, PopulationPairs
 
 REPO = "namkoong-lab/PersonalLLM"
 NUM_RESPONSES = 8
@@ -45,7 +45,7 @@ class PersonalLlmPairs(PopulationPairs):
         """The corpus and the concentration."""
         return f"personalllm-{self.concentration:g}"
 
-    def read_pool(self) -> Pool:
+    def read_pool(self) -> CandidatePool:
         """Read prompts, replies and rewards of both halves; a prompt of both halves is a training prompt."""
         numbers = range(1, NUM_RESPONSES + 1)
         names = ["prompt", *(f"response_{n}" for n in numbers)]
@@ -72,4 +72,6 @@ class PersonalLlmPairs(PopulationPairs):
                 candidates.append(columns)
                 scores.append(values)
         test = np.array(list(prompts.values()), dtype=np.bool_)
-        return Pool(list(prompts), list(responses), np.array(candidates), np.array(scores, dtype=np.float64), test)
+        return CandidatePool(
+            list(prompts), list(responses), np.array(candidates), np.array(scores, dtype=np.float64), test
+        )

@@ -29,7 +29,7 @@ precision, ``u = 6e-8``, and A = 7 that is 1e-6. Nobody has a preference as smal
 
 
 @dataclass(frozen=True)
-class Pool:
+class CandidatePool:
     """What people choose from."""
 
     prompts: list[str]
@@ -148,11 +148,11 @@ class PopulationPairs(PairSource):
             raise ValueError("\n".join(problems))
 
     @abstractmethod
-    def read_pool(self) -> Pool:
+    def read_pool(self) -> CandidatePool:
         """Read prompts, candidates and raw attributes."""
 
     @cached_property
-    def pool(self) -> Pool:
+    def pool(self) -> CandidatePool:
         """The pool, read once."""
         return self.read_pool()
 

@@ -24,8 +24,8 @@ from plm.data.rewards import Reward
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.population import (
+    CandidatePool,
     DoubleArray,
-    Pool,
     best_and_worst,
     dirichlet_weights,
     smallest_preference,
@@ -117,7 +117,7 @@ class SampledPairs(PairSource):
         return f"sampled/{Path(self.path if isinstance(self.path, str) else self.path[0]).stem}"
 
     @cached_property
-    def pool(self) -> Pool:
+    def pool(self) -> CandidatePool:
         """Prompts and responses with their raw rewards ``(P, C, A)``, read and scored once."""
         sampled, test, self._dropped = read_samples(self.path, self.test_share, self.seed)
         responses: dict[str, int] = {}
@@ -136,7 +136,7 @@ class SampledPairs(PairSource):
                     f"{values.shape} with {int((~np.isfinite(values)).sum())} that are not"
                 )
             scores[row, column, axis] = values
-        return Pool(prompts, texts, table, scores, test)
+        return CandidatePool(prompts, texts, table, scores, test)
 
     @cached_property
     def weights(self) -> dict[str, DoubleArray]:

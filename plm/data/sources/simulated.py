@@ -15,10 +15,12 @@ import numpy as np
 
 from plm.data.keys import digest, mix, seed_key
 from plm.data.sources.corpus import local_files, read_rows
-from plm.data.sources.population import Pool, PopulationPairs
+from plm.data.sources.population import CandidatePool, PopulationPairs
 
 
-def pool_of(rows: list[dict[str, Any]], attributes: list[str], candidates: int, test_share: float, seed: int) -> Pool:
+def pool_of(
+    rows: list[dict[str, Any]], attributes: list[str], candidates: int, test_share: float, seed: int
+) -> CandidatePool:
     """Gather the candidates of every prompt: distinct texts, at most ``candidates`` drawn by a hash of the text.
 
     Args:
@@ -50,7 +52,7 @@ def pool_of(rows: list[dict[str, Any]], attributes: list[str], candidates: int, 
     order = np.argsort(mix(digest(prompts), seed_key(seed)), kind="stable")
     test = np.zeros(len(prompts), dtype=np.bool_)
     test[order[: max(1, round(test_share * len(prompts)))]] = True
-    return Pool(prompts, list(responses), table, scores, test)
+    return CandidatePool(prompts, list(responses), table, scores, test)
 
 
 class SimulatedPairs(PopulationPairs):
@@ -95,7 +97,7 @@ class SimulatedPairs(PopulationPairs):
         """Folder of the table and concentration."""
         return f"simulated/{Path(self.path).parent.name}-{self.concentration:g}"
 
-    def read_pool(self) -> Pool:
+    def read_pool(self) -> CandidatePool:
         """Read the table, and the prompts where they are apart."""
         own = {"response": self.response, **{name: name for name in self.attributes}}
         if self.prompts is None:

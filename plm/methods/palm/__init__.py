@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plm.arrays import Float64Array
 from plm.functional import PairList, bt_losses, fit_simplex, flatten_context, targets, unit_mean_per_user
-from plm.methods.palm.grid import Array
 from plm.methods.palm.oracle import BestOfN
 from plm.methods.palm.routing import RoutedMethod
 from plm.methods.palm.selection import Portfolio, build_portfolio
@@ -156,7 +156,7 @@ class PALM(RoutedMethod):
         if len(pool):
             self.install(build_portfolio(BestOfN(pool), self.size, self.delta))
 
-    def _shared_pool(self, rewards: Tensor) -> Array:
+    def _shared_pool(self, rewards: Tensor) -> Float64Array:
         """Normalised rewards of evenly spaced pairs of all processes, ``(B, 2, R)`` -> ``(X, 2, R)``.
 
         The worse of two has reward 0 in each objective, and one common scale brings the largest differences to 1: a
@@ -165,10 +165,10 @@ class PALM(RoutedMethod):
         own = rewards[:: max(1, math.ceil(len(rewards) / _POOL_PAIRS))]
         shared = own.new_zeros(self.trainer.world_size, _POOL_PAIRS, *own.shape[1:])
         shared[self.trainer.global_rank, : len(own)] = own
-        pool: Array = self.sum_over_processes(shared).flatten(0, 1).double().cpu().numpy()
+        pool: Float64Array = self.sum_over_processes(shared).flatten(0, 1).double().cpu().numpy()
         pool = pool - pool.min(1, keepdims=True)
         pool = pool[pool.max((1, 2)) > 0]
-        scaled: Array = pool / np.quantile(pool.max(1), 0.99, axis=0).max() if len(pool) else pool
+        scaled: Float64Array = pool / np.quantile(pool.max(1), 0.99, axis=0).max() if len(pool) else pool
         return scaled
 
     # ------------------------------------------------------------------ use

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+from plm.arrays import Float64Array
+
 Weights = tuple[Fraction, ...]
 """One point of the simplex."""
 
@@ -30,7 +30,7 @@ def rational(value: float | Fraction) -> Fraction:
     return value if isinstance(value, Fraction) else Fraction(str(value))
 
 
-def as_array(weights: Iterable[Weights]) -> Array:
+def as_array(weights: Iterable[Weights]) -> Float64Array:
     """Exact weights as floats, ``(N, R)``, each row summing to one within rounding."""
     return np.array([[float(value) for value in row] for row in weights], dtype=np.float64)
 
@@ -131,7 +131,7 @@ def direct_grid(levels: Sequence[Fraction], num_objectives: int) -> list[Weights
     return list(found)
 
 
-def route_to_grid(weights: Array, eps: float, delta: float) -> Array:
+def route_to_grid(weights: Float64Array, eps: float, delta: float) -> Float64Array:
     """For each user's weights a member of `combined_grid` whose cell holds them: ``(U, R)`` -> ``(U, R)``.
 
     The constructive proof of coverage: scale the largest coordinate to one; round the others up to the next level;
@@ -145,14 +145,14 @@ def route_to_grid(weights: Array, eps: float, delta: float) -> Array:
     keep = np.rint((lifted * small).sum(1) / step)
     order = np.argsort(np.argsort(-np.where(small, lifted, -1.0), axis=1, kind="stable"), axis=1)
     up = np.where(small, np.where(order < keep[:, None], step, 0.0), up)
-    routed: Array = up / up.sum(1, keepdims=True)
+    routed: Float64Array = up / up.sum(1, keepdims=True)
     return routed
 
 
 # ---------------------------------------------------------------------- baselines
-def random_weights(num: int, num_objectives: int, rng: np.random.Generator) -> Array:
+def random_weights(num: int, num_objectives: int, rng: np.random.Generator) -> Float64Array:
     """Uniform draws from the simplex, ``(N, R)``."""
-    weights: Array = rng.dirichlet(np.ones(num_objectives), num)
+    weights: Float64Array = rng.dirichlet(np.ones(num_objectives), num)
     return weights
 
 
@@ -169,7 +169,7 @@ def lattice(steps: int, num_objectives: int) -> list[Weights]:
     return [tuple(Fraction(int(value), steps) for value in row) for row in parts]
 
 
-def lattice_weights(num: int, num_objectives: int, rng: np.random.Generator) -> Array:
+def lattice_weights(num: int, num_objectives: int, rng: np.random.Generator) -> Float64Array:
     """An evenly spread set of exactly ``num`` weights, ``(N, R)``.
 
     The smallest lattice with as many points, thinned to those farthest from each other: a random first corner, then
@@ -185,15 +185,15 @@ def lattice_weights(num: int, num_objectives: int, rng: np.random.Generator) -> 
     while len(taken) < num:
         distance = np.linalg.norm(points[:, None] - points[taken], axis=-1).min(1)
         taken.append(int(np.argmax(np.round(distance, 9))))
-    chosen: Array = points[taken]
+    chosen: Float64Array = points[taken]
     return chosen
 
 
-def kmeans_weights(users: Array, num: int, rng: np.random.Generator) -> Array:
+def kmeans_weights(users: Float64Array, num: int, rng: np.random.Generator) -> Float64Array:
     """Centroids of the users' weights, ``(U, R)`` -> ``(N, R)``: the best of four runs of Lloyd's algorithm."""
     from sklearn.cluster import KMeans  # half a second to import: only for this baseline
 
     seed = int(rng.integers(2**31))
-    centres: Array = KMeans(num, n_init=4, random_state=seed).fit(users).cluster_centers_.astype(np.float64)
+    centres: Float64Array = KMeans(num, n_init=4, random_state=seed).fit(users).cluster_centers_.astype(np.float64)
     centres /= centres.sum(1, keepdims=True)
     return centres

@@ -8,16 +8,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from plm.methods.palm.grid import Array
-from plm.methods.palm.oracle import Pool
+from plm.arrays import Float64Array, IntArray
+from plm.methods.palm.oracle import PolicySet
 
 
 class Usage(NamedTuple):
     """How users are spread over members."""
 
-    shares: Array
+    shares: Float64Array
     """``(M,)`` share of the users routed to each member."""
     perplexity: float
     """``exp`` of the entropy of the shares: between 1 and M, as if so many members were used evenly."""
@@ -25,13 +24,13 @@ class Usage(NamedTuple):
     """Members nobody is routed to."""
 
 
-def route(members: Pool, weights: Array) -> npt.NDArray[np.int64]:
+def route(members: PolicySet, weights: Float64Array) -> IntArray:
     """The best member for each user, ``(U, R)`` -> ``(U,)``: the highest ``w_u . R(p) - f(p)``."""
-    member: npt.NDArray[np.int64] = members.values(weights).argmax(1)
+    member: IntArray = members.values(weights).argmax(1)
     return member
 
 
-def usage(member: npt.NDArray[np.int64], num_members: int) -> Usage:
+def usage(member: IntArray, num_members: int) -> Usage:
     """Shares, perplexity and dead members of a routing ``(U,)``.
 
     >>> usage(np.array([0, 0, 1, 1]), 3).perplexity
@@ -42,7 +41,7 @@ def usage(member: npt.NDArray[np.int64], num_members: int) -> Usage:
     return Usage(shares, float(np.round(np.exp(-(used * np.log(used)).sum()), 12)), int((shares == 0).sum()))
 
 
-def disagreement(policies: Array) -> float:
+def disagreement(policies: Float64Array) -> float:
     """Mean over pairs of members of the total variation between them, ``(M, X, C)`` -> between 0 and 1.
 
     For members that pick one candidate it is the share of prompts on which two of them answer differently; members that

@@ -11,44 +11,43 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from plm.methods.palm.grid import Array
+from plm.arrays import BoolArray, Float64Array, IntArray
 
 _CHUNK = 20_000_000  # numbers held in memory at once
 _SAME = 1e-9  # weights that differ by less are one
 
 
-class Pool(NamedTuple):
+class PolicySet(NamedTuple):
     """M measured policies: all that choosing, certifying and routing need."""
 
-    weights: Array
+    weights: Float64Array
     """``(M, R)`` the weights each policy was made for."""
-    rewards: Array
+    rewards: Float64Array
     """``(M, R)`` its expected rewards R(p)."""
-    costs: Array
+    costs: Float64Array
     """``(M,)`` its regulariser f(p), beta included."""
 
     @property
-    def net(self) -> Array:
+    def net(self) -> Float64Array:
         """``(M, R)`` rewards minus cost: as weights sum to one, ``J_v(p) = v . net_p``."""
-        net: Array = self.rewards - self.costs[:, None]
+        net: Float64Array = self.rewards - self.costs[:, None]
         return net
 
-    def values(self, weights: Array) -> Array:
+    def values(self, weights: Float64Array) -> Float64Array:
         """``J_v(p)`` of each policy for each user: ``(V, R)`` -> ``(V, M)``."""
-        values: Array = weights @ self.net.T
+        values: Float64Array = weights @ self.net.T
         return values
 
-    def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Pool:
+    def take(self, rows: Sequence[int] | IntArray) -> PolicySet:
         """Some of the policies."""
         index = np.asarray(rows, dtype=np.int64)
-        return Pool(self.weights[index], self.rewards[index], self.costs[index])
+        return PolicySet(self.weights[index], self.rewards[index], self.costs[index])
 
     @staticmethod
-    def cat(pools: Sequence[Pool]) -> Pool:
-        """Policies of several pools."""
-        return Pool(*(np.concatenate(parts) for parts in zip(*pools, strict=True)))
+    def cat(sets: Sequence[PolicySet]) -> PolicySet:
+        """The policies of several sets, one after the other."""
+        return PolicySet(*(np.concatenate(parts) for parts in zip(*sets, strict=True)))
 
 
 class Oracle(ABC):
@@ -81,10 +80,10 @@ class Oracle(ABC):
         """Bound on the regulariser: ``f_max``."""
 
     @abstractmethod
-    def _solve(self, weights: Array) -> Pool:
+    def _solve(self, weights: Float64Array) -> PolicySet:
         """One policy per weight vector ``(V, R)``."""
 
-    def solve(self, weights: Array) -> Pool:
+    def solve(self, weights: Float64Array) -> PolicySet:
         """The best policy for each weight vector ``(V, R)``, measured; a new one counts as a call.
 
         Raises:
@@ -107,14 +106,14 @@ class BestOfN(Oracle):
         beta: Weight of the KL penalty.
     """
 
-    def __init__(self, rewards: Array, beta: float = 0.0) -> None:
+    def __init__(self, rewards: Float64Array, beta: float = 0.0) -> None:
         if rewards.ndim != 3 or not len(rewards):
             raise ValueError(f"expected rewards of prompts, candidates and objectives (X, C, R), got {rewards.shape}")
         if not 0 <= beta < math.inf:
             raise ValueError(f"BestOfN.beta: expected a finite number >= 0, got {beta!r}")
         super().__init__(rewards.shape[2])
         self.beta = beta
-        self.present: npt.NDArray[np.bool_] = np.logical_not(np.isnan(rewards).any(axis=2))
+        self.present: BoolArray = np.logical_not(np.isnan(rewards).any(axis=2))
         if not self.present.any(axis=1).all():
             raise ValueError("expected at least one candidate with all rewards for every prompt")
         self.rewards = np.where(self.present[..., None], rewards, 0.0)
@@ -129,53 +128,53 @@ class BestOfN(Oracle):
         """``beta ln C``."""
         return float(self.beta * np.log(self.rewards.shape[1]))
 
-    def policies(self, weights: Array) -> Array:
+    def policies(self, weights: Float64Array) -> Float64Array:
         """Probability of each candidate under each policy, ``(V, R)`` -> ``(V, X, C)``."""
         scores = self._scores(weights)
         if self.beta == 0:
-            picked: Array = (np.arange(scores.shape[2]) == scores.argmax(2)[..., None]).astype(np.float64)
+            picked: Float64Array = (np.arange(scores.shape[2]) == scores.argmax(2)[..., None]).astype(np.float64)
             return picked
         scores = np.exp((scores - scores.max(2, keepdims=True)) / self.beta)
-        soft: Array = scores / scores.sum(2, keepdims=True)
+        soft: Float64Array = scores / scores.sum(2, keepdims=True)
         return soft
 
-    def _scores(self, weights: Array) -> Array:
+    def _scores(self, weights: Float64Array) -> Float64Array:
         """Weighted reward of each candidate, minus infinity where there is none: ``(V, R)`` -> ``(V, X, C)``."""
         flat = self.rewards.reshape(-1, self.num_objectives)
-        scores: Array = (weights @ flat.T).reshape(len(weights), *self.present.shape)
+        scores: Float64Array = (weights @ flat.T).reshape(len(weights), *self.present.shape)
         scores[:, ~self.present] = -np.inf
         return scores
 
-    def _solve(self, weights: Array) -> Pool:
+    def _solve(self, weights: Float64Array) -> PolicySet:
         return self.measured(weights)
 
-    def measured(self, weights: Array) -> Pool:
+    def measured(self, weights: Float64Array) -> PolicySet:
         """The policies that ``solve`` makes for ``(V, R)``, on these prompts; not counted as calls: it judges."""
-        return Pool.cat([self._solve_few(part) for part in self._parts(weights)])
+        return PolicySet.cat([self._solve_few(part) for part in self._parts(weights)])
 
-    def _solve_few(self, weights: Array) -> Pool:
+    def _solve_few(self, weights: Float64Array) -> PolicySet:
         if self.beta == 0:
             picks = self._scores(weights).argmax(2)  # (V, X)
             rewards = self.rewards[np.arange(len(self.rewards)), picks].mean(1)
-            return Pool(weights, rewards, np.zeros(len(weights)))
+            return PolicySet(weights, rewards, np.zeros(len(weights)))
         chance = self.policies(weights)
         rewards = np.einsum("vxc,xcr->vr", chance, self.rewards) / len(self.rewards)
         entropy = -np.sum(chance * np.log(np.maximum(chance, 1e-300)), 2)
         costs = self.beta * (np.log(self.present.sum(1)) - entropy).mean(1)
-        return Pool(weights, rewards, costs)
+        return PolicySet(weights, rewards, costs)
 
-    def best_value(self, weights: Array) -> Array:
+    def best_value(self, weights: Float64Array) -> Float64Array:
         """``J*_v`` of each weight vector, ``(V, R)`` -> ``(V,)``; not counted as calls."""
-        best: Array = np.einsum("vr,vr->v", weights, self.measured(weights).net)
+        best: Float64Array = np.einsum("vr,vr->v", weights, self.measured(weights).net)
         return best
 
-    def _parts(self, weights: Array) -> list[Array]:
+    def _parts(self, weights: Float64Array) -> list[Float64Array]:
         """Weight vectors in groups that fit into memory."""
         step = max(1, _CHUNK // (self.rewards.shape[0] * self.rewards.shape[1]))
         return [weights[start : start + step] for start in range(0, len(weights), step)]
 
 
-def unsolved(weights: Array, solved: Array) -> Array:
+def unsolved(weights: Float64Array, solved: Float64Array) -> Float64Array:
     """The weight vectors ``(V, R)`` that are not among those solved ``(S, R)``, each once, in their order.
 
     >>> unsolved(np.array([[1.0, 0.0], [0.3, 0.7], [0.1 + 0.2, 0.7]]), np.array([[1.0, 0.0]])).tolist()
@@ -187,11 +186,11 @@ def unsolved(weights: Array, solved: Array) -> Array:
         if not (np.abs(known[:count] - row).max(1) < _SAME).any():
             known[count] = row
             count += 1
-    new: Array = known[len(solved) : count]
+    new: Float64Array = known[len(solved) : count]
     return new
 
 
-def check_simplex(weights: Array, num_objectives: int) -> None:
+def check_simplex(weights: Float64Array, num_objectives: int) -> None:
     """Refuse what is not a list of points of the simplex.
 
     Raises:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from plm.arrays import Float64Array
 from plm.functional import PairList, fit_simplex
 from plm.method import PersonalizationMethod
-from plm.methods.palm.grid import Array
 from plm.methods.palm.search import solved_values, upper_planes
 from plm.methods.palm.selection import Portfolio
 from plm.types import UserState
@@ -80,13 +80,13 @@ class RoutedMethod(PersonalizationMethod):
         self.member_costs = self._tensor(members.costs)
         self.planes = self._tensor(upper_planes(solved.weights, solved_values(solved) + portfolio.error))
 
-    def _tensor(self, values: Array) -> Tensor:
+    def _tensor(self, values: Float64Array) -> Tensor:
         return torch.as_tensor(values).to(self.centre)
 
     # ------------------------------------------------------------------ who is served by whom
     @property
     def net(self) -> Tensor:
-        """``(M, R)`` rewards minus cost of each member, see `plm.methods.palm.oracle.Pool`."""
+        """``(M, R)`` rewards minus cost of each member, see `plm.methods.palm.oracle.PolicySet`."""
         return self.member_rewards - self.member_costs[:, None]
 
     @property

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import linprog
 from scipy.spatial import ConvexHull, HalfspaceIntersection
 
-from plm.methods.palm.grid import Array
-from plm.methods.palm.oracle import Oracle, Pool
+from plm.arrays import Float64Array, IntArray
+from plm.methods.palm.oracle import Oracle, PolicySet
 
 Kind = Literal["additive", "multiplicative"]
 
@@ -28,23 +27,23 @@ class Worst(NamedTuple):
     """The largest regret over the simplex and who suffers it."""
 
     regret: float
-    weights: Array
+    weights: Float64Array
     """``(R,)``."""
 
 
 class Certified(NamedTuple):
     """What a search ends with."""
 
-    pool: Pool
+    policies: PolicySet
     """Every policy the oracle made."""
     gap: float
-    """No user of the simplex loses more than this by being served from the pool."""
+    """No user of the simplex loses more than this by being served from these policies."""
     num_calls: int
     """Weight vectors that the search had solved, no two alike."""
 
 
 # ---------------------------------------------------------------------- geometry
-def corners(net: Array) -> Array:
+def corners(net: Float64Array) -> Float64Array:
     """Corners of the cells in which one policy is best: ``(M, R)`` -> ``(V, R)``, the vertices of the simplex included.
 
     The cells are the facets of the upper envelope of M planes over the simplex, found as an intersection of half spaces
@@ -74,7 +73,7 @@ def corners(net: Array) -> Array:
     return weights[np.unique(np.round(weights, 10), axis=0, return_index=True)[1]]
 
 
-def upper_planes(weights: Array, values: Array) -> Array:
+def upper_planes(weights: Float64Array, values: Float64Array) -> Float64Array:
     """The best values that convexity allows between solved weights, as planes: ``(S, R)``, ``(S,)`` -> ``(F, R)``.
 
     ``max_f v . plane_f`` is the lower convex envelope of the points ``(w_k, J*_k)``, the optimum of the linear program
@@ -102,24 +101,24 @@ def upper_planes(weights: Array, values: Array) -> Array:
     lower = equations[equations[:, num - 1] < -1e-9]
     slope = -lower[:, : num - 1] / lower[:, num - 1 : num]
     level = -lower[:, num] / lower[:, num - 1]
-    planes: Array = np.column_stack([slope + level[:, None], level]) * depth + first
+    planes: Float64Array = np.column_stack([slope + level[:, None], level]) * depth + first
     return planes
 
 
-def upper_bound(weights: Array, planes: Array) -> Array:
+def upper_bound(weights: Float64Array, planes: Float64Array) -> Float64Array:
     """Upper bound of the best value for each weight vector: ``(V, R)``, ``(F, R)`` -> ``(V,)``."""
-    bound: Array = (weights @ planes.T).max(1)
+    bound: Float64Array = (weights @ planes.T).max(1)
     return bound
 
 
 # ---------------------------------------------------------------------- regret
-def regret(best: Array, served: Array, kind: Kind = "additive") -> Array:
+def regret(best: Float64Array, served: Float64Array, kind: Kind = "additive") -> Float64Array:
     """``J* - J``, or the share ``1 - J / J*`` of the best value that is lost; rewards must then be positive."""
-    lost: Array = best - served if kind == "additive" else 1 - served / np.maximum(best, 1e-300)
+    lost: Float64Array = best - served if kind == "additive" else 1 - served / np.maximum(best, 1e-300)
     return lost
 
 
-def served_corners(net: Array) -> tuple[Array, npt.NDArray[np.int64]]:
+def served_corners(net: Float64Array) -> tuple[Float64Array, IntArray]:
     """Corners of cells ``(V, R)`` with each member ``(V,)`` whose cell meets there: all of them serve such a user."""
     users = corners(net)
     worth = users @ net.T
@@ -128,7 +127,10 @@ def served_corners(net: Array) -> tuple[Array, npt.NDArray[np.int64]]:
 
 
 def worst_regret(
-    net: Array, best_value: Callable[[Array], Array], kind: Kind = "additive", routed_by: Array | None = None
+    net: Float64Array,
+    best_value: Callable[[Float64Array], Float64Array],
+    kind: Kind = "additive",
+    routed_by: Float64Array | None = None,
 ) -> Worst:
     """Exact worst-case regret of a portfolio over the whole simplex.
 
@@ -152,7 +154,7 @@ def worst_regret(
     return Worst(float(lost.max()), users[int(lost.argmax())])
 
 
-def worst_regret_in_pool(net: Array, pool_net: Array, kind: Kind = "additive") -> Worst:
+def worst_regret_in_pool(net: Float64Array, pool_net: Float64Array, kind: Kind = "additive") -> Worst:
     """Exact worst-case regret against the best policy of a finite pool, by one linear program per policy of the pool.
 
     Additive: ``max v . q - t`` with ``t >= v . p`` for all members p and v on the simplex. Multiplicative: the largest
@@ -190,11 +192,11 @@ def worst_regret_in_pool(net: Array, pool_net: Array, kind: Kind = "additive") -
 
 
 # ---------------------------------------------------------------------- searches
-def certificate(pool: Pool, solved: Pool, error: float = 0.0, eps: float = 0.0) -> Worst:
+def certificate(members: PolicySet, solved: PolicySet, error: float = 0.0, eps: float = 0.0) -> Worst:
     """Bound on ``(1 - eps) J*_v - max_p J_v(p)`` over the whole simplex, from solved weights alone.
 
     Args:
-        pool: The portfolio.
+        members: The portfolio.
         solved: Answers of the oracle, those for the vertices among them.
         error: Additive error of the oracle.
         eps: Relative loss that is allowed for free.
@@ -203,14 +205,14 @@ def certificate(pool: Pool, solved: Pool, error: float = 0.0, eps: float = 0.0) 
         The bound, and where it is reached.
     """
     planes = upper_planes(solved.weights, solved_values(solved) + error)
-    users = corners(pool.net)
-    gaps = (1 - eps) * upper_bound(users, planes) - pool.values(users).max(1)
+    users = corners(members.net)
+    gaps = (1 - eps) * upper_bound(users, planes) - members.values(users).max(1)
     return Worst(float(gaps.max()), users[int(gaps.argmax())])
 
 
-def solved_values(solved: Pool) -> Array:
+def solved_values(solved: PolicySet) -> Float64Array:
     """``J_w(p)`` of the best policy found so far at each solved weight vector, ``(S,)``."""
-    values: Array = solved.values(solved.weights).max(1)
+    values: Float64Array = solved.values(solved.weights).max(1)
     return values
 
 
@@ -228,16 +230,16 @@ def corner_search(oracle: Oracle, delta: float, eps: float = 0.0, max_calls: int
     Returns:
         The policies and the certified gap.
     """
-    pool = oracle.solve(np.eye(oracle.num_objectives))
+    solved = oracle.solve(np.eye(oracle.num_objectives))
     while True:
-        worst = certificate(pool, pool, oracle.error, eps)
-        seen = bool((np.abs(pool.weights - worst.weights).max(1) < 1e-9).any())
-        if worst.regret <= delta or seen or len(pool.weights) >= max_calls:
-            return Certified(pool, worst.regret, len(pool.weights))
-        pool = Pool.cat([pool, oracle.solve(worst.weights[None])])
+        worst = certificate(solved, solved, oracle.error, eps)
+        seen = bool((np.abs(solved.weights - worst.weights).max(1) < 1e-9).any())
+        if worst.regret <= delta or seen or len(solved.weights) >= max_calls:
+            return Certified(solved, worst.regret, len(solved.weights))
+        solved = PolicySet.cat([solved, oracle.solve(worst.weights[None])])
 
 
-def lazy_grid(oracle: Oracle, grid: Array, delta: float, eps: float = 0.0) -> Certified:
+def lazy_grid(oracle: Oracle, grid: Float64Array, delta: float, eps: float = 0.0) -> Certified:
     """Call the oracle at those weights of a grid that the policies made so far are not proved to serve.
 
     Args:
@@ -249,11 +251,11 @@ def lazy_grid(oracle: Oracle, grid: Array, delta: float, eps: float = 0.0) -> Ce
     Returns:
         The policies and the gap certified for the whole simplex, which may exceed ``delta`` between weights.
     """
-    pool = oracle.solve(np.eye(oracle.num_objectives))
-    planes = upper_planes(pool.weights, solved_values(pool) + oracle.error)
+    solved = oracle.solve(np.eye(oracle.num_objectives))
+    planes = upper_planes(solved.weights, solved_values(solved) + oracle.error)
     for weights in grid[np.argsort(-grid.min(1), kind="stable")]:
-        gap = (1 - eps) * upper_bound(weights[None], planes)[0] - pool.values(weights[None]).max()
-        if gap > delta and not (np.abs(pool.weights - weights).max(1) < 1e-9).any():
-            pool = Pool.cat([pool, oracle.solve(weights[None])])
-            planes = upper_planes(pool.weights, solved_values(pool) + oracle.error)
-    return Certified(pool, certificate(pool, pool, oracle.error, eps).regret, len(pool.weights))
+        gap = (1 - eps) * upper_bound(weights[None], planes)[0] - solved.values(weights[None]).max()
+        if gap > delta and not (np.abs(solved.weights - weights).max(1) < 1e-9).any():
+            solved = PolicySet.cat([solved, oracle.solve(weights[None])])
+            planes = upper_planes(solved.weights, solved_values(solved) + oracle.error)
+    return Certified(solved, certificate(solved, solved, oracle.error, eps).regret, len(solved.weights))

@@ -1,6 +1,6 @@
 """Choosing few policies of many: set covers, and portfolios of a fixed size.
 
-Axes: P policies of a pool, W weight vectors to serve.
+Axes: P policies to choose from, W weight vectors to serve.
 """
 
 from __future__ import annotations
@@ -8,23 +8,21 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from plm.methods.palm.grid import Array
-from plm.methods.palm.oracle import Oracle, Pool
+from plm.arrays import BoolArray, Float64Array
+from plm.methods.palm.oracle import Oracle, PolicySet
 from plm.methods.palm.search import certificate, corner_search
 
-BoolArray = npt.NDArray[np.bool_]
 Solver = Literal["greedy", "milp"]
 
 
 class Portfolio(NamedTuple):
     """Few policies and what is proved about them."""
 
-    members: Pool
-    solved: Pool
+    members: PolicySet
+    solved: PolicySet
     """All answers of the oracle, from which upper bounds follow."""
     certificate: float
     """No user of the simplex loses more than this to the policies that the oracle can make, measured where it measures.
@@ -84,7 +82,7 @@ def _check_coverable(serves: BoolArray) -> None:
         raise ValueError(f"no policy serves the weight vector in column {missing}; allow a larger loss")
 
 
-def best_subset(losses: Array, size: int, solver: Solver = "greedy") -> tuple[list[int], float]:
+def best_subset(losses: Float64Array, size: int, solver: Solver = "greedy") -> tuple[list[int], float]:
     """At most ``size`` policies with a small largest loss: bisection of the loss at which a cover needs no more.
 
     The subset found is then improved by exchanging one member at a time.
@@ -108,7 +106,7 @@ def best_subset(losses: Array, size: int, solver: Solver = "greedy") -> tuple[li
     return sorted(chosen), _largest(losses, chosen)
 
 
-def _bisected(losses: Array, size: int, cover: object, tolerances: Array | None = None) -> list[int]:
+def _bisected(losses: Float64Array, size: int, cover: object, tolerances: Float64Array | None = None) -> list[int]:
     """The cover of at most ``size`` rows at the lowest tolerance where one is found; empty if there is none."""
     assert callable(cover)
     needed = losses.min(0).max()
@@ -125,11 +123,11 @@ def _bisected(losses: Array, size: int, cover: object, tolerances: Array | None 
     return best
 
 
-def _largest(losses: Array, rows: list[int]) -> float:
+def _largest(losses: Float64Array, rows: list[int]) -> float:
     return float(losses[rows].min(0).max())
 
 
-def _exchanged(losses: Array, rows: list[int]) -> list[int]:
+def _exchanged(losses: Float64Array, rows: list[int]) -> list[int]:
     """Replace one member by a better policy as long as that lowers the largest loss."""
     rows = list(rows)
     while True:
@@ -148,7 +146,7 @@ def _exchanged(losses: Array, rows: list[int]) -> list[int]:
 
 def choose_portfolio(
     oracle: Oracle,
-    solved: Pool,
+    solved: PolicySet,
     size: int,
     solver: Solver = "greedy",
     rounds: int = 20,
@@ -187,7 +185,7 @@ def choose_portfolio(
             break
         if (np.abs(solved.weights - worst.weights).max(1) < 1e-9).any():
             break
-        solved = Pool.cat([solved, oracle.solve(worst.weights[None])])
+        solved = PolicySet.cat([solved, oracle.solve(worst.weights[None])])
     assert best is not None
     proved = certificate(best.members, solved, oracle.error)  # with all answers
     return Portfolio(best.members, solved, proved.regret, oracle.num_calls, oracle.error)
@@ -197,4 +195,4 @@ def build_portfolio(
     oracle: Oracle, size: int, delta: float = 0.02, max_calls: int = 150, solver: Solver = "greedy"
 ) -> Portfolio:
     """`choose_portfolio` from the policies of a `corner_search` to ``delta``, or as far as ``max_calls`` allow."""
-    return choose_portfolio(oracle, corner_search(oracle, delta, max_calls=max_calls).pool, size, solver)
+    return choose_portfolio(oracle, corner_search(oracle, delta, max_calls=max_calls).policies, size, solver)
