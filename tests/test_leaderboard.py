@@ -28,12 +28,15 @@ from plm.data.splits import TEST, UNSEEN
 from plm.leaderboard import board as command
 from plm.leaderboard import cells, entries
 from plm.leaderboard.cells import Cell, run_cells
-from plm.leaderboard.entries import Entry, as_options, candidates, source_hash
+from plm.leaderboard.entries import Entry, as_options, candidates, check_search_space, source_hash
 from plm.leaderboard.report import Leaderboard, markdown
 from plm.leaderboard.results import Row
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
-from plm.recipe.defaults import shipped
+from plm.methods.lore import LoRe
+from plm.methods.pal import PAL
+from plm.methods.palm import PALM
+from plm.methods.vpl import VPL
 
 
 class Headed(HashingBackbone):
@@ -170,7 +173,7 @@ def test_search_spends_the_same_budget_on_validation_pairs(place: Path, monkeypa
             (one.folder / "facts.json").write_text(json.dumps({"val_value": value}))
 
     monkeypatch.setattr(entries, "run_cells", pretend)
-    field = [Entry(name, "method", "", (), class_name=name) for name in ("LoRe", "BradleyTerry")]
+    field = [Entry(method.__name__, "method", "", (), method_class=method) for method in (LoRe, BradleyTerry)]
     found = entries.search(field, 12, place / "search", 1, lambda one: None)
     assert [entry.num_candidates for entry in found] == [12, 12]
     assert all(args[-2:] == ("--final_test", "false") for args in tried) and len(tried) == 24
@@ -179,12 +182,14 @@ def test_search_spends_the_same_budget_on_validation_pairs(place: Path, monkeypa
 
 
 def test_candidates_are_distinct_and_start_with_the_defaults() -> None:
-    for path in (shipped("conf") / "search").glob("*.yaml"):
-        drawn = candidates(Entry(path.stem, "method", "", (), class_name=path.stem), 12)
+    for method in (BradleyTerry, LoRe, PAL, VPL):
+        check_search_space(method)
+        drawn = candidates(Entry("x", "method", "", (), method_class=method), 12)
         assert drawn[0] == {} and len(drawn) == 12
         assert len({json.dumps(one, sort_keys=True) for one in drawn}) == 12
-        assert drawn[:5] == candidates(Entry("other", "method", "", (), class_name=path.stem), 5)
-    assert candidates(Entry("x", "method", "", (), class_name="NoGrid"), 12) == [{}]
+        assert drawn[:5] == candidates(Entry("other", "method", "", (), method_class=method), 5)
+    assert candidates(Entry("x", "method", "", (), method_class=PALM), 12) == [{}]
+    assert candidates(Entry("unread", "method", "", ()), 12) == [{}]
     assert as_options({"lr": 0.1, "decoder": "film", "ridges": [1.0, 2.0]}) == [
         *("--model.init_args.lr", "0.1"),
         *("--model.init_args.decoder", "film"),

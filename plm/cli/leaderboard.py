@@ -84,7 +84,7 @@ def _options(args: list[str]) -> argparse.Namespace:
         "--budget",
         type=int,
         default=1,
-        help="candidates per method: its defaults and draws from conf/search, chosen on validation pairs (default: 1)",
+        help="candidates per method: the defaults and draws from its search_space, by validation pairs (default: 1)",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process (default: 1, in this one)")
     parser.add_argument("--output", metavar="DIR", help="default: runs/leaderboard/<data or first recipe>")

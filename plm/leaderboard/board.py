@@ -214,7 +214,7 @@ def _warn_of_grids(field: Sequence[Entry], budget: int, console: Console) -> Non
     for entry in field:
         num = len(book.candidates(entry, budget))
         if entry.kind == "method" and not entry.error and num < budget:
-            console.print(f"{entry.name} has {num} of {budget} candidates: its grid conf/search is missing or small")
+            console.print(f"{entry.name} has {num} of {budget} candidates: its search_space is empty or small")
 
 
 class _Progress:

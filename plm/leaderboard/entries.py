@@ -25,6 +25,7 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.leaderboard.cells import Cell, ReadCLI, cell, output_to, run_cells
 from plm.leaderboard.results import Kind
 from plm.messages import closest, nearest
+from plm.method import PersonalizationMethod, constructor_arguments
 from plm.recipe.defaults import expand, read_config, shipped
 from plm.recipe.fit import run_recipe
 
@@ -45,7 +46,8 @@ class Entry:
     """Why it cannot be run."""
     identity: str = ""
     """The resolved recipe, the key of the backbone and hashes of the sources: another of any is another run."""
-    class_name: str = ""
+    method_class: type[PersonalizationMethod] | None = None
+    """The class of its method, once the recipe was read."""
     mode: str = "min"
     """Whether a good validation value is low (min) or high (max)."""
     split_hash: str = ""
@@ -167,6 +169,7 @@ def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
         try:
             with output_to(log):
                 cli = run_recipe(["fit", *entry.args], ReadCLI)
+            check_search_space(type(cli.model))
             config = cli.config["fit"]
             if not config.final_test:
                 raise ValueError("expected final_test: true, got false: a row is what the test of its fit says")
@@ -182,7 +185,7 @@ def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
                         cli._parser("fit").dump(config, skip_unset=False),
                     ]
                 ),
-                class_name=type(cli.model).__name__,
+                method_class=type(cli.model),
                 mode=config.checkpoint.mode,
                 split_hash=module.split_hash,
             )
@@ -205,18 +208,30 @@ def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
 
 
 # ---------------------------------------------------------------------- search
-def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:
-    """The entry as it is, and ``budget - 1`` draws without repetition from its grid, ``conf/search/<class>.yaml``.
+def check_search_space(method: type[PersonalizationMethod]) -> None:
+    """Refuse a grid over what is no argument of the method.
 
-    The draws depend on nothing but the name of the class.
+    Raises:
+        ValueError: Naming the class, the argument and the one that may be meant.
     """
-    path = shipped("conf") / "search" / f"{entry.class_name}.yaml"
-    if budget == 1 or not path.is_file():
+    arguments = constructor_arguments(method)
+    for name in method.search_space:
+        if name not in arguments:
+            near = nearest(name, sorted(arguments))
+            raise ValueError(f"{method.__name__}.search_space: expected arguments of the class, got {name!r}{near}")
+
+
+def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:
+    """The entry as it is, and ``budget - 1`` draws without repetition from the ``search_space`` of its method.
+
+    The draws depend on nothing but that grid and the name of the class.
+    """
+    method = entry.method_class
+    if budget == 1 or method is None or not method.search_space:
         return [{}]
-    grid: dict[str, list[Any]] = read_config(path)["select"]
-    names = [key.removeprefix("model.").removeprefix("init_args.") for key in grid]
-    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*grid.values())]
-    seed = int.from_bytes(hashlib.blake2b(entry.class_name.encode(), digest_size=8).digest(), "big")
+    grid = method.search_space
+    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    seed = int.from_bytes(hashlib.blake2b(method.__name__.encode(), digest_size=8).digest(), "big")
     order = np.random.default_rng(seed).permutation(len(every))[: budget - 1]
     return [{}, *(every[index] for index in order.tolist())]
 

@@ -40,6 +40,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
     uses_context: ClassVar[bool] = False
     user_tables: tuple[str, ...] = ()
     """Names of parameters and buffers with one row per seen user: copied by user id when a checkpoint is loaded."""
+    search_space: ClassVar[dict[str, list[Any]]] = {}
+    """Argument -> values to try: the grid that ``plm leaderboard --budget`` draws from. A subclass inherits it."""
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None, lr: float) -> None:
         super().__init__()

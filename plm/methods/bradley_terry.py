@@ -47,6 +47,15 @@ class BradleyTerry(PersonalizationMethod):
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
+    search_space: ClassVar[dict[str, list[Any]]] = {
+        "lr": [0.03, 0.1, 0.3],
+        "ridges": [
+            [0.001, 0.01, 0.1, 1.0, 10.0],
+            [0.03, 0.3, 3.0, 30.0],
+            [0.003, 0.01, 0.03, 0.1, 0.3, 1.0],
+            [1.0, 10.0, 100.0, 1000.0],
+        ],
+    }
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import pytest
 import plm
 from plm.checkpoint import load_method
 from plm.cli import main
+from plm.leaderboard.entries import check_search_space
 from plm.method import PersonalizationMethod
 from plm.testing import MethodContract
 
@@ -33,6 +34,7 @@ class Centroid(PersonalizationMethod):
 
     view = "features"
     user_tables = ("sums", "counts")
+    search_space = {"pull": [1.0, 5.0, 20.0]}
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict | None = None, pull: float = 5.0):
         """See the class.
@@ -127,6 +129,29 @@ def test_it_trains_by_its_short_name(package: Path, monkeypatch: pytest.MonkeyPa
     assert type(loaded).__module__ == "acme_prefs.centroid" and loaded.hparams["pull"] == 2.0
     user_id = loaded.user_ids[0]
     assert loaded.score(["Hello there.", "No."], user_id=user_id).isfinite().all()
+
+
+BOARD_RECIPE = RECIPE.replace("  shots: [0, 4]\n  repeats: 1\n", "  shots: [0]\n  repeats: 1\n  val_rows: 0.2\n")
+
+
+def test_it_brings_its_search_grid_to_the_leaderboard(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PLM_FIT__DATA__CACHE_DIR", str(Path("cache").resolve()))
+    Path("mine.yaml").write_text(BOARD_RECIPE)
+    args = ["--seeds", "1", "--budget", "3", "--output", "board", "--set", "metrics.num_resamples=50"]
+    assert main(["leaderboard", "mine.yaml", *args]) == 0
+    (row,) = [row for row in json.loads(Path("board/leaderboard.json").read_text())["rows"] if row["name"] == "mine"]
+    assert row["num_candidates"] == 3 and row["arguments"].keys() <= {"pull"}
+    assert "its search_space is empty or small" not in capsys.readouterr().out
+
+
+def test_a_search_grid_over_no_argument_is_refused(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = package / "acme_prefs" / "centroid.py"
+    module.write_text(SOURCE.replace('search_space = {"pull"', 'search_space = {"pul"'))
+    centroid: Any = importlib.import_module("acme_prefs.centroid").Centroid
+    with pytest.raises(ValueError, match=r"Centroid.search_space: .*got 'pul'; did you mean 'pull'\?"):
+        check_search_space(centroid)
 
 
 def test_it_passes_the_contract(package: Path) -> None:

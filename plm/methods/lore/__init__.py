@@ -73,6 +73,11 @@ class LoRe(PersonalizationMethod):
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("weights", "precision", "num_pairs")
+    search_space: ClassVar[dict[str, list[Any]]] = {
+        "num_bases": [4, 8, 16, 32],
+        "ridge": [0.02, 0.06, 0.2],
+        "basis_ridge": [0.3, 1.0, 3.0],
+    }
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ Axes: B pairs in a batch, T tokens, D feature width, K prototypes.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class LivePAL(LiveMethod, PAL):
         lr: Learning rate of groups without one of their own.
         **options: See `LiveMethod` and `PAL`.
     """
+
+    search_space: ClassVar[dict[str, list[Any]]] = {}  # that of PAL is made for solved users
 
     def __init__(
         self,

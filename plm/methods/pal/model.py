@@ -95,6 +95,12 @@ class PAL(GroupedMethod, Exporter):
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("logits", "precision", "num_pairs")
+    search_space: ClassVar[dict[str, list[Any]]] = {
+        "num_prototypes": [4, 8, 16, 32],
+        "residual": ["none", "bradley_terry"],
+        "ridge": [0.02, 0.06, 0.2],
+        "prototype_ridge": [0.3, 1.0, 3.0],
+    }
 
     def __init__(
         self,

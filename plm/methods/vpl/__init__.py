@@ -116,6 +116,12 @@ class VPL(PersonalizationMethod):
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("mean", "log_var", "num_pairs")
+    search_space: ClassVar[dict[str, list[Any]]] = {
+        "decoder": ["film", "bilinear"],
+        "latent_dim": [8, 16, 32],
+        "kl_weight": [0.1, 0.3, 1.0],
+        "lr": [0.002, 0.005, 0.01],
+    }
 
     def __init__(
         self,

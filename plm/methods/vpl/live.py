@@ -9,7 +9,7 @@ Axes: N pairs of several users, D feature width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ class LiveVPL(LiveMethod, VPL):
     An episode is made of the pairs of a user in one batch: set ``data.pairs_per_user``, and ``data.batch_size`` to
     several times as much. See `LiveMethod` and `VPL` for the arguments.
     """
+
+    search_space: ClassVar[dict[str, list[Any]]] = {}  # that of VPL is made for cached features
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The backbone at ``backbone_lr``, all else at ``lr``."""
