@@ -10,55 +10,50 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from plm.checkpoint import load_method
-    from plm.data.datamodule import PreferenceDataModule
-    from plm.generation import best_of_n, sample
-    from plm.method import PersonalizationMethod
-    from plm.methods.bradley_terry import BradleyTerry
-    from plm.methods.lore import LoRe
-    from plm.methods.pal import PAL
-    from plm.methods.palm import PALM
-    from plm.methods.vpl import VPL
-    from plm.types import Context, PreferenceBatch, Tokens, UserState
-    from plm.users import UserStore
-
-__all__ = [
-    "PAL",
-    "PALM",
-    "VPL",
-    "BradleyTerry",
-    "Context",
-    "LoRe",
-    "PersonalizationMethod",
-    "PreferenceBatch",
-    "PreferenceDataModule",
-    "Tokens",
-    "UserState",
-    "UserStore",
-    "__version__",
-    "best_of_n",
-    "load_method",
-    "sample",
-]
+if TYPE_CHECKING:  # the table below as imports that a type checker follows; a test compares the two
+    from plm.checkpoint import load_method as load_method
+    from plm.data.datamodule import PreferenceDataModule as PreferenceDataModule
+    from plm.generation import best_of_n as best_of_n
+    from plm.generation import sample as sample
+    from plm.method import PersonalizationMethod as PersonalizationMethod
+    from plm.methods.bradley_terry import BradleyTerry as BradleyTerry
+    from plm.methods.clap import CLaP as CLaP
+    from plm.methods.latent_dpo import LatentDPO as LatentDPO
+    from plm.methods.lora_dpo import LoRADPO as LoRADPO
+    from plm.methods.lore import LoRe as LoRe
+    from plm.methods.pal import PAL as PAL
+    from plm.methods.palm import PALM as PALM
+    from plm.methods.sft import SFT as SFT
+    from plm.methods.vpl import VPL as VPL
+    from plm.types import Context as Context
+    from plm.types import PreferenceBatch as PreferenceBatch
+    from plm.types import Tokens as Tokens
+    from plm.types import UserState as UserState
+    from plm.users import UserStore as UserStore
 
 _MODULE_OF = {
     "BradleyTerry": "plm.methods.bradley_terry",
+    "CLaP": "plm.methods.clap",
     "Context": "plm.types",
+    "LatentDPO": "plm.methods.latent_dpo",
+    "LoRADPO": "plm.methods.lora_dpo",
     "LoRe": "plm.methods.lore",
     "PAL": "plm.methods.pal",
     "PALM": "plm.methods.palm",
-    "VPL": "plm.methods.vpl",
     "PersonalizationMethod": "plm.method",
     "PreferenceBatch": "plm.types",
     "PreferenceDataModule": "plm.data.datamodule",
+    "SFT": "plm.methods.sft",
     "Tokens": "plm.types",
     "UserState": "plm.types",
     "UserStore": "plm.users",
+    "VPL": "plm.methods.vpl",
     "best_of_n": "plm.generation",
     "load_method": "plm.checkpoint",
     "sample": "plm.generation",
 }
+
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,18 @@ def test_transformers_and_peft_stay_in_one_room() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_protocols_have_methods_only_and_are_never_asked_for(name: str) -> None:
+    """`isinstance` with a Protocol reads attributes, and which of them it finds depends on the version of Python."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        assert "runtime_checkable" not in (getattr(node, "id", ""), getattr(node, "attr", "")), name
+        if isinstance(node, ast.ClassDef) and any("Protocol" in ast.unparse(base) for base in node.bases):
+            for member in node.body:
+                is_method = isinstance(member, ast.FunctionDef) and not member.decorator_list
+                is_text = isinstance(member, ast.Expr) and isinstance(member.value, ast.Constant)
+                assert is_method or is_text, f"{name}: {node.name} has {ast.unparse(member)!r}; make it a base class"
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_files_are_short_and_named_for_what_they_hold(name: str) -> None:
     path = MODULES[name]
     lines = len(path.read_text(encoding="utf-8").splitlines())
@@ -274,3 +287,24 @@ def test_importing_plm_waits_for_nothing_heavy() -> None:
         "assert all(getattr(plm, name) is not None for name in names); assert set(names) <= set(dir(plm))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    """Those under TYPE_CHECKING are those of the table, from the same modules."""
+    tree = ast.parse(MODULES["plm"].read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.asname: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    assert typed == plm._MODULE_OF and {"__version__", *typed} == set(plm.__all__)
+
+
+def test_methods_of_the_package_are_public() -> None:
+    """Every registered method is a name of `plm`."""
+    registered = {point.name: point.value for point in entry_points(group="plm.methods")}
+    of_plm = {name: value.partition(":")[0] for name, value in registered.items() if value.startswith("plm.")}
+    assert of_plm and of_plm.items() <= plm._MODULE_OF.items()
