@@ -5,9 +5,9 @@ Axes: I items, P prompts, B gathered rows, D feature width, T tokens of the long
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +24,21 @@ MAX_TOKENS = 2**22
 SAME = "their responses differ only where they are cut off"
 
 
-class Rows(Protocol):
+class Rows(ABC):
     """Rows that batches are gathered from."""
 
     @property
+    @abstractmethod
     def max_rows(self) -> int:
         """How many an evaluation batch may hold."""
 
+    @abstractmethod
     def gather(self, rows: IntArray) -> Tensor | Tokens:
         """Rows ``(B,)`` as features ``(B, D)``, or as tokens ``(B, T)``."""
 
 
 @dataclass(frozen=True)
-class FeatureRows:
+class FeatureRows(Rows):
     """Features; may be memory-mapped."""
 
     features: npt.NDArray[np.float32]
@@ -53,7 +55,7 @@ class FeatureRows:
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenRows(Rows):
     """Token ids of prompts and responses, of any length each."""
 
     prompts: Sequence[npt.NDArray[np.int32]]
