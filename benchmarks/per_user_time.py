@@ -40,7 +40,7 @@ from torch import Tensor
 from plm.backbones import Backbone, FreshCausalLM
 from plm.data.collate import build_context
 from plm.data.datamodule import PreferenceDataModule
-from plm.data.encoding import featured_pairs
+from plm.data.encoding import CachedReader, encode_pairs, token_rows, with_reference_logps
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.methods.clap import CLaP
@@ -115,9 +115,8 @@ class NewPerson:
             self.latent[name] = LatentDPO(1, backbone.feature_dim, backbone.spec(), dim, **case), data
 
     def _encode(self, backbone: Backbone, table: PairTable, prompts: bool) -> Any:
-        everybody = np.full(table.num_users, -1, dtype=np.int64)
         cache = str(self.folder / f"cache-{prompts}-{getattr(backbone, 'prompts', '')}")
-        return featured_pairs(table, everybody, backbone, cache, prompt_features=prompts)
+        return encode_pairs(table, backbone, CachedReader(backbone, cache), prompt_features=prompts)
 
     def _lora(self, reference: bool) -> Any:
         one = Samples(1, self.options.pairs, self.options.prompts, 0, 1)
@@ -135,7 +134,8 @@ class NewPerson:
         )
         if reference:
             began, cache = time.perf_counter(), str(self.folder / "cache")
-            featured_pairs(self.texts.everything(), np.full(1, -1), self.lm, cache, reference_logps=True)
+            table, tokens = token_rows(self.texts.everything(), self.lm)
+            with_reference_logps(tokens, table, self.lm, cache)
             self.caches["reference"] = time.perf_counter() - began
         data.setup("fit")
         method = LoRADPO(1, self.lm.feature_dim, self.lm.spec(), mode="shared")

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.data.collate import FeaturedPairs, build_context
-from plm.data.encoding import fitting_pairs, token_rows, with_features
+from plm.data.encoding import encode_pairs
 from plm.data.schema import PairTable, read_pairs
 from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod
@@ -77,25 +76,11 @@ def run(args: list[str]) -> None:
 
 
 def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:
-    """Pairs of unseen users with the features, or tokens, that the method reads."""
-    user_index = np.full(table.num_users, -1, dtype=np.int64)
+    """Pairs of new users with the features, or tokens, that the method reads."""
     if isinstance(method, PolicyMethod):
-        table, tokens = token_rows(table, method.causal_lm)
-        return FeaturedPairs(table, tokens, None, user_index)
+        return encode_pairs(table, method.causal_lm)
     encoder = method.text_encoder
-
-    def read(texts: list[tuple[str, str]]) -> Any:
-        features = encoder(*map(list, zip(*texts, strict=True)))
-        assert isinstance(features, Tensor)
-        return features.cpu()
-
-    def read_prompts(prompts: list[str]) -> Any:
-        features = encoder.prompts(prompts)
-        assert features is not None  # as the method reads them
-        return features.cpu()
-
-    table, _ = fitting_pairs(table, encoder.backbone)
-    return with_features(table, user_index, read, read_prompts if method.reads_prompts else None)
+    return encode_pairs(table, encoder.backbone, encoder, prompt_features=method.reads_prompts)
 
 
 def _to(context: Context, device: torch.device) -> Context:

@@ -21,10 +21,9 @@ from plm.data.collate import (
     Place,
     Support,
     TrainBatches,
-    build_context,
     split_weights,
 )
-from plm.data.encoding import featured_pairs, fitting_pairs
+from plm.data.encoding import CachedReader, drop_unreadable, encode_pairs, with_reference_logps
 from plm.data.files import IntArray
 from plm.data.keys import content_keys
 from plm.data.rows import TokenRows
@@ -46,7 +45,7 @@ from plm.data.splits import (
     write_splits,
 )
 from plm.data.token_batches import TokenBatches
-from plm.types import Context, PreferenceBatch
+from plm.types import PreferenceBatch
 
 DEFAULT_SHOTS = (0, 1, 2, 4, 8, 16, 32)
 TOKEN_BATCH_SIZE = 16
@@ -155,7 +154,7 @@ class PreferenceDataModule(L.LightningDataModule):
         table = self.source.load()
         if isinstance(self.backbone, CausalLM):
             self.backbone.prepare(prompt + text for prompt, text in table.texts())
-        table, self._tokens = fitting_pairs(table, self.backbone)
+        table, self._tokens = drop_unreadable(table, self.backbone)
         splits = split_pairs(
             table,
             group_by=self.group_by,
@@ -185,16 +184,16 @@ class PreferenceDataModule(L.LightningDataModule):
         user_index = np.full(self.table.num_users, -1, dtype=np.int64)
         seen = self._users(SEEN)
         user_index[seen] = np.arange(len(seen))
-        return self._featured(self.table, user_index, self._tokens)
-
-    def _featured(self, table: PairTable, user_index: IntArray, tokens: TokenRows | None = None) -> FeaturedPairs:
-        return featured_pairs(
-            table,
-            user_index,
+        tokens = self._tokens
+        if self.reference_logps:
+            assert tokens is not None and isinstance(self.backbone, CausalLM)  # checked by the constructor
+            tokens = with_reference_logps(tokens, self.table, self.backbone, self.cache_dir)
+        return encode_pairs(
+            self.table,
             self.backbone,
-            self.cache_dir,
+            None if self.view == "tokens" else CachedReader(self.backbone, self.cache_dir),
+            user_index=user_index,
             prompt_features=self.prompt_features,
-            reference_logps=self.reference_logps,
             tokens=tokens,
         )
 
@@ -257,11 +256,6 @@ class PreferenceDataModule(L.LightningDataModule):
     def num_judged_validation_pairs(self) -> int:
         """Number of validation pairs that are not ties."""
         return int((~self.table.tie[self._rows(SEEN, VAL)]).sum())
-
-    def context_for(self, pairs: PairTable) -> tuple[list[str], Context]:
-        """Ids and support pairs of the users of another table, for adapting them."""
-        data = self._featured(pairs, np.full(pairs.num_users, -1, dtype=np.int64))
-        return pairs.user_ids, build_context(data, np.arange(pairs.num_pairs), np.arange(pairs.num_users))
 
     def summary(self) -> dict[str, int | str]:
         """Counts for logs."""

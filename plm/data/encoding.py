@@ -1,30 +1,83 @@
-"""A table with what its texts are to a method: features from the cache, or tokens."""
+"""What the texts of a table are to a method: features, or tokens.
+
+Axes: I items, P prompts, U users, D feature width.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from plm.arrays import Float32Array, IntArray
 from plm.backbones import Backbone, CausalLM, LatentBackbone, ReferenceLogps, TooLong
 from plm.data.collate import FeaturedPairs
 from plm.data.features import FeatureCache
-from plm.data.files import IntArray
 from plm.data.rows import SAME, FeatureRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
+from plm.types import Tokens
 
 ADVICE = "shorten them, or train the model that makes the latents with a greater max_length or with max_prompt_length"
 
 
-def fitting_pairs(table: PairTable, backbone: Backbone) -> tuple[PairTable, TokenRows | None]:
-    """The pairs whose texts fit the language model that reads them, and the tokens of all items; see `token_rows`.
+class TextReader(Protocol):
+    """Turns texts into the features that a method reads."""
 
-    Where none reads them, as with encoders, that cut texts themselves, the table as it is and None.
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor | Tokens:
+        """Features ``(B, D)`` of B responses to B prompts."""
+
+    def prompts(self, prompts: Sequence[str]) -> Tensor | None:
+        """Features ``(B, F)`` of B prompts alone."""
+
+
+class CachedReader:
+    """Reads the features of a backbone through its cache on disk.
+
+    Args:
+        backbone: What turns texts into features.
+        cache_dir: Folder of the feature cache.
+    """
+
+    def __init__(self, backbone: Backbone, cache_dir: str) -> None:
+        self.backbone, self.cache_dir = backbone, cache_dir
+        self.cache = FeatureCache(backbone, cache_dir)
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
+        """Features ``(B, D)`` of B responses to B prompts.
+
+        Raises:
+            ValueError: If they have another shape than the backbone promises.
+        """
+        features = self.cache.features(list(zip(prompts, texts, strict=True)))
+        if features.shape != (len(texts), self.backbone.feature_dim):
+            raise ValueError(
+                f"expected features of shape {(len(texts), self.backbone.feature_dim)} from "
+                f"{type(self.backbone).__name__}, got {tuple(features.shape)}; correct its feature_dim or clear the "
+                f"cache {self.cache_dir}"
+            )
+        return features
+
+    def prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Features ``(B, F)`` of B prompts alone."""
+        backbone = self.backbone.prompt_backbone
+        cache = self.cache if backbone is self.backbone else FeatureCache(backbone, self.cache_dir)
+        features = cache.features([("", plain_prompt(prompt)) for prompt in prompts])
+        backbone.release()
+        return features
+
+
+def drop_unreadable(table: PairTable, backbone: Backbone) -> tuple[PairTable, TokenRows | None]:
+    """Leave out pairs whose texts do not fit the language model that reads them.
+
+    Returns:
+        The other pairs and the tokens of all items, see `token_rows`; where no language model reads them, as with
+        encoders, which cut texts themselves, the table as it is and None.
 
     Raises:
         ValueError: If no pair fits.
@@ -36,98 +89,69 @@ def fitting_pairs(table: PairTable, backbone: Backbone) -> tuple[PairTable, Toke
     return table, None
 
 
-def with_features(
+def encode_pairs(
     table: PairTable,
-    user_index: IntArray,
-    read: Callable[[list[tuple[str, str]]], Any],
-    read_prompts: Callable[[list[str]], Any] | None,
-) -> FeaturedPairs:
-    """A table with features; only texts that some pair is of are read, for others may not fit.
-
-    Args:
-        table: The pairs.
-        user_index: ``(U,)`` row of every user in the training table, -1 if unseen.
-        read: n texts, prompt and response -> features ``(n, D)``.
-        read_prompts: n prompts -> ``(n, F)``; None = they are not wanted.
-    """
-    items, texts = np.unique(np.concatenate([table.chosen, table.rejected])), table.texts()
-    rows = _spread(_array(read([texts[item] for item in items])), items, len(table.items))
-    prompts = None
-    if read_prompts is not None:
-        asked = np.unique(table.items[items, 0])
-        found = _array(read_prompts([table.prompts[prompt] for prompt in asked]))
-        prompts = FeatureRows(_spread(found, asked, len(table.prompts)))
-    return FeaturedPairs(table, FeatureRows(rows), prompts, user_index)
-
-
-def _spread(values: npt.NDArray[np.float32], rows: IntArray, num_rows: int) -> npt.NDArray[np.float32]:
-    """Features ``(n, D)`` of some rows ``(n,)`` -> ``(num_rows, D)``, nan for the others, which no pair refers to."""
-    if len(rows) == num_rows:
-        return values
-    out = np.full((num_rows, values.shape[1]), np.nan, dtype=np.float32)
-    out[rows] = values
-    return out
-
-
-def featured_pairs(
-    table: PairTable,
-    user_index: IntArray,
     backbone: Backbone,
-    cache_dir: str,
+    reader: TextReader | None = None,
     *,
+    user_index: IntArray | None = None,
     prompt_features: bool = False,
-    reference_logps: bool = False,
     tokens: TokenRows | None = None,
 ) -> FeaturedPairs:
-    """A table with the features of its texts, or with their tokens where the backbone is a language model.
+    """A table with features of its texts where a reader gives them, else with their tokens.
+
+    Only texts of some pair are read, for others may not fit.
 
     Args:
         table: The pairs.
-        user_index: ``(U,)`` row of every user in the training table, -1 if unseen.
-        backbone: What turns texts into features or tokens.
-        cache_dir: Folder of the feature cache.
+        backbone: What reads the texts, or cuts them into tokens; its weights are freed at the end.
+        reader: What gives features; None = the method reads tokens, of a `CausalLM`.
+        user_index: ``(U,)`` row of every user in the training table, -1 if unseen; None = all users are new.
         prompt_features: Whether prompts alone are wanted, too.
-        reference_logps: Whether log-probabilities under the untrained language model are wanted, too.
-        tokens: The tokens of the table, where `fitting_pairs` has been asked already.
+        tokens: The tokens of the table, where `drop_unreadable` has been called already.
 
     Raises:
-        ValueError: If features have another shape than the backbone promises, or no pair fits the language model.
+        ValueError: If no pair fits the language model.
     """
     if tokens is None:
-        table, tokens = fitting_pairs(table, backbone)
-    if isinstance(backbone, CausalLM):
-        assert tokens is not None
-        if reference_logps:
-            reference = ReferenceLogps(backbone.spec())
-            tokens = replace(tokens, ref_logps=_array(FeatureCache(reference, cache_dir).features(table.texts()))[:, 0])
-            reference.release()
+        table, tokens = drop_unreadable(table, backbone)
+    if user_index is None:
+        user_index = np.full(table.num_users, -1, dtype=np.int64)
+    if reader is None:
+        if tokens is None:
+            raise ValueError(f"expected a CausalLM, which gives tokens, got {type(backbone).__name__}")
         return FeaturedPairs(table, tokens, tokens.prompts_alone() if prompt_features else None, user_index)
-    cache = FeatureCache(backbone, cache_dir)
-
-    def read(texts: list[tuple[str, str]]) -> npt.NDArray[np.float32]:
-        features = _array(cache.features(texts))
-        if features.shape != (len(texts), backbone.feature_dim):
-            raise ValueError(
-                f"expected features of shape {(len(texts), backbone.feature_dim)} from {type(backbone).__name__}, "
-                f"got {features.shape}; correct its feature_dim or clear the cache {cache_dir}"
-            )
-        return features
-
-    def read_prompts(prompts: list[str]) -> Any:
-        reader = backbone.prompt_backbone
-        own = cache if reader is backbone else FeatureCache(reader, cache_dir)
-        found = own.features([("", plain_prompt(prompt)) for prompt in prompts])
-        reader.release()
-        return found
-
-    data = with_features(table, user_index, read, read_prompts if prompt_features else None)
+    items = np.unique(np.concatenate([table.chosen, table.rejected]))
+    prompt, response = table.items[items].T
+    prompts = [table.prompts[row] for row in prompt.tolist()]
+    features = reader(prompts, [table.responses[row] for row in response.tolist()])
+    of_items, of_prompts = _feature_rows(features, items, len(table.items)), None
+    if prompt_features:
+        rows = np.unique(prompt)
+        of_prompts = _feature_rows(
+            reader.prompts([table.prompts[row] for row in rows.tolist()]), rows, len(table.prompts)
+        )
     backbone.release()
-    return data
+    return FeaturedPairs(table, of_items, of_prompts, user_index)
 
 
-def _array(features: Any) -> npt.NDArray[np.float32]:
-    array: npt.NDArray[np.float32] = np.asarray(features)
-    return array
+def _feature_rows(features: Tensor | Tokens | None, rows: IntArray, num_rows: int) -> FeatureRows:
+    """Features ``(n, D)`` of some rows ``(n,)`` -> ``(num_rows, D)``, nan for the others, which no pair refers to."""
+    assert isinstance(features, Tensor)
+    values: Float32Array = features.cpu().numpy()
+    if len(rows) == num_rows:
+        return FeatureRows(values)
+    out = np.full((num_rows, values.shape[1]), np.nan, dtype=np.float32)
+    out[rows] = values
+    return FeatureRows(out)
+
+
+def with_reference_logps(tokens: TokenRows, table: PairTable, causal_lm: CausalLM, cache_dir: str) -> TokenRows:
+    """Tokens with the log-probability of every response under the untrained language model, cached."""
+    reference = ReferenceLogps(causal_lm.spec())
+    logps = FeatureCache(reference, cache_dir).features(table.texts())[:, 0]
+    reference.release()
+    return replace(tokens, ref_logps=logps.numpy())
 
 
 def token_rows(

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from plm.backbones import HashingBackbone
+from plm.data.collate import build_context
 from plm.data.datamodule import PreferenceDataModule
+from plm.data.encoding import CachedReader, encode_pairs
 from plm.data.schema import PairTable
 from plm.data.sources import PairSource
 from plm.data.sources.pairs import PairFiles
@@ -172,16 +174,18 @@ def test_two_processes_share_out_the_users(make: Any, batch_size: int | None) ->
     assert torch.allclose(mean, (whole.weight[:, None] * whole.chosen).mean(0), atol=1e-6)
 
 
-def test_context_for_other_pairs(make: Any, tmp_path: Path) -> None:
+def test_pairs_of_new_users_become_a_context(tmp_path: Path) -> None:
     path = tmp_path / "new.jsonl"
     rows = [("zoe", "good", "bad"), ("adam", "short", "a long one"), ("zoe", "fine", "poor")]
     path.write_text(
         "".join(json.dumps({"user_id": u, "prompt": "p", "chosen": c, "rejected": r}) + "\n" for u, c, r in rows)
     )
-    data = make()
-    ids, context = data.context_for(PairFiles(str(path)).load())
-    assert ids == ["adam", "zoe"] and context.mask.tolist() == [[True, False], [True, True]]
-    assert torch.allclose(context.chosen[1], data.backbone.encode(["good", "fine"]))
+    backbone = HashingBackbone(64)
+    data = encode_pairs(PairFiles(str(path)).load(), backbone, CachedReader(backbone, str(tmp_path / "cache")))
+    context = build_context(data, np.arange(3), np.arange(2))
+    assert data.table.user_ids == ["adam", "zoe"] and data.user_index.tolist() == [-1, -1]
+    assert context.mask.tolist() == [[True, False], [True, True]]
+    assert torch.allclose(context.chosen[1], backbone.encode(["good", "fine"]))
 
 
 def test_saved_split_and_summary(make: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from plm.backbones import Backbone, CausalLM, FreshCausalLM, completion_tokens
 from plm.checkpoint import load_method
 from plm.cli.adapt import run
 from plm.data.datamodule import PreferenceDataModule
-from plm.data.encoding import featured_pairs
+from plm.data.encoding import CachedReader, encode_pairs
 from plm.data.features import FeatureCache
 from plm.data.rewards import Length
 from plm.data.schema import read_pairs
@@ -169,7 +169,8 @@ def test_texts_that_do_not_fit_are_left_out_and_refused(checkpoint: Path, tmp_pa
     backbone = ClapLatents(str(checkpoint), prompts="tokens" if family == "full" else "hidden")
     table = read_pairs([str(file)])
     with pytest.warns(UserWarning) as caught:
-        data = featured_pairs(table, np.full(4, -1), backbone, str(tmp_path / "cache"), prompt_features=True)
+        reader = CachedReader(backbone, str(tmp_path / "cache"))
+        data = encode_pairs(table, backbone, reader, prompt_features=True)
     said = "\n".join(str(warning.message) for warning in caught)
     assert "2 of 5 pairs are left out: their prompts leave no room for a response" in said and "pairs.jsonl:2" in said
     assert "3 of 7 responses are cut off where the model can read no more" in said

@@ -199,5 +199,7 @@ def test_features_without_prompts_are_refused(method: PAL, data: PreferenceDataM
     assert batch.prompt is not None
     with pytest.raises(ValueError, match=r"got shape \(1, 24\)"):
         method.score(batch.chosen, users, prompt_features=batch.prompt[:1])
+    context = batch_with_texts(data, "unseen")[0].context
+    assert context is not None
     with pytest.raises(ValueError, match="trained with prompts"):
-        method.adapt(data.context_for(data.table)[1]._replace(prompt=None))
+        method.adapt(context._replace(prompt=None))
