@@ -54,7 +54,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, list[int]]]:
 def ours(folder: str, pairs: list[dict[str, list[int]]], share: bool, known: bool) -> Callable[[], Any]:
     """One training step of LoRADPO."""
     spec = {"class_path": "plm.backbones.CausalLM", "init_args": {"model": folder}}
-    method = LoRADPO(1, 1, spec, rank=8, alpha=16, share_prompts=share)
+    method = LoRADPO(num_users=1, feature_dim=1, backbone=spec, rank=8, alpha=16, share_prompts=share)
     method.configure_model()
     method.to(DEVICE).train()
 

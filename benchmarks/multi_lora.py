@@ -106,7 +106,7 @@ class Setting:
     def method(self, num_users: int, mode: str) -> LoRADPO:
         spec = self.backbone.spec()
         options = {"rank": self.options.rank, "alpha": 16.0, "lr": 1e-3, "warmup": 0.0, "schedule": "constant"}
-        return LoRADPO(num_users, self.options.width, spec, mode=mode, **options)  # type: ignore[arg-type]
+        return LoRADPO(num_users=num_users, feature_dim=self.options.width, backbone=spec, mode=mode, **options)  # type: ignore[arg-type]
 
 
 def seconds_since(began: float) -> float:

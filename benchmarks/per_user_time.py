@@ -138,7 +138,7 @@ class NewPerson:
             with_reference_logps(tokens, table, self.lm, cache)
             self.caches["reference"] = time.perf_counter() - began
         data.setup("fit")
-        method = LoRADPO(1, self.lm.feature_dim, self.lm.spec(), mode="shared")
+        method = LoRADPO(num_users=1, feature_dim=self.lm.feature_dim, backbone=self.lm.spec(), mode="shared")
         method.configure_model()
         return method, data.train_dataloader()
 

@@ -105,12 +105,21 @@ def data_for(world_size: int, pairs_per_user: int | None, name: str = "") -> Pre
 
 def lora_dpo(data: PreferenceDataModule, **options: Any) -> LoRADPO:
     return LoRADPO(
-        data.num_users, data.feature_dim, data.backbone_spec, rank=2, alpha=4, lr=1e-2, adapt_steps=2, **options
+        num_users=data.num_users,
+        feature_dim=data.feature_dim,
+        backbone=data.backbone_spec,
+        rank=2,
+        alpha=4,
+        lr=1e-2,
+        adapt_steps=2,
+        **options,
     )
 
 
 def sft(data: PreferenceDataModule, save_to: str | None = None) -> SFT:
-    return SFT(data.num_users, data.feature_dim, data.backbone_spec, lr=1e-2, save_to=save_to)
+    return SFT(
+        num_users=data.num_users, feature_dim=data.feature_dim, backbone=data.backbone_spec, lr=1e-2, save_to=save_to
+    )
 
 
 METHODS: dict[str, tuple[Callable[[PreferenceDataModule], PolicyMethod], int | None]] = {
@@ -363,7 +372,7 @@ def test_weights_in_half_precision_that_a_cpu_or_trainer_cannot_use_are_refused(
     data.prepare_data()
     spec = data.backbone_spec
     half = {**spec, "init_args": {**spec["init_args"], "dtype": "float16"}}
-    method = LoRADPO(data.num_users, data.feature_dim, half)
+    method = LoRADPO(num_users=data.num_users, feature_dim=data.feature_dim, backbone=half)
     for precision in ("32-true", "bf16-mixed"):
         message = refusal(method, data, tmp_path, precision=precision)
         assert f"expected float32 or bfloat16 with trainer.precision '{precision}' on cpu, got 'float16'" in message

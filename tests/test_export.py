@@ -78,7 +78,9 @@ def test_export_writes_the_adapter_of_a_user_which_peft_loads(
     causal_lm: Callable[[str], Path], tmp_path: Path, adapter: Any
 ) -> None:
     base = str(causal_lm("llama"))
-    method = LoRADPO(2, 16, CausalLM(base).spec(), mode="per_user", adapter=adapter, rank=2)
+    method = LoRADPO(
+        num_users=2, feature_dim=16, backbone=CausalLM(base).spec(), mode="per_user", adapter=adapter, rank=2
+    )
     method.user_ids = ["anna", "ben"]
     method.configure_model()
     torch.manual_seed(0)
@@ -131,7 +133,9 @@ def test_an_id_is_a_name_and_never_a_path_or_a_number(
 ) -> None:
     """A policy of each user: written out, learned from a CSV file, listed; nothing lands elsewhere."""
     options: dict[str, Any] = {"rank": 2, "alpha": 4.0, "adapt_steps": 1}
-    method = LoRADPO(3, 16, CausalLM(str(causal_lm("gpt2"))).spec(), mode="per_user", **options)
+    method = LoRADPO(
+        num_users=3, feature_dim=16, backbone=CausalLM(str(causal_lm("gpt2"))).spec(), mode="per_user", **options
+    )
     method.configure_model()
     method.user_ids = ["001", "../../etc/passwd", "a/b"]
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ class AdaptedPolicy(PolicyMethod):
     user_tables = ("adapters",)
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None = None, lr: float = 0.1):
-        super().__init__(num_users, feature_dim, backbone, lr)
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
 
     def build(self, policy: Policy) -> None:
         lora = policy.add_lora(2, 4.0, None)
@@ -367,7 +367,7 @@ def test_empty_responses_are_never_the_best(causal_lm: Folder, monkeypatch: pyte
 
 def test_the_best_of_n_by_a_method_on_tokens(causal_lm: Folder) -> None:
     """The likeliest of n under another model; a method may also write, for its population."""
-    judge: PersonalizationMethod = SFT(1, 16, CausalLM(str(causal_lm("llama"))).spec())
+    judge: PersonalizationMethod = SFT(num_users=1, feature_dim=16, backbone=CausalLM(str(causal_lm("llama"))).spec())
     judge.configure_model()
     with saved(judge) as path:
         judge = load_method(path)

@@ -39,7 +39,7 @@ class Biased(PolicyMethod):
     """Each user has a habit: scores that are added to some tokens."""
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None = None, lr: float = 0.1):
-        super().__init__(num_users, feature_dim, backbone, lr)
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
 
     def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
         return BiasedWriting(self.policy.write(), users.tensors["bias"])

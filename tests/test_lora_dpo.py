@@ -30,7 +30,9 @@ PAIRS = [
 
 def make(folder: Path, num_users: int = 3, **options: Any) -> LoRADPO:
     common = {"rank": 2, "alpha": 4.0, "lr": 1e-2, "warmup": 0.0, "schedule": "constant"}
-    method = LoRADPO(num_users, 16, CausalLM(str(folder)).spec(), **{**common, **options})
+    method = LoRADPO(
+        num_users=num_users, feature_dim=16, backbone=CausalLM(str(folder)).spec(), **{**common, **options}
+    )
     method.configure_model()
     return method
 
@@ -307,9 +309,9 @@ def test_what_cannot_be_is_refused(causal_lm: Folder, case: str) -> None:
 
 def test_features_are_no_language_model() -> None:
     with pytest.raises(ValueError, match=r"LoRADPO needs data.backbone to be a plm.backbones.CausalLM, got Hashing"):
-        LoRADPO(2, 16, HashingBackbone(16).spec()).configure_model()
+        LoRADPO(num_users=2, feature_dim=16, backbone=HashingBackbone(16).spec()).configure_model()
     with pytest.raises(ValueError, match=r"LoRADPO needs a language model: set data.backbone to a CausalLM"):
-        LoRADPO(2, 16)
+        LoRADPO(num_users=2, feature_dim=16)
 
 
 def test_an_endless_fit_has_no_schedule(causal_lm: Folder, tmp_path: Path) -> None:

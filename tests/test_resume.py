@@ -137,11 +137,22 @@ def fit(
 
 
 def lora_dpo(data: PreferenceDataModule, **options: Any) -> LoRADPO:
-    return LoRADPO(data.num_users, data.feature_dim, data.backbone_spec, rank=2, alpha=4, lr=1e-2, **options)
+    return LoRADPO(
+        num_users=data.num_users,
+        feature_dim=data.feature_dim,
+        backbone=data.backbone_spec,
+        rank=2,
+        alpha=4,
+        lr=1e-2,
+        **options,
+    )
 
 
 METHODS: dict[str, tuple[Callable[[PreferenceDataModule], PolicyMethod], int | None]] = {
-    "sft": (lambda data: SFT(data.num_users, data.feature_dim, data.backbone_spec, lr=1e-2), None),
+    "sft": (
+        lambda data: SFT(num_users=data.num_users, feature_dim=data.feature_dim, backbone=data.backbone_spec, lr=1e-2),
+        None,
+    ),
     "shared": (lora_dpo, None),
     "per_user": (lambda data: lora_dpo(data, mode="per_user"), 2),
     "shared_and_user": (lambda data: lora_dpo(data, mode="shared_and_user"), 2),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from plm.backbones import Policy
+from plm.messages import Problems
 from plm.method.network import NetworkMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -34,10 +35,7 @@ class LiveMethod(NetworkMethod):
         alpha: The adapter's term is scaled by ``alpha / rank``.
         target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
         backbone_lr: Learning rate of the language model; null = 2e-4 for an adapter, 1e-5 for all weights.
-        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
-        compile_network: Whether the network is compiled by torch.compile.
-        batch_tokens: Most tokens that are read at once outside training.
-        **options: Arguments of the class that comes next.
+        **options: Arguments of `NetworkMethod` and of the class that comes next.
     """
 
     def __init__(
@@ -48,28 +46,14 @@ class LiveMethod(NetworkMethod):
         alpha: float = 16.0,
         target_modules: Sequence[str] | None = None,
         backbone_lr: float | None = None,
-        gradient_checkpointing: bool = False,
-        compile_network: bool = False,
-        batch_tokens: int = 16384,
         **options: Any,
     ) -> None:
-        super().__init__(
-            gradient_checkpointing=gradient_checkpointing,
-            compile_network=compile_network,
-            batch_tokens=batch_tokens,
-            **options,
-        )
-        problems = []
-        if train_backbone not in get_args(TrainBackbone):
-            problems.append(
-                f"model.train_backbone: expected one of {', '.join(get_args(TrainBackbone))}, got {train_backbone!r}"
-            )
-        if rank < 1:
-            problems.append(f"model.rank: expected an integer >= 1, got {rank!r}")
-        if backbone_lr is not None and backbone_lr < 0:
-            problems.append(f"model.backbone_lr: expected a number >= 0, got {backbone_lr!r}")
-        if problems:
-            raise ValueError("\n".join(problems))
+        super().__init__(**options)
+        problems = Problems("model.")
+        problems.choices(train_backbone=(train_backbone, get_args(TrainBackbone)))
+        problems.integers(1, rank=rank)
+        problems.numbers(backbone_lr=backbone_lr)
+        problems.check()
         self.train_backbone, self.rank, self.alpha, self.target_modules = train_backbone, rank, alpha, target_modules
         self.backbone_lr = BACKBONE_LR[train_backbone] if backbone_lr is None else backbone_lr
         self.adapter: torch.nn.Parameter | None = None

@@ -24,11 +24,11 @@ class NetworkMethod(PersonalizationMethod):
     of it is in no checkpoint. As a mixin it stands before the class whose constructor takes the other arguments.
 
     Args:
+        backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
         gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
         compile_network: Whether the network is compiled by torch.compile.
         batch_tokens: Most tokens that are read at once outside training.
-        **options: Arguments of the class that comes next, ``backbone`` among them: the `CausalLM`, as ``{class_path,
-            init_args}``; linked from the data.
+        **options: Arguments of the class that comes next.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "tokens"
@@ -36,18 +36,19 @@ class NetworkMethod(PersonalizationMethod):
     def __init__(
         self,
         *,
+        backbone: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         compile_network: bool = False,
         batch_tokens: int = 16384,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        if options.get("backbone") is None:
+        super().__init__(backbone=backbone, **options)
+        if backbone is None:
             raise ValueError(f"{type(self).__name__} needs a language model: set data.backbone to a CausalLM")
         self.strict_loading = False  # frozen weights are in no checkpoint
         self.gradient_checkpointing, self.compile_network = gradient_checkpointing, compile_network
         self.batch_tokens = batch_tokens
-        self._spec: dict[str, Any] = options["backbone"]
+        self._spec: dict[str, Any] = backbone
         self._frozen: frozenset[str] = frozenset()
 
     # ------------------------------------------------------------------ what a method writes

@@ -16,6 +16,7 @@ from torch import Tensor
 from plm.backbones import Prefix, TextWriter
 from plm.distributed import summed
 from plm.functional import SequenceLogps, response_logps
+from plm.messages import Problems
 from plm.method import CHECKPOINT_KEY
 from plm.method.abilities import Writer
 from plm.method.network import NetworkMethod
@@ -29,43 +30,24 @@ class PolicyMethod(NetworkMethod, Writer):
     A subclass adds its own parameters in ``build``, see `NetworkMethod`.
 
     Args:
-        num_users: Number of seen users; linked from the data in recipes.
-        feature_dim: Width of the hidden states; linked from the data in recipes.
-        backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
-        lr: Learning rate.
         weight_decay: Decoupled weight decay of AdamW.
         warmup: Share of all steps in which the learning rate rises from zero.
         schedule: How it goes on: constant, or falling to zero along a line or a cosine.
-        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
-        compile_network: Whether the network is compiled by torch.compile.
-        batch_tokens: Most tokens that are scored at once outside training.
+        **options: Arguments of `NetworkMethod`.
     """
 
     def __init__(
         self,
-        num_users: int,
-        feature_dim: int,
-        backbone: dict[str, Any] | None,
-        lr: float,
         *,
         weight_decay: float = 0.0,
         warmup: float = 0.1,
         schedule: Schedule = "linear",
-        gradient_checkpointing: bool = False,
-        compile_network: bool = False,
-        batch_tokens: int = 16384,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            num_users=num_users,
-            feature_dim=feature_dim,
-            backbone=backbone,
-            lr=lr,
-            gradient_checkpointing=gradient_checkpointing,
-            compile_network=compile_network,
-            batch_tokens=batch_tokens,
-        )
-        if not 0 <= warmup < 1:
-            raise ValueError(f"model.warmup: expected a share in [0, 1), got {warmup!r}")
+        super().__init__(**options)
+        problems = Problems("model.")
+        problems.shares(warmup=warmup)
+        problems.check()
         self.weight_decay, self.warmup, self.schedule = weight_decay, warmup, schedule
         self.num_tokens = 0
 

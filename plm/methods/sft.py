@@ -30,45 +30,25 @@ class SFT(PolicyMethod, Exporter):
     does the end of a fit where ``save_to`` names one.
 
     Args:
-        num_users: Number of seen users; linked from the data in recipes.
-        feature_dim: Width of the hidden states; linked from the data in recipes.
-        backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
         lr: Learning rate.
         weight_decay: Decoupled weight decay of AdamW.
         warmup: Share of all steps in which the learning rate rises from zero.
         schedule: How it goes on: constant, or falling to zero along a line or a cosine.
-        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
-        compile_network: Whether the network is compiled by torch.compile.
-        batch_tokens: Most tokens that are scored at once outside training.
         save_to: Folder for the trained model, for later stages; null = none.
+        **options: Arguments of `NetworkMethod`.
     """
 
     def __init__(
         self,
-        num_users: int,
-        feature_dim: int,
-        backbone: dict[str, Any] | None = None,
+        *,
         lr: float = 5e-4,
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         schedule: Schedule = "cosine",
-        gradient_checkpointing: bool = False,
-        compile_network: bool = False,
-        batch_tokens: int = 16384,
         save_to: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            num_users,
-            feature_dim,
-            backbone,
-            lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            gradient_checkpointing=gradient_checkpointing,
-            compile_network=compile_network,
-            batch_tokens=batch_tokens,
-        )
+        super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, **options)
         self.save_to = save_to
         self._nats = torch.zeros(2, dtype=torch.float64)
         """Of the preferred responses evaluated so far, and how many tokens they have."""
@@ -79,12 +59,12 @@ class SFT(PolicyMethod, Exporter):
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean negative log-likelihood per token of the preferred responses, in nats."""
-        assert isinstance(batch.chosen, Tokens)
-        logps = self.logps(batch.chosen)
+        chosen, _ = batch.tokens
+        logps = self.logps(chosen)
         weight = pair_weights(batch.weight)[logps.row]
         total = summed(weight.sum()) / world_size()  # so that the mean over processes is the mean over all tokens
         loss = -(weight * logps.token).sum() / total.clamp(min=torch.finfo(weight.dtype).tiny)
-        return {"loss": loss, "num_tokens": self.count_tokens(batch.chosen)}
+        return {"loss": loss, "num_tokens": self.count_tokens(chosen)}
 
     @torch.no_grad()
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
@@ -109,12 +89,12 @@ class SFT(PolicyMethod, Exporter):
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Margins ``(B,)``, the same for every user, so computed once; keeps what ``report`` tells."""
-        assert isinstance(batch.chosen, Tokens)
+        chosen, rejected = batch.tokens
         nobody = self.population_state(batch.num_pairs)
-        chosen = self._score(batch.chosen, nobody)
-        margin = chosen - self._score(batch.rejected, nobody)
-        num_tokens = batch.chosen.completion_mask.sum()
-        self._nats += torch.stack([-chosen.sum().double(), num_tokens.double()]).cpu()
+        logps = self._score(chosen, nobody)
+        margin = logps - self._score(rejected, nobody)
+        num_tokens = chosen.completion_mask.sum()
+        self._nats += torch.stack([-logps.sum().double(), num_tokens.double()]).cpu()
         facts = {"margin": margin}
         if batch.num_shots is None:
             facts["population_margin"] = margin

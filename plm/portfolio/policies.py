@@ -71,7 +71,9 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
         prior_precision: float = 0.1,
         batch_tokens: int = 16384,
     ) -> None:
-        super().__init__(num_users, feature_dim, backbone, lr=0.0, batch_tokens=batch_tokens)
+        super().__init__(
+            num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=0.0, batch_tokens=batch_tokens
+        )
         if decoding not in ("own", "merged", "logits"):
             raise ValueError(f"decoding: expected own, merged or logits, got {decoding!r}")
         self.check_users(sharpness, prior_precision)

@@ -126,9 +126,9 @@ def train_adapters(
     table = weighted_pairs(pool, weights)
     rows = [int(user) for user in table.user_ids]  # those with pairs
     method = LoRADPO(
-        len(rows),
-        backbone.feature_dim,
-        backbone.spec(),
+        num_users=len(rows),
+        feature_dim=backbone.feature_dim,
+        backbone=backbone.spec(),
         mode="per_user",
         rank=fit.rank,
         alpha=fit.alpha,

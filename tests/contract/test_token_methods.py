@@ -13,7 +13,7 @@ from plm.testing import TokenContract, tiny_causal_lm
 
 class TestSFT(TokenContract):
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
-        return SFT(num_users, feature_dim, tiny_causal_lm().spec(), lr=1e-2, warmup=0.0)
+        return SFT(num_users=num_users, feature_dim=feature_dim, backbone=tiny_causal_lm().spec(), lr=1e-2, warmup=0.0)
 
 
 class TestLoRADPO(TokenContract):
@@ -21,7 +21,9 @@ class TestLoRADPO(TokenContract):
 
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
         common: dict[str, Any] = {"lr": 1e-2, "warmup": 0.0, "adapt_steps": 3, "rank": 2, "alpha": 4}
-        return LoRADPO(num_users, feature_dim, tiny_causal_lm().spec(), **{**common, **self.options})
+        return LoRADPO(
+            num_users=num_users, feature_dim=feature_dim, backbone=tiny_causal_lm().spec(), **{**common, **self.options}
+        )
 
 
 class TestLoRADPOPerUser(TestLoRADPO):

@@ -71,7 +71,9 @@ class Peer(NamedTuple):
 
 
 def make(folder: Path, **options: Any) -> LoRADPO:
-    method = LoRADPO(2, 16, CausalLM(str(folder)).spec(), **{"rank": 4, "alpha": 6.0, **options})
+    method = LoRADPO(
+        num_users=2, feature_dim=16, backbone=CausalLM(str(folder)).spec(), **{"rank": 4, "alpha": 6.0, **options}
+    )
     method.configure_model()
     return method
 

@@ -30,7 +30,12 @@ PAIRS = [
 
 def make(folder: Path, num_users: int = 3, **options: Any) -> LoRADPO:
     """A method whose adapters, bases, weights or prefixes are far from where they start."""
-    method = LoRADPO(num_users, 16, CausalLM(str(folder)).spec(), **{"rank": 2, "alpha": 5.0, **options})
+    method = LoRADPO(
+        num_users=num_users,
+        feature_dim=16,
+        backbone=CausalLM(str(folder)).spec(),
+        **{"rank": 2, "alpha": 5.0, **options},
+    )
     method.configure_model()
     torch.manual_seed(3)
     with torch.no_grad():

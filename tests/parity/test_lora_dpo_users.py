@@ -78,7 +78,9 @@ def fit(folder: Path, users: Sequence[str], out: Path, make: type[LoRADPO] = LoR
         "warmup": 0.3,
         "schedule": "cosine",
     }
-    method = make(len(users), 16, module.backbone_spec, **{"mode": "per_user", **common, **options})
+    method = make(
+        num_users=len(users), feature_dim=16, backbone=module.backbone_spec, **{"mode": "per_user", **common, **options}
+    )
     quiet_trainer(out, **trainer_options).fit(method, datamodule=module)
     return method
 

@@ -42,7 +42,7 @@ def chosen(batches: list[PreferenceBatch]) -> list[Tokens]:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_loss_is_that_of_transformers(kind: str, causal_lm: Callable[[str], Path]) -> None:
     lm = CausalLM(str(causal_lm(kind)))
-    method = SFT(2, 16, lm.spec())
+    method = SFT(num_users=2, feature_dim=16, backbone=lm.spec())
     method.configure_model()
     tokens = lm.represent(["Tea or coffee?", "One"], [" Tea, please.", " Two three four five"])
     batch = PreferenceBatch(tokens, tokens, torch.zeros(2).long(), torch.ones(2), torch.zeros(2).bool())
@@ -61,7 +61,13 @@ def test_a_fit_reports_nats_and_writes_its_best_model(causal_lm: Callable[[str],
         shots=[0, 2],
         repeats=1,
     )
-    method = SFT(data.num_users, data.feature_dim, data.backbone_spec, lr=3e-3, save_to=str(tmp_path / "trained"))
+    method = SFT(
+        num_users=data.num_users,
+        feature_dim=data.feature_dim,
+        backbone=data.backbone_spec,
+        lr=3e-3,
+        save_to=str(tmp_path / "trained"),
+    )
     before = nats_per_token(causal_lm("gpt2"), chosen(list(data.val_dataloader()[0])))
     best = ModelCheckpoint(tmp_path, "best", monitor="val/method/nats_per_token", mode="min")
     trainer = L.Trainer(

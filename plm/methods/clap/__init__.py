@@ -138,10 +138,10 @@ class CLaP(PolicyMethod):
         values = locals()
         options = resolved(preset, unfreeze, {name: values[name] for name in Options.__dataclass_fields__})
         super().__init__(
-            num_users,
-            feature_dim,
-            backbone,
-            options.lr,
+            num_users=num_users,
+            feature_dim=feature_dim,
+            backbone=backbone,
+            lr=options.lr,
             weight_decay=weight_decay,
             warmup=warmup,
             schedule=schedule,

@@ -11,21 +11,21 @@ Axes: U users, B pairs, G groups of B / G pairs, P numbers of one adapter, K bas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plm.backbones import Policy, PrefixShape, TokenFacts
 from plm.distributed import pair_weights, world_size
+from plm.messages import Problems
 from plm.methods.lora_dpo.adapters import Owned
 from plm.methods.lora_dpo.adapting import Support, fit_weights, train_rows, user_shares
 from plm.methods.lora_dpo.losses import labelled_losses
 from plm.methods.lora_dpo.metrics import reward_metrics, token_metrics
 from plm.methods.lora_dpo.options import Divergence, LossOptions, LossType
 from plm.methods.lora_dpo.reading import PairReader
-from plm.methods.lora_dpo.tables import AdaptedPolicy, Adapter, Decoding, Mode
-from plm.optimizer import Schedule
+from plm.methods.lora_dpo.tables import AdaptedPolicy
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
@@ -33,98 +33,41 @@ class LoRADPO(AdaptedPolicy):
     """Direct preference optimisation of low-rank adapters, shared or one per user.
 
     Args:
-        num_users: Number of seen users; linked from the data in recipes.
-        feature_dim: Width of the hidden states; linked from the data in recipes.
-        backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
-        mode: ``shared``, one adapter for everybody; ``per_user``, one for each; ``shared_and_user``, the sum of both;
-            ``basis``, ``num_bases`` shared adapters and simplex weights for each user. The population, as a control and
-            for unknown users, is the mean of users' own adapters (for LoRA the nearest of the rank), or of weights.
-        adapter: ``lora``; ``prefix``, learned keys and values before every text (P-Tuning v2); ``full``, all weights of
-            the network, in mode shared only.
-        rank: Rank of an adapter.
-        alpha: An adapter's term is scaled by ``alpha / rank``.
-        target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
-        num_virtual_tokens: Virtual tokens of a prefix.
-        num_bases: Shared adapters of mode basis.
-        decoding: How a basis writes: ``logits``, the mixture of the policies' next-token distributions; ``merged``, one
-            policy with the mixture of their weight changes, exact as a matrix and K times cheaper.
         loss_type: One or several of TRL's losses, added.
         loss_weights: Weight of each loss; null = 1.
-        beta: Strength of the pull to the reference.
-        label_smoothing: Assumed share of flipped labels, for the losses that read it.
-        f_divergence_type: What ties the policy to the reference.
-        f_alpha_divergence_coef: ``a`` of alpha_divergence.
+        beta: Strength of the pull to the reference; for ipo the paper's tau.
+        label_smoothing: Assumed share of flipped labels, read by conservative, robust, exo_pair, aot and aot_unpaired.
+        f_divergence_type: What ties the policy to the reference, f-DPO (arXiv 2309.16240).
+        f_alpha_divergence_coef: ``a`` of alpha_divergence: 1 is reverse_kl, 0 is forward_kl.
         discopop_tau: Temperature of discopop's blend.
         ld_alpha: LD-DPO's weight of tokens past the shorter response; null = 1.
         use_weighting: WPO: weigh pairs by how likely the policy would write them.
         share_prompts: Whether both responses of a pair share one reading of the prompt in training.
         adapt_steps: Full-batch steps in which an unseen user's adapter is trained.
         adapt_lr: Learning rate of these steps; null = ``lr``.
-        seed: Seed of fresh adapters; all users start from the same.
         lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-        warmup: Share of all steps in which the learning rate rises from zero.
-        schedule: How it goes on: constant, or falling to zero along a line or a cosine.
-        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
-        compile_network: Whether the network is compiled by torch.compile.
-        batch_tokens: Most tokens that are scored at once outside training.
+        **options: Arguments of `AdaptedPolicy`.
     """
 
     def __init__(
         self,
-        num_users: int,
-        feature_dim: int,
-        backbone: dict[str, Any] | None = None,
-        mode: Mode = "shared",
-        adapter: Adapter = "lora",
-        rank: int = 8,
-        alpha: float = 16.0,
-        target_modules: Sequence[str] | None = None,
-        num_virtual_tokens: int = 4,
-        num_bases: int = 4,
-        decoding: Decoding = "logits",
-        loss_type: Sequence[LossType] = ("sigmoid",),
-        loss_weights: Sequence[float] | None = None,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        f_divergence_type: Divergence = "reverse_kl",
-        f_alpha_divergence_coef: float = 0.5,
-        discopop_tau: float = 0.05,
-        ld_alpha: float | None = None,
-        use_weighting: bool = False,
+        *,
+        loss_type: Sequence[LossType] = LossOptions.loss_type,
+        loss_weights: Sequence[float] | None = LossOptions.loss_weights,
+        beta: float = LossOptions.beta,
+        label_smoothing: float = LossOptions.label_smoothing,
+        f_divergence_type: Divergence = LossOptions.f_divergence_type,
+        f_alpha_divergence_coef: float = LossOptions.f_alpha_divergence_coef,
+        discopop_tau: float = LossOptions.discopop_tau,
+        ld_alpha: float | None = LossOptions.ld_alpha,
+        use_weighting: bool = LossOptions.use_weighting,
         share_prompts: bool = True,
         adapt_steps: int = 40,
         adapt_lr: float | None = None,
-        seed: int = 0,
         lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        warmup: float = 0.1,
-        schedule: Schedule = "linear",
-        gradient_checkpointing: bool = False,
-        compile_network: bool = False,
-        batch_tokens: int = 16384,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            num_users,
-            feature_dim,
-            backbone,
-            lr,
-            mode=mode,
-            adapter=adapter,
-            rank=rank,
-            alpha=alpha,
-            target_modules=target_modules,
-            num_virtual_tokens=num_virtual_tokens,
-            num_bases=num_bases,
-            decoding=decoding,
-            seed=seed,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            gradient_checkpointing=gradient_checkpointing,
-            compile_network=compile_network,
-            batch_tokens=batch_tokens,
-        )
+        super().__init__(lr=lr, **options)
         self.options = LossOptions(
             tuple(loss_type),
             None if loss_weights is None else tuple(loss_weights),
@@ -138,13 +81,13 @@ class LoRADPO(AdaptedPolicy):
         )
         self.share_prompts, self.adapt_steps = share_prompts, adapt_steps
         self.adapt_lr = lr if adapt_lr is None else adapt_lr
-        problems = self.options.problems()
+        problems = Problems("model.")
+        problems.found += self.options.problems()
         if adapt_steps < 0:
-            problems.append(f"model.adapt_steps: expected at least 0, got {adapt_steps!r}")
-        if mode == "basis" and use_weighting:
-            problems.append("model.use_weighting: expected false with model.mode 'basis', whose policies are several")
-        if problems:
-            raise ValueError("\n".join(problems))
+            problems.add("adapt_steps", "at least 0", adapt_steps)
+        if self.mode == "basis" and use_weighting:
+            problems.add("use_weighting", "false with model.mode 'basis', whose policies are several", use_weighting)
+        problems.check()
 
     def build(self, policy: Policy) -> None:
         """Also what reads pairs."""
@@ -161,7 +104,7 @@ class LoRADPO(AdaptedPolicy):
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean over pairs, or, of users' own adapters, the sum over users of their means."""
-        chosen, rejected, user = cast(Tokens, batch.chosen), cast(Tokens, batch.rejected), batch.user_index
+        (chosen, rejected), user = batch.tokens, batch.user_index
         facts: list[TokenFacts] = []
         if self.mode == "basis":
             pairs = self._reader.mixed_pairs(self.bases, self.weights_of(user), chosen, rejected, user)
@@ -192,7 +135,7 @@ class LoRADPO(AdaptedPolicy):
             centre = self.population_state(1).tensors["weights"][0]
             with torch.no_grad():
                 return UserState({"weights": fit_weights(context, self._base_margins, centre)}, counts)
-        places = cast(Tokens, context.chosen).input_ids[0].numel()
+        places = context.tokens[0].input_ids[0].numel()
         size = max(1, self.batch_tokens // max(1, 2 * places))
         users = torch.split(torch.arange(context.num_users, device=self.device), size)
         trained = torch.cat([self._train(context, part) for part in users])
@@ -244,7 +187,7 @@ class LoRADPO(AdaptedPolicy):
     @torch.no_grad()
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Margins as of every method, with one reading of the reference and no copy of an adapter for every pair."""
-        sides = [self._reader.with_reference(cast(Tokens, side)) for side in (batch.chosen, batch.rejected)]
+        sides = [self._reader.with_reference(side) for side in batch.tokens]
         if batch.context is not None and batch.context_row is not None:
             users, own, other = self.adapt(batch.context), batch.context_row, batch.other_row
         else:

@@ -6,7 +6,7 @@ Axes: U users, S pairs of one user, B pairs of several users, P numbers of one a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,10 +34,7 @@ class Support(NamedTuple):
     def of(cls, context: Context, users: Tensor) -> Support:
         """The pairs of some users ``(n,)`` of a context, who become the users 0 to n - 1."""
         mask = context.mask[users]
-        chosen, rejected = (
-            cast(Tokens, side).map(lambda value: value[users][mask]).trimmed()
-            for side in (context.chosen, context.rejected)
-        )
+        chosen, rejected = (side.map(lambda value: value[users][mask]).trimmed() for side in context.tokens)
         user = torch.arange(len(users), device=mask.device)[:, None].expand_as(mask)[mask]
         tie = mask.new_zeros(len(user)) if context.tie is None else context.tie[users][mask]
         return cls(chosen, rejected, tie, context.weight[users][mask], user)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from plm.messages import nearest
+from plm.messages import Problems
 
 LossType = Literal[
     "sigmoid",
@@ -43,98 +42,73 @@ REVERSE_KL_ONLY = SORTING | {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "a
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Which losses, and their constants, under the names of TRL's DPOConfig."""
+    """Which losses, and their constants, under the names of TRL's DPOConfig; `LoRADPO` says what each means."""
 
     loss_type: tuple[LossType, ...] = ("sigmoid",)
-    """Several are added."""
     loss_weights: tuple[float, ...] | None = None
-    """Weight of each; None = 1."""
     beta: float = 0.1
-    """Strength of the pull to the reference; for ipo the paper's tau."""
     label_smoothing: float = 0.0
-    """Assumed share of flipped labels; read by conservative, robust, exo_pair, aot and aot_unpaired."""
     f_divergence_type: Divergence = "reverse_kl"
-    """What ties the policy to the reference, f-DPO (arXiv 2309.16240)."""
     f_alpha_divergence_coef: float = 0.5
-    """``a`` of alpha_divergence: 1 is reverse_kl, 0 is forward_kl."""
     discopop_tau: float = 0.05
-    """Temperature of discopop's blend."""
     ld_alpha: float | None = None
-    """LD-DPO's weight of tokens past the shorter response, see `pair_totals`."""
     use_weighting: bool = False
-    """WPO: multiply each pair's loss by `PairLogps.wpo_weight`."""
 
     def problems(self) -> list[str]:
         """What is unknown, out of range, without effect, or contradicts something else."""
-        names, divergences = get_args(LossType), get_args(Divergence)
-        found = [_unknown("loss_type", name, names) for name in self.loss_type if name not in names]
-        if not self.loss_type:
-            found.append("model.loss_type: expected at least one loss, got none; the usual one is 'sigmoid'")
-        if self.f_divergence_type not in divergences:
-            found.append(_unknown("f_divergence_type", self.f_divergence_type, divergences))
-        return found or self._out_of_range() + self._contradictions()
+        problems = Problems("model.")
+        for name in self.loss_type:
+            problems.choices(loss_type=(name, get_args(LossType)))
+        problems.choices(f_divergence_type=(self.f_divergence_type, get_args(Divergence)))
+        none_chosen = "model.loss_type: expected at least one loss, got none; the usual one is 'sigmoid'"
+        problems.say(none_chosen, when=not self.loss_type)
+        if not problems.found:
+            self._check_ranges(problems)
+            self._check_combinations(problems)
+        return problems.found
 
-    def _out_of_range(self) -> list[str]:
-        """Numbers that no loss can work with."""
-        found = []
+    def _check_ranges(self, problems: Problems) -> None:
+        """Note numbers that no loss can work with."""
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            found.append(
-                f"model.loss_weights: expected one weight for each of {', '.join(self.loss_type)}, "
-                f"got {list(self.loss_weights)!r}"
-            )
-        for name in ("beta", "discopop_tau"):
-            value = getattr(self, name)
+            problems.add("loss_weights", f"one weight for each of {', '.join(self.loss_type)}", list(self.loss_weights))
+        for name, value in {"beta": self.beta, "discopop_tau": self.discopop_tau}.items():
             if not 0 < value < math.inf:
-                found.append(f"model.{name}: expected a number > 0, got {value!r}")
+                problems.add(name, "a number > 0", value)
         if not 0 <= self.label_smoothing < 0.5:
-            found.append(
-                f"model.label_smoothing: expected a share of flipped labels in [0, 0.5), got {self.label_smoothing!r}; "
-                "at one half labels say nothing"
-            )
+            advice = "; at one half labels say nothing"
+            problems.add("label_smoothing", "a share of flipped labels in [0, 0.5)", self.label_smoothing, advice)
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
-            found.append(f"model.ld_alpha: expected a number in [0, 1] or null, got {self.ld_alpha!r}")
+            problems.add("ld_alpha", "a number in [0, 1] or null", self.ld_alpha)
         if not math.isfinite(self.f_alpha_divergence_coef):
-            found.append(
-                f"model.f_alpha_divergence_coef: expected a finite number, got {self.f_alpha_divergence_coef!r}"
-            )
-        return found
+            problems.add("f_alpha_divergence_coef", "a finite number", self.f_alpha_divergence_coef)
 
-    def _contradictions(self) -> list[str]:
-        """Settings without effect, and losses that cannot be had together with something else."""
+    def _check_combinations(self, problems: Problems) -> None:
+        """Note settings without effect, and losses that cannot be had together with something else."""
         names: set[str] = set(self.loss_type)
-        found = []
-        if self.label_smoothing and not names & SMOOTHED:
-            found.append(
-                f"model.label_smoothing acts only on {', '.join(sorted(SMOOTHED))}; got {self.label_smoothing!r} with "
-                f"model.loss_type {', '.join(self.loss_type)}. The sigmoid loss with smoothed labels is 'conservative'"
-            )
+        problems.say(
+            f"model.label_smoothing acts only on {', '.join(sorted(SMOOTHED))}; got {self.label_smoothing!r} with "
+            f"model.loss_type {', '.join(self.loss_type)}. The sigmoid loss with smoothed labels is 'conservative'",
+            when=bool(self.label_smoothing) and not names & SMOOTHED,
+        )
         if "exo_pair" in names and self.label_smoothing == 0:
-            found.append(
-                f"model.label_smoothing: expected a number > 0 for exo_pair, which takes its logarithm, got "
-                f"{self.label_smoothing!r}; the paper advises 0.001"
-            )
-        if self.discopop_tau != LossOptions.discopop_tau and "discopop" not in names:
-            found.append(f"model.discopop_tau acts only on discopop, got {self.discopop_tau!r}")
-        is_alpha = self.f_divergence_type == "alpha_divergence"
-        if self.f_alpha_divergence_coef != LossOptions.f_alpha_divergence_coef and not is_alpha:
-            found.append(
-                f"model.f_alpha_divergence_coef acts only with model.f_divergence_type alpha_divergence, got "
-                f"{self.f_alpha_divergence_coef!r}"
-            )
+            expected = "a number > 0 for exo_pair, which takes its logarithm"
+            problems.add("label_smoothing", expected, self.label_smoothing, "; the paper advises 0.001")
+        problems.say(
+            f"model.discopop_tau acts only on discopop, got {self.discopop_tau!r}",
+            when=self.discopop_tau != LossOptions.discopop_tau and "discopop" not in names,
+        )
+        problems.say(
+            f"model.f_alpha_divergence_coef acts only with model.f_divergence_type alpha_divergence, got "
+            f"{self.f_alpha_divergence_coef!r}",
+            when=self.f_alpha_divergence_coef != LossOptions.f_alpha_divergence_coef
+            and self.f_divergence_type != "alpha_divergence",
+        )
         if self.f_divergence_type != "reverse_kl" and (single := sorted(names & REVERSE_KL_ONLY)):
-            found.append(
-                f"model.f_divergence_type: expected reverse_kl with {', '.join(single)}, got "
-                f"{self.f_divergence_type!r}: another divergence leaves a constant of the prompt in each reward, which "
-                "cancels only in losses of the difference of both"
+            advice = (
+                ": another divergence leaves a constant of the prompt in each reward, which cancels only in losses of "
+                "the difference of both"
             )
+            problems.add("f_divergence_type", f"reverse_kl with {', '.join(single)}", self.f_divergence_type, advice)
         if self.use_weighting and (sorts := sorted(names & SORTING)):
-            found.append(
-                f"model.use_weighting: expected false with {', '.join(sorts)}, which sort pairs so that a weight would "
-                "meet another pair, got true"
-            )
-        return found
-
-
-def _unknown(option: str, name: str, valid: Sequence[str]) -> str:
-    """The message about a name that does not exist."""
-    return f"model.{option}: expected one of {', '.join(valid)}, got {name!r}{nearest(name, valid)}"
+            expected = f"false with {', '.join(sorts)}, which sort pairs so that a weight would meet another pair"
+            problems.add("use_weighting", expected, True)

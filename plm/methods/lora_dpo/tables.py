@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,40 +16,38 @@ from torch import Tensor
 
 from plm.backbones import LoRA, MixedWriting, Policy, PrefixShape, Writing
 from plm.distributed import summed
+from plm.messages import Problems
 from plm.method.abilities import Exporter
 from plm.method.policy import PolicyMethod
 from plm.methods.lora_dpo.adapters import Owned
-from plm.optimizer import RowAdam, Schedule, clip_rows, rate_factor
+from plm.optimizer import RowAdam, clip_rows, rate_factor
 from plm.types import UserState
 
 Mode = Literal["shared", "per_user", "shared_and_user", "basis"]
 Adapter = Literal["lora", "prefix", "full"]
 Decoding = Literal["logits", "merged"]
+MODES: dict[Adapter, tuple[Mode, ...]] = {"lora": get_args(Mode), "prefix": ("shared", "per_user"), "full": ("shared",)}
+"""Modes that an adapter can be had in."""
 
 
 class AdaptedPolicy(PolicyMethod, Exporter):
     """A policy method whose users write with adapters over one frozen network.
 
     Args:
-        num_users: Number of seen users.
-        feature_dim: Width of the hidden states.
-        backbone: The `CausalLM`, as ``{class_path, init_args}``.
-        lr: Learning rate.
-        mode: Who owns what.
-        adapter: What an adapter is.
+        mode: ``shared``, one adapter for everybody; ``per_user``, one for each; ``shared_and_user``, the sum of both;
+            ``basis``, ``num_bases`` shared adapters and simplex weights for each user. The population, as a control and
+            for unknown users, is the mean of users' own adapters (for LoRA the nearest of the rank), or of weights.
+        adapter: ``lora``; ``prefix``, learned keys and values before every text (P-Tuning v2); ``full``, all weights of
+            the network, in mode shared only.
         rank: Rank of an adapter.
         alpha: An adapter's term is scaled by ``alpha / rank``.
-        target_modules: Linear maps that are adapted; None = what PEFT adapts in this architecture.
+        target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
         num_virtual_tokens: Virtual tokens of a prefix.
         num_bases: Shared adapters of mode basis.
-        decoding: How a basis writes.
-        seed: Seed of fresh adapters.
-        weight_decay: Decoupled weight decay.
-        warmup: Share of all steps in which the learning rate rises from zero.
-        schedule: How it goes on.
-        gradient_checkpointing: Whether blocks are run again in the backward pass instead of kept in memory.
-        compile_network: Whether the network is compiled by torch.compile.
-        batch_tokens: Most tokens that are scored at once outside training.
+        decoding: How a basis writes: ``logits``, the mixture of the policies' next-token distributions; ``merged``, one
+            policy with the mixture of their weight changes, exact as a matrix and K times cheaper.
+        seed: Seed of fresh adapters; all users start from the same.
+        **options: Arguments of `PolicyMethod`.
 
     Raises:
         ValueError: If a number is out of range, or mode and adapter do not go together.
@@ -57,60 +55,37 @@ class AdaptedPolicy(PolicyMethod, Exporter):
 
     def __init__(
         self,
-        num_users: int,
-        feature_dim: int,
-        backbone: dict[str, Any] | None,
-        lr: float,
         *,
-        mode: Mode,
-        adapter: Adapter,
-        rank: int,
-        alpha: float,
-        target_modules: Sequence[str] | None,
-        num_virtual_tokens: int,
-        num_bases: int,
-        decoding: Decoding,
-        seed: int,
-        weight_decay: float,
-        warmup: float,
-        schedule: Schedule,
-        gradient_checkpointing: bool,
-        compile_network: bool,
-        batch_tokens: int,
+        mode: Mode = "shared",
+        adapter: Adapter = "lora",
+        rank: int = 8,
+        alpha: float = 16.0,
+        target_modules: Sequence[str] | None = None,
+        num_virtual_tokens: int = 4,
+        num_bases: int = 4,
+        decoding: Decoding = "logits",
+        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            num_users,
-            feature_dim,
-            backbone,
-            lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            gradient_checkpointing=gradient_checkpointing,
-            compile_network=compile_network,
-            batch_tokens=batch_tokens,
-        )
+        super().__init__(**options)
         self.mode, self.adapter, self.decoding, self.seed = mode, adapter, decoding, seed
         self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
         self.num_virtual_tokens, self.num_bases = num_virtual_tokens, num_bases
         if mode != "shared":
             self.user_tables = ("weight_logits" if mode == "basis" else "adapters", "num_pairs")
-            self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
-        problems = [
-            f"model.{name}: expected at least 1, got {getattr(self, name)!r}"
-            for name in ("rank", "num_virtual_tokens", "num_bases")
-            if getattr(self, name) < 1
-        ]
-        fitting = {"lora": ("shared", "per_user", "shared_and_user", "basis"), "prefix": ("shared", "per_user")}
-        if mode not in (modes := fitting.get(adapter, ("shared",))):
-            problems.append(f"model.mode: expected {' or '.join(modes)} with model.adapter {adapter!r}, got {mode!r}")
-        if adapter == "prefix" and gradient_checkpointing:
-            problems.append(
-                "model.gradient_checkpointing: expected false with model.adapter 'prefix', whose keys and values a "
-                "block that is run again does not see, got true"
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
+            self.register_buffer("num_pairs", torch.zeros(self.num_users, dtype=torch.long))
+        problems = Problems("model.")
+        for name, number in {"rank": rank, "num_virtual_tokens": num_virtual_tokens, "num_bases": num_bases}.items():
+            if number < 1:
+                problems.add(name, "at least 1", number)
+        if mode not in (modes := MODES[adapter]):
+            problems.add("mode", f"{' or '.join(modes)} with model.adapter {adapter!r}", mode)
+        problems.say(
+            "model.gradient_checkpointing: expected false with model.adapter 'prefix', whose keys and values a block "
+            "that is run again does not see, got true",
+            when=adapter == "prefix" and self.gradient_checkpointing,
+        )
+        problems.check()
 
     # ------------------------------------------------------------------ parameters
     shape: LoRA | PrefixShape
