@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from plm.arrays import Float64Array
 from plm.evaluation import cluster_bootstrap, compare
-from plm.metrics import FloatArray
 
 ALLOWED = (0.93, 0.97)
 
@@ -27,12 +27,12 @@ ALLOWED = (0.93, 0.97)
 class Drawn(NamedTuple):
     """What a simulation observes, one value per user."""
 
-    num_pairs: FloatArray
-    accuracy: FloatArray
-    global_accuracy: FloatArray
-    rival: FloatArray
+    num_pairs: Float64Array
+    accuracy: Float64Array
+    global_accuracy: Float64Array
+    rival: Float64Array
     """Accuracy of a second method, mean of three seeds."""
-    equal: FloatArray
+    equal: Float64Array
     """Accuracy of a third method that is as good as the first on average."""
 
 
@@ -45,7 +45,7 @@ class Truth(NamedTuple):
     difference: float
 
 
-def population(rng: np.random.Generator, num_users: int) -> tuple[FloatArray, ...]:
+def population(rng: np.random.Generator, num_users: int) -> tuple[Float64Array, ...]:
     """Pairs and probabilities to be right of users: personal, global, of a rival, of an equal."""
     ease, taste, luck, other = rng.standard_normal((4, num_users))
     num_pairs = np.maximum(5, np.round(np.exp(3.2 + 0.6 * luck + 0.2 * ease)))
@@ -67,7 +67,7 @@ def draw(rng: np.random.Generator, num_users: int) -> Drawn:
     """One data set."""
     num_pairs, own, whole, rival, equal = population(rng, num_users)
 
-    def judged(chance: FloatArray) -> FloatArray:
+    def judged(chance: Float64Array) -> Float64Array:
         return rng.binomial(num_pairs.astype(int), chance) / num_pairs
 
     seeds = np.mean([judged(rival) for _ in range(3)], axis=0)

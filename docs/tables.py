@@ -39,7 +39,7 @@ def fill(page: str) -> str:
 def tables(board: Mapping[str, Any]) -> str:
     """Provenance, a table of methods and baselines, and the accuracy of unseen users by the number of their pairs."""
     rows = {row["name"]: row for row in board["rows"]}
-    shown = [row for row in board["rows"] if row["kind"] != "control"]
+    shown = [row for row in board["rows"] if row["kind"] != "control" and row["numbers"]]
     metadata, data = board["metadata"], board["data"]
     lines = [
         "```",

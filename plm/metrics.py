@@ -15,12 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from plm.arrays import Float64Array, IntArray
 
 NUM_BINS = 15
 """Calibration bins of equal width between confidence 0.5 and 1."""
@@ -44,39 +42,39 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class UserTable:
-    """What one group of users got right, one row per user who stated at least one preference.
+    """What a method got right for a group of users, one row per user who stated at least one preference.
 
     A user without a control (no population or other-user margin) holds nan there.
     """
 
     user_row: IntArray
     """``(U,)`` row among all users of the datamodule."""
-    num_pairs: FloatArray
+    num_pairs: Float64Array
     """``(U,)`` pairs judged; pairs labelled as ties are not."""
-    accuracy: FloatArray
+    accuracy: Float64Array
     """``(U,)`` share of pairs with a positive margin; a margin of zero counts one half."""
-    log_loss: FloatArray
+    log_loss: Float64Array
     """``(U,)`` mean of ``-log sigmoid(margin)``, in nats."""
-    global_accuracy: FloatArray
+    global_accuracy: Float64Array
     """``(U,)`` accuracy of the population state: the global control."""
-    global_log_loss: FloatArray
+    global_log_loss: Float64Array
     """``(U,)`` log-loss of the population state."""
-    other_accuracy: FloatArray
+    other_accuracy: Float64Array
     """``(U,)`` accuracy of another user's state: the other-user control."""
     ties: int
     """Pairs whose margin is exactly zero."""
     labelled_ties: int
     """Pairs the users themselves called ties: left out of everything else."""
-    bins: FloatArray
+    bins: Float64Array
     """``(N, 3)`` pairs, summed confidence and summed correctness of each calibration bin."""
 
     @property
-    def personal_minus_global(self) -> FloatArray:
+    def personal_minus_global(self) -> Float64Array:
         """``(U,)`` gain of each user over the global control."""
         return self.accuracy - self.global_accuracy
 
     @property
-    def personal_minus_other(self) -> FloatArray:
+    def personal_minus_other(self) -> Float64Array:
         """``(U,)`` gain of each user over another user's state."""
         return self.accuracy - self.other_accuracy
 
@@ -93,7 +91,7 @@ class UserTable:
         return float(np.abs(correct - confidence).sum() / pairs.sum())
 
     def estimates(self) -> dict[str, float]:
-        """Point estimates by name, macro over users unless the name says otherwise; absent controls are left out."""
+        """Estimate all numbers, macro over users unless their name says otherwise; absent controls are left out."""
         counts: dict[str, float] = {
             "num_users": len(self.user_row),
             "num_pairs": int(self.num_pairs.sum()),
@@ -171,20 +169,20 @@ class PreferenceMetric(Metric):
         _check_rows(user_row, self.num_users)
         kept = torch.ones_like(user_row, dtype=torch.bool) if tie is None else ~tie
         rows = user_row[kept]
-        correct, loss = _judge(margin[kept])
-        one, nothing = torch.ones_like(correct), torch.zeros_like(correct)
-        columns = [one, correct, loss, (margin[kept] == 0).double(), nothing]
+        correct, loss = _correctness_and_loss(margin[kept])
+        ones, zeros = torch.ones_like(correct), torch.zeros_like(correct)
+        columns = [ones, correct, loss, (margin[kept] == 0).double(), zeros]
         if population_margin is None:
-            columns += [nothing] * 3
+            columns += [zeros] * 3
         else:
-            columns += [one, *_judge(population_margin[kept])]
-        columns += [nothing] * 2 if other_margin is None else [one, _judge(other_margin[kept])[0]]
+            columns += [ones, *_correctness_and_loss(population_margin[kept])]
+        columns += [zeros] * 2 if other_margin is None else [ones, _correctness_and_loss(other_margin[kept])[0]]
         self.sums.index_add_(0, rows, torch.stack(columns, dim=1))
         if tie is not None:
             self.sums[:, _COLUMNS.index("labelled_ties")].index_add_(0, user_row[tie], tie[tie].double())
         confidence = torch.sigmoid(margin[kept].double().abs())
         bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-        self.bins.index_add_(0, bins, torch.stack([one, confidence, correct], dim=1))
+        self.bins.index_add_(0, bins, torch.stack([ones, confidence, correct], dim=1))
 
     def table(self) -> UserTable:
         """Per-user results of all processes; every process must call it."""
@@ -201,7 +199,7 @@ class PreferenceMetric(Metric):
         column = {name: sums[:, index] for index, name in enumerate(_COLUMNS)}
         (rows,) = np.nonzero(column["num_pairs"])
 
-        def mean(total: str, pairs: str) -> FloatArray:
+        def mean(total: str, pairs: str) -> Float64Array:
             count = column[pairs][rows]
             return np.where(count > 0, column[total][rows] / np.maximum(count, 1), np.nan)
 
@@ -226,7 +224,7 @@ class FewShotTable(NamedTuple):
     """``(K,)`` requested support pairs, ascending."""
     user_row: IntArray
     """``(U,)`` row among all users of the datamodule."""
-    accuracy: FloatArray
+    accuracy: Float64Array
     """``(K, R, U)``, nan where a user has no pair."""
 
 
@@ -277,7 +275,7 @@ class FewShotMetric(Metric):
                 "and repeats must be those of its few-shot batches"
             )
         kept = torch.ones_like(user_row, dtype=torch.bool) if tie is None else ~tie
-        correct, _ = _judge(margin[kept])
+        correct, _ = _correctness_and_loss(margin[kept])
         cell = ((shot * self.num_repeats + repeat) * self.num_users + user_row)[kept]
         self.cells.view(-1, 2).index_add_(0, cell, torch.stack([torch.ones_like(correct), correct], dim=1))
 
@@ -302,7 +300,7 @@ class FewShotMetric(Metric):
         return FewShotTable(self.shots.cpu().numpy().copy(), rows.astype(np.int64), accuracy)
 
 
-def _judge(margin: Tensor) -> tuple[Tensor, Tensor]:
+def _correctness_and_loss(margin: Tensor) -> tuple[Tensor, Tensor]:
     """Correctness (1, one half for a margin of zero, 0) and log-loss of ``(B,)`` margins, in float64."""
     margin = margin.detach().double()
     return (margin > 0).double() + 0.5 * (margin == 0).double(), -F.logsigmoid(margin)

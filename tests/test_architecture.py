@@ -109,7 +109,7 @@ ARROWS: dict[str, set[str]] = {
 
 FLOORS: dict[str, list[set[str]]] = {
     "plm.method": [{"base"}, {"abilities", "network"}, {"live", "policy"}],
-    "plm.evaluation": [{"statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
+    "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
     "plm.audit": [{"check"}, {"report"}],
     "plm.recipe": [{"defaults", "parser", "predict"}, {"read", "select"}, {"fit", "prompts"}],
     "plm.judging": [{"compare", "report", "tastes"}, {"written"}],

@@ -248,6 +248,18 @@ def test_a_recipe_is_checked_with_its_options(folder: Path, capsys: pytest.Captu
     assert "25" in capsys.readouterr().out
 
 
+def test_what_the_page_shows_is_escaped(folder: Path) -> None:
+    lines = [
+        {"user": f"<script>{row % 5}", "prompt": "p", "chosen": f"yes {row}", "rejected": f"no {row}"}
+        for row in range(40)
+    ]
+    pairs = folder / "<script>.jsonl"
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["data", "check", "--pairs", str(pairs), "--columns", "user_id=user", "--output", "out"]) == 0
+    page = (folder / "out" / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
 def test_strict_fails_on_the_list_leak_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["data", "check", "--pairs", "leaky.jsonl", "--columns", "user_id=user"]
     assert main(args) == 0

@@ -30,7 +30,7 @@ from plm.leaderboard import cells, entries
 from plm.leaderboard.cells import Cell, run_cells
 from plm.leaderboard.entries import Entry, as_options, candidates, check_search_space, source_hash
 from plm.leaderboard.report import Leaderboard, markdown
-from plm.leaderboard.results import Row
+from plm.leaderboard.results import BoardRow
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lore import LoRe
@@ -227,7 +227,7 @@ def test_a_finished_cell_that_cannot_be_read_is_a_failed_one(tmp_path: Path) -> 
 def test_another_backbone_or_another_plm_is_another_cell(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def identity() -> str:
         given, _ = entries.of_methods(["BradleyTerry"], ["--config", str(place / "tiny.yaml")])
-        (found,), _ = entries.read(given)
+        (found,), _ = entries.read_entries(given)
         return found.identity
 
     first = identity()
@@ -257,7 +257,11 @@ def test_a_leaderboard_that_failed_gives_its_folder_back(place: Path, monkeypatc
 
 
 def test_the_table_says_how_many_candidates_each_method_had() -> None:
-    rows = [Row("LoRe", "method", "", num_candidates=12), Row("Mine", "method", ""), Row("length", "baseline", "")]
+    rows = [
+        BoardRow("LoRe", "method", "", num_candidates=12),
+        BoardRow("Mine", "method", ""),
+        BoardRow("length", "baseline", ""),
+    ]
     text = markdown(Leaderboard("t", rows, "LoRe", {"split_hash": "0", "group_by": "pair"}, {}))
     assert "- LoRe: as given, of 12 candidates" in text and "- Mine: as given, not searched (1 candidate)" in text
     assert "length: as given" not in text

@@ -1,20 +1,16 @@
-"""``plm leaderboard``: every method and its opponents on the same features and split, with several seeds."""
+"""``plm leaderboard``: every method and its baselines on the same features and split, with several seeds."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
-import plm
 from plm.cli.options import OptionParser
 from plm.evaluation import print_parts
-from plm.leaderboard.board import run_board
+from plm.leaderboard.board import Plan, run_board
 from plm.leaderboard.entries import find_group, of_methods, of_recipes, shared_part
 from plm.leaderboard.report import terminal
 from plm.leaderboard.wandb import publish
@@ -39,20 +35,18 @@ def run(args: list[str]) -> None:
         files = [find_group(path) for path in (options.trainer, options.data, options.backbone)]
         shared = [*(part for file in files for part in ("--config", str(file))), *overrides]
         entries, left_out = of_methods(options.methods, shared)
-    command = shlex.join(["plm", "leaderboard", *args])
-    board, files = run_board(
+    plan = Plan(
         entries,
         shared,
         folder,
-        command=command,
-        title=f"{Path(options.data).stem}, {Path(options.backbone).stem}" if options.data else None,
-        about=_about(options, command),
+        shlex.join(["plm", "leaderboard", *args]),
+        title=f"{Path(options.data).stem}, {Path(options.backbone).stem}" if options.data else "",
         seeds=options.seeds,
         budget=options.budget,
         jobs=options.jobs,
         left_out=left_out,
-        console=console,
     )
+    board, files = run_board(plan, console)
     print_parts(*terminal(board), console=console)
     console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
     if options.wandb:
@@ -100,19 +94,3 @@ def _options(args: list[str]) -> argparse.Namespace:
     if malformed:
         parser.error(f"--set: expected KEY=VALUE, got {malformed[0]!r}")
     return options
-
-
-def _about(options: argparse.Namespace, command: str) -> dict[str, object]:
-    """Where the numbers come from."""
-    asked = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
-    return {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip() or "unknown",
-        "plm": plm.__version__,
-        "python": sys.version.split()[0],
-        "seeds": options.seeds,
-        "candidates per method": options.budget,
-        "runs at a time": options.jobs,
-    }

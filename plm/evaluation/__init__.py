@@ -2,6 +2,7 @@
 
 from plm.evaluation.comparison import Comparison, compare, holm
 from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_figure
+from plm.evaluation.page import Section, TableRow, html_page, markdown_table, png
 from plm.evaluation.report import (
     USER_COLUMNS,
     few_shot_table,
@@ -18,6 +19,8 @@ __all__ = [
     "MIN_USERS",
     "USER_COLUMNS",
     "Comparison",
+    "Section",
+    "TableRow",
     "calibration_figure",
     "cluster_bootstrap",
     "compare",
@@ -26,8 +29,11 @@ __all__ = [
     "few_shot_table",
     "gain_figure",
     "holm",
+    "html_page",
     "interval",
+    "markdown_table",
     "plain_table",
+    "png",
     "points",
     "print_parts",
     "summarize",

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtr
 
+from plm.arrays import Float64Array
 from plm.evaluation.statistics import MIN_USERS, interval_of, resampled_means
-from plm.metrics import FloatArray
 
 
 class Comparison(NamedTuple):
@@ -32,7 +32,7 @@ class Comparison(NamedTuple):
     """Users with a value on both sides."""
 
 
-def compare(first: FloatArray, second: FloatArray, *, num_resamples: int = 10_000, seed: int = 0) -> Comparison:
+def compare(first: Float64Array, second: Float64Array, *, num_resamples: int = 10_000, seed: int = 0) -> Comparison:
     """Paired, user-clustered bootstrap of ``mean(first - second)``.
 
     The p-value inverts the interval of `cluster_bootstrap`: it is one minus the level at which the expanded percentile
@@ -61,7 +61,7 @@ def compare(first: FloatArray, second: FloatArray, *, num_resamples: int = 10_00
     return Comparison(float(gain.mean()), low, high, min(p_value, 1.0), num_users)
 
 
-def holm(p_values: FloatArray) -> FloatArray:
+def holm(p_values: Float64Array) -> Float64Array:
     """Adjusted p-values of M comparisons: ``(M,)`` -> ``(M,)``, nan stays nan and counts as no comparison.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure": the k-th smallest of M is multiplied by

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from plm.arrays import Float64Array
 from plm.evaluation.wording import difference, points
-from plm.metrics import FloatArray, UserTable
+from plm.metrics import UserTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +104,7 @@ def calibration_figure(groups: Mapping[str, UserTable]) -> Figure:
     return figure
 
 
-def _gain_edges(reach: float, num_users: int) -> FloatArray:
+def _gain_edges(reach: float, num_users: int) -> Float64Array:
     """Bin edges with a bin centred on zero, symmetric, about sqrt(users) bins between 11 and 41."""
     half = int(np.clip(math.sqrt(max(num_users, 1)) / 2, 5, 20))
     return np.linspace(-1.0, 1.0, 2 * half + 2, dtype=np.float64) * max(reach, 1.0)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from plm.metrics import FewShotTable, FloatArray, UserTable
+from plm.arrays import Float64Array
+from plm.metrics import FewShotTable, UserTable
 
 CONFIDENCE = 0.95
 """Level of every interval."""
@@ -26,8 +27,8 @@ _CHUNK = 4_000_000  # draws held in memory at once
 
 
 def cluster_bootstrap(
-    values: FloatArray, weights: FloatArray | None = None, *, num_resamples: int = 2000, seed: int = 0
-) -> tuple[FloatArray, FloatArray]:
+    values: Float64Array, weights: Float64Array | None = None, *, num_resamples: int = 2000, seed: int = 0
+) -> tuple[Float64Array, Float64Array]:
     """95% interval of a mean over users, by resampling users with replacement.
 
     All statistics share the same resamples. Percentiles are expanded for few users (Hesterberg 2015, "What teachers
@@ -62,7 +63,7 @@ def cluster_bootstrap(
     return low.reshape(shape), high.reshape(shape)
 
 
-def _resample(columns: FloatArray, num_resamples: int, seed: int) -> FloatArray:
+def _resample(columns: Float64Array, num_resamples: int, seed: int) -> Float64Array:
     """Sums of ``(U, C)`` columns over U users drawn with replacement, ``(num_resamples, C)``: counts @ columns."""
     rng, num_users = np.random.default_rng(seed), len(columns)
     step = max(1, _CHUNK // num_users)
@@ -75,12 +76,12 @@ def _resample(columns: FloatArray, num_resamples: int, seed: int) -> FloatArray:
     return np.concatenate(sums)
 
 
-def resampled_means(values: FloatArray, num_resamples: int, seed: int) -> FloatArray:
+def resampled_means(values: Float64Array, num_resamples: int, seed: int) -> Float64Array:
     """Means of ``(U,)`` values over U users drawn with replacement, ``(num_resamples,)``."""
     return _resample(values[:, None], num_resamples, seed)[:, 0] / len(values)
 
 
-def interval_of(means: FloatArray, num_users: int) -> tuple[float, float]:
+def interval_of(means: Float64Array, num_users: int) -> tuple[float, float]:
     """Ends of the expanded percentile interval of resampled means over U users."""
     tail = _expanded_tail(num_users)
     low, high = np.nanquantile(means, [tail, 1 - tail])

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from plm.arrays import Float64Array
 from plm.evaluation.statistics import cluster_bootstrap
-from plm.metrics import FloatArray
 
 
 def compare_policies(
-    values: FloatArray, users: Sequence[str], people: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
+    values: Float64Array, users: Sequence[str], people: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Mean value of every user's policy to everybody, and how far it is from those of the unaligned and the population.
 
@@ -38,7 +38,7 @@ def compare_policies(
         differences by the others', both with their ends. Ends are nan for fewer than `MIN_USERS` prompts.
     """
 
-    def with_ends(name: str, values: FloatArray) -> dict[str, float]:
+    def with_ends(name: str, values: Float64Array) -> dict[str, float]:
         low, high = cluster_bootstrap(values, num_resamples=num_resamples, seed=seed)
         return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 

@@ -1,1 +1,1 @@
-"""What a leaderboard is made of: the opponents of the methods, the facts of a run, results, tables and pictures."""
+"""The parts of a leaderboard: methods and baselines to fit, the cost of a run, results, tables and pictures."""

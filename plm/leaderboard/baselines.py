@@ -1,4 +1,4 @@
-"""Opponents that read no features: majority, length, surface of the text, and the planted truth.
+"""Baselines that read no features: majority, length, surface of the text, and the planted truth.
 
 Each gives every pair of a table a margin; none knows its user, except the truth. A method that does not beat them has
 learned less than they hold.
@@ -13,26 +13,27 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from plm.arrays import Float64Array, IntArray
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, Splits
 from plm.data.surface import FORMAT, LENGTH
 from plm.functional import PairList, fit_gaussian
-from plm.metrics import FloatArray, IntArray, PreferenceMetric, UserTable
+from plm.metrics import PreferenceMetric, UserTable
 
 RIDGES = (0.1, 1.0, 10.0, 100.0)
 """Candidate precisions of the normal prior of a probe; validation pairs pick."""
 
 
-def text_features(table: PairTable, features: Mapping[str, Callable[[str], float]]) -> FloatArray:
-    """Features of every item's response, ``(I, F)``."""
+def text_features(table: PairTable, features: Mapping[str, Callable[[str], float]]) -> Float64Array:
+    """Compute the features of every item's response, ``(I, F)``."""
     values = np.array([[feature(text) for feature in features.values()] for text in table.responses], dtype=np.float64)
-    rows: FloatArray = values.reshape(len(table.responses), len(features))[table.items[:, 1]]
+    rows: Float64Array = values.reshape(len(table.responses), len(features))[table.items[:, 1]]
     return rows
 
 
-def probe(features: FloatArray, table: PairTable, splits: Splits) -> FloatArray:
-    """Margins ``(N,)`` of a ridge logistic model on ``(I, F)`` item features, fitted on training pairs of seen users.
+def probe(features: Float64Array, table: PairTable, splits: Splits) -> Float64Array:
+    """Fit a ridge logistic model on ``(I, F)`` item features to training pairs of seen users; returns margins ``(N,)``.
 
     Signs and scales are learned; all pairs weigh the same. Nothing but training and validation pairs is looked at.
 
@@ -46,23 +47,23 @@ def probe(features: FloatArray, table: PairTable, splits: Splits) -> FloatArray:
         raise ValueError("expected validation pairs to pick the ridge by, got none; raise data.val_rows")
     scale = np.sqrt((difference[train] ** 2).mean(axis=0))
     difference = np.divide(difference, scale, out=np.zeros_like(difference), where=scale > 0)
-    fits = [_one_user(difference[train], ridge) for ridge in RIDGES]
+    fits = [_logistic(difference[train], ridge) for ridge in RIDGES]
     losses = [np.logaddexp(0, -difference[val] @ weights).mean() for weights in fits]
-    margins: FloatArray = difference @ fits[int(np.argmin(losses))]
+    margins: Float64Array = difference @ fits[int(np.argmin(losses))]
     return margins
 
 
-def _one_user(difference: FloatArray, ridge: float) -> FloatArray:
-    """Weights ``(F,)`` of a logistic model whose every pair is won by chosen."""
+def _logistic(difference: Float64Array, ridge: float) -> Float64Array:
+    """Weights ``(F,)`` of a logistic model in which chosen wins every pair."""
     design = torch.from_numpy(difference) / ridge**0.5
-    one, zero = torch.ones(len(design), dtype=torch.float64), torch.zeros(len(design), dtype=torch.float64)
-    mode = fit_gaussian(PairList(design, zero, one, one, zero.long(), 1)).mean[0] / ridge**0.5
-    weights: FloatArray = mode.numpy()
+    ones, zeros = torch.ones(len(design), dtype=torch.float64), torch.zeros(len(design), dtype=torch.float64)
+    mode = fit_gaussian(PairList(design, zeros, ones, ones, zeros.long(), 1)).mean[0] / ridge**0.5
+    weights: Float64Array = mode.numpy()
     return weights
 
 
-def majority(table: PairTable, splits: Splits) -> FloatArray:
-    """Margins ``(N,)`` from how often each item won among training pairs of seen users.
+def majority(table: PairTable, splits: Splits) -> Float64Array:
+    """Compute margins ``(N,)`` from how often each item won among training pairs of seen users.
 
     An item's score is the logit of ``(wins + 1) / (pairs + 2)``: even for an item never seen.
     """
@@ -70,12 +71,12 @@ def majority(table: PairTable, splits: Splits) -> FloatArray:
     wins = np.bincount(table.chosen[rows], minlength=len(table.items))
     losses = np.bincount(table.rejected[rows], minlength=len(table.items))
     score = np.log((wins + 1.0) / (losses + 1.0))
-    margins: FloatArray = score[table.chosen] - score[table.rejected]
+    margins: Float64Array = score[table.chosen] - score[table.rejected]
     return margins
 
 
-def judge(margin: FloatArray, table: PairTable, splits: Splits) -> dict[str, UserTable]:
-    """What margins ``(N,)`` get right on the test pairs of seen and unseen users."""
+def evaluate_margins(margin: Float64Array, table: PairTable, splits: Splits) -> dict[str, UserTable]:
+    """Measure what margins ``(N,)`` get right on the test pairs of seen and unseen users."""
     groups = {}
     for name, code in (("seen", SEEN), ("unseen", UNSEEN)):
         rows: IntArray = np.flatnonzero((splits.user_split[table.user] == code) & (splits.stage == TEST))
@@ -86,15 +87,14 @@ def judge(margin: FloatArray, table: PairTable, splits: Splits) -> dict[str, Use
     return groups
 
 
-def baselines(data: PreferenceDataModule) -> dict[str, Callable[[], FloatArray]]:
-    """Name of each baseline these data allow -> what computes its margins ``(N,)``."""
+def baselines(data: PreferenceDataModule) -> dict[str, Callable[[], Float64Array]]:
+    """Name every baseline that these data allow -> what computes its margins ``(N,)``."""
     table, splits = data.table, data.splits
-
-    made: dict[str, Callable[[], FloatArray]] = {
+    margins: dict[str, Callable[[], Float64Array]] = {
         "majority": lambda: majority(table, splits),
         "length": lambda: probe(text_features(table, LENGTH), table, splits),
         "surface": lambda: probe(text_features(table, {**LENGTH, **FORMAT}), table, splits),
     }
     if (planted := data.source.planted_log_odds()) is not None:
-        made["oracle"] = lambda: planted  # no method can know more
-    return made
+        margins["oracle"] = lambda: planted  # no method can know more
+    return margins

@@ -81,7 +81,7 @@ class Cell:
         return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
-def cell(root: Path, row: str, seed: int, args: Sequence[str], identity: str, split_hash: str) -> Cell:
+def make_cell(root: Path, row: str, seed: int, args: Sequence[str], identity: str, split_hash: str) -> Cell:
     """The cell of a row and a seed; ``identity`` is all else that decides the result, as text."""
     text = "\n".join([plm.__version__, identity, split_hash, str(seed), *args])
     name = f"{row}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -95,42 +95,42 @@ def clean(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_cells(cells: Sequence[Cell], jobs: int, tell: Callable[[Cell], None]) -> None:
+def run_cells(cells: Sequence[Cell], jobs: int, on_progress: Callable[[Cell], None]) -> None:
     """Run what is not done, each cell once; failures are kept in their folders and do not stop the others.
 
     Args:
         cells: The cells.
         jobs: 1 = one after another in this process; more = so many processes at a time, one per cell.
-        tell: Called after each cell that was run.
+        on_progress: Called after each cell that was run.
     """
-    todo = [one for one in cells if not one.is_done]
+    todo = [cell for cell in cells if not cell.is_done]
     if jobs == 1:
-        for one in todo:
-            run_here(one)
-            tell(one)
+        for cell in todo:
+            run_here(cell)
+            on_progress(cell)
         return
     with ThreadPoolExecutor(jobs) as pool:
-        started = {pool.submit(_run_apart, one, jobs): one for one in todo}
+        started = {pool.submit(_run_apart, cell, jobs): cell for cell in todo}
         try:
             for future in as_completed(started):
                 future.result()
-                tell(started[future])
+                on_progress(started[future])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def run_here(one: Cell) -> None:
+def run_here(cell: Cell) -> None:
     """Run a cell in this process; its output goes to ``log.txt`` in its folder."""
-    part = one.folder.with_name(f"{one.folder.name}.part")
+    part = cell.folder.with_name(f"{cell.folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(one.failed, ignore_errors=True)
+    shutil.rmtree(cell.failed, ignore_errors=True)
     part.mkdir(parents=True)
     logger: dict[str, Any] = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
     logger["init_args"] = {"save_dir": str(part), "name": "", "version": "run"}
     overlay = part / "logger.yaml"
     write_text(overlay, yaml.safe_dump({"trainer": {"logger": logger}}))
-    args = ["fit", *one.args, "--config", str(overlay), "--seed_everything", str(one.seed), *QUIET]
+    args = ["fit", *cell.args, "--config", str(overlay), "--seed_everything", str(cell.seed), *QUIET]
     error = ""
     with (part / "log.txt").open("w", encoding="utf-8") as log, output_to(log):
         try:
@@ -138,8 +138,8 @@ def run_here(one: Cell) -> None:
             found = json.loads((part / "run" / "facts.json").read_text(encoding="utf-8"))
             if (part / "run" / "metrics.json").is_file():
                 metrics = json.loads((part / "run" / "metrics.json").read_text(encoding="utf-8"))
-                if metrics["split_hash"] != one.split_hash:
-                    error = f"the run saw the split {metrics['split_hash'][:12]}, expected {one.split_hash[:12]}"
+                if metrics["split_hash"] != cell.split_hash:
+                    error = f"the run saw the split {metrics['split_hash'][:12]}, expected {cell.split_hash[:12]}"
             elif "class_path" not in found:
                 error = "the run wrote no facts"
         except SystemExit as stop:
@@ -148,28 +148,28 @@ def run_here(one: Cell) -> None:
             traceback.print_exc(file=log)
             error = f"{type(caught).__name__}: {caught}"
     if error:
-        _fail(one, part, error)
+        _fail(cell, part, error)
         return
-    write_text(part / "cell.json", json.dumps({"row": one.row, "seed": one.seed, "args": one.args}, indent=1) + "\n")
+    write_text(part / "cell.json", json.dumps({"row": cell.row, "seed": cell.seed, "args": cell.args}, indent=1) + "\n")
     for file in list((part / "run").iterdir()):
         file.rename(part / file.name)
     (part / "run").rmdir()
-    replace(part, one.folder)
+    replace(part, cell.folder)
 
 
-def _fail(one: Cell, part: Path, error: str) -> None:
+def _fail(cell: Cell, part: Path, error: str) -> None:
     """Keep a failure: error and log."""
     log = (part / "log.txt").read_text(encoding="utf-8") if (part / "log.txt").is_file() else ""
     if error.startswith("the recipe was refused"):
         error = next((line for line in reversed(log.splitlines()) if line.startswith("error:")), error)
     write_text(part / "error.txt", error + "\n")
-    shutil.rmtree(one.failed, ignore_errors=True)
-    replace(part, one.failed)
+    shutil.rmtree(cell.failed, ignore_errors=True)
+    replace(part, cell.failed)
 
 
-def _run_apart(one: Cell, jobs: int) -> None:
+def _run_apart(cell: Cell, jobs: int) -> None:
     """Run a cell in a process of its own, so that even a crash stays in its cell."""
-    job = {**vars(one), "folder": str(one.folder)}
+    job = {**vars(cell), "folder": str(cell.folder)}
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     done = subprocess.run(
@@ -180,11 +180,11 @@ def _run_apart(one: Cell, jobs: int) -> None:
         env=environment,
         check=False,
     )
-    if not one.is_done and not one.error:
-        part = one.folder.with_name(f"{one.folder.name}.part")
+    if not cell.is_done and not cell.error:
+        part = cell.folder.with_name(f"{cell.folder.name}.part")
         part.mkdir(parents=True, exist_ok=True)
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        _fail(one, part, f"the process ended with status {done.returncode}: {last[0]}")
+        _fail(cell, part, f"the process ended with status {done.returncode}: {last[0]}")
 
 
 @contextlib.contextmanager

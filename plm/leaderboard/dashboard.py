@@ -69,7 +69,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
     return ws.Workspace(entity=entity, project=project, name=name, sections=sections, runset_settings=grouped)
 
 
-def definition(made: Any) -> dict[str, Any]:
-    """What would be sent to W&B."""
-    sent: dict[str, Any] = json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
-    return sent
+def definition(view: Any) -> dict[str, Any]:
+    """Return what would be sent to W&B."""
+    content: dict[str, Any] = json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
+    return content

@@ -22,7 +22,7 @@ import yaml
 import plm
 from plm.atomic import write_text
 from plm.data.datamodule import PreferenceDataModule
-from plm.leaderboard.cells import Cell, ReadCLI, cell, output_to, run_cells
+from plm.leaderboard.cells import Cell, ReadCLI, make_cell, output_to, run_cells
 from plm.leaderboard.results import Kind
 from plm.messages import closest, nearest
 from plm.method import PersonalizationMethod, constructor_arguments
@@ -35,11 +35,11 @@ _OF_A_METHOD = ("model", "select", "defaults")
 
 @dataclass(frozen=True)
 class Entry:
-    """A row that is fitted: what it is called and what ``plm fit`` is told."""
+    """A row of a leaderboard that is fitted: its name, kind and the arguments of its ``plm fit``."""
 
     name: str
     kind: Kind
-    about: str
+    description: str
     args: tuple[str, ...]
     """Arguments of ``plm fit`` but for seed and logger."""
     error: str = ""
@@ -57,7 +57,7 @@ class Entry:
 
     def cell(self, root: Path, seed: int, extra: Sequence[str] = ()) -> Cell:
         """The cell of a seed."""
-        return cell(root, self.name, seed, [*self.args, *extra], self.identity, self.split_hash)
+        return make_cell(root, self.name, seed, [*self.args, *extra], self.identity, self.split_hash)
 
 
 def find_group(path: str) -> Path:
@@ -115,9 +115,9 @@ def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry]
 def source_hash(method: type) -> str:
     """sha256 of the file a method is written in, or of all files of the package that is the method."""
     package = sys.modules.get(method.__module__.rpartition(".")[0])
-    own = Path(inspect.getfile(method))
-    is_package = own.name == "__init__.py" or getattr(package, method.__name__, None) is method
-    files = sorted(own.parent.glob("*.py")) if is_package else [own]
+    path = Path(inspect.getfile(method))
+    is_package = path.name == "__init__.py" or getattr(package, method.__name__, None) is method
+    files = sorted(path.parent.glob("*.py")) if is_package else [path]
     return hashlib.sha256(b"\n".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -140,18 +140,18 @@ def of_recipes(paths: Sequence[str], more: Sequence[str]) -> list[Entry]:
 
 
 def shared_part(recipe: str, folder: Path) -> list[str]:
-    """What the opponents take from a recipe: its configs without the method, written into a folder."""
+    """What the baselines take from a recipe: its configs without the method, written into a folder."""
     args = []
     files = [Path(arg) for arg in expand(["--config", recipe]) if arg != "--config"]
     for number, file in enumerate(files):
-        kept = {key: value for key, value in read_config(file).items() if key not in _OF_A_METHOD}
+        shared = {key: value for key, value in read_config(file).items() if key not in _OF_A_METHOD}
         path = folder / f"{number}-{file.stem}.yaml"
-        write_text(path, yaml.safe_dump(kept))
+        write_text(path, yaml.safe_dump(shared))
         args += ["--config", str(path)]
     return args
 
 
-def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
+def read_entries(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
     """Read all recipes; those that cannot be read keep their error.
 
     Returns:
@@ -200,9 +200,9 @@ def read(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
         raise ValueError("no row can be run\n" + "\n".join(f"{entry.name}: {entry.error}" for entry in found))
     for what, index in (("split", 0), ("features", 1)):
         if len({key[index] for key in keys.values()}) > 1:
-            given = "\n".join(f"  {name}: {key[index][:300]}" for name, key in keys.items())
+            listing = "\n".join(f"  {name}: {key[index][:300]}" for name, key in keys.items())
             raise ValueError(
-                f"expected all rows on the same {what}, got\n{given}\ncompare them in separate leaderboards"
+                f"expected all rows on the same {what}, got\n{listing}\ncompare them in separate leaderboards"
             )
     return found, data
 

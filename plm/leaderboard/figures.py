@@ -18,8 +18,8 @@ _KINDS = {"method": INK, "control": HARMED, "baseline": FAINT}
 
 def all_figures(board: Leaderboard) -> dict[str, Figure]:
     """Title -> picture; those without anything to show are left out."""
-    made = {"Accuracy": forest(board), "Few-shot curves": few_shot(board), "Parameters": parameters(board)}
-    return {title: figure for title, figure in made.items() if figure is not None}
+    figures = {"Accuracy": forest(board), "Few-shot curves": few_shot(board), "Parameters": parameters(board)}
+    return {title: figure for title, figure in figures.items() if figure is not None}
 
 
 def forest(board: Leaderboard) -> Figure | None:
@@ -42,11 +42,11 @@ def forest(board: Leaderboard) -> Figure | None:
             ends = [100 * numbers[f"accuracy_{end}"] for end in ("low", "high")]
             axes.plot(ends, [place, place], color=color, linewidth=1.8, solid_capstyle="butt")
             axes.plot([middle], [place], marker="o" if row.kind == "method" else "s", color=color, markersize=6)
-            if row.name == board.opponent:
+            if row.name == board.reference:
                 axes.axvline(middle, color=SAME, linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
         axes.set_xlabel("accuracy, mean over users (%)")
         count = next(row.numbers[group]["num_users"] for row in rows if group in row.numbers)
-        headline(axes, f"{group.capitalize()} users", f"{count:,.0f} users; dashed: {board.opponent}")
+        headline(axes, f"{group.capitalize()} users", f"{count:,.0f} users; dashed: {board.reference}")
     panels[0].set_yticks(range(len(rows)), [row.name for row in rows])
     panels[0].invert_yaxis()
     return figure

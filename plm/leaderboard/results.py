@@ -1,4 +1,4 @@
-"""Results of runs gathered into rows: seeds averaged per user first, then intervals, comparisons and verdicts.
+"""Results of runs gathered into rows: seeds are averaged per user first, then come intervals, tests and verdicts.
 
 Axes: U users of one group, K shot counts.
 """
@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from plm.arrays import Float64Array
 from plm.evaluation import compare, holm, summarize, verdict
-from plm.metrics import FloatArray, UserTable
+from plm.metrics import UserTable
 
 Kind = Literal["method", "control", "baseline"]
 GROUPS = ("unseen", "seen")
@@ -27,18 +28,18 @@ _VALUES = ("num_pairs", "accuracy", "global_accuracy", "other_accuracy", "log_lo
 
 
 class Users(NamedTuple):
-    """What one run got right for each user of a group."""
+    """What a run got right for each user of a group."""
 
     ids: list[str]
     """U ids, sorted."""
-    values: dict[str, FloatArray]
+    values: dict[str, Float64Array]
     """Column of ``per_user.csv`` -> ``(U,)``; nan = an empty cell."""
     ece: float
     """Calibration error over all pairs of the group."""
 
 
 class Run(NamedTuple):
-    """One finished run, as its folder tells."""
+    """One finished run, read from its folder."""
 
     users: dict[str, Users]
     few_shot: dict[str, Any] | None
@@ -46,12 +47,12 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class BoardRow:
     """One row of a leaderboard."""
 
     name: str
     kind: Kind
-    about: str
+    description: str
     """What it is, in a few words."""
     num_seeds: int = 0
     errors: dict[int, str] = field(default_factory=dict)
@@ -70,7 +71,7 @@ class Row:
 
     @property
     def is_personal(self) -> bool:
-        """Whether users have a state of their own."""
+        """Whether users have a state of their scored."""
         return bool(self.facts.get("parameters_per_user"))
 
 
@@ -106,7 +107,7 @@ def read_run(folder: Path) -> Run:
 
 
 def average(runs: Sequence[Run]) -> Run:
-    """Mean over seeds: of every user's values, of the curve, of seconds.
+    """Average over seeds: every user's values, the few-shot curve and the seconds.
 
     Raises:
         ValueError: If the runs judged different users.
@@ -115,14 +116,16 @@ def average(runs: Sequence[Run]) -> Run:
     for group, first in runs[0].users.items():
         if any(run.users[group].ids != first.ids for run in runs):
             raise ValueError(f"expected the same {group} users for all seeds; the runs come from different splits")
-        values = {name: np.mean([run.users[group].values[name] for run in runs], axis=0) for name in _VALUES}
-        groups[group] = Users(first.ids, values, float(np.mean([run.users[group].ece for run in runs])))
+        means = {name: np.mean([run.users[group].values[name] for run in runs], axis=0) for name in _VALUES}
+        groups[group] = Users(first.ids, means, float(np.mean([run.users[group].ece for run in runs])))
     curve = None
     if all(run.few_shot for run in runs):
         curves = [run.few_shot for run in runs if run.few_shot]
         curve = {**curves[0]}
         for name in ("accuracy", "accuracy_low", "accuracy_high"):
-            curve[name] = np.mean([[np.nan if v is None else v for v in one[name]] for one in curves], axis=0).tolist()
+            curve[name] = np.mean(
+                [[np.nan if v is None else v for v in each[name]] for each in curves], axis=0
+            ).tolist()
     facts = {**runs[0].facts}
     for name in ("fit_seconds", "adapt_ms", "val_value"):
         found = [run.facts[name] for run in runs if run.facts.get(name) is not None]
@@ -132,7 +135,7 @@ def average(runs: Sequence[Run]) -> Run:
 
 
 def numbers_of(users: Users, num_resamples: int = 2000, seed: int = 0) -> dict[str, float]:
-    """All numbers of a group with intervals over users."""
+    """Compute all numbers of a group with their intervals over users."""
     values = users.values
     one_bin = np.array([[1.0, users.ece, 0.0]])  # its gap is the calibration error
     table = UserTable(
@@ -154,53 +157,54 @@ def numbers_of(users: Users, num_resamples: int = 2000, seed: int = 0) -> dict[s
     return numbers
 
 
-def make_row(row: Row, runs: Mapping[int, Run]) -> Row:
+def fill_row(row: BoardRow, runs: Mapping[int, Run]) -> BoardRow:
     """Fill a row from its runs, seed -> run; without any it stays a row of errors."""
     if not runs:
         return row
     mean = average(list(runs.values()))
     numbers = {group: numbers_of(users) for group, users in mean.users.items()}
-    for group, found in numbers.items():
+    for group, of_group in numbers.items():
         macro = [float(run.users[group].values["accuracy"].mean()) for run in runs.values()]
-        found["accuracy_seed_sd"] = float(np.std(macro, ddof=1)) if len(macro) > 1 else math.nan
+        of_group["accuracy_seed_sd"] = float(np.std(macro, ddof=1)) if len(macro) > 1 else math.nan
     filled = {"num_seeds": len(runs), "users": mean.users, "numbers": numbers, "few_shot": mean.few_shot}
-    return Row(**{**vars(row), **filled, "facts": mean.facts})
+    return BoardRow(**{**vars(row), **filled, "facts": mean.facts})
 
 
-def other_user_row(best: Row) -> Row:
-    """The control of a method that scores every user with the state of another one."""
+def other_user_row(row: BoardRow) -> BoardRow:
+    """Make the control of a method's row in which every user has the state of another one."""
     users = {}
-    for group, own in best.users.items():
-        nothing = np.full(len(own.ids), np.nan)
-        values = {**dict.fromkeys(_VALUES, nothing), "num_pairs": own.values["num_pairs"]}
-        users[group] = Users(own.ids, {**values, "accuracy": own.values["other_accuracy"]}, math.nan)
-    return Row(
-        name=f"{best.name}, another user",
+    for group, scored in row.users.items():
+        nothing = np.full(len(scored.ids), np.nan)
+        values = {**dict.fromkeys(_VALUES, nothing), "num_pairs": scored.values["num_pairs"]}
+        users[group] = Users(scored.ids, {**values, "accuracy": scored.values["other_accuracy"]}, math.nan)
+    return BoardRow(
+        name=f"{row.name}, another user",
         kind="control",
-        about=f"{best.name} with the state of a random other user",
-        num_seeds=best.num_seeds,
+        description=f"{row.name} with the state of a random other user",
+        num_seeds=row.num_seeds,
         users=users,
         numbers={group: numbers_of(found) for group, found in users.items()},
-        command=best.command,
+        command=row.command,
     )
 
 
-def verdicts(row: Row) -> list[str]:
+def verdicts(row: BoardRow) -> list[str]:
     """One sentence per group of users about a personal method."""
     if row.kind != "method" or not row.is_personal:
         return []
     return [verdict(f"{row.name}, {group}", row.numbers[group]) for group in GROUPS if group in row.numbers]
 
 
-def versus(rows: Sequence[Row], opponent: str) -> list[Versus]:
-    """Methods and baselines against the opponent; p-values corrected over the methods of a group, baselines have none.
+def versus(rows: Sequence[BoardRow], reference: str) -> list[Versus]:
+    """Compare methods and baselines with the reference row; p-values are corrected over the methods of a group.
 
-    Controls are left out: with shuffled users a user's pairs are not those the opponent was judged on.
+    Baselines have no p-value. Controls are left out: with shuffled users a user's pairs are not those of the reference.
     """
+    second = next((row for row in rows if row.name == reference and row.users), None)
+    if second is None:
+        return []
     found = []
-    second = next((row for row in rows if row.name == opponent and row.users), None)
-    for group in GROUPS if second else ():
-        assert second is not None
+    for group in GROUPS:
         rivals = [row for row in rows if row is not second and row.kind != "control"]
         rivals = [row for row in rivals if group in row.users and group in second.users]
         tests = [_compare(row, second, group) for row in rivals]
@@ -211,8 +215,8 @@ def versus(rows: Sequence[Row], opponent: str) -> list[Versus]:
     return found
 
 
-def all_pairs(rows: Sequence[Row]) -> list[Versus]:
-    """Every method against every other; p-values corrected over all pairs of a group."""
+def all_pairs(rows: Sequence[BoardRow]) -> list[Versus]:
+    """Compare every method with every other; p-values are corrected over all pairs of a group."""
     found = []
     for group in GROUPS:
         rivals = [row for row in rows if row.kind == "method" and group in row.users]
@@ -222,8 +226,8 @@ def all_pairs(rows: Sequence[Row]) -> list[Versus]:
     return found
 
 
-def _compare(first: Row, second: Row, group: str) -> Versus:
-    """Paired difference in accuracy over the users both judged."""
+def _compare(first: BoardRow, second: BoardRow, group: str) -> Versus:
+    """Paired difference in accuracy over the users that both rows have."""
     left, right = first.users[group], second.users[group]
     if left.ids != right.ids:
         raise ValueError(f"expected the same {group} users in {first.name} and {second.name}; their splits differ")
@@ -231,10 +235,10 @@ def _compare(first: Row, second: Row, group: str) -> Versus:
     return Versus(group, first.name, second.name, *test[:4], math.nan)
 
 
-def ranked(rows: Sequence[Row]) -> list[Row]:
+def ranked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     """Methods, then controls, then baselines; best accuracy on unseen users first, failures last."""
 
-    def place(row: Row) -> tuple[int, float]:
+    def place(row: BoardRow) -> tuple[int, float]:
         group = next((row.numbers[name] for name in GROUPS if name in row.numbers), {})
         return ("method", "control", "baseline").index(row.kind), -group.get("accuracy", -1.0)
 

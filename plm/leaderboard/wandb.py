@@ -18,7 +18,7 @@ def publish(board: Leaderboard, files: Sequence[Path], folder: Path, project: st
     wandb: Any = import_module("wandb")
     columns, rows = records(board)
     pictures = [file for file in files if file.suffix == ".png"]
-    config = {**board.about, "split_hash": board.data["split_hash"]}
+    config = {**board.metadata, "split_hash": board.data["split_hash"]}
     with wandb.init(project=project, job_type="leaderboard", name=board.title, dir=str(folder), config=config) as run:
         images = {file.stem: wandb.Image(str(file)) for file in pictures}
         run.log({TABLE: wandb.Table(columns=[*columns], data=rows), **images})
@@ -26,11 +26,11 @@ def publish(board: Leaderboard, files: Sequence[Path], folder: Path, project: st
     if offline:
         return "W&B: the run is offline, so no report was saved; the same command online makes it from the kept runs"
     try:
-        made = report(board, entity, project, run_id, [file.stem for file in pictures])
-        made.save()
+        saved = report(board, entity, project, run_id, [file.stem for file in pictures])
+        saved.save()
     except Exception as error:  # whatever the network or the server says: the leaderboard itself is done
         return f"W&B: the run is logged, the report could not be saved: {error}"
-    return f"W&B report: {made.url}"
+    return f"W&B report: {saved.url}"
 
 
 def report(board: Leaderboard, entity: str, project: str, run_id: str, pictures: Sequence[str]) -> Any:
@@ -47,16 +47,17 @@ def report(board: Leaderboard, entity: str, project: str, run_id: str, pictures:
         ValueError: If wandb-workspaces is not installed.
     """
     wr, _ = workspaces()
-    own = wr.Runset(name="this leaderboard", filters=f"ID = {run_id!r}")  # of the report's own project
+    runset = wr.Runset(name="this leaderboard", filters=f"ID = {run_id!r}")  # of the report's own project
     panels = [wr.MediaBrowser(title=key.replace("_", " "), media_keys=[key]) for key in pictures]
     blocks = [
         wr.TableOfContents(),
         wr.MarkdownBlock(markdown(board)),
         wr.H2("Pictures and all numbers"),
-        wr.PanelGrid(runsets=[own], panels=[*panels, wr.WeavePanelSummaryTable(table_name=TABLE)]),
+        wr.PanelGrid(runsets=[runset], panels=[*panels, wr.WeavePanelSummaryTable(table_name=TABLE)]),
     ]
-    about = "; ".join(board.facts()[:3])
-    return wr.Report(project=project, entity=entity, title=board.title, description=about, blocks=blocks, width="fluid")
+    description = "; ".join(board.provenance()[:3])
+    texts = {"title": board.title, "description": description}
+    return wr.Report(project=project, entity=entity, **texts, blocks=blocks, width="fluid")
 
 
 def workspaces() -> tuple[Any, Any]:

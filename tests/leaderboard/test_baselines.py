@@ -13,7 +13,7 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, Splits
-from plm.leaderboard.baselines import baselines, judge, majority, probe, text_features
+from plm.leaderboard.baselines import baselines, evaluate_margins, majority, probe, text_features
 
 TEXTS = ["a", "bb", "cccc", "dddddddd"]
 
@@ -39,7 +39,7 @@ def test_majority_counts_training_pairs_of_seen_users_only():
     score = {"a": math.log(2 / 3), "bb": math.log(3 / 2), "cccc": 0.0, "dddddddd": 0.0}
     expected = [score[TEXTS[c]] - score[TEXTS[r]] for c, r in [(1, 0), (1, 0), (0, 1), (1, 2), (0, 1), (3, 0)]]
     np.testing.assert_allclose(margins, expected)
-    groups = judge(margins, pairs, splits)
+    groups = evaluate_margins(margins, pairs, splits)
     assert groups["seen"].accuracy.tolist() == [1.0] and groups["unseen"].accuracy.tolist() == [1.0]
     assert groups["seen"].num_pairs.tolist() == [1.0] and np.isnan(groups["seen"].global_accuracy).all()
 
@@ -63,7 +63,7 @@ def test_probe_learns_the_sign_of_length():
         probe(features, pairs, Splits(np.array([SEEN]), np.where(stage == VAL, TEST, stage), "pair", 0, ""))
     flat = probe(np.zeros_like(features), pairs, splits)
     assert not flat.any()
-    assert judge(flat, pairs, splits)["seen"].accuracy.tolist() == [0.5]
+    assert evaluate_margins(flat, pairs, splits)["seen"].accuracy.tolist() == [0.5]
 
 
 def test_oracle_knows_the_planted_answers(tmp_path: Path):
@@ -71,11 +71,11 @@ def test_oracle_knows_the_planted_answers(tmp_path: Path):
     data = PreferenceDataModule(source, HashingBackbone(dim=16), cache_dir=str(tmp_path))
     made = baselines(data)
     assert list(made) == ["majority", "length", "surface", "oracle"]
-    groups = judge(made["oracle"](), data.table, data.splits)
+    groups = evaluate_margins(made["oracle"](), data.table, data.splits)
     accuracy = np.average(groups["seen"].accuracy, weights=groups["seen"].num_pairs)
     assert abs(accuracy - source.truth.best_accuracy) < 0.04
     assert groups["seen"].calibration_error < 0.06  # margins are the true log-odds
     for name in ("majority", "length", "surface"):
         margins = made[name]()
         assert np.isfinite(margins).all() and len(margins) == data.table.num_pairs
-        assert judge(margins, data.table, data.splits)["seen"].accuracy.mean() < accuracy
+        assert evaluate_margins(margins, data.table, data.splits)["seen"].accuracy.mean() < accuracy

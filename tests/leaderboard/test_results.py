@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import plm
 from plm.atomic import write_csv, write_json
+from plm.evaluation import png
 from plm.leaderboard.figures import all_figures
-from plm.leaderboard.report import Leaderboard, markdown, page, records, terminal, write
-from plm.leaderboard.results import Row, all_pairs, make_row, other_user_row, ranked, read_run, verdicts, versus
+from plm.leaderboard.report import Leaderboard, markdown, page, records, tables, terminal, write
+from plm.leaderboard.results import BoardRow, all_pairs, fill_row, other_user_row, ranked, read_run, verdicts, versus
 
 USERS = 24
 
@@ -38,23 +41,23 @@ def write_run(folder: Path, shift: float, gain: float, per_user: int, seed: int 
     write_json(folder / "facts.json", {**facts, "num_users": 24, "fit_seconds": seed + 1.0, "val_value": 0.5 - gain})
 
 
-def row(folder: Path, name: str, shift: float, gain: float, per_user: int, seeds: int = 2) -> Row:
+def row(folder: Path, name: str, shift: float, gain: float, per_user: int, seeds: int = 2) -> BoardRow:
     for seed in range(seeds):
         write_run(folder / f"{name}-{seed}", shift, gain, per_user, seed)
     runs = {seed: read_run(folder / f"{name}-{seed}") for seed in range(seeds)}
-    return make_row(Row(name, "method", "for the test", command=f"plm fit {name}"), runs)
+    return fill_row(BoardRow(name, "method", "for the test", command=f"plm fit {name}"), runs)
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> list[Row]:
+def rows(tmp_path: Path) -> list[BoardRow]:
     personal, plain = row(tmp_path, "Own", 0.0, 0.06, 3), row(tmp_path, "BradleyTerry", 0.0, 0.0, 0)
     rival = row(tmp_path, "Rival", -0.05, 0.0, 2)
-    majority = Row(**{**vars(row(tmp_path, "majority", -0.1, 0.0, 0, 1)), "kind": "baseline", "few_shot": None})
-    failed = Row("Broken", "method", "for the test", errors={0: "ValueError: no | luck"})
+    majority = BoardRow(**{**vars(row(tmp_path, "majority", -0.1, 0.0, 0, 1)), "kind": "baseline", "few_shot": None})
+    failed = BoardRow("Broken", "method", "for the test", errors={0: "ValueError: no | luck"})
     return [majority, failed, plain, rival, personal, other_user_row(personal)]
 
 
-def board(rows: list[Row]) -> Leaderboard:
+def board(rows: list[BoardRow]) -> Leaderboard:
     data = {"split_hash": "abc" * 20, "group_by": "pair", "users_seen": 24}
     about = {"command": "plm leaderboard", "seeds": 2}
     return Leaderboard("tiny, test", rows, "BradleyTerry", data, about, {"LatentDPO": "reads latents"})
@@ -80,10 +83,10 @@ def test_runs_of_other_users_are_refused(tmp_path: Path):
     write_run(tmp_path / "a", 0, 0, 0)
     write_run(tmp_path / "b", 0, 0, 0, users=USERS + 1)
     with pytest.raises(ValueError, match="different splits"):
-        make_row(Row("x", "method", ""), {0: read_run(tmp_path / "a"), 1: read_run(tmp_path / "b")})
+        fill_row(BoardRow("x", "method", ""), {0: read_run(tmp_path / "a"), 1: read_run(tmp_path / "b")})
 
 
-def test_comparisons_and_their_families(rows: list[Row]):
+def test_comparisons_and_their_families(rows: list[BoardRow]):
     tests = {(test.group, test.first): test for test in versus(rows, "BradleyTerry")}
     assert set(name for _, name in tests) == {"Own", "Rival", "majority"}, "neither failures nor controls"
     own, rival = tests["unseen", "Own"], tests["unseen", "Rival"]
@@ -96,7 +99,7 @@ def test_comparisons_and_their_families(rows: list[Row]):
     assert versus(rows, "absent") == []
 
 
-def test_order_and_verdicts(rows: list[Row]):
+def test_order_and_verdicts(rows: list[BoardRow]):
     names = [one.name for one in ranked(rows)]
     assert names == ["Own", "BradleyTerry", "Rival", "Broken", "Own, another user", "majority"]
     assert verdicts(rows[2]) == [], "a method without users claims nothing"
@@ -113,7 +116,7 @@ def test_order_and_verdicts(rows: list[Row]):
     assert control["accuracy"] == pytest.approx(rows[4].numbers["unseen"]["other_accuracy"])
 
 
-def test_every_format_holds_every_row(rows: list[Row], tmp_path: Path):
+def test_every_format_holds_every_row(rows: list[BoardRow], tmp_path: Path):
     made = board(rows)
     files = write(made, all_figures(made), tmp_path / "out")
     assert all(file.stat().st_size > 500 for file in files)
@@ -124,14 +127,14 @@ def test_every_format_holds_every_row(rows: list[Row], tmp_path: Path):
     assert widths == {4, 17}, "rows of equal width, those of the few-shot table of another"
     assert "failed: ValueError: no \\| luck" in text and "Broken, seed 0: ValueError: no | luck" in text
     assert "| Own | 60.0 | 66.0 |" in text and "- LatentDPO: reads latents" in text
-    web = page(made, all_figures(made))
+    web = page(made, {title: png(figure) for title, figure in all_figures(made).items()})
     assert "<th>Own</th><td>60.0</td><td>66.0</td>" in web and "LatentDPO: reads latents" in web
     assert web.count("data:image/png;base64,") == 3 and "http" not in web
     columns, table = records(made)
     assert len(table) == 2 * len(rows) and all(len(line) == len(columns) for line in table)
     with (tmp_path / "out" / "leaderboard.csv").open(newline="") as file:
         (best,) = [one for one in csv.DictReader(file) if (one["row"], one["group"]) == ("Own", "unseen")]
-    assert float(best["vs_opponent"]) == pytest.approx(0.06, abs=0.005) and best["parameters_per_user"] == "3"
+    assert float(best["vs_reference"]) == pytest.approx(0.06, abs=0.005) and best["parameters_per_user"] == "3"
     kept = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     assert {one["name"] for one in kept["rows"]} == {one.name for one in rows}
     assert len(kept["verdicts"]) == 4 and kept["rows"][3]["errors"] == {"0": "ValueError: no | luck"}
@@ -139,6 +142,40 @@ def test_every_format_holds_every_row(rows: list[Row], tmp_path: Path):
 
 
 def test_a_board_without_results_still_shows_its_failures():
-    made = board([Row("Broken", "method", "", errors={0: "why"})])
+    made = board([BoardRow("Broken", "method", "", errors={0: "why"})])
     assert made.groups == [] and all_figures(made) == {}
     assert "Broken, seed 0: why" in markdown(made)
+
+
+def test_what_a_page_shows_is_escaped(tmp_path: Path):
+    personal = row(tmp_path, "<script>", 0.0, 0.06, 3)
+    failed = BoardRow("Broken", "method", "a & b", errors={0: "<b>why</b>"}, command="plm fit '<x>'")
+    web = page(board([personal, failed]), {"<i>": b"PNG"})
+    assert "<script>" not in web and "<b>" not in web and "<x>" not in web and "<i>" not in web
+    assert "<th>&lt;script&gt;</th>" in web and "failed: &lt;b&gt;why&lt;/b&gt;" in web
+    assert "a &amp; b" in web and 'src="data:image/png;base64,UE5H"' in web
+
+
+def test_every_format_shows_the_same_cells(rows: list[BoardRow]):
+    made = board(rows)
+    text, web = markdown(made), page(made, {})
+    for section in tables(made):
+        for name, *cells in (line.cells for line in section.rows):
+            escaped = [cell.replace("|", "\\|") for cell in cells]
+            assert f"| {name} | {' | '.join(escaped)} |" in text
+            body = "".join(f"<td>{cell.replace('<', '&lt;')}</td>" for cell in cells)
+            assert f"<th>{name}</th>{body}" in web
+
+
+def test_a_new_leaderboard_fills_the_page_of_results(rows: list[BoardRow], tmp_path: Path):
+    write(board(rows), {}, tmp_path)
+    content = json.loads((tmp_path / "leaderboard.json").read_text())
+    content["metadata"] |= {"date": "today", "commit": "abc"}
+    counts = ("users_unseen", "pairs_train", "pairs_val", "pairs_test", "pairs_support", "pairs_query")
+    content["data"] |= dict.fromkeys(counts, 7)
+    lines = runpy.run_path(str(Path(plm.__file__).parents[1] / "docs/tables.py"))["tables"](content).splitlines()
+    (own,) = [line for line in lines if line.startswith("| Own | 7")]
+    cells, (other,) = board(rows).cells(rows[4], "unseen"), [one for one in rows if one.name == "Own, another user"]
+    assert own.split(" | ")[1] == cells[1] and own.split(" | ")[3:7] == [*cells[6:8], cells[8], cells[9]]
+    assert own.split(" | ")[7:9] == ["–", f"{100 * other.numbers['unseen']['accuracy']:.1f}"]
+    assert not any("Broken" in line for line in lines)

@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from plm.leaderboard import wandb as wandb_report
 from plm.leaderboard.dashboard import definition
 from plm.leaderboard.report import Leaderboard, markdown
-from plm.leaderboard.results import Row
+from plm.leaderboard.results import BoardRow
 
 pytest.importorskip("wandb_workspaces", reason="needs the test extra")
 
 BOARD = Leaderboard(
     "tiny, test",
-    [Row("Broken", "method", "for the test", errors={0: "ValueError: no | luck"})],
+    [BoardRow("Broken", "method", "for the test", errors={0: "ValueError: no | luck"})],
     "BradleyTerry",
     {"split_hash": "abc", "group_by": "pair"},
     {"command": "plm leaderboard", "seeds": 2},
