@@ -121,14 +121,14 @@ class PreferenceMetrics(L.Callback):
             return
         data = _datamodule(trainer)
         verdicts = {name: verdict(name, numbers) for name, numbers in groups.items()}
-        about = {
+        metadata = {
             "method": {"name": type(pl_module).__name__, **report},
             "split_hash": data.split_hash,
             "num_resamples": self.num_resamples,
             "seed": self.seed,
         }
         folder = run_dir(trainer)
-        write_json(folder / "metrics.json", {**about, **groups, "verdicts": verdicts})
+        write_json(folder / "metrics.json", {**metadata, **groups, "verdicts": verdicts})
         rows = user_rows(tables, data.all_user_ids)
         write_csv(folder / "per_user.csv", USER_COLUMNS, rows)
         for logger in trainer.loggers:
@@ -230,10 +230,10 @@ class FewShotCurve(L.Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint of a fit, also of one that is resumed: a resumed run has a folder of its own."""
+    """Keeps the best checkpoint of a fit, also of a resumed one, which writes into another folder."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember what was best before; Lightning forgets it where the folder is another."""
+        """Remember the best score of the run that is resumed; Lightning forgets it when the folder changes."""
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
@@ -241,7 +241,7 @@ class SaveUserStates(L.Callback):
     """Writes the states of all seen users beside the best checkpoint when a fit ends, as a `UserStore`."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the states off the best checkpoint's weights; the model keeps its own."""
+        """Read the states off the weights of the best checkpoint; the model itself is left as it was."""
         if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
@@ -255,9 +255,10 @@ class SaveUserStates(L.Callback):
             rank_zero_warn(f"user states are not saved: {path} is a folder of parts of a checkpoint; make it one file")
             return
         best = torch.load(path, map_location=pl_module.device, weights_only=True)["state_dict"]
-        own = pl_module.state_dict()
+        current = pl_module.state_dict()
         # what other processes hold parts of is a network, and stays: no state of a user is read off it
-        last = {name: own[name].clone() for name in best if name in own and type(own[name]) is type(best[name])}
+        shared = [name for name in best if name in current and type(current[name]) is type(best[name])]
+        last = {name: current[name].clone() for name in shared}
         was_training = pl_module.training
         pl_module.eval()
         try:
@@ -274,7 +275,7 @@ class SaveUserStates(L.Callback):
 
 # ---------------------------------------------------------------------- shared by the callbacks
 def _datamodule(trainer: L.Trainer) -> Any:
-    """The datamodule, which names the evaluation loaders and the users."""
+    """Return the datamodule, which names the evaluation loaders and the users."""
     data = getattr(trainer, "datamodule", None)
     if data is None:
         raise ValueError("plm's callbacks read names and users from a PreferenceDataModule, got none; pass datamodule=")
@@ -282,7 +283,7 @@ def _datamodule(trainer: L.Trainer) -> Any:
 
 
 def _device(pl_module: L.LightningModule) -> torch.device:
-    """Where sums are kept: with the model, or on the CPU where the device has no float64."""
+    """The device of the sums: that of the model, or the CPU where that device has no float64."""
     return torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
 
 
@@ -300,9 +301,9 @@ def _required(batch: PreferenceBatch, name: str) -> Tensor:
 
 
 def _log(pl_module: L.LightningModule, prefix: str, numbers: dict[str, float]) -> None:
-    """Log numbers that are already equal in all processes, nan left out; sync_dist quiets advice of Lightning's."""
-    known = {f"{prefix}/{key}": value for key, value in numbers.items() if not math.isnan(value)}
-    pl_module.log_dict(known, sync_dist=True)
+    """Log numbers that are already equal in all processes, without nan; sync_dist silences a warning of Lightning."""
+    present = {f"{prefix}/{key}": value for key, value in numbers.items() if not math.isnan(value)}
+    pl_module.log_dict(present, sync_dist=True)
 
 
 def _show(trainer: L.Trainer, key: str, figure: Figure, path: Path) -> None:

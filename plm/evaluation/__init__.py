@@ -1,4 +1,4 @@
-"""Statistics over users: intervals, comparisons, verdicts, and the tables, files and pictures they end in."""
+"""Statistics over users: intervals, comparisons, verdicts, and the tables, files, pages and pictures that show them."""
 
 from plm.evaluation.comparison import Comparison, compare, holm
 from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_figure

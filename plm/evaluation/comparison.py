@@ -1,4 +1,4 @@
-"""Which of two methods is better: paired differences over users, and p-values that survive many comparisons.
+"""Find out which of two methods is better: paired differences over users, and p-values that survive many comparisons.
 
 How seeds enter: a user's accuracies are averaged over the seeds of a method before anything is compared. An interval
 then covers the choice of users for the mean of these seeds; how far seeds spread is reported beside it.
@@ -33,7 +33,7 @@ class Comparison(NamedTuple):
 
 
 def compare(first: Float64Array, second: Float64Array, *, num_resamples: int = 10_000, seed: int = 0) -> Comparison:
-    """Paired, user-clustered bootstrap of ``mean(first - second)``.
+    """Bootstrap ``mean(first - second)``, paired and clustered by user.
 
     The p-value inverts the interval of `cluster_bootstrap`: it is one minus the level at which the expanded percentile
     interval would touch zero. It is never below ``1 / num_resamples``, the resolution of the resamples.
@@ -62,7 +62,7 @@ def compare(first: Float64Array, second: Float64Array, *, num_resamples: int = 1
 
 
 def holm(p_values: Float64Array) -> Float64Array:
-    """Adjusted p-values of M comparisons: ``(M,)`` -> ``(M,)``, nan stays nan and counts as no comparison.
+    """Adjust the p-values of M comparisons, ``(M,)``; nan stays nan and counts as no comparison.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure": the k-th smallest of M is multiplied by
     ``M - k + 1`` and made no smaller than those before it. Rejecting at 0.05 errs anywhere with at most 5 %.

@@ -1,4 +1,4 @@
-"""The pictures a test ends with, and the look all pictures share."""
+"""Draw the pictures at the end of a test, and give all pictures the same look."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INK, FAINT = "#22262B", "#6B7280"
 
 
 def few_shot_figure(curve: Mapping[str, Any]) -> Figure:
-    """Accuracy of unseen users against support pairs, with its 95% band and the zero-shot line."""
+    """Draw the accuracy of unseen users against support pairs, with its 95% band and the zero-shot line."""
     figure = blank(7.2, 4.4)
     axes = figure.add_subplot()
     tidy(axes)
@@ -44,13 +44,13 @@ def few_shot_figure(curve: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("accuracy, mean over users (%)")
     axes.margins(x=0.03, y=0.1)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), frameon=False, fontsize=9, labelcolor=FAINT)
-    what = f"{curve['num_users']:,} unseen users; the pairs of each shot count drawn {curve['num_repeats']} times"
-    headline(axes, "How many pairs does a new user need?", what.replace("drawn 1 times", "drawn once"))
+    subtitle = f"{curve['num_users']:,} unseen users; the pairs of each shot count drawn {curve['num_repeats']} times"
+    headline(axes, "How many pairs does a new user need?", subtitle.replace("drawn 1 times", "drawn once"))
     return figure
 
 
 def gain_figure(groups: Mapping[str, UserTable]) -> Figure:
-    """Histogram of what personalisation does to each user, one panel per group of users."""
+    """Draw a histogram of what personalisation does to each user, one panel per group of users."""
     figure = blank(7.2, 0.6 + 2.9 * len(groups))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     gains = {name: 100 * g[~np.isnan(g)] for name, g in ((n, t.personal_minus_global) for n, t in groups.items())}
@@ -79,7 +79,7 @@ def gain_figure(groups: Mapping[str, UserTable]) -> Figure:
             color=INK,
             fontweight="bold",
         )
-        shares = ", ".join(f"{len(part) / len(gain):.0%} {what}" for what, part in reversed(parts.items()))
+        shares = ", ".join(f"{len(part) / len(gain):.0%} {effect}" for effect, part in reversed(parts.items()))
         headline(axes, f"{name.capitalize()} users", f"{len(gain):,} users: {shares}")
     figure.align_ylabels()
     panels[-1].set_xlabel("accuracy with the user's own state − with the population's (points)")
@@ -87,7 +87,7 @@ def gain_figure(groups: Mapping[str, UserTable]) -> Figure:
 
 
 def calibration_figure(groups: Mapping[str, UserTable]) -> Figure:
-    """How often the model is right against how sure it is, one panel per group of users; the diagonal is calibrated."""
+    """Draw how often the model is right against how sure it is, one panel per group; calibrated is the diagonal."""
     figure = blank(3.8 * max(len(groups), 1) + 0.4, 4.2)
     panels = figure.subplots(1, max(len(groups), 1), sharey=True, squeeze=False)[0]
     for axes, (name, table) in zip(panels, groups.items(), strict=False):
@@ -111,7 +111,7 @@ def _gain_edges(reach: float, num_users: int) -> Float64Array:
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, without pyplot and its global state."""
+    """Make an empty figure of a size in inches, without pyplot and its global state."""
     from matplotlib.figure import Figure  # a second to import: only when a picture is drawn
 
     return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
@@ -128,7 +128,7 @@ def tidy(axes: Axes) -> None:
     axes.yaxis.label.set_color(INK)
 
 
-def headline(axes: Axes, title: str, what: str) -> None:
-    """A bold title at the left and a faint line below it."""
+def headline(axes: Axes, title: str, subtitle: str) -> None:
+    """Put a bold title at the left and a faint line below it."""
     axes.set_title(f"{title}\n", loc="left", color=INK, fontweight="bold", fontsize=12)
-    axes.text(0, 1.02, what, transform=axes.transAxes, color=FAINT, fontsize=9, va="bottom")
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, color=FAINT, fontsize=9, va="bottom")

@@ -1,4 +1,4 @@
-"""The tables and files a test ends with."""
+"""The tables and rows of files at the end of a test."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from plm.metrics import UserTable
 
 
 def plain_table(title: str) -> Table:
-    """An empty table with a ruled head."""
+    """Make an empty table with a ruled head."""
     return Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
     )
 
 
 def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:
-    """The table a test ends with: one row per group of users, accuracies in per cent, differences in points."""
+    """Tabulate the results of a test: a row per group of users, accuracies in per cent, differences in points."""
     table = plain_table("Test, 95% intervals over users")
     table.add_column("", style="bold", no_wrap=True)
     for head in (
@@ -48,7 +48,7 @@ def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def few_shot_table(curve: Mapping[str, Any]) -> Table:
-    """The few-shot curve in the terminal: one row per shot count."""
+    """Tabulate the few-shot curve: one row per shot count."""
     title = f"Few-shot curve, {curve['num_users']:,} unseen users, {curve['num_repeats']} repeats"
     table = plain_table(title)
     for head in ("shots", "accuracy %", "sd over repeats", "gain over 0 shots"):
@@ -66,7 +66,7 @@ USER_COLUMNS = ["user_id", "split", "num_pairs", "accuracy", "global_accuracy", 
 
 
 def user_rows(groups: Mapping[str, UserTable], user_ids: Sequence[str]) -> list[list[Any]]:
-    """One row of `USER_COLUMNS` per user of each group; ``user_ids`` by user row."""
+    """List the values of `USER_COLUMNS` for every user of each group; ``user_ids`` is indexed by user row."""
     rows: list[list[Any]] = []
     for split, table in groups.items():
         columns = (

@@ -29,7 +29,7 @@ _CHUNK = 4_000_000  # draws held in memory at once
 def cluster_bootstrap(
     values: Float64Array, weights: Float64Array | None = None, *, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[Float64Array, Float64Array]:
-    """95% interval of a mean over users, by resampling users with replacement.
+    """Compute the 95% interval of a mean over users by resampling users with replacement.
 
     All statistics share the same resamples. Percentiles are expanded for few users (Hesterberg 2015, "What teachers
     should know about the bootstrap", section 3.4): the plain percentile interval is too narrow by about
@@ -95,19 +95,19 @@ def _expanded_tail(num_users: int) -> float:
 
 
 def summarize(table: UserTable, num_resamples: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Point estimates of a group of users, and ``<name>_low`` and ``<name>_high`` for those that have an interval."""
+    """Estimate the numbers of a group of users, with ``<name>_low`` and ``<name>_high`` where there is an interval."""
     numbers = table.estimates()
     if not len(table.user_row):
         return numbers
-    one = np.ones_like(table.num_pairs)
+    equal = np.ones_like(table.num_pairs)
     columns = {
-        "accuracy": (table.accuracy, one),
+        "accuracy": (table.accuracy, equal),
         "accuracy_micro": (table.accuracy, table.num_pairs),
-        "log_loss": (table.log_loss, one),
-        "global_accuracy": (table.global_accuracy, one),
-        "personal_minus_global": (table.personal_minus_global, one),
-        "other_accuracy": (table.other_accuracy, one),
-        "personal_minus_other": (table.personal_minus_other, one),
+        "log_loss": (table.log_loss, equal),
+        "global_accuracy": (table.global_accuracy, equal),
+        "personal_minus_global": (table.personal_minus_global, equal),
+        "other_accuracy": (table.other_accuracy, equal),
+        "personal_minus_other": (table.personal_minus_other, equal),
     }
     low, high = cluster_bootstrap(
         np.stack([values for values, _ in columns.values()], axis=1),
@@ -122,7 +122,7 @@ def summarize(table: UserTable, num_resamples: int = 2000, seed: int = 0) -> dic
 
 
 def summarize_few_shot(table: FewShotTable, num_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """The few-shot curve: for each shot count the mean over repeats of the macro accuracy over users.
+    """Compute the few-shot curve: for each shot count the mean over repeats of the macro accuracy over users.
 
     Returns:
         Lists over shot counts: ``shots``, ``accuracy`` with its user-clustered interval ``accuracy_low`` and

@@ -1,18 +1,18 @@
-"""Reports in the terminal."""
+"""Print reports in the terminal."""
 
 from __future__ import annotations
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
 
-_ROOM = 1000  # columns, more than any table asks for
+_ROOM = 1000  # columns, more than any table needs
 
 
 def print_parts(*parts: RenderableType, console: Console | None = None) -> None:
-    """Print the parts of a report, none of whose numbers is cut.
+    """Print the parts of a report without cutting a number.
 
-    A table is as wide as its cells ask where the output is no terminal. In a terminal its cells are broken at spaces to
-    fit, and where that does not help its lines run on. Sentences are left to the terminal to break.
+    Where the output is no terminal, a table is as wide as its cells need. In a terminal its cells are broken at spaces
+    to fit, and where that does not help, its lines run on. Sentences are left to the terminal to break.
 
     Args:
         *parts: Tables and strings, printed as they are: brackets in them are no markup.
@@ -22,7 +22,7 @@ def print_parts(*parts: RenderableType, console: Console | None = None) -> None:
     width = console.width
     for part in parts:
         if not isinstance(part, str):
-            asked = Measurement.get(console, console.options.update(max_width=_ROOM), part)
-            console.width = max(width, asked.minimum if console.is_terminal else asked.maximum)
+            measured = Measurement.get(console, console.options.update(max_width=_ROOM), part)
+            console.width = max(width, measured.minimum if console.is_terminal else measured.maximum)
         console.print(part, highlight=False, soft_wrap=isinstance(part, str), markup=False)
         console.width = width

@@ -9,9 +9,9 @@ from plm.evaluation.statistics import MIN_USERS
 
 
 def verdict(name: str, numbers: Mapping[str, float]) -> str:
-    """One sentence about a group of users: does personalisation help, and is it theirs?
+    """Say in one sentence whether personalisation helps a group of users, and whether it is their own that helps.
 
-    Helping asks for two intervals above zero: over the global control, and over another user's state where measured.
+    Helping requires two intervals above zero: over the global control, and over another user's state where measured.
     """
     if "personal_minus_global" not in numbers:
         return f"{name}: no global control was measured"
@@ -32,16 +32,16 @@ def verdict(name: str, numbers: Mapping[str, float]) -> str:
 
 
 def points(value: float, sign: str = "+") -> str:
-    """Hundred times ``value`` with one decimal and never a negative zero: 0.043 -> ``+4.3``."""
+    """Format a hundred times ``value`` with one decimal and without a negative zero: 0.043 -> ``+4.3``."""
     return format(round(100 * value, 1) + 0.0, f"{sign}.1f")
 
 
 def interval(numbers: Mapping[str, float], name: str) -> str:
-    """`` [low, high]`` of a named number, times hundred; empty where there is none."""
+    """Format the interval of a named number, times a hundred: `` [low, high]``; empty where there is none."""
     low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
     return "" if math.isnan(low) else f" [{points(low, '')}, {points(high, '')}]"
 
 
 def difference(numbers: Mapping[str, float], name: str, unit: str = "") -> str:
-    """A named number with its sign and interval, times hundred: ``+3.4 points [2.1, 4.7]``."""
+    """Format a named number with its sign and interval, times a hundred: ``+3.4 points [2.1, 4.7]``."""
     return f"{points(numbers[name])}{unit}{interval(numbers, name)}"

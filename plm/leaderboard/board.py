@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,15 +57,15 @@ class Plan:
     """Where cells and results go."""
     command: str
     """The command line, as the results show it."""
-    title: str = ""
+    title: str
     """Empty = the source and the backbone."""
-    seeds: int = 3
+    seeds: int
     """Fits per method."""
-    budget: int = 1
+    budget: int
     """Candidates per method."""
-    jobs: int = 1
+    jobs: int
     """Runs at a time."""
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str]
     """Name -> why it is not compared."""
 
     def metadata(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Who takes part in a leaderboard: recipes or installed methods, read once, on one split, with one search budget."""
+"""The methods of a leaderboard: recipes or installed ones, read once, on one split, with one search budget."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Entry:
 
 
 def find_group(path: str) -> Path:
-    """A file of ``conf``, the shipped one where there is none here.
+    """Find a file of ``conf``: the one in this folder, or else the one shipped with plm.
 
     Raises:
         ValueError: If there is neither.
@@ -78,7 +78,7 @@ def find_group(path: str) -> Path:
 
 
 def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry], dict[str, str]]:
-    """Entries of methods by short name or class path, ``all`` = every installed one that reads features.
+    """Make entries of methods by short name or class path, ``all`` = every installed one that reads features.
 
     Returns:
         The entries, and why each of the other methods that ``all`` might have meant is left out.
@@ -113,7 +113,7 @@ def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry]
 
 
 def source_hash(method: type) -> str:
-    """sha256 of the file a method is written in, or of all files of the package that is the method."""
+    """Hash the file a method is written in, or all files of the package that is the method."""
     package = sys.modules.get(method.__module__.rpartition(".")[0])
     path = Path(inspect.getfile(method))
     is_package = path.name == "__init__.py" or getattr(package, method.__name__, None) is method
@@ -123,7 +123,7 @@ def source_hash(method: type) -> str:
 
 @cache
 def library_hash() -> str:
-    """sha256 of all source files of plm."""
+    """Hash all source files of plm."""
     root = Path(plm.__file__).parent
     files = sorted(root.rglob("*.py"))
     parts = [part for file in files for part in (file.relative_to(root).as_posix().encode(), file.read_bytes())]
@@ -131,7 +131,7 @@ def library_hash() -> str:
 
 
 def of_recipes(paths: Sequence[str], more: Sequence[str]) -> list[Entry]:
-    """Entries of recipes, called by their file names."""
+    """Make entries of recipes, called by their file names."""
     names = [Path(path).stem for path in paths]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -152,7 +152,7 @@ def shared_part(recipe: str, folder: Path) -> list[str]:
 
 
 def read_entries(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataModule]:
-    """Read all recipes; those that cannot be read keep their error.
+    """Read all recipes; an entry that cannot be read keeps its error.
 
     Returns:
         The entries and the data of the first that could be read.
@@ -172,7 +172,7 @@ def read_entries(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataM
             check_search_space(type(cli.model))
             config = cli.config["fit"]
             if not config.final_test:
-                raise ValueError("expected final_test: true, got false: a row is what the test of its fit says")
+                raise ValueError("expected final_test: true, got false: a row is the result of the test after its fit")
             module: PreferenceDataModule = cli.datamodule
             keys[entry.name] = (module.split_hash, json.dumps(module.backbone.key(), sort_keys=True))
             entry = replace(
@@ -222,7 +222,7 @@ def check_search_space(method: type[PersonalizationMethod]) -> None:
 
 
 def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:
-    """The entry as it is, and ``budget - 1`` draws without repetition from the ``search_space`` of its method.
+    """List the entry as it is and ``budget - 1`` draws without repetition from the ``search_space`` of its method.
 
     The draws depend on nothing but that grid and the name of the class.
     """
@@ -237,7 +237,7 @@ def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:
 
 
 def as_options(arguments: dict[str, Any]) -> list[str]:
-    """Arguments of a method as command line options."""
+    """Turn arguments of a method into command line options."""
     return [
         part
         for name, value in arguments.items()
@@ -245,19 +245,21 @@ def as_options(arguments: dict[str, Any]) -> list[str]:
     ]
 
 
-def search(entries: Sequence[Entry], budget: int, root: Path, jobs: int, tell: Callable[[Cell], None]) -> list[Entry]:
+def search(
+    entries: Sequence[Entry], budget: int, root: Path, jobs: int, on_progress: Callable[[Cell], None]
+) -> list[Entry]:
     """Fit every candidate of every method once, without a test, and keep the best by its validation value."""
     plan: dict[str, list[tuple[dict[str, Any], Cell]]] = {}
     for entry in entries:
         if entry.kind == "method" and not entry.error and len(drawn := candidates(entry, budget)) > 1:
             untested = ("--final_test", "false")
             plan[entry.name] = [(one, entry.cell(root, 0, [*as_options(one), *untested])) for one in drawn]
-    run_cells([one for tried in plan.values() for _, one in tried], jobs, tell)
+    run_cells([one for tried in plan.values() for _, one in tried], jobs, on_progress)
     return [_pick(entry, plan[entry.name]) if entry.name in plan else entry for entry in entries]
 
 
 def _pick(entry: Entry, tried: list[tuple[dict[str, Any], Cell]]) -> Entry:
-    """The entry with the arguments of its best candidate."""
+    """Give an entry the arguments of its best candidate."""
     sign = 1.0 if entry.mode == "min" else -1.0
     values = [sign * value if math.isfinite(value := _val_value(one)) else math.inf for _, one in tried]
     best = int(np.argmin(values))

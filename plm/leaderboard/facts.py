@@ -1,4 +1,4 @@
-"""What a run costs: parameters, seconds of the fit, milliseconds per adapted user. Written beside its metrics."""
+"""Measure what a run costs: parameters, seconds of the fit and milliseconds per adapted user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plm.callbacks import run_dir
 from plm.types import PreferenceBatch, UserState
 
 UNCERTAINTY = ("precision", "log_precision", "log_var")
-"""Tensors of a state that say how sure the others are: no parameters."""
+"""Tensors of a state that hold the uncertainty of the others: no parameters."""
 
 
 class RunFacts(L.Callback):
@@ -79,8 +79,8 @@ class RunFacts(L.Callback):
 
 
 def state_size(states: UserState, population: UserState) -> int:
-    """Numbers each user's state holds, uncertainties left out; none where everybody's is the population's."""
-    own = {name: value for name, value in states.tensors.items() if name not in UNCERTAINTY}
-    if all(torch.equal(value, population.tensors[name]) for name, value in own.items()):
+    """Count the numbers in a user's state, uncertainties left out; none where every state is the population's."""
+    values = {name: value for name, value in states.tensors.items() if name not in UNCERTAINTY}
+    if all(torch.equal(value, population.tensors[name]) for name, value in values.items()):
         return 0
-    return sum(value[0].numel() for value in own.values())
+    return sum(value[0].numel() for value in values.values())
