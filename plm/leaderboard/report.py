@@ -25,6 +25,10 @@ _NUMBERS = (
     "global_accuracy personal_minus_global personal_minus_global_low personal_minus_global_high personal_minus_other "
     "personal_minus_other_low personal_minus_other_high users_helped users_harmed"
 ).split()
+_HEADS = (
+    "kind|accuracy %|sd|micro %|log-loss|ECE|personal − global|personal − other|vs {reference}|p|worst decile %|"
+    "helped/harmed|parameters|fit s|adapt ms/user"
+).split("|")
 _GAINS = ("personal_minus_global", "personal_minus_other")
 _FACTS = ("shared_parameters", "parameters_per_user", "parameters", "fit_seconds", "adapt_ms")
 
@@ -98,23 +102,7 @@ class Leaderboard:
 
     def heads(self) -> list[str]:
         """Heads of the columns after the name."""
-        return [
-            "kind",
-            "accuracy %",
-            "sd",
-            "micro %",
-            "log-loss",
-            "ECE",
-            "personal − global",
-            "personal − other",
-            f"vs {self.reference}",
-            "p",
-            "worst decile %",
-            "helped/harmed",
-            "parameters",
-            "fit s",
-            "adapt ms/user",
-        ]
+        return [head.format(reference=self.reference) for head in _HEADS]
 
     def cells(self, row: BoardRow, group: str) -> list[str]:
         """Text of the columns after the name."""
