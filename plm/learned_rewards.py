@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from plm.arrays import Float64Array
 from plm.backbones import device
 from plm.backbones.classifier import Classifier
 from plm.checkpoint import load_method
 from plm.data.rewards import Reward
-from plm.data.rewards.reward import DoubleArray
 from plm.messages import nearest
 from plm.method import PersonalizationMethod
 
@@ -58,7 +58,7 @@ class MethodReward(Reward):
             raise ValueError(f"no user {self.user!r}{nearest(self.user, store.ids)} beside {self.ckpt_path!r}")
         return method
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:
         """Rewards ``(N,)``."""
         parts = []
         for start in range(0, len(responses), _SCORED):
@@ -91,12 +91,12 @@ class ClassifierReward(Reward):
     def _classifier(self) -> Classifier:
         return Classifier(self.model, template=self.template)
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:
         """Logit of the class less log-sum-exp of the others ``(N,)``."""
         row = self._classifier.class_row(self.label)
         logits = self._classifier.represent(prompts, responses)
         assert isinstance(logits, torch.Tensor)
         own = logits[:, row].double()
         others = logits.double().index_select(1, torch.tensor([c for c in range(logits.shape[1]) if c != row]).long())
-        odds: DoubleArray = (own - others.logsumexp(1) if others.shape[1] else own).numpy()
+        odds: Float64Array = (own - others.logsumexp(1) if others.shape[1] else own).numpy()
         return odds

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from plm.data.files import IntArray
+from plm.arrays import IntArray
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable
 from plm.data.splits import SEEN, TEST, TRAIN, GroupBy, split_pairs

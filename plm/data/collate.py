@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plm.data.files import IntArray
+from plm.arrays import Float32Array, IntArray
 from plm.data.keys import KeyArray
 from plm.data.rows import Rows, TokenRows
-from plm.data.schema import FloatArray, PairTable
+from plm.data.schema import PairTable
 from plm.data.splits import nested_supports
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens
 
@@ -45,7 +45,7 @@ class Place(NamedTuple):
     epoch: int
 
 
-def pair_batch(data: FeaturedPairs, rows: IntArray, weight: FloatArray, *, evaluation: bool) -> PreferenceBatch:
+def pair_batch(data: FeaturedPairs, rows: IntArray, weight: Float32Array, *, evaluation: bool) -> PreferenceBatch:
     """Gather the pairs at ``rows``.
 
     Args:
@@ -113,7 +113,7 @@ def build_context(data: FeaturedPairs, rows: IntArray, users: IntArray) -> Conte
     )
 
 
-def split_weights(table: PairTable, rows: IntArray, macro: bool, *, evaluation: bool = False) -> FloatArray:
+def split_weights(table: PairTable, rows: IntArray, macro: bool, *, evaluation: bool = False) -> Float32Array:
     """Loss weights of mean one over ``rows``; with ``macro`` every user's sum to the same.
 
     Raises:
@@ -151,7 +151,7 @@ class TrainBatches(ResumableBatches):
         self,
         data: FeaturedPairs,
         rows: IntArray,
-        weight: FloatArray,
+        weight: Float32Array,
         batch_size: int | None,
         seed: int,
         place: Callable[[], Place],
@@ -231,7 +231,7 @@ class EvalBatches:
         self,
         data: FeaturedPairs,
         rows: IntArray,
-        weight: FloatArray,
+        weight: Float32Array,
         circle: IntArray,
         support: Support | None,
         few_shot: bool,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plm.arrays import IntArray
 from plm.backbones import Backbone, CausalLM, ReferenceLogps
 from plm.data.collate import (
     EvalBatches,
@@ -24,7 +25,6 @@ from plm.data.collate import (
     split_weights,
 )
 from plm.data.encoding import CachedReader, drop_unreadable, encode_pairs, with_reference_logps
-from plm.data.files import IntArray
 from plm.data.keys import content_keys
 from plm.data.rows import TokenRows
 from plm.data.schema import PairTable

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from plm.arrays import Float32Array, IntArray
 from plm.atomic import replace, write_text
 from plm.backbones import Backbone
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Digests: TypeAlias = NDArray[np.bytes_]  # (N,) of 16 bytes
-    Floats: TypeAlias = NDArray[np.float32]
-    Ints: TypeAlias = NDArray[np.int64]
 
 FORMAT = 1
 DIGEST_BYTES = 16
@@ -89,7 +88,7 @@ class FeatureCache:
             self._encode(texts, digests, missing, out, progress)
         return torch.from_numpy(out if len(texts) == len(row) else out[row])
 
-    def _read(self, digests: Digests, out: Floats) -> Ints:
+    def _read(self, digests: Digests, out: Float32Array) -> IntArray:
         """Fill the rows of ``out`` that are cached; return the others ``(M,)``."""
         self._refresh()
         missing = np.ones(len(digests), dtype=bool)
@@ -123,7 +122,7 @@ class FeatureCache:
                 except (SafetensorError, ValueError) as error:
                     self._drop(shard, error)
 
-    def _load(self, shard: Path) -> Floats | None:
+    def _load(self, shard: Path) -> Float32Array | None:
         """Features of a shard ``(n, D)``; None if it is gone or damaged."""
         try:
             with safe_open(shard, framework="numpy") as file:
@@ -144,7 +143,7 @@ class FeatureCache:
         self._shards.pop(shard, None)
         shard.unlink(missing_ok=True)
 
-    def _encode(self, texts: list[str], digests: Digests, missing: Ints, out: Floats, progress: bool) -> None:
+    def _encode(self, texts: list[str], digests: Digests, missing: IntArray, out: Float32Array, progress: bool) -> None:
         """Encode the missing texts into ``out``, shard by shard, each of about ``SHARD_SECONDS``."""
         console = Console(stderr=True)
         watched = console.is_terminal or console.is_jupyter
@@ -165,7 +164,7 @@ class FeatureCache:
                 bar.advance(task, len(rows))
                 start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
 
-    def _check(self, features: Floats, texts: list[str]) -> None:
+    def _check(self, features: Float32Array, texts: list[str]) -> None:
         """Refuse what must not be kept for ever."""
         expected = (len(texts), self.backbone.feature_dim)
         name = type(self.backbone).__name__
@@ -178,7 +177,7 @@ class FeatureCache:
                 f"{texts[bad[0]]!r:.80}; float16 overflows in some models: set dtype to 'bfloat16' or 'float32'"
             )
 
-    def _write(self, digests: Digests, features: Floats) -> None:
+    def _write(self, digests: Digests, features: Float32Array) -> None:
         """Write a shard under a temporary name, then rename it; its name is the hash of its texts."""
         codes = digests.view(np.uint8).reshape(-1, DIGEST_BYTES)
         shard = self.folder / f"{hashlib.blake2b(codes.tobytes(), digest_size=16).hexdigest()}.safetensors"
@@ -242,6 +241,6 @@ def _as_digests(codes: NDArray[np.uint8]) -> Digests:
     return np.ascontiguousarray(codes).view(f"S{DIGEST_BYTES}").reshape(-1)
 
 
-def _checksum(codes: NDArray[np.uint8], features: Floats) -> str:
+def _checksum(codes: NDArray[np.uint8], features: Float32Array) -> str:
     """Checksum of a shard, against silent damage of the disk."""
     return str(zlib.crc32(np.ascontiguousarray(features).data.cast("B"), zlib.crc32(codes.tobytes())))

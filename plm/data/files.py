@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from plm.arrays import IntArray
 from plm.data.values import is_number, short
 from plm.messages import closest, nearest
-
-IntArray = npt.NDArray[np.int64]
 
 REQUIRED = ("user_id", "prompt", "chosen", "rejected")
 OPTIONAL = (

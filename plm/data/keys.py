@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from plm.data.files import IntArray
+from plm.arrays import IntArray
 from plm.data.schema import PairTable
 
 KeyArray = npt.NDArray[np.uint64]

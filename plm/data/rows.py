@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from plm.data.files import IntArray
+from plm.arrays import Float32Array, IntArray
 from plm.types import Tokens
 
 MAX_FLOATS = 2**26
@@ -41,7 +41,7 @@ class Rows(ABC):
 class FeatureRows(Rows):
     """Features; may be memory-mapped."""
 
-    features: npt.NDArray[np.float32]
+    features: Float32Array
     """``(I, D)``."""
 
     @property
@@ -64,7 +64,7 @@ class TokenRows(Rows):
     """I responses; none for prompts alone."""
     prompt: IntArray
     """``(I,)`` row of the prompt of each response."""
-    ref_logps: npt.NDArray[np.float32] | None = None
+    ref_logps: Float32Array | None = None
     """``(I,)`` log-probability of each response under the reference policy."""
 
     @property

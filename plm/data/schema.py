@@ -17,17 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plm.data.files import (
-    OPTIONAL,
-    REQUIRED,
-    Column,
-    IntArray,
-    column_names,
-    factorise,
-    position,
-    read_columns,
-    stack,
-)
+from plm.arrays import BoolArray, Float32Array, Float64Array, IntArray
+from plm.data.files import OPTIONAL, REQUIRED, Column, column_names, factorise, position, read_columns, stack
 from plm.data.values import (
     USER_SPLITS,
     Response,
@@ -43,8 +34,6 @@ from plm.data.values import (
     to_timestamp,
     to_weight,
 )
-
-FloatArray = npt.NDArray[np.float32]
 
 NUM_SHOWN = 20
 
@@ -69,13 +58,13 @@ class PairTable:
     """``(N,)`` row of ``items``."""
     rejected: IntArray
     """``(N,)`` row of ``items``."""
-    weight: FloatArray
+    weight: Float32Array
     """``(N,)`` non-negative, 1 where the corpus gives none."""
-    chosen_score: FloatArray
+    chosen_score: Float32Array
     """``(N,)`` graded score, nan where the corpus gives none."""
-    rejected_score: FloatArray
+    rejected_score: Float32Array
     """``(N,)`` the same for the other response."""
-    tie: npt.NDArray[np.bool_]
+    tie: BoolArray
     """``(N,)`` True = the user found both equally good."""
     dialogues: list[str]
     """Distinct dialogue ids."""
@@ -83,7 +72,7 @@ class PairTable:
     """``(N,)`` row of ``dialogues``, -1 where the corpus gives none."""
     turn: IntArray
     """``(N,)`` turn in the dialogue, -1 where the corpus gives none."""
-    timestamp: npt.NDArray[np.float64]
+    timestamp: Float64Array
     """``(N,)`` seconds, nan where the corpus gives none."""
     row_split: IntArray
     """``(N,)`` row of ``ROW_SPLITS`` as the corpus says, -1 where it says nothing."""
@@ -408,7 +397,7 @@ def _number(values: list[Response], codes: IntArray, numbers: dict[str, int]) ->
     return np.array([*lookup, -1], dtype=np.int64)[codes]
 
 
-def _take(values: list[bool], codes: IntArray) -> npt.NDArray[np.bool_]:
+def _take(values: list[bool], codes: IntArray) -> BoolArray:
     return np.array([*values, False], dtype=np.bool_)[codes]
 
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.atomic import write_text
-from plm.data.files import IntArray
 from plm.data.keys import (
     KeyArray,
     Keys,
@@ -35,8 +34,6 @@ from plm.data.keys import (
 from plm.data.schema import PairTable
 from plm.data.values import ROW_SPLITS
 
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
 GroupBy = Literal["auto", "dialogue", "prompt", "response", "pair"]
 
 TRAIN, VAL, TEST, LEFT_OUT = 0, 1, 2, -1
@@ -306,7 +303,9 @@ def _carve(
     return _cut(table, keys, seeded, stage, rows, group, taken, goal, target, fraction)
 
 
-def _greedy(user: IntArray, group: IntArray, group_keys: KeyArray, goal: FloatArray, share: FloatArray) -> BoolArray:
+def _greedy(
+    user: IntArray, group: IntArray, group_keys: KeyArray, goal: Float64Array, share: Float64Array
+) -> BoolArray:
     """Take groups of each user in random order, as long as ``share`` of the next one still fits into ``goal``.
 
     Never all of a user's, and never much more than a third unless the goal asks for it.
@@ -345,7 +344,7 @@ def _cut(
     rows: IntArray,
     group: IntArray,
     taken: BoolArray,
-    goal: FloatArray,
+    goal: Float64Array,
     target: int,
     fraction: float,
 ) -> int:

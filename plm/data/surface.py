@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
-from plm.data.files import IntArray
+from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable
 
-DoubleArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 Feature = Callable[[str], float]
 
 NUM_FOLDS = 4
@@ -141,7 +138,7 @@ class Probe:
         return told or any(trace.suspicious for trace in self.traces)
 
 
-def clustered(values: DoubleArray, cluster: IntArray) -> Share:
+def clustered(values: Float64Array, cluster: IntArray) -> Share:
     """Mean and 95% interval (normal, cluster-robust) of values that hang together inside a cluster."""
     mean = float(values.mean())
     _, number = np.unique(cluster, return_inverse=True)
@@ -159,14 +156,14 @@ def wilson(count: int, total: int) -> Share:
     return Share(share, float(centre - half), float(centre + half))
 
 
-def measure(texts: list[str], features: dict[str, Feature]) -> DoubleArray:
+def measure(texts: list[str], features: dict[str, Feature]) -> Float64Array:
     """Surface features of texts, ``(R, F)``."""
     return np.array([[feature(text) for feature in features.values()] for text in texts]).reshape(-1, len(features))
 
 
 def held_out(
-    difference: DoubleArray, user: IntArray, prompt: IntArray, chosen: IntArray, rejected: IntArray
-) -> DoubleArray:
+    difference: Float64Array, user: IntArray, prompt: IntArray, chosen: IntArray, rejected: IntArray
+) -> Float64Array:
     """Margins of a logistic regression for pairs whose user and prompt it has not seen, ``(N,)``.
 
     Users and prompts are divided into folds, each by itself; where there are too few of one, the other alone. Where
@@ -207,7 +204,7 @@ def _folds(group: IntArray, num_folds: int) -> IntArray:
     return fold[number.reshape(group.shape)]
 
 
-def _fit(difference: DoubleArray) -> DoubleArray:
+def _fit(difference: Float64Array) -> Float64Array:
     """Weights that tell chosen minus rejected from rejected minus chosen."""
     from sklearn.linear_model import LogisticRegression
 
@@ -215,7 +212,7 @@ def _fit(difference: DoubleArray) -> DoubleArray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = LogisticRegression(fit_intercept=False, C=1.0, max_iter=100).fit(difference * signs[:, None], signs)
-    weights: DoubleArray = model.coef_[0]
+    weights: Float64Array = model.coef_[0]
     return weights
 
 
@@ -234,11 +231,11 @@ def probe_surface(table: PairTable, seed: int = 0) -> Probe | None:
     texts = [table.responses[row] for row in used.tolist()]
     chosen, rejected = number.reshape(2, -1)
 
-    def difference(features: dict[str, Feature]) -> DoubleArray:
+    def difference(features: dict[str, Feature]) -> Float64Array:
         values = measure(texts, features)
         raw = values[chosen] - values[rejected]
         scale = np.sqrt((raw**2).mean(axis=0))
-        scaled: DoubleArray = raw / np.where(scale > 0, scale, 1.0)
+        scaled: Float64Array = raw / np.where(scale > 0, scale, 1.0)
         return np.clip(scaled, -5, 5)
 
     user, prompt = table.user[rows], table.prompt[rows]

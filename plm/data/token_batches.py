@@ -10,11 +10,10 @@ from itertools import zip_longest
 
 import numpy as np
 
+from plm.arrays import Float32Array, IntArray
 from plm.data.collate import FeaturedPairs, Place, TrainBatches, pair_batch
-from plm.data.files import IntArray
 from plm.data.keys import KeyArray
 from plm.data.rows import TokenRows
-from plm.data.schema import FloatArray
 from plm.types import PreferenceBatch, ResumableBatches
 
 WINDOW = 32
@@ -48,7 +47,7 @@ class TokenBatches(ResumableBatches):
         self,
         data: FeaturedPairs,
         rows: IntArray,
-        weight: FloatArray,
+        weight: Float32Array,
         batch_size: int,
         pairs_per_user: int | None,
         seed: int,

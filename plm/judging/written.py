@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from plm.arrays import Float64Array
 from plm.backbones import Policy
-from plm.data.rewards.reward import DoubleArray
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import Sample, sample_logps
 from plm.judging.compare import compare_policies, distinct
@@ -36,12 +36,12 @@ class Written(NamedTuple):
     """W x P x N, the unaligned policy first, the population's second."""
     rewards: Sequence[str]
     """Names."""
-    raw: DoubleArray
+    raw: Float64Array
     """``(W, P, N, A)``."""
 
 
 def judgement(
-    written: Written, values: DoubleArray, people: Sequence[str], settings: Mapping[str, Any]
+    written: Written, values: Float64Array, people: Sequence[str], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that is reported of texts whose values to people are ``(W, P, N, V)``."""
     names = [UNALIGNED, POPULATION, *written.users]
@@ -99,7 +99,7 @@ def users_of(method: PersonalizationMethod, tastes: SampledPairs, asked: Sequenc
     return list(dict.fromkeys(asked))
 
 
-def score(tastes: SampledPairs, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]) -> DoubleArray:
+def score(tastes: SampledPairs, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]) -> Float64Array:
     """Every reward of every text: ``(W, P, N, A)``.
 
     Raises:

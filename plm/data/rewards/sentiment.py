@@ -17,8 +17,9 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from plm.arrays import Float64Array
 from plm.atomic import whole_file
-from plm.data.rewards.reward import DoubleArray, Reward
+from plm.data.rewards.reward import Reward
 from plm.data.sources.reviews import Review, read_reviews
 
 VERSION = 1
@@ -32,9 +33,9 @@ class Classifier(NamedTuple):
 
     vocabulary: list[str]
     """F words and pairs of words."""
-    idf: DoubleArray
+    idf: Float64Array
     """``(F,)``."""
-    coefficients: DoubleArray
+    coefficients: Float64Array
     """``(F,)``."""
     intercept: float
 
@@ -65,11 +66,11 @@ class Sentiment(Reward):
             raise ValueError(f"Sentiment.window: expected a number of words, got {window!r}")
         self.path, self.part, self.window, self.cache_dir = path, part, window, cache_dir
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:
         """Log-odds ``(N,)``; the prompt is not read."""
         model = self.classifier
         vectors = self._vectorizer.transform(responses)
-        scores: DoubleArray = np.asarray(vectors @ model.coefficients) + model.intercept
+        scores: Float64Array = np.asarray(vectors @ model.coefficients) + model.intercept
         return scores
 
     @cached_property

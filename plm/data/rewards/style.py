@@ -11,7 +11,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from plm.data.rewards.reward import DoubleArray, Reward
+from plm.arrays import Float64Array
+from plm.data.rewards.reward import Reward
 from plm.messages import nearest
 
 Rule = Literal[
@@ -80,7 +81,7 @@ class Length(Reward):
             raise ValueError(f"Length.target: expected a number of words or null, got {target!r}")
         self.target = target
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:
         """Words ``(N,)``, or minus their distance from the target."""
         words = np.array([len(text.split()) for text in responses], dtype=np.float64)
         return words if self.target is None else -np.abs(words - self.target)
@@ -98,7 +99,7 @@ class Lexicon(Reward):
         if not self.words:
             raise ValueError("Lexicon.words: expected words, got none")
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:
         """Shares ``(N,)``; 0 for a text without words."""
         return np.array([_mean([word in self.words for word in words_of(text)]) for text in responses], dtype=float)
 
@@ -121,7 +122,7 @@ class Style(Reward):
             )
         self.rule = rule
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:
         """Shares ``(N,)``."""
         rule = _RULES[self.rule]
         return np.array([rule(text) for text in responses], dtype=np.float64)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from pkgutil import iter_modules
 
-import numpy as np
-import numpy.typing as npt
-
+from plm.arrays import Float64Array
 from plm.data.schema import PairTable
 
 SURE = 1e-3
@@ -26,7 +24,7 @@ class PairSource(ABC):
     def load(self) -> PairTable:
         """Read and validate the pairs."""
 
-    def planted_log_odds(self) -> npt.NDArray[np.float64] | None:
+    def planted_log_odds(self) -> Float64Array | None:
         """``(N,)`` log-odds that users pick as they did in each pair of ``load``; None where no utility is planted."""
         return None
 

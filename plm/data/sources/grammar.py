@@ -11,8 +11,8 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
+from plm.arrays import BoolArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.samples import everyone_pairs
@@ -79,7 +79,7 @@ class GrammarResponses(PairSource):
         """Write the texts."""
         return everyone_pairs(*self.written())
 
-    def written(self) -> tuple[list[tuple[str, list[str]]], npt.NDArray[np.bool_]]:
+    def written(self) -> tuple[list[tuple[str, list[str]]], BoolArray]:
         """Prompts with their responses, and ``(P,)`` True = a prompt of the test."""
         rng = np.random.default_rng(self.seed)
         asked = [topics for topics in product(SUBJECTS, VERBS)]

@@ -12,7 +12,8 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
+
+from plm.arrays import IntArray
 
 # attribute -> (keyword, phrases), in the order in which they stand in a reply
 OPENING = {
@@ -178,7 +179,7 @@ def reply_text(levels: Sequence[int], parts: dict[str, str], draws: Sequence[int
     return " ".join(sentences)
 
 
-def measure(texts: Sequence[str]) -> npt.NDArray[np.int64]:
+def measure(texts: Sequence[str]) -> IntArray:
     """Attributes of texts, ``(I, A)``: how often each keyword occurs.
 
     Example:

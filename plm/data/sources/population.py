@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from plm.data.files import IntArray
+from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import SURE, PairSource
-
-DoubleArray = npt.NDArray[np.float64]
 
 _CHUNK = 2_000_000  # scores held in memory at once
 _ROUNDING = 1e-6
@@ -38,13 +35,13 @@ class CandidatePool:
     """Distinct responses."""
     candidates: IntArray
     """``(P, C)`` rows of ``responses``, -1 = padding."""
-    scores: DoubleArray
+    scores: Float64Array
     """``(P, C, A)`` attributes; nan under the padding."""
-    test: npt.NDArray[np.bool_]
+    test: BoolArray
     """``(P,)`` True = asked in the test only."""
 
 
-def dirichlet_weights(num_users: int, num_attributes: int, concentration: float, seed: int) -> DoubleArray:
+def dirichlet_weights(num_users: int, num_attributes: int, concentration: float, seed: int) -> Float64Array:
     """Weights of U people, ``(U, A)`` rows that sum to 1; a small concentration gives people with one interest each.
 
     Drawn by numpy's ``Generator``: the older ``np.random.dirichlet`` underflows to nan at 0.001.
@@ -56,15 +53,15 @@ def dirichlet_weights(num_users: int, num_attributes: int, concentration: float,
     return np.random.default_rng(seed).dirichlet(np.full(num_attributes, concentration), size=num_users)
 
 
-def standardise(scores: DoubleArray) -> DoubleArray:
+def standardise(scores: Float64Array) -> Float64Array:
     """Every attribute to mean 0 and standard deviation 1 over all candidates; a constant one becomes 0."""
     flat = scores.reshape(-1, scores.shape[-1])
     scale = np.nanstd(flat, axis=0)
-    scaled: DoubleArray = (scores - np.nanmean(flat, axis=0)) / np.where(scale > 0, scale, 1.0)
+    scaled: Float64Array = (scores - np.nanmean(flat, axis=0)) / np.where(scale > 0, scale, 1.0)
     return scaled
 
 
-def smallest_preference(scores: DoubleArray, weights: DoubleArray) -> DoubleArray:
+def smallest_preference(scores: Float64Array, weights: Float64Array) -> Float64Array:
     """Differences of rewards up to which people ``(U, A)`` see a tie, ``(U,)``: what rounding alone may make.
 
     It is 1e-6 of the largest reward that attributes ``(P, C, A)`` of these sizes could add up to.
@@ -75,11 +72,11 @@ def smallest_preference(scores: DoubleArray, weights: DoubleArray) -> DoubleArra
         [1.0, 2.5]
     """
     sizes = np.nanmax(np.abs(scores).reshape(-1, scores.shape[-1]), axis=0, initial=0.0)
-    smallest: DoubleArray = _ROUNDING * (np.abs(weights) @ sizes)
+    smallest: Float64Array = _ROUNDING * (np.abs(weights) @ sizes)
     return smallest
 
 
-def best_and_worst(scores: DoubleArray, weights: DoubleArray, shown: IntArray) -> IntArray:
+def best_and_worst(scores: Float64Array, weights: Float64Array, shown: IntArray) -> IntArray:
     """Which candidate each person likes best and least on each prompt shown.
 
     Args:
@@ -157,7 +154,7 @@ class PopulationPairs(PairSource):
         return self.read_pool()
 
     @cached_property
-    def weights(self) -> DoubleArray:
+    def weights(self) -> Float64Array:
         """``(U, A)`` weights of the people: the seen ones first, then the unseen ones."""
         num_users = self.num_seen + self.num_unseen
         return dirichlet_weights(num_users, self.pool.scores.shape[2], self.concentration, self.seed)
@@ -166,14 +163,14 @@ class PopulationPairs(PairSource):
         """Let everyone name the best and the worst candidate of the prompts shown to them."""
         return self._made[0]
 
-    def planted_log_odds(self) -> DoubleArray:
+    def planted_log_odds(self) -> Float64Array:
         """Those of people who never err, in units of the spread of all differences."""
         difference = self._made[1]
-        log_odds: DoubleArray = difference / max(float(difference.std()), SURE) / SURE
+        log_odds: Float64Array = difference / max(float(difference.std()), SURE) / SURE
         return log_odds
 
     @cached_property
-    def _made(self) -> tuple[PairTable, DoubleArray]:
+    def _made(self) -> tuple[PairTable, Float64Array]:
         """The pairs, and what each person sees in the chosen response over the rejected one, ``(N,)``."""
         pool = self.pool
         scores = standardise(pool.scores) if self.z_score else pool.scores

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from plm.data.files import IntArray
+from plm.arrays import IntArray
 from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource

@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from plm.data.files import IntArray
+from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.keys import digest
 from plm.data.rewards import Reward
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.population import (
     CandidatePool,
-    DoubleArray,
     best_and_worst,
     dirichlet_weights,
     smallest_preference,
@@ -139,7 +137,7 @@ class SampledPairs(PairSource):
         return CandidatePool(prompts, texts, table, scores, test)
 
     @cached_property
-    def weights(self) -> dict[str, DoubleArray]:
+    def weights(self) -> dict[str, Float64Array]:
         """Person -> weights ``(A,)``: those with a name, then those who were drawn."""
         names = list(self.rewards)
         own = {who: np.array([given.get(name, 0.0) for name in names]) for who, given in self.people.items()}
@@ -154,7 +152,7 @@ class SampledPairs(PairSource):
         pool, people = self.pool, list(self.weights)
         scores = standardise(pool.scores) if self.z_score else pool.scores
         columns: list[IntArray] = []
-        worth: list[DoubleArray] = []
+        worth: list[Float64Array] = []
         ties = 0
         for user, (who, weights) in enumerate(self.weights.items()):
             rng = np.random.default_rng((self.seed, int(digest([who])[0])))
@@ -199,7 +197,7 @@ class SampledPairs(PairSource):
         return np.concatenate([train, test])
 
 
-def _two_of(missing: npt.NDArray[np.bool_], times: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+def _two_of(missing: BoolArray, times: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
     """Columns ``(N,)`` of two different responses to each prompt, so many times.
 
     Args:
@@ -212,7 +210,7 @@ def _two_of(missing: npt.NDArray[np.bool_], times: int, rng: np.random.Generator
     return two[:, 0], two[:, 1]
 
 
-def _sigmoid(value: DoubleArray) -> DoubleArray:
+def _sigmoid(value: Float64Array) -> Float64Array:
     """Logistic function without overflow."""
-    result: DoubleArray = 0.5 * (1.0 + np.tanh(0.5 * value))
+    result: Float64Array = 0.5 * (1.0 + np.tanh(0.5 * value))
     return result

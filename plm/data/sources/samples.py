@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from plm.arrays import BoolArray
 from plm.data.files import position, read_records
 from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable, pair_table
@@ -28,7 +28,7 @@ class Samples(NamedTuple):
 
     responses: dict[str, list[str]]
     """Two or more distinct responses of every prompt."""
-    test: npt.NDArray[np.bool_]
+    test: BoolArray
     """``(P,)`` True = a prompt of the test."""
     dropped: dict[str, int]
     """Reason -> number of prompts left out."""
@@ -77,9 +77,7 @@ def read_samples(path: str | list[str], test_share: float, seed: int) -> Samples
     return Samples(kept, test, {"one_response": len(sampled) - len(kept)})
 
 
-def everyone_pairs(
-    responses: Sequence[tuple[str, Sequence[str]]], test: npt.NDArray[np.bool_], **optional: Any
-) -> PairTable:
+def everyone_pairs(responses: Sequence[tuple[str, Sequence[str]]], test: BoolArray, **optional: Any) -> PairTable:
     """Pairs of one user that together hold every response to every prompt: the first with the second, and so on.
 
     Nothing is meant by who is chosen.

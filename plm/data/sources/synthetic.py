@@ -10,14 +10,13 @@ from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
+from plm.arrays import Float64Array, IntArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import SURE, PairSource
 from plm.data.sources.phrases import MAX_LEVEL, NAMES, NUM_PROMPTS, prompt_texts, reply_text
 
 World = Literal["low_rank", "ideal_point", "conflicting_groups"]
-DoubleArray = npt.NDArray[np.float64]
 REPLIES = 4
 """Replies per prompt; they give two sibling pairs without a common reply."""
 
@@ -28,17 +27,17 @@ class Truth:
 
     attribute_names: tuple[str, ...]
     """A names."""
-    attributes: DoubleArray
+    attributes: Float64Array
     """``(I, A)`` attributes of the items of the table."""
-    basis: DoubleArray
+    basis: Float64Array
     """``(A, R)`` orthonormal columns: objectives are ``attributes @ basis``."""
-    weights: DoubleArray
+    weights: Float64Array
     """``(U, R)`` user weights, or ideal points in the space of objectives."""
-    scores: DoubleArray
+    scores: Float64Array
     """``(I, R)`` objectives of the items, centred and scaled to unit variance overall."""
-    margin: DoubleArray
+    margin: Float64Array
     """``(N,)`` noise-free utility of chosen minus that of rejected, of unit variance over all pairs."""
-    group: npt.NDArray[np.int64]
+    group: IntArray
     """``(U,)`` 0 or 1 in conflicting groups, else 0."""
     best_accuracy: float
     """Expected accuracy of the planted utilities themselves under the label noise."""
@@ -95,9 +94,9 @@ class SyntheticPairs(PairSource):
         """Write the texts and let the users choose."""
         return self._made[0]
 
-    def planted_log_odds(self) -> DoubleArray:
+    def planted_log_odds(self) -> Float64Array:
         """Those of the planted utilities; large ones where nobody errs."""
-        log_odds: DoubleArray = self.truth.margin / max(self.noise, SURE)
+        log_odds: Float64Array = self.truth.margin / max(self.noise, SURE)
         return log_odds
 
     @property
@@ -138,7 +137,7 @@ class SyntheticPairs(PairSource):
         )
         return table, truth
 
-    def _users(self, rng: np.random.Generator) -> tuple[DoubleArray, npt.NDArray[np.int64]]:
+    def _users(self, rng: np.random.Generator) -> tuple[Float64Array, IntArray]:
         """User weights ``(U, R)`` and groups ``(U,)``."""
         group = np.zeros(self.num_users, dtype=np.int64)
         if self.world == "conflicting_groups":
@@ -149,7 +148,7 @@ class SyntheticPairs(PairSource):
         mean /= np.linalg.norm(mean)
         return mean + rng.standard_normal((self.num_users, self.num_objectives)), group
 
-    def _pairs(self, rng: np.random.Generator, num_prompts: int) -> tuple[npt.NDArray[np.int64], ...]:
+    def _pairs(self, rng: np.random.Generator, num_prompts: int) -> tuple[IntArray, ...]:
         """User, prompt, left and right reply of every pair: two sibling pairs per prompt of a user."""
         num_groups = -(-self.pairs_per_user // 2)
         drawn = rng.random((self.num_users, num_prompts)).argpartition(num_groups - 1, axis=1)[:, :num_groups]
@@ -160,16 +159,16 @@ class SyntheticPairs(PairSource):
         user = np.repeat(np.arange(self.num_users), self.pairs_per_user)
         return user, prompt.ravel(), left.ravel(), left.ravel() + 1
 
-    def _utility(self, scores: DoubleArray, weights: DoubleArray) -> DoubleArray:
+    def _utility(self, scores: Float64Array, weights: Float64Array) -> Float64Array:
         """Utility ``(N,)`` of objectives ``(N, R)`` for users ``(N, R)``."""
         if self.world == "ideal_point":
-            utility: DoubleArray = -((scores - weights) ** 2).sum(1)
+            utility: Float64Array = -((scores - weights) ** 2).sum(1)
         else:
             utility = (scores * weights).sum(1)
         return utility
 
 
-def _write(rng: np.random.Generator, num_prompts: int) -> tuple[list[str], list[str], npt.NDArray[np.int64]]:
+def _write(rng: np.random.Generator, num_prompts: int) -> tuple[list[str], list[str], IntArray]:
     """Prompts, ``REPLIES`` distinct replies to each, and the attributes ``(I, A)`` of the replies."""
     asked = prompt_texts(rng.permutation(NUM_PROMPTS)[:num_prompts].tolist())
     num_replies = num_prompts * REPLIES
@@ -186,11 +185,11 @@ def _write(rng: np.random.Generator, num_prompts: int) -> tuple[list[str], list[
     return [prompt for prompt, _ in asked], list(made), levels
 
 
-def _mirror(draw: DoubleArray, block: int) -> DoubleArray:
+def _mirror(draw: Float64Array, block: int) -> Float64Array:
     """For every second block the values of the block before it."""
     return np.repeat(draw.reshape(-1, 2, block)[:, :1], 2, axis=1).ravel()
 
 
-def _sigmoid(value: DoubleArray) -> DoubleArray:
-    out: DoubleArray = 1 / (1 + np.exp(-np.clip(value, -500, 500)))
+def _sigmoid(value: Float64Array) -> Float64Array:
+    out: Float64Array = 1 / (1 + np.exp(-np.clip(value, -500, 500)))
     return out

@@ -14,9 +14,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from plm.data.files import IntArray
+from plm.arrays import BoolArray, IntArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 
@@ -41,7 +40,7 @@ class TypedPool:
     """``(N,)`` SURVEY (only ever support), TARGET or TEST."""
 
 
-def conflict(opinion: IntArray) -> npt.NDArray[np.bool_]:
+def conflict(opinion: IntArray) -> BoolArray:
     """``(N,)`` True where two types with an opinion disagree.
 
     Example:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from plm.data.files import IntArray
+from plm.arrays import IntArray
 from plm.data.keys import digest, mix, seed_key
 from plm.data.sources.corpus import PARQUET, corpus_files, read_rows
 from plm.data.sources.typed import SURVEY, TARGET, TEST, TypedPairs, TypedPool, conflict, number_texts

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plm.arrays import Float64Array
 from plm.data.rewards import Length, Lexicon, Reward
-from plm.data.rewards.reward import DoubleArray
 from plm.data.sources.sampled import SampledPairs
 
 REWARDS: dict[str, Reward] = {"good": Lexicon(["good"]), "length": Length()}
@@ -156,7 +156,7 @@ def test_what_cannot_be(sampled: str, tmp_path: Path) -> None:
         SampledPairs(write(tmp_path / "one.jsonl", one), REWARDS, {"a": {"good": 1.0}}).load()
 
     class Broken(Reward):
-        def score(self, prompts: Sequence[str], responses: Sequence[str]) -> DoubleArray:
+        def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:
             return np.full(len(responses), np.nan)
 
     with pytest.raises(ValueError, match="finite score of each of 240 responses from the reward 'broken'"):
