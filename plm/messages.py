@@ -76,6 +76,18 @@ class Problems:
             if value is not None and not 0 <= value < 1:
                 self.add(name, "a share in [0, 1)", value)
 
+    def at_least(self, least: float, /, **values: float | None) -> None:
+        """Each must be ``least`` or more."""
+        for name, value in values.items():
+            if value is not None and not value >= least:
+                self.add(name, f"at least {least:g}", value)
+
+    def within(self, least: int, most: int, /, **values: int) -> None:
+        """Each must be between ``least`` and ``most``, or one of the two."""
+        for name, value in values.items():
+            if not least <= value <= most:
+                self.add(name, f"{least} to {most}", value)
+
     def choices(self, **values: tuple[object, Collection[str]]) -> None:
         """Each is a value and the names it must be among."""
         for name, (value, valid) in values.items():

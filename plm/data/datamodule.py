@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
@@ -45,6 +45,7 @@ from plm.data.splits import (
     write_splits,
 )
 from plm.data.token_batches import TokenBatches
+from plm.messages import Problems
 from plm.types import PreferenceBatch
 
 DEFAULT_SHOTS = (0, 1, 2, 4, 8, 16, 32)
@@ -116,37 +117,25 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def _check_arguments(self) -> None:
         """Raise one error about everything that is out of range."""
-        problems = [
-            f"data.{name}: expected a share in [0, 1), got {value!r}"
-            for name in ("unseen_users", "val_rows", "test_rows")
-            if not 0 <= (value := getattr(self, name)) < 1
-        ]
-        problems += [
-            f"data.{name}: expected an integer >= 1{' or null' if nullable else ''}, got {value!r}"
-            for name, nullable in (
-                ("batch_size", True),
-                ("pairs_per_user", True),
-                ("prompts_per_batch", True),
-                ("max_support", True),
-                ("repeats", False),
-            )
-            if not ((value := getattr(self, name)) is None and nullable) and (value is None or value < 1)
-        ]
+        problems = Problems("data.")
+        problems.shares(unseen_users=self.unseen_users, val_rows=self.val_rows, test_rows=self.test_rows)
+        grouped = {"pairs_per_user": self.pairs_per_user, "prompts_per_batch": self.prompts_per_batch}
+        problems.integers(1, batch_size=self.batch_size, **grouped, max_support=self.max_support, repeats=self.repeats)
         if any(shots < 0 for shots in self.shots) or sorted(set(self.shots)) != self.shots:
-            problems.append(f"data.shots: expected increasing numbers >= 0, got {self.shots!r}")
-        if self.group_by not in ("auto", "dialogue", "prompt", "response", "pair"):
-            problems.append(f"data.group_by: expected auto, dialogue, prompt, response or pair, got {self.group_by!r}")
+            problems.add("shots", "increasing numbers >= 0", self.shots)
+        problems.choices(group_by=(self.group_by, get_args(GroupBy)))
         if self.view != "tokens":
-            problems += [
-                f"data.{name}: has an effect on tokens only, and {type(self.backbone).__name__} gives {self.view}; "
-                "remove it, or set data.backbone to a plm.backbones.CausalLM"
-                for name in ("pairs_per_user", "prompts_per_batch", "reference_logps")
-                if getattr(self, name)
-            ]
-        if self.pairs_per_user is not None and self.prompts_per_batch is not None:
-            problems.append("data.pairs_per_user, data.prompts_per_batch: expected one of them at most, got both")
-        if problems:
-            raise ValueError("\n".join(problems))
+            for name, value in {**grouped, "reference_logps": self.reference_logps}.items():
+                problems.say(
+                    f"data.{name}: has an effect on tokens only, and {type(self.backbone).__name__} gives {self.view}; "
+                    "remove it, or set data.backbone to a plm.backbones.CausalLM",
+                    when=bool(value),
+                )
+        problems.say(
+            "data.pairs_per_user, data.prompts_per_batch: expected one of them at most, got both",
+            when=None not in grouped.values(),
+        )
+        problems.check()
 
     # ------------------------------------------------------------------ what is read lazily, once
     @cached_property

@@ -16,6 +16,7 @@ from plm.arrays import BoolArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.samples import everyone_pairs
+from plm.messages import Problems
 
 SUBJECTS = "tea coffee bread rain snow music chess trains ships birds bees moss stars paint soup clay".split()
 VERBS = "like know use see want trust need choose buy keep".split()
@@ -60,15 +61,12 @@ class GrammarResponses(PairSource):
 
     def __init__(self, num_prompts: int = 160, num_responses: int = 16, test_share: float = 0.2, seed: int = 0) -> None:
         self.num_prompts, self.num_responses, self.test_share, self.seed = num_prompts, num_responses, test_share, seed
-        most = len(SUBJECTS) * len(VERBS)
-        checks = {
-            f"num_prompts: expected 2 to {most}, got {num_prompts!r}": 2 <= num_prompts <= most,
-            f"num_responses: expected 2 to 64, got {num_responses!r}": 2 <= num_responses <= 64,
-            f"test_share: expected a share between 0 and 1, got {test_share!r}": 0 < test_share < 1,
-        }
-        problems = [f"GrammarResponses.{text}" for text, fine in checks.items() if not fine]
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = Problems("GrammarResponses.")
+        problems.within(2, len(SUBJECTS) * len(VERBS), num_prompts=num_prompts)
+        problems.within(2, 64, num_responses=num_responses)
+        if not 0 < test_share < 1:
+            problems.add("test_share", "a share between 0 and 1", test_share)
+        problems.check()
 
     @property
     def name(self) -> str:
@@ -120,9 +118,9 @@ class GrammarPeople(PairSource):
     ) -> None:
         self.texts = GrammarResponses(num_prompts, num_responses, test_share, seed)
         self.num_people, self.prompts_per_person = num_people, prompts_per_person
-        for name in ("num_people", "prompts_per_person"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GrammarPeople.{name}: expected at least 1, got {getattr(self, name)!r}")
+        problems = Problems("GrammarPeople.")
+        problems.at_least(1, num_people=num_people, prompts_per_person=prompts_per_person)
+        problems.check()
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import SURE, PairSource
+from plm.messages import Problems
 
 _CHUNK = 2_000_000  # scores held in memory at once
 _ROUNDING = 1e-6
@@ -133,16 +134,12 @@ class PopulationPairs(PairSource):
         self.concentration, self.num_seen, self.num_unseen = concentration, num_seen, num_unseen
         self.seen_pairs, self.unseen_pairs, self.test_pairs = seen_pairs, unseen_pairs, test_pairs
         self.z_score, self.seed = z_score, seed
-        least = {"num_seen": 1, "num_unseen": 0, "seen_pairs": 1, "unseen_pairs": 0, "test_pairs": 1}
-        problems = [
-            f"{type(self).__name__}.{name}: expected at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None and value < low
-        ]
+        problems = Problems(f"{type(self).__name__}.")
+        problems.at_least(1, num_seen=num_seen, seen_pairs=seen_pairs, test_pairs=test_pairs)
+        problems.at_least(0, num_unseen=num_unseen, unseen_pairs=unseen_pairs)
         if concentration <= 0:
-            problems.append(f"{type(self).__name__}.concentration: expected a number > 0, got {concentration!r}")
-        if problems:
-            raise ValueError("\n".join(problems))
+            problems.add("concentration", "a number > 0", concentration)
+        problems.check()
 
     @abstractmethod
     def read_pool(self) -> CandidatePool:

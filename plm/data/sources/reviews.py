@@ -22,6 +22,7 @@ from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files, read_rows
+from plm.messages import Problems
 
 Part = Literal["text", "prompts", "reward", "judge"]
 Half = Literal["train", "test"]
@@ -92,16 +93,12 @@ class ReviewPairs(PairSource):
         self.path, self.part = path, part
         self.prompt_words, self.response_words = prompt_words, response_words
         self.max_sentences, self.num_train, self.num_test = max_sentences, num_train, num_test
-        least = {"prompt_words": 1, "response_words": 1, "max_sentences": 1, "num_train": 2, "num_test": 2}
-        problems = [
-            f"ReviewPairs.{name}: expected at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None and value < low
-        ]
+        problems = Problems("ReviewPairs.")
+        problems.at_least(1, prompt_words=prompt_words, response_words=response_words, max_sentences=max_sentences)
+        problems.at_least(2, num_train=num_train, num_test=num_test)
         if part not in ("text", "prompts"):
-            problems.append(f"ReviewPairs.part: expected text or prompts, got {part!r}")
-        if problems:
-            raise ValueError("\n".join(problems))
+            problems.add("part", "text or prompts", part)
+        problems.check()
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ from plm.data.sources.population import (
     standardise,
 )
 from plm.data.sources.samples import read_samples
-from plm.messages import nearest
+from plm.messages import Problems, nearest
 
 
 class SampledPairs(PairSource):
@@ -78,36 +78,29 @@ class SampledPairs(PairSource):
 
     def _check_arguments(self) -> None:
         """Raise one error about everything that is wrong."""
-        problems = []
-        if not self.rewards:
-            problems.append("rewards: expected at least one, got none")
-        if not self.people and self.num_people < 1:
-            problems.append("people: expected some, or num_people > 0, got none")
+        problems = Problems("SampledPairs.")
+        problems.say("SampledPairs.rewards: expected at least one, got none", when=not self.rewards)
+        nobody = not self.people and self.num_people < 1
+        problems.say("SampledPairs.people: expected some, or num_people > 0, got none", when=nobody)
+        names = f"names of rewards ({', '.join(self.rewards)})"
         for person, weights in self.people.items():
-            problems += [
-                f"people.{person}: expected names of rewards ({', '.join(self.rewards)}), got {name!r}"
-                f"{nearest(name, self.rewards)}"
-                for name in weights
-                if name not in self.rewards
-            ]
+            for name in weights:
+                if name not in self.rewards:
+                    problems.add(f"people.{person}", names, name, nearest(name, self.rewards))
             if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
-                problems.append(f"people.{person}: expected finite weights that are not all 0, got {weights!r}")
-        least = {"num_people": 0, "pairs_per_prompt": 1, "prompts_per_person": 1, "temperature": 0}
-        problems += [
-            f"{name}: expected at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) is not None and value < low
-        ]
+                problems.add(f"people.{person}", "finite weights that are not all 0", weights)
+        problems.at_least(0, num_people=self.num_people, temperature=self.temperature)
+        problems.at_least(1, pairs_per_prompt=self.pairs_per_prompt, prompts_per_person=self.prompts_per_person)
         if self.concentration <= 0:
-            problems.append(f"concentration: expected a number > 0, got {self.concentration!r}")
+            problems.add("concentration", "a number > 0", self.concentration)
         if not 0 < self.test_share < 1:
-            problems.append(f"test_share: expected a share between 0 and 1, got {self.test_share!r}")
-        if self.pairs not in ("best_worst", "random"):
-            problems.append(f"pairs: expected best_worst or random, got {self.pairs!r}")
-        elif self.pairs == "best_worst" and self.pairs_per_prompt > 1:
-            problems.append(f"pairs_per_prompt: best against worst is one pair, got {self.pairs_per_prompt!r}")
-        if problems:
-            raise ValueError("\n".join(f"SampledPairs.{problem}" for problem in problems))
+            problems.add("test_share", "a share between 0 and 1", self.test_share)
+        problems.choices(pairs=(self.pairs, ("best_worst", "random")))
+        problems.say(
+            f"SampledPairs.pairs_per_prompt: best against worst is one pair, got {self.pairs_per_prompt!r}",
+            when=self.pairs == "best_worst" and self.pairs_per_prompt > 1,
+        )
+        problems.check()
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
 from plm.data.values import short
+from plm.messages import Problems
 
 EVERYONE = "everyone"
 NUM_SHOWN = 20
@@ -125,13 +126,12 @@ class SampledResponses(PairSource):
         self, path: str | list[str], num_responses: int | None = None, test_share: float = 0.2, seed: int = 0
     ) -> None:
         self.path, self.num_responses, self.test_share, self.seed = path, num_responses, test_share, seed
-        problems = []
+        problems = Problems("SampledResponses.")
         if num_responses is not None and num_responses < 2:
-            problems.append(f"SampledResponses.num_responses: expected at least 2 or null, got {num_responses!r}")
+            problems.add("num_responses", "at least 2 or null", num_responses)
         if not 0 < test_share < 1:
-            problems.append(f"SampledResponses.test_share: expected a share between 0 and 1, got {test_share!r}")
-        if problems:
-            raise ValueError("\n".join(problems))
+            problems.add("test_share", "a share between 0 and 1", test_share)
+        problems.check()
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from plm.data.keys import digest, mix, seed_key
 from plm.data.sources.corpus import local_files, read_rows
 from plm.data.sources.population import CandidatePool, PopulationPairs
+from plm.messages import Problems
 
 
 def pool_of(
@@ -86,11 +87,13 @@ class SimulatedPairs(PopulationPairs):
         self.path, self.attributes, self.prompts = path, list(attributes), prompts
         self.key, self.prompt, self.response = key, prompt, response
         self.candidates, self.test_share = candidates, test_share
-        if len(self.attributes) < 2 or candidates < 2 or not 0 < test_share < 1:
-            raise ValueError(
-                "SimulatedPairs: expected two or more attributes and candidates and a test_share between 0 and 1, got "
-                f"{self.attributes!r}, {candidates!r} and {test_share!r}"
-            )
+        problems = Problems("SimulatedPairs.")
+        if len(self.attributes) < 2:
+            problems.add("attributes", "two or more attributes", self.attributes)
+        problems.at_least(2, candidates=candidates)
+        if not 0 < test_share < 1:
+            problems.add("test_share", "a share between 0 and 1", test_share)
+        problems.check()
 
     @property
     def name(self) -> str:

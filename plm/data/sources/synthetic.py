@@ -15,6 +15,7 @@ from plm.arrays import Float64Array, IntArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import SURE, PairSource
 from plm.data.sources.phrases import MAX_LEVEL, NAMES, NUM_PROMPTS, prompt_texts, reply_text
+from plm.messages import Problems
 
 World = Literal["low_rank", "ideal_point", "conflicting_groups"]
 REPLIES = 4
@@ -71,19 +72,14 @@ class SyntheticPairs(PairSource):
     ) -> None:
         self.world, self.num_users, self.pairs_per_user = world, num_users, pairs_per_user
         self.num_objectives, self.noise, self.seed = num_objectives, noise, seed
-        checks = {
-            f"world: expected one of {', '.join(get_args(World))}, got {world!r}": world in get_args(World),
-            f"num_users: expected at least 2, even in conflicting_groups, got {num_users!r}": num_users > 1
-            and not (world == "conflicting_groups" and num_users % 2),
-            f"pairs_per_user: expected 1 to {2 * NUM_PROMPTS}, got {pairs_per_user!r}": 1
-            <= pairs_per_user
-            <= 2 * NUM_PROMPTS,
-            f"num_objectives: expected 1 to {len(NAMES)}, got {num_objectives!r}": 1 <= num_objectives <= len(NAMES),
-            f"noise: expected a temperature >= 0, got {noise!r}": noise >= 0,
-        }
-        problems = [f"SyntheticPairs.{text}" for text, fine in checks.items() if not fine]
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = Problems("SyntheticPairs.")
+        problems.choices(world=(world, get_args(World)))
+        if num_users < 2 or (world == "conflicting_groups" and num_users % 2):
+            problems.add("num_users", "at least 2, even in conflicting_groups", num_users)
+        problems.within(1, 2 * NUM_PROMPTS, pairs_per_user=pairs_per_user)
+        problems.within(1, len(NAMES), num_objectives=num_objectives)
+        problems.at_least(0, noise=noise)
+        problems.check()
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from plm.arrays import BoolArray, IntArray
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
+from plm.messages import Problems
 
 SURVEY, TARGET, TEST = 0, 1, 2
 
@@ -73,12 +74,10 @@ class TypedPairs(PairSource):
     ) -> None:
         self.num_seen, self.num_unseen, self.seed = num_seen, num_unseen, seed
         self.support_pairs, self.target_pairs, self.test_pairs = support_pairs, target_pairs, test_pairs
-        if num_seen < 1 or min(num_unseen, support_pairs, target_pairs) < 0 or test_pairs < 1:
-            raise ValueError(
-                f"{type(self).__name__}: expected num_seen and test_pairs of at least 1 and no negative number, got "
-                f"num_seen {num_seen!r}, num_unseen {num_unseen!r}, support_pairs {support_pairs!r}, "
-                f"target_pairs {target_pairs!r}, test_pairs {test_pairs!r}"
-            )
+        problems = Problems(f"{type(self).__name__}.")
+        problems.at_least(1, num_seen=num_seen, test_pairs=test_pairs)
+        problems.at_least(0, num_unseen=num_unseen, support_pairs=support_pairs, target_pairs=target_pairs)
+        problems.check()
 
     @abstractmethod
     def read_pool(self) -> TypedPool:
