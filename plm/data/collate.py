@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plm.arrays import Float32Array, IntArray
 from plm.data.keys import KeyArray
-from plm.data.rows import Rows, TokenRows
+from plm.data.rows import BatchRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.splits import nested_supports
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens
@@ -29,15 +29,15 @@ class FeaturedPairs:
     """A table together with the features, or tokens, of its texts."""
 
     table: PairTable
-    items: Rows
+    items: BatchRows
     """One row per item."""
-    prompts: Rows | None
+    prompts: BatchRows | None
     """One row per prompt alone, or None."""
     user_index: IntArray
     """``(U,)`` row of every user in the training table, -1 if unseen."""
 
 
-class Place(NamedTuple):
+class EpochPlace(NamedTuple):
     """Where and when a loader runs."""
 
     rank: int
@@ -99,7 +99,7 @@ def build_context(data: FeaturedPairs, rows: IntArray, users: IntArray) -> Conte
         out[slots] = values
         return out
 
-    def side(source: Rows, which: IntArray) -> Tensor | Tokens:
+    def side(source: BatchRows, which: IntArray) -> Tensor | Tokens:
         gathered = source.gather(which)
         return gathered.map(pad) if isinstance(gathered, Tokens) else pad(gathered)
 
@@ -154,7 +154,7 @@ class TrainBatches(ResumableBatches):
         weight: Float32Array,
         batch_size: int | None,
         seed: int,
-        place: Callable[[], Place],
+        place: Callable[[], EpochPlace],
     ) -> None:
         order = np.argsort(data.table.user[rows], kind="stable")
         self.data, self.rows, self.weight = data, rows[order], weight[order]
@@ -199,7 +199,7 @@ class TrainBatches(ResumableBatches):
             yield batch
 
 
-class Support(NamedTuple):
+class SupportDraws(NamedTuple):
     """Where the support of unseen users comes from."""
 
     rows: IntArray
@@ -233,9 +233,9 @@ class EvalBatches:
         rows: IntArray,
         weight: Float32Array,
         circle: IntArray,
-        support: Support | None,
+        support: SupportDraws | None,
         few_shot: bool,
-        place: Callable[[], Place],
+        place: Callable[[], EpochPlace],
     ) -> None:
         self.data, self.circle, self.support, self.few_shot, self.place = data, circle, support, few_shot, place
         order = np.argsort(data.table.user[rows], kind="stable")

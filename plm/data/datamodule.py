@@ -17,10 +17,10 @@ from torch import Tensor
 from plm.arrays import IntArray
 from plm.backbones import Backbone, CausalLM, ReferenceLogps
 from plm.data.collate import (
+    EpochPlace,
     EvalBatches,
     FeaturedPairs,
-    Place,
-    Support,
+    SupportDraws,
     TrainBatches,
     split_weights,
 )
@@ -356,11 +356,11 @@ class PreferenceDataModule(L.LightningDataModule):
     def _rows(self, user_split: int, stage: int) -> IntArray:
         return np.flatnonzero((self.splits.user_split[self.table.user] == user_split) & (self.splits.stage == stage))
 
-    def _place(self) -> Place:
+    def _place(self) -> EpochPlace:
         trainer = self.trainer
-        return (
-            Place(0, 1, 0) if trainer is None else Place(trainer.global_rank, trainer.world_size, trainer.current_epoch)
-        )
+        if trainer is None:
+            return EpochPlace(0, 1, 0)
+        return EpochPlace(trainer.global_rank, trainer.world_size, trainer.current_epoch)
 
     def _eval_loader(self, name: str, stage: int) -> EvalBatches:
         table, keys = self.table, content_keys(self.table)
@@ -373,6 +373,6 @@ class PreferenceDataModule(L.LightningDataModule):
             pool = nested_supports(pool, table.user[pool], keys.pair[pool], self.max_support, 0, self.split_seed)
             curve = [(shots, repeat) for repeat in range(self.repeats) for shots in self.shots]
             draws: Sequence[tuple[int | None, int]] = curve if name == "few_shot" else [(None, 0)]
-            support = Support(pool, keys.pair[pool], draws, self.split_seed)
+            support = SupportDraws(pool, keys.pair[pool], draws, self.split_seed)
         weight = split_weights(table, rows, self.macro, evaluation=True)
         return EvalBatches(self._data, rows, weight, circle, support, name == "few_shot", self._place)

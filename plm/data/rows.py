@@ -24,7 +24,7 @@ MAX_TOKENS = 2**22
 SAME = "their responses differ only where they are cut off"
 
 
-class Rows(ABC):
+class BatchRows(ABC):
     """Rows that batches are gathered from."""
 
     @property
@@ -38,7 +38,7 @@ class Rows(ABC):
 
 
 @dataclass(frozen=True)
-class FeatureRows(Rows):
+class FeatureRows(BatchRows):
     """Features; may be memory-mapped."""
 
     features: Float32Array
@@ -55,7 +55,7 @@ class FeatureRows(Rows):
 
 
 @dataclass(frozen=True)
-class TokenRows(Rows):
+class TokenRows(BatchRows):
     """Token ids of prompts and responses, of any length each."""
 
     prompts: Sequence[npt.NDArray[np.int32]]

@@ -11,7 +11,7 @@ from itertools import zip_longest
 import numpy as np
 
 from plm.arrays import Float32Array, IntArray
-from plm.data.collate import FeaturedPairs, Place, TrainBatches, pair_batch
+from plm.data.collate import EpochPlace, FeaturedPairs, TrainBatches, pair_batch
 from plm.data.keys import KeyArray
 from plm.data.rows import TokenRows
 from plm.types import PreferenceBatch, ResumableBatches
@@ -52,7 +52,7 @@ class TokenBatches(ResumableBatches):
         pairs_per_user: int | None,
         seed: int,
         user_keys: KeyArray,
-        place: Callable[[], Place],
+        place: Callable[[], EpochPlace],
         prompts_per_batch: int | None = None,
     ) -> None:
         assert isinstance(data.items, TokenRows)
@@ -79,7 +79,7 @@ class TokenBatches(ResumableBatches):
         size = self.data.items.max_rows // 2
         return TrainBatches(self.data, self.rows, self.weight, size, self.seed, self.place)
 
-    def _order(self, place: Place) -> list[tuple[IntArray, float]]:
+    def _order(self, place: EpochPlace) -> list[tuple[IntArray, float]]:
         """Positions in ``rows`` and the weight factor of every batch of an epoch."""
         if self.prompts_per_batch is not None:
             return self._by_prompt(place, self.prompts_per_batch)
@@ -87,7 +87,7 @@ class TokenBatches(ResumableBatches):
             return self._by_user(place, self.pairs_per_user)
         return self._by_length(place, self.length, self.batch_size, "pair")
 
-    def _by_prompt(self, place: Place, prompts_per_batch: int) -> list[tuple[IntArray, float]]:
+    def _by_prompt(self, place: EpochPlace, prompts_per_batch: int) -> list[tuple[IntArray, float]]:
         prompt = self.data.table.prompt[self.rows]
         by_prompt = np.argsort(prompt, kind="stable")
         start = np.flatnonzero(np.diff(prompt[by_prompt], prepend=-1))
@@ -96,7 +96,7 @@ class TokenBatches(ResumableBatches):
         order = self._by_length(place, longest, prompts_per_batch, "prompt")
         return [(np.concatenate([pairs[one] for one in prompts]), share) for prompts, share in order]
 
-    def _by_length(self, place: Place, length: IntArray, size: int, name: str) -> list[tuple[IntArray, float]]:
+    def _by_length(self, place: EpochPlace, length: IntArray, size: int, name: str) -> list[tuple[IntArray, float]]:
         """Batches of ``size`` of the things that are so long, ``(n,)``."""
         rank, world_size, epoch = place
         if len(length) < world_size:
@@ -116,7 +116,7 @@ class TokenBatches(ResumableBatches):
             order.append((part, len(part) * world_size / len(whole)))
         return order
 
-    def _by_user(self, place: Place, pairs_per_user: int) -> list[tuple[IntArray, float]]:
+    def _by_user(self, place: EpochPlace, pairs_per_user: int) -> list[tuple[IntArray, float]]:
         rank, world_size, epoch = place
         user = self.data.table.user[self.rows]
         everyone = np.unique(user)

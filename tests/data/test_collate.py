@@ -9,10 +9,10 @@ import torch
 
 from plm.data import rows
 from plm.data.collate import (
+    EpochPlace,
     EvalBatches,
     FeaturedPairs,
-    Place,
-    Support,
+    SupportDraws,
     TrainBatches,
     build_context,
     pair_batch,
@@ -53,7 +53,7 @@ def data(table: PairTable) -> FeaturedPairs:
 
 
 def place(rank: int = 0, world_size: int = 1, epoch: int = 0) -> Any:
-    return lambda: Place(rank, world_size, epoch)
+    return lambda: EpochPlace(rank, world_size, epoch)
 
 
 def train(data: FeaturedPairs, batch_size: int | None, **where: int) -> TrainBatches:
@@ -74,7 +74,7 @@ def evaluation(
     pool = np.flatnonzero(~query & ~seen)
     users = np.arange(3) if draws is None else np.arange(3, 6)
     circle = users[other_users(keys.user[users])[0]]
-    support = None if draws is None else Support(pool, keys.pair[pool], draws, 0)
+    support = None if draws is None else SupportDraws(pool, keys.pair[pool], draws, 0)
     weight = split_weights(table, rows, True)
     return EvalBatches(data, rows, weight, circle, support, few_shot, place(**where))
 

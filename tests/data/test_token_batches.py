@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from plm.backbones import TooLong
-from plm.data.collate import FeaturedPairs, Place, build_context, pair_batch
+from plm.data.collate import EpochPlace, FeaturedPairs, build_context, pair_batch
 from plm.data.encoding import token_rows
 from plm.data.keys import content_keys
 from plm.data.rows import TokenRows
@@ -59,7 +59,7 @@ def loader(
         per_user or None,
         seed=0,
         user_keys=content_keys(table).user,
-        place=lambda: Place(rank, world_size, epoch),
+        place=lambda: EpochPlace(rank, world_size, epoch),
     )
 
 
@@ -245,7 +245,7 @@ def test_batches_by_prompt_hold_all_pairs_of_their_prompts() -> None:
             None,
             seed=0,
             user_keys=content_keys(table).user,
-            place=lambda: Place(rank, world_size, number),
+            place=lambda: EpochPlace(rank, world_size, number),
             prompts_per_batch=2,
         )
         assert len(batches) == len(list(batches))

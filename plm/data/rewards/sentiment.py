@@ -28,7 +28,7 @@ MAX_FEATURES = 60_000
 INVERSE_RIDGE = 3.0
 
 
-class Classifier(NamedTuple):
+class SentimentModel(NamedTuple):
     """A linear classifier of tf-idf vectors."""
 
     vocabulary: list[str]
@@ -74,7 +74,7 @@ class Sentiment(Reward):
         return scores
 
     @cached_property
-    def classifier(self) -> Classifier:
+    def classifier(self) -> SentimentModel:
         """The trained classifier, from the cache where it is there."""
         reviews = [review for half in ("train", "test") for review in read_reviews(self.path, half, self.part)]
         file = Path(self.cache_dir).expanduser() / "rewards" / f"sentiment-{self._key(reviews)}.npz"
@@ -118,7 +118,7 @@ def _tfidf(**options: Any) -> Any:
     )
 
 
-def _train(reviews: Sequence[Review], window: int) -> Classifier:
+def _train(reviews: Sequence[Review], window: int) -> SentimentModel:
     """Fit on all windows; a review counts as often as it has windows."""
     from sklearn.linear_model import LogisticRegression
 
@@ -128,12 +128,12 @@ def _train(reviews: Sequence[Review], window: int) -> Classifier:
     vectorizer = _tfidf(min_df=min(3, len(reviews)), max_features=MAX_FEATURES)
     vectors = vectorizer.fit_transform([piece for piece, _ in pieces])
     fitted = LogisticRegression(C=INVERSE_RIDGE, max_iter=200).fit(vectors, [positive for _, positive in pieces])
-    return Classifier(
+    return SentimentModel(
         list(vectorizer.get_feature_names_out()), vectorizer.idf_, fitted.coef_[0], float(fitted.intercept_[0])
     )
 
 
-def _save(classifier: Classifier, file: IO[bytes]) -> None:
+def _save(classifier: SentimentModel, file: IO[bytes]) -> None:
     words: npt.NDArray[np.uint8] = np.frombuffer("\n".join(classifier.vocabulary).encode(), dtype=np.uint8)
     np.savez(
         file,
@@ -144,9 +144,9 @@ def _save(classifier: Classifier, file: IO[bytes]) -> None:
     )
 
 
-def _load(file: Path) -> Classifier:
+def _load(file: Path) -> SentimentModel:
     with np.load(file, allow_pickle=False) as arrays:
-        return Classifier(
+        return SentimentModel(
             arrays["vocabulary"].tobytes().decode().split("\n"),
             arrays["idf"],
             arrays["coefficients"],
