@@ -53,6 +53,11 @@ def test_a_clean_copy_is_not_flagged_and_the_list_leak_is() -> None:
     assert any(text.startswith("probable leak") for text in problems(leaky))
 
 
+def test_a_source_that_never_read_its_corpus_is_warned_about() -> None:
+    finding = check_pairs(CLEAN, "clean", checked_on="schema").findings[0]
+    assert (finding.level, finding.topic) == ("warning", "source") and "not yet on the corpus" in finding.text
+
+
 def test_a_leak_in_a_few_pairs_is_found_by_its_trace() -> None:
     report = check_pairs(rendered(CLEAN, lambda text: repr([text]), share=0.08), "few")
     assert report.probe is not None and report.probe.gain.low < MARGIN

@@ -86,6 +86,7 @@ def check_pairs(
     test_rows: float = 0.3,
     seed: int = 0,
     num_weights: int | None = None,
+    checked_on: Literal["corpus", "schema"] = "corpus",
 ) -> DataReport:
     """Check a table and the split that the data module would draw.
 
@@ -98,8 +99,12 @@ def check_pairs(
         test_rows: As in the data module.
         seed: Of the split.
         num_weights: Weights K that a method would fit per user, such as LoRe's ``num_bases``.
+        checked_on: As `plm.data.sources.PairSource.checked_on`.
     """
     findings = [*_rows(table), *_labels(table)]
+    if checked_on == "schema":
+        text = "this source was tested on small files with the columns of the corpus, not yet on the corpus: compare"
+        findings.insert(0, Finding("warning", "source", f"{text} the counts with those of the paper"))
     stage, user_split, found = _split(table, group_by, unseen_users, val_rows, test_rows, seed)
     leaks = leakage(table, table.row_split if (table.row_split >= 0).any() else stage)
     findings += [*found, *_leak_findings(leaks, int((stage == TEST).sum()))]

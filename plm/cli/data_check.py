@@ -70,6 +70,7 @@ def run(args: list[str]) -> int:
         source.load(),
         source.name,
         num_weights=num_weights,
+        checked_on=source.checked_on,
         **{ours: split[name] for name, ours in _SPLIT.items() if name in split},
     )
     console = Console()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pkgutil import iter_modules
+from typing import ClassVar, Literal
 
 from plm.arrays import Float64Array
 from plm.data.schema import PairTable
@@ -14,6 +15,9 @@ SURE = 1e-3
 
 class PairSource(ABC):
     """A corpus of preference pairs; the constructor is cheap, ``load`` reads."""
+
+    checked_on: ClassVar[Literal["corpus", "schema"]] = "corpus"
+    """What the reader has been tested on: the data themselves, or only small files with the columns of the corpus."""
 
     @property
     @abstractmethod
@@ -27,6 +31,17 @@ class PairSource(ABC):
     def planted_log_odds(self) -> Float64Array | None:
         """``(N,)`` log-odds that users pick as they did in each pair of ``load``; None where no utility is planted."""
         return None
+
+
+def numbered(kind: str, count: int) -> list[str]:
+    """Names of so many users, with as many digits each.
+
+    Example:
+        >>> numbered("user", 11)[::10]
+        ['user-00', 'user-10']
+    """
+    digits = len(str(count - 1))
+    return [f"{kind}-{number:0{digits}d}" for number in range(count)]
 
 
 def source_modules() -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from plm.data.schema import PairTable, make_pairs
 from plm.data.sources import PairSource
-from plm.data.sources.corpus import PARQUET, corpus_files, read_rows, usable
+from plm.data.sources.corpus import PARQUET, corpus_files, of_active_users, read_rows, usable
 
 REPO = "lmsys/chatbot_arena_conversations"
 COLUMNS = {
@@ -49,6 +49,8 @@ class ArenaPairs(PairSource):
         language: Language of the dialogues as the corpus names it; null = all.
     """
 
+    checked_on = "schema"
+
     def __init__(self, path: str | None = None, min_pairs: int = 5, language: str | None = "English") -> None:
         self.path, self.min_pairs, self.language = path, min_pairs, language
 
@@ -63,8 +65,7 @@ class ArenaPairs(PairSource):
         spoken = [row for row in rows if self.language in (None, row["language"])]
         made = [decided_pair(row) for row in spoken]
         pairs, dropped = usable([pair for pair in made if not isinstance(pair, str)])
-        count = Counter(pair["user_id"] for pair in pairs)
-        kept = [pair for pair in pairs if count[pair["user_id"]] >= self.min_pairs]
+        kept = of_active_users(pairs, self.min_pairs)
         counts = Counter(why for why in made if isinstance(why, str))
         counts |= Counter(other_language=len(rows) - len(spoken), few_comparisons=len(pairs) - len(kept))
         return make_pairs(kept, self.name, {**dropped, **{why: n for why, n in counts.items() if n}})

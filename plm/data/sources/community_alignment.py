@@ -10,13 +10,12 @@ Licence: CC-BY-4.0, by its dataset card.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from plm.data.schema import PairTable, make_pairs
 from plm.data.sources import PairSource
-from plm.data.sources.corpus import PARQUET, corpus_files, read_rows, usable
+from plm.data.sources.corpus import PARQUET, corpus_files, of_active_users, read_rows, usable
 
 REPO = "facebook/community-alignment-dataset"
 TURNS = ("first", "second", "third", "fourth")
@@ -79,6 +78,8 @@ class CommunityAlignmentPairs(PairSource):
         language: Language of the dialogues as the corpus names it, such as ``en``; null = all.
     """
 
+    checked_on = "schema"
+
     def __init__(self, path: str | None = None, min_pairs: int = 30, language: str | None = None) -> None:
         self.path, self.min_pairs, self.language = path, min_pairs, language
 
@@ -92,7 +93,6 @@ class CommunityAlignmentPairs(PairSource):
         rows = read_rows(corpus_files(self.path, REPO, "default/train/*.parquet", PARQUET), COLUMNS)
         spoken = [row for row in rows if self.language in (None, row["assigned_lang"])]
         pairs, dropped = usable([pair for row in spoken for pair in dialogue_pairs(row)])
-        count = Counter(pair["user_id"] for pair in pairs)
-        kept = [pair for pair in pairs if count[pair["user_id"]] >= self.min_pairs]
+        kept = of_active_users(pairs, self.min_pairs)
         few = {"few_pairs": len(pairs) - len(kept)} if len(kept) < len(pairs) else {}
         return make_pairs(kept, self.name, {**dropped, **few})

@@ -7,6 +7,7 @@ import glob
 import gzip
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -129,6 +130,12 @@ def _records(file: str) -> Iterator[dict[str, Any]]:
                         yield json.loads(line)
                     except ValueError as error:
                         raise ValueError(f"{file}:{number}: malformed JSON ({error}), got {short(line)}") from error
+
+
+def of_active_users(pairs: Sequence[dict[str, Any]], min_pairs: int) -> list[dict[str, Any]]:
+    """The pairs of users who have at least ``min_pairs``."""
+    count = Counter(pair["user_id"] for pair in pairs)
+    return [pair for pair in pairs if count[pair["user_id"]] >= min_pairs]
 
 
 def usable(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from plm.arrays import BoolArray
 from plm.data.schema import PairTable, pair_table
-from plm.data.sources import PairSource
+from plm.data.sources import PairSource, numbered
+from plm.data.sources.population import shown_prompts
 from plm.data.sources.samples import everyone_pairs
 from plm.messages import Problems
 
@@ -133,28 +134,22 @@ class GrammarPeople(PairSource):
         levels = np.array([[list(attributes(text).values()) for text in own] for _, own in responses])  # (P, N, A)
         rng = np.random.default_rng((self.texts.seed, 1))
         values = (levels - 1.0) @ rng.standard_normal((levels.shape[-1], self.num_people))  # (P, N, U)
-        user, prompt = [], []
-        for person in range(self.num_people):
-            shown = rng.permutation(np.flatnonzero(~test))[: self.prompts_per_person]
-            shown = np.concatenate([np.sort(shown), np.flatnonzero(test)])
-            user.append(np.full(len(shown), person))
-            prompt.append(shown)
-        who, where = np.concatenate(user), np.concatenate(prompt)
-        worth = values[where, :, who]  # (pairs, N)
+        shown = [shown_prompts(test, self.prompts_per_person, rng) for _ in range(self.num_people)]
+        user, prompt = np.repeat(np.arange(self.num_people), [*map(len, shown)]), np.concatenate(shown)
+        worth = values[prompt, :, user]  # (pairs, N)
         best, worst = worth.argmax(1), worth.argmin(1)
-        pair, size = np.arange(len(where)), levels.shape[1]
-        digits = len(str(self.num_people - 1))
+        pair, size = np.arange(len(prompt)), levels.shape[1]
         return pair_table(
-            [f"person-{person:0{digits}d}" for person in range(self.num_people)],
-            [asked for asked, _ in responses],
-            [text for _, own in responses for text in own],
-            user=who,
-            prompt=where,
-            chosen=where * size + best,
-            rejected=where * size + worst,
+            numbered("person", self.num_people),
+            [prompt for prompt, _ in responses],
+            [text for _, texts in responses for text in texts],
+            user=user,
+            prompt=prompt,
+            chosen=prompt * size + best,
+            rejected=prompt * size + worst,
             chosen_score=worth[pair, best].astype(np.float32),
             rejected_score=worth[pair, worst].astype(np.float32),
-            row_split=np.where(test[where], 2, 0),
+            row_split=np.where(test[prompt], 2, 0),
         )
 
 

@@ -15,10 +15,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import numpy as np
-
 from plm.data.sources.corpus import corpus_files, read_rows
-from plm.data.sources.typed import TARGET, TEST, TypedPairs, TypedPool, number_texts
+from plm.data.sources.typed import TARGET, TEST, TypedPairs, TypedPool
 from plm.data.values import canonical_messages
 
 REPO = "Anthropic/hh-rlhf"
@@ -54,6 +52,8 @@ class HHPairs(TypedPairs):
         **people: The other arguments of `TypedPairs`.
     """
 
+    checked_on = "schema"
+
     def __init__(
         self,
         path: str | None = None,
@@ -72,7 +72,7 @@ class HHPairs(TypedPairs):
 
     def read_pool(self) -> TypedPool:
         """Read both subsets; a pair of transcripts that share nothing but the question is left out."""
-        made: dict[tuple[str, str, str], tuple[list[int], int]] = {}
+        opinions: dict[tuple[str, str, str], tuple[list[int], int]] = {}
         asked: set[str] = set()
         for half, part in (("test", TEST), ("train", TARGET)):
             for subset in TYPES:
@@ -86,8 +86,7 @@ class HHPairs(TypedPairs):
                         continue
                     if part == TEST:
                         asked.add(prompt)
-                    made.setdefault((prompt, chosen, rejected), ([-1 if subset == "harmless" else 1, 1], part))
-        if not made:
+                    opinions.setdefault((prompt, chosen, rejected), ([-1 if subset == "harmless" else 1, 1], part))
+        if not opinions:
             raise ValueError(f"expected transcripts that end with the assistant's reply in {REPO}, got none")
-        opinion, part_of = (np.array(column, dtype=np.int64) for column in zip(*made.values(), strict=True))
-        return TypedPool(list(TYPES), *number_texts(list(made)), opinion, part_of)
+        return TypedPool.of(TYPES, opinions)

@@ -36,6 +36,8 @@ class PersonalLlmPairs(PopulationPairs):
         **population: The other arguments of `PopulationPairs`.
     """
 
+    checked_on = "schema"
+
     def __init__(self, path: str | None = None, z_score: bool = False, **population: Any) -> None:
         super().__init__(z_score=z_score, **population)
         self.path = path

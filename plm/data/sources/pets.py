@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from plm.data.sources.typed import TARGET, TEST, TypedPairs, TypedPool, number_texts
+from plm.data.sources.typed import TARGET, TEST, TypedPairs, TypedPool
 
 PROMPT = "Say one thing about a pet that people keep."
 ANIMALS = ("bird", "dog", "cat", "rabbit")
@@ -76,11 +76,10 @@ class PetsPairs(TypedPairs):
         rng = np.random.default_rng([self.seed, 2])
         kinds = [*AGREED, *[("dog", "cat")] * len(AGREED)] if self.variant == "full" else [("dog", "cat")]
         texts = {animal: sentences(animal) for animal in ANIMALS}
-        made: dict[tuple[str, str, str], tuple[list[int], int]] = {}
+        opinions: dict[tuple[str, str, str], tuple[list[int], int]] = {}
         for part, share, low, high in ((TARGET, 1, 0, NUM_TRAIN), (TEST, 5, NUM_TRAIN, 100)):
             for _ in range(self.pool_size // share):
                 left, right = kinds[rng.integers(len(kinds))]
                 pair = (PROMPT, texts[left][rng.integers(low, high)], texts[right][rng.integers(low, high)])
-                made.setdefault(pair, ([1, -1 if (left, right) == ("dog", "cat") else 1], part))
-        opinion, part_of = (np.array(column, dtype=np.int64) for column in zip(*made.values(), strict=True))
-        return TypedPool(["dogs", "cats"], *number_texts(list(made)), opinion, part_of)
+                opinions.setdefault(pair, ([1, -1 if (left, right) == ("dog", "cat") else 1], part))
+        return TypedPool.of(["dogs", "cats"], opinions)

@@ -210,6 +210,20 @@ class PopulationPairs(PairSource):
         return table, difference
 
 
+def shown_prompts(test: BoolArray, most: int | None, rng: np.random.Generator) -> IntArray:
+    """Prompts shown to a person: training ones, at most so many of them where there is a limit, then all of the test.
+
+    Args:
+        test: ``(P,)`` True = a prompt of the test.
+        most: Most training prompts, drawn at random; None = all.
+        rng: What draws them.
+    """
+    train = np.flatnonzero(~test)
+    if most is not None:
+        train = np.sort(rng.permutation(train)[:most])
+    return np.concatenate([train, np.flatnonzero(test)])
+
+
 def _draw(rng: np.random.Generator, num_users: int, num_prompts: int, count: int) -> IntArray:
     """``(U, S)`` prompts of every person, without repetition."""
     if count in (0, num_prompts):

@@ -91,6 +91,8 @@ class PrismPairs(PairSource):
         min_dialogues: Fewest dialogues of a person.
     """
 
+    checked_on = "schema"
+
     def __init__(
         self, path: str | None = None, seed: int = 123, seen_share: float = 0.8, min_dialogues: int = 6
     ) -> None:

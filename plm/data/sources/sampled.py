@@ -21,11 +21,12 @@ from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.keys import digest
 from plm.data.rewards import Reward
 from plm.data.schema import PairTable, pair_table
-from plm.data.sources import PairSource
+from plm.data.sources import PairSource, numbered
 from plm.data.sources.population import (
     CandidatePool,
     best_and_worst,
     dirichlet_weights,
+    shown_prompts,
     smallest_preference,
     standardise,
 )
@@ -136,8 +137,7 @@ class SampledPairs(PairSource):
         own = {who: np.array([given.get(name, 0.0) for name in names]) for who, given in self.people.items()}
         if self.num_people:
             drawn = dirichlet_weights(self.num_people, len(names), self.concentration, self.seed)
-            digits = len(str(self.num_people - 1))
-            own |= {f"person-{row:0{digits}d}": weights for row, weights in enumerate(drawn)}
+            own |= dict(zip(numbered("person", self.num_people), drawn, strict=True))
         return own
 
     def load(self) -> PairTable:
@@ -149,7 +149,7 @@ class SampledPairs(PairSource):
         ties = 0
         for user, (who, weights) in enumerate(self.weights.items()):
             rng = np.random.default_rng((self.seed, int(digest([who])[0])))
-            shown = self._shown(rng)
+            shown = shown_prompts(pool.test, self.prompts_per_person, rng)
             if self.pairs == "best_worst":
                 first, second = best_and_worst(scores, weights[None], shown[None])[0].T
             else:
@@ -181,13 +181,6 @@ class SampledPairs(PairSource):
             row_split=np.where(pool.test[prompt], 2, 0),
             dropped={why: count for why, count in {**self._dropped, "ties": ties}.items() if count},
         )
-
-    def _shown(self, rng: np.random.Generator) -> IntArray:
-        """Prompts shown to a person: training ones, in part where there is a limit, then all of the test."""
-        train, test = np.flatnonzero(~self.pool.test), np.flatnonzero(self.pool.test)
-        if self.prompts_per_person is not None:
-            train = np.sort(rng.permutation(train)[: self.prompts_per_person])
-        return np.concatenate([train, test])
 
 
 def _two_of(missing: BoolArray, times: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:

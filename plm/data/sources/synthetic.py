@@ -13,7 +13,7 @@ import numpy as np
 
 from plm.arrays import Float64Array, IntArray
 from plm.data.schema import PairTable, pair_table
-from plm.data.sources import SURE, PairSource
+from plm.data.sources import SURE, PairSource, numbered
 from plm.data.sources.phrases import MAX_LEVEL, NAMES, NUM_PROMPTS, prompt_texts, reply_text
 from plm.messages import Problems
 
@@ -117,7 +117,7 @@ class SyntheticPairs(PairSource):
             draw = np.where(group[user] == 1, 1 - _mirror(draw, self.pairs_per_user), draw)
         swap = draw > (_sigmoid(margin / self.noise) if self.noise > 0 else np.heaviside(margin, 0.5))
         table = pair_table(
-            [f"user-{index:0{len(str(self.num_users - 1))}d}" for index in range(self.num_users)],
+            numbered("user", self.num_users),
             prompts,
             replies,
             user=user,

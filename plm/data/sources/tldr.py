@@ -58,6 +58,8 @@ class TldrPairs(PairSource):
         seed: Of the halves and of the pairs drawn.
     """
 
+    checked_on = "schema"
+
     def __init__(
         self,
         path: str | None = None,

@@ -11,6 +11,7 @@ Axes: N pairs, T types.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,12 @@ class TypedPool:
     """``(N, T)`` 1 = left is better, -1 = right, 0 = equally good, never asked."""
     part: IntArray
     """``(N,)`` SURVEY (only ever support), TARGET or TEST."""
+
+    @classmethod
+    def of(cls, types: Sequence[str], opinions: Mapping[tuple[str, str, str], tuple[list[int], int]]) -> TypedPool:
+        """A pool of (prompt, left, right) texts -> what every type thinks of the pair, and its part."""
+        opinion, part = (np.array(column, dtype=np.int64) for column in zip(*opinions.values(), strict=True))
+        return cls(list(types), *number_texts(list(opinions)), opinion, part)
 
 
 def conflict(opinion: IntArray) -> BoolArray:

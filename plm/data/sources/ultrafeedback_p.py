@@ -61,6 +61,8 @@ class UltraFeedbackPPairs(TypedPairs):
         **people: The arguments of `TypedPairs`.
     """
 
+    checked_on = "schema"
+
     def __init__(
         self,
         path: str | None = None,

@@ -47,6 +47,11 @@ def texts(table: PairTable) -> list[tuple[str, str, str, str]]:
     return [(table.user_ids[u], table.prompts[p], item[c][1], item[r][1]) for u, p, c, r in columns]
 
 
+def test_sources_say_what_they_were_tested_on() -> None:
+    assert {source.checked_on for source in (ArenaPairs, HHPairs, PersonalLlmPairs, TldrPairs)} == {"schema"}
+    assert PetsPairs.checked_on == "corpus"
+
+
 # ---------------------------------------------------------------------- options
 @pytest.mark.parametrize(
     ("source", "option", "inherited"),
