@@ -1,4 +1,4 @@
-"""Is a table of pairs fit to measure personalisation on? Everything that can be told before any training.
+"""Whether a table of pairs is fit to measure personalisation on: what can be checked before any training.
 
 Axes: N pairs, U users.
 """
@@ -49,7 +49,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class DataReport:
-    """All that was checked, for rendering."""
+    """The findings of a check, and the numbers behind them."""
 
     name: str
     counts: dict[str, int]
@@ -70,7 +70,7 @@ class DataReport:
         return "problem" if "problem" in levels else "warning" if "warning" in levels else "info"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """The report as plain types, for JSON."""
         lists = {"pairs_per_user": self.pairs_per_user.tolist(), "training_pairs": self.training_pairs.tolist()}
         probe = None if self.probe is None else {**asdict(self.probe), "is_leak": self.probe.is_leak}
         return {**asdict(self), **lists, "probe": probe, "worst": self.worst}
@@ -159,9 +159,9 @@ def leakage(table: PairTable, stage: IntArray) -> list[Leak]:
     ]
 
 
-def _shared(unit: IntArray, who: IntArray, test: IntArray, rest: IntArray) -> IntArray:
-    """``(n_test,)`` 1 where one of the units ``(S, N)`` of a test pair occurs in the rest of the same ``who``."""
-    _, number = number_pairs(np.tile(who, len(unit)), unit.ravel() + 1)
+def _shared(unit: IntArray, owner: IntArray, test: IntArray, rest: IntArray) -> IntArray:
+    """``(n_test,)`` 1 where one of the units ``(S, N)`` of a test pair occurs in the rest of the same owner."""
+    _, number = number_pairs(np.tile(owner, len(unit)), unit.ravel() + 1)
     number = np.where(unit >= 0, number.reshape(unit.shape), -1)
     inside = np.zeros(int(number.max(initial=-1)) + 2, dtype=np.int64)
     inside[number[:, rest]] = 1
@@ -171,15 +171,15 @@ def _shared(unit: IntArray, who: IntArray, test: IntArray, rest: IntArray) -> In
 
 
 def conflicts(table: PairTable) -> IntArray:
-    """Comparisons that a user answered both ways: the first row of each."""
+    """First row of every comparison that its user answered both ways."""
     rows = np.flatnonzero(~table.tie)
     chosen, rejected = table.chosen[rows], table.rejected[rows]
     low, high = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
     first, number = number_pairs(table.user[rows], low * len(table.items) + high)
     count = np.bincount(number)
     forward = np.bincount(number, weights=chosen == low)
-    torn: IntArray = rows[first[(forward > 0) & (forward < count)]]
-    return torn
+    contradictory: IntArray = rows[first[(forward > 0) & (forward < count)]]
+    return contradictory
 
 
 def agreement(table: PairTable) -> tuple[int, float]:
@@ -234,13 +234,13 @@ def _labels(table: PairTable) -> Iterator[Finding]:
     upside_down = ~table.tie & (table.chosen_score < table.rejected_score)
     if upside_down.any():
         yield Finding("warning", "labels", f"{upside_down.sum()} pairs have the higher score on the rejected response")
-    torn = conflicts(table)
-    if len(torn):
+    contradictory = conflicts(table)
+    if len(contradictory):
         yield Finding(
             "warning",
             "labels",
-            f"{len(torn)} comparisons were answered both ways by the same user, "
-            f"first {table.position(int(torn[0]))} (user {table.user_ids[table.user[torn[0]]]!r})",
+            f"{len(contradictory)} comparisons were answered both ways by the same user, "
+            f"first {table.position(int(contradictory[0]))} (user {table.user_ids[table.user[contradictory[0]]]!r})",
         )
     shared, best = agreement(table)
     if shared:
@@ -289,12 +289,13 @@ def _leak_findings(leaks: list[Leak], num_test: int) -> Iterator[Finding]:
 
 def _sizes(table: PairTable, training: IntArray, user_split: IntArray, num_weights: int | None) -> Iterator[Finding]:
     for code, kind in ((SEEN, "seen"), (SEEN + 1, "unseen")):
-        own = training[user_split == code] if len(user_split) else training[:0]
-        if not len(own):
+        counts = training[user_split == code] if len(user_split) else training[:0]
+        if not len(counts):
             continue
-        few = f"; {(own < num_weights).sum()} have fewer than the {num_weights} weights to fit" if num_weights else ""
-        text = f"{kind} users have {np.median(own):.0f} training pairs (median; {own.min()} to {own.max()}){few}"
-        short = num_weights is not None and (own < num_weights).mean() > 0.5
+        text = f"{kind} users have {np.median(counts):.0f} training pairs (median; {counts.min()} to {counts.max()})"
+        if num_weights:
+            text += f"; {(counts < num_weights).sum()} have fewer than the {num_weights} weights to fit"
+        short = num_weights is not None and (counts < num_weights).mean() > 0.5
         yield Finding("warning" if short else "info", "pairs per user", text)
     if table.num_users < 2:
         yield Finding("problem", "pairs per user", "there is one user: nothing personal can be measured")

@@ -38,7 +38,7 @@ class FeaturedPairs:
 
 
 class EpochPlace(NamedTuple):
-    """Where and when a loader runs."""
+    """The process and the epoch that a loader runs in."""
 
     rank: int
     world_size: int
@@ -174,7 +174,7 @@ class TrainBatches(ResumableBatches):
         return self._num_batches(self.place().world_size)
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        """Hand out one epoch, or what `skip` left of it."""
+        """Yield the batches of one epoch, or what `skip` left of them."""
         rank, world_size, epoch = self.place()
         skipped = self.take_skipped()
         if len(self.start) < world_size:
@@ -200,7 +200,7 @@ class TrainBatches(ResumableBatches):
 
 
 class SupportDraws(NamedTuple):
-    """Where the support of unseen users comes from."""
+    """The pool that the support of unseen users is drawn from, and the draws."""
 
     rows: IntArray
     """Pool of support pairs."""
@@ -255,20 +255,20 @@ class EvalBatches:
             if not self.few_shot:
                 num_support = np.maximum(num_support, num_support[self.other])
         limit = self.data.items.max_rows // 2
-        whose = self.circle[num_query[self.circle] > 0]
-        users = whose if self._by_pair(len(whose)) else np.array_split(whose, world_size)[rank]
+        queried = self.circle[num_query[self.circle] > 0]
+        users = queried if self._by_pair(len(queried)) else np.array_split(queried, world_size)[rank]
         chunks: list[list[int]] = [[]]
         total = longest = 0
-        for user, query, own in zip(
+        for user, query, supports in zip(
             users.tolist(), num_query[users].tolist(), num_support[users].tolist(), strict=True
         ):
             if not query:
                 continue
-            if chunks[-1] and total + query + max(longest, own) * (len(chunks[-1]) + 2) > limit:
+            if chunks[-1] and total + query + max(longest, supports) * (len(chunks[-1]) + 2) > limit:
                 chunks.append([])
                 total = longest = 0
             chunks[-1].append(user)
-            total, longest = total + query, max(longest, own)
+            total, longest = total + query, max(longest, supports)
         return [np.array(chunk, dtype=np.int64) for chunk in chunks if chunk]
 
     def __len__(self) -> int:
@@ -278,7 +278,7 @@ class EvalBatches:
         return sum(length[shots] for shots, _ in draws)
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        """Hand out every batch once."""
+        """Yield every batch once."""
         if self.support is None:
             for users in self._chunks(None):
                 yield self._seen(users)
@@ -295,11 +295,11 @@ class EvalBatches:
                 yield batch
 
     def _by_pair(self, num_users: int) -> bool:
-        """Whether this rank takes some pairs of every one of so many users."""
+        """Whether so many users are fewer than the ranks, so that this one takes some pairs of each of them."""
         return self.support is None and isinstance(self.data.items, TokenRows) and num_users < self.place().world_size
 
     def _pairs(self, users: IntArray) -> tuple[PreferenceBatch, IntArray]:
-        """Their pairs, or this rank's, and, ``(B,)``, the user of each."""
+        """Pairs of users, or this rank's part of them, and the user of each pair, ``(B,)``."""
         index = np.concatenate([np.arange(self.start[user], self.start[user + 1]) for user in users])
         if self._by_pair(int((np.diff(self.start)[self.circle] > 0).sum())):
             rank, world_size, _ = self.place()

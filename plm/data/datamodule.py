@@ -116,7 +116,7 @@ class PreferenceDataModule(L.LightningDataModule):
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        """Raise one error about everything that is out of range."""
+        """Raise one error about all arguments that are out of range."""
         problems = Problems("data.")
         problems.shares(unseen_users=self.unseen_users, val_rows=self.val_rows, test_rows=self.test_rows)
         grouped = {"pairs_per_user": self.pairs_per_user, "prompts_per_batch": self.prompts_per_batch}
@@ -160,12 +160,12 @@ class PreferenceDataModule(L.LightningDataModule):
 
     @property
     def table(self) -> PairTable:
-        """All pairs, with shuffled users where asked for."""
+        """All pairs; with ``shuffle_users``, of permuted users."""
         return self._split_table[0]
 
     @property
     def splits(self) -> Splits:
-        """Where users and pairs belong."""
+        """The part of the split that every user and every pair belongs to."""
         return self._split_table[1]
 
     @cached_property
@@ -189,7 +189,7 @@ class PreferenceDataModule(L.LightningDataModule):
     # ------------------------------------------------------------------ what methods, callbacks and commands read
     @property
     def view(self) -> Literal["features", "tokens", "latents"]:
-        """What batches hold, by the backbone."""
+        """What batches hold, as the backbone makes it."""
         return self.backbone.view
 
     @property
@@ -229,7 +229,7 @@ class PreferenceDataModule(L.LightningDataModule):
 
     @property
     def split_hash(self) -> str:
-        """sha256 of the assignment of pairs."""
+        """The sha256 of the assignment of pairs."""
         return self.splits.hash
 
     def eval_names(self, stage: Literal["validate", "test", "predict"]) -> list[str]:
@@ -273,8 +273,8 @@ class PreferenceDataModule(L.LightningDataModule):
     def save_splits(self, path: str | Path) -> None:
         """Write the split as JSON, with the arguments that made it; see `write_splits`."""
         names = ("split_seed", "unseen_users", "val_rows", "test_rows", "shuffle_users")
-        about = {**{name: getattr(self, name) for name in names}, **self.summary()}
-        write_splits(path, self.splits, self.table.user_ids, about)
+        metadata = {**{name: getattr(self, name) for name in names}, **self.summary()}
+        write_splits(path, self.splits, self.table.user_ids, metadata)
 
     # ------------------------------------------------------------------ Lightning
     def prepare_data(self) -> None:

@@ -165,7 +165,7 @@ class FeatureCache:
                 start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
 
     def _check(self, features: Float32Array, texts: list[str]) -> None:
-        """Refuse what must not be kept for ever."""
+        """Refuse features of a wrong shape or that are not finite."""
         expected = (len(texts), self.backbone.feature_dim)
         name = type(self.backbone).__name__
         if features.shape != expected:

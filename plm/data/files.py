@@ -159,13 +159,13 @@ def _graded_pairs(records: Records, names: dict[str, str]) -> Records:
     lines: list[int] = []
     problems = list(records.problems)
     for line, row in zip(records.lines, records.rows, strict=True):
-        made = [row]
+        row_pairs = [row]
         if row.get("responses") is not None:
             problem = _rating_problem(row, names)
             if problem:
                 problems.append((line, problem))
                 continue
-            made = []
+            row_pairs = []
             rated = list(zip(row["ratings"], row["responses"], strict=True))
             weight, share = row.get(names.get("weight", "weight"), 1.0), 2.0 / (len(rated) * (len(rated) - 1))
             for first, second in combinations(rated, 2):
@@ -178,9 +178,9 @@ def _graded_pairs(records: Records, names: dict[str, str]) -> Records:
                     "tie": better[0] == worse[0],
                     "weight": weight * share if isinstance(weight, int | float) else weight,
                 }
-                made.append(row | {names[name]: value for name, value in pair.items() if name in names})
-        rows += made
-        lines += [line] * len(made)
+                row_pairs.append(row | {names[name]: value for name, value in pair.items() if name in names})
+        rows += row_pairs
+        lines += [line] * len(row_pairs)
     columns = dict.fromkeys([*(names[name] for name in REQUIRED), *(key for row in rows for key in row)])
     return Records(list(columns), rows, lines, problems)
 

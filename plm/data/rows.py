@@ -70,8 +70,8 @@ class TokenRows(BatchRows):
     @property
     def lengths(self) -> IntArray:
         """``(I,)`` tokens of prompt and response."""
-        own = np.array([len(ids) for ids in self.responses], dtype=np.int64)
-        return own + np.array([len(ids) for ids in self.prompts], dtype=np.int64)[self.prompt]
+        response_lengths = np.array([len(ids) for ids in self.responses], dtype=np.int64)
+        return response_lengths + np.array([len(ids) for ids in self.prompts], dtype=np.int64)[self.prompt]
 
     @property
     def max_rows(self) -> int:

@@ -297,17 +297,19 @@ def _validate(columns: dict[str, Column | None], checker: _Checker, files: list[
     for side, (values, codes) in rows.items():
         history = _take([bool(r.history) for r in values], codes) & (prompt >= 0)
         for row in np.flatnonzero(history):
-            own, given = values[codes[row]].history, prompts[prompt[row]]
-            if own not in (given, canonical_messages([{"role": "user", "content": given}])):
-                differs = f"{side}: the messages before the reply differ from the prompt; drop them, got {short(own)}"
+            before, expected = values[codes[row]].history, prompts[prompt[row]]
+            if before not in (expected, canonical_messages([{"role": "user", "content": expected}])):
+                differs = (
+                    f"{side}: the messages before the reply differ from the prompt; drop them, got {short(before)}"
+                )
                 checker.add(np.array([row]), lambda _, text=differs: text)  # type: ignore[misc]
     optional = _optional_columns(columns, checker)
     if "user_split" in optional:
         both = np.zeros((len(users), 2), dtype=np.bool_)
         known = (user >= 0) & np.isin(optional["user_split"], (0, 1))
         both[user[known], optional["user_split"][known]] = True
-        torn = np.flatnonzero(both.all(axis=1))
-        first = np.array([np.flatnonzero(user == row)[0] for row in torn.tolist()], dtype=np.int64)
+        contradictory = np.flatnonzero(both.all(axis=1))
+        first = np.array([np.flatnonzero(user == row)[0] for row in contradictory.tolist()], dtype=np.int64)
         checker.add(first, lambda row: f"user_split: user {users[user[row]]!r} is both seen and unseen")
     if checker.problems:
         return None

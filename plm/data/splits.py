@@ -88,9 +88,9 @@ def split_pairs(
         ValueError: If ``row_split`` puts a group of ``group_by`` on two sides of a user, or is given for some pairs
             only.
     """
-    for name, given in (("row_split", table.row_split >= 0), ("user_split", table.user_split >= 0)):
-        if given.any() and not given.all():
-            raise ValueError(f"expected {name} for all pairs or none, got it for {given.sum()} of {len(given)}")
+    for name, is_given in (("row_split", table.row_split >= 0), ("user_split", table.user_split >= 0)):
+        if is_given.any() and not is_given.all():
+            raise ValueError(f"expected {name} for all pairs or none, got it for {is_given.sum()} of {len(is_given)}")
     keys = content_keys(table)
     seeded = mix(keys.user, seed_key(seed))
     user_split = _user_split(table, seeded, unseen_users)
@@ -327,12 +327,12 @@ def _greedy(
     by_turn = order[np.argsort(turn, kind="stable")]
     taken = np.zeros(len(size), dtype=np.bool_)
     for block in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]):  # one group of every user per turn
-        who = owner[block]
-        after = count[who] + size[block]
-        fits = (count[who] + share[who] * size[block] <= goal[who]) & (after < total[who])
-        fits &= (after <= np.maximum(goal, total / 3)[who]) | (size[block] == 1) | (share[who] == 0.5)
+        users = owner[block]
+        after = count[users] + size[block]
+        fits = (count[users] + share[users] * size[block] <= goal[users]) & (after < total[users])
+        fits &= (after <= np.maximum(goal, total / 3)[users]) | (size[block] == 1) | (share[users] == 0.5)
         taken[block[fits]] = True
-        count[who[fits]] += size[block[fits]]
+        count[users[fits]] += size[block[fits]]
     return taken[group]
 
 
@@ -360,10 +360,10 @@ def _cut(
     inside = np.flatnonzero(cut[group] & ~taken)
     if not len(inside):
         return 0
-    who = user[inside]
+    users = user[inside]
     sides = table.items[np.stack([table.chosen, table.rejected])[:, rows[inside]], 1]  # (2, n) responses
-    first, node = number_pairs(np.concatenate([who, who]), sides.ravel())
-    node_user = np.concatenate([who, who])[first]
+    first, node = number_pairs(np.concatenate([users, users]), sides.ravel())
+    node_user = np.concatenate([users, users])[first]
     node_key = mix(keys.response[sides.ravel()[first]], seeded[node_user])
     order = np.lexsort((node_key, node_user))
     num_nodes = np.bincount(node_user, minlength=len(goal))
@@ -375,9 +375,9 @@ def _cut(
     num_held = held[node].reshape(2, -1).sum(0)
     new = np.select([num_held == 2, num_held == 1], [target, LEFT_OUT], TRAIN)
     # undo where one of the two sides would stay empty
-    gained = np.bincount(who[new == target], minlength=len(goal))
-    kept = np.bincount(user, minlength=len(goal)) - count - np.bincount(who[new != TRAIN], minlength=len(goal))
-    new[((gained == 0) | (kept <= 0))[who]] = TRAIN
+    gained = np.bincount(users[new == target], minlength=len(goal))
+    kept = np.bincount(user, minlength=len(goal)) - count - np.bincount(users[new != TRAIN], minlength=len(goal))
+    new[((gained == 0) | (kept <= 0))[users]] = TRAIN
     stage[rows[inside]] = new
     return int((new == LEFT_OUT).sum())
 
@@ -416,15 +416,15 @@ def _unit_keys(table: PairTable, keys: Keys, level: str) -> KeyArray:
     return item[table.chosen] ^ item[table.rejected]
 
 
-def write_splits(path: str | Path, splits: Splits, user_ids: Sequence[str], about: Mapping[str, Any]) -> None:
-    """Write a split as JSON: ``about``, its hash, the users of each side, and where every pair of the table went.
+def write_splits(path: str | Path, splits: Splits, user_ids: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """Write a split as JSON: the metadata, its hash, the users of each side, and where every pair of the table went.
 
     ``pairs`` has one letter per pair in the order of the source: r train or support, v validation, t test or query,
     ``-`` left out.
     """
     sides = (("seen", SEEN), ("unseen", UNSEEN), ("left_out", LEFT_OUT))
     text = {
-        **about,
+        **metadata,
         "hash": splits.hash,
         "users": {
             name: [user_ids[row] for row in np.flatnonzero(splits.user_split == code).tolist()] for name, code in sides

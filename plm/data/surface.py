@@ -1,4 +1,4 @@
-"""What can be told from the surface of two responses: a probe that never reads their content.
+"""A probe that guesses the chosen response from the surface of both and never reads their content.
 
 A probe that knows the answer from brackets, quotes or the last character has found a trace of how the data were made,
 and a reward model will find it too. Length is a taste that people do have, so it is the baseline, not a finding.
@@ -116,7 +116,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the surface tells about the labels."""
+    """How well the surface predicts the labels."""
 
     num_pairs: int
     longer: Share
@@ -134,8 +134,8 @@ class Probe:
     @property
     def is_leak(self) -> bool:
         """Whether the labels can be told from the format: far above the baseline, or by a one-sided trace."""
-        told = self.gain is not None and self.gain.low > MARGIN
-        return told or any(trace.suspicious for trace in self.traces)
+        predicted = self.gain is not None and self.gain.low > MARGIN
+        return predicted or any(trace.suspicious for trace in self.traces)
 
 
 def clustered(values: Float64Array, cluster: IntArray) -> Share:
@@ -205,7 +205,7 @@ def _folds(group: IntArray, num_folds: int) -> IntArray:
 
 
 def _fit(difference: Float64Array) -> Float64Array:
-    """Weights that tell chosen minus rejected from rejected minus chosen."""
+    """Weights of a logistic regression that separates chosen minus rejected from rejected minus chosen."""
     from sklearn.linear_model import LogisticRegression
 
     signs = np.where(np.arange(len(difference)) % 2, 1.0, -1.0)

@@ -67,7 +67,7 @@ class TokenBatches(ResumableBatches):
         return len(self._order(self.place()))
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
-        """Hand out one epoch, or what `skip` left of it."""
+        """Yield the batches of one epoch, or what `skip` left of them."""
         order = self._order(self.place())
         for index, share in order[self.take_skipped() :]:
             # processes hold different numbers of pairs: with this factor the mean over them of their means is exact
@@ -97,7 +97,7 @@ class TokenBatches(ResumableBatches):
         return [(np.concatenate([pairs[one] for one in prompts]), share) for prompts, share in order]
 
     def _by_length(self, place: EpochPlace, length: IntArray, size: int, name: str) -> list[tuple[IntArray, float]]:
-        """Batches of ``size`` of the things that are so long, ``(n,)``."""
+        """Batches of ``size`` pairs or prompts, sorted in windows by their length ``(n,)``."""
         rank, world_size, epoch = place
         if len(length) < world_size:
             raise ValueError(f"expected a training {name} for each of {world_size} processes, got {len(length)} in all")

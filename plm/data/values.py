@@ -1,4 +1,4 @@
-"""One value of a pairs file to its meaning, or a ValueError that says what was expected."""
+"""Converters of single values of a pairs file; each raises a ValueError that says what was expected."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def plain_prompt(prompt: str) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as it would be typed, cut to 80 characters, for messages."""
+    """The repr of a value, cut to 80 characters, for messages."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 class Response(NamedTuple):
-    """A response and what stood before it."""
+    """A response and the messages before it."""
 
     text: str
     history: str | None  # messages before the reply as canonical JSON, "" = none; None = the file gave plain text
 
 
 def to_id(value: Any) -> str:
-    """A user or dialogue id as text."""
+    """Convert a user or dialogue id to text."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError("expected a string or an integer")
     if isinstance(value, str) and not value.strip():
@@ -74,13 +74,13 @@ def _messages(value: Any) -> list[dict[str, str]] | None:
 
 
 def to_prompt(value: Any) -> str:
-    """A prompt as text; chat messages as canonical JSON."""
+    """Convert a prompt to text, chat messages to canonical JSON."""
     messages = _messages(value)
     return str(value) if messages is None else canonical_messages(messages)
 
 
 def to_response(value: Any) -> Response:
-    """A response as text, also where it comes as the last of its chat messages."""
+    """Convert a response to text, also where it comes as the last of its chat messages."""
     messages = _messages(value)
     text, history = str(value), None
     if messages is not None:
@@ -93,12 +93,12 @@ def to_response(value: Any) -> Response:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number as JSON has them, which true and false are not."""
+    """Whether a value is a number of JSON; true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def to_number(value: Any) -> float:
-    """A number."""
+    """Convert to a number."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("expected a number")
     try:
@@ -108,7 +108,7 @@ def to_number(value: Any) -> float:
 
 
 def to_weight(value: Any) -> float:
-    """A finite weight, at least 0."""
+    """Convert to a finite weight of at least 0."""
     number = to_number(value)
     if not 0 <= number <= 1e30:
         raise ValueError("expected a weight between 0 and 1e30")
@@ -116,7 +116,7 @@ def to_weight(value: Any) -> float:
 
 
 def to_integer(value: Any) -> int:
-    """An integer."""
+    """Convert to an integer."""
     number = to_number(value)
     if not number.is_integer():
         raise ValueError("expected an integer")
@@ -124,7 +124,7 @@ def to_integer(value: Any) -> int:
 
 
 def to_bool(value: Any) -> bool:
-    """True or false, also as 1, 0 or text."""
+    """Convert true or false, also as 1, 0 or text."""
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if str(value).lower() not in known:
         raise ValueError("expected true or false")
@@ -132,7 +132,7 @@ def to_bool(value: Any) -> bool:
 
 
 def to_timestamp(value: Any) -> float:
-    """Seconds since 1970; a date without a zone is in UTC."""
+    """Convert to seconds since 1970; a date without a zone is in UTC."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -150,7 +150,7 @@ def to_timestamp(value: Any) -> float:
 
 
 def to_row_split(value: Any) -> int:
-    """Row of ``ROW_SPLITS``."""
+    """Convert to a row of ``ROW_SPLITS``."""
     if value not in ROW_SPLITS:
         raise ValueError("expected train, val or test")
     return ROW_SPLITS.index(value)

@@ -70,7 +70,7 @@ _RULES: dict[str, Callable[[str], float]] = {
 
 
 class Length(Reward):
-    """Number of words: long is good, or near a target is.
+    """Rewards long responses, or those near a target number of words.
 
     Args:
         target: The best number of words; the reward is minus the distance from it. Null = the more the better.
@@ -88,7 +88,7 @@ class Length(Reward):
 
 
 class Lexicon(Reward):
-    """Share of the words that are in a list.
+    """Rewards the share of words that are in a list.
 
     Args:
         words: The list; capitals do not matter.
@@ -105,7 +105,7 @@ class Lexicon(Reward):
 
 
 class Style(Reward):
-    """A habit of style, as a share.
+    """Rewards a habit of style, measured as a share.
 
     ``questions`` and ``exclamations`` count marks by words; ``first_person`` and ``second_person`` are shares of the
     words; ``distinct_words`` is the type-token ratio, ``no_repeats`` the share of distinct runs of three words, and

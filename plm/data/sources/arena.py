@@ -63,9 +63,9 @@ class ArenaPairs(PairSource):
         """Read the comparisons and keep judges with enough of them."""
         rows = read_rows(corpus_files(self.path, REPO, "default/train/*.parquet", PARQUET), COLUMNS)
         spoken = [row for row in rows if self.language in (None, row["language"])]
-        made = [decided_pair(row) for row in spoken]
-        pairs, dropped = usable([pair for pair in made if not isinstance(pair, str)])
+        outcomes = [decided_pair(row) for row in spoken]
+        pairs, dropped = usable([pair for pair in outcomes if not isinstance(pair, str)])
         kept = of_active_users(pairs, self.min_pairs)
-        counts = Counter(why for why in made if isinstance(why, str))
+        counts = Counter(why for why in outcomes if isinstance(why, str))
         counts |= Counter(other_language=len(rows) - len(spoken), few_comparisons=len(pairs) - len(kept))
         return make_pairs(kept, self.name, {**dropped, **{why: n for why, n in counts.items() if n}})

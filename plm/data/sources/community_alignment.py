@@ -46,10 +46,10 @@ def dialogue_pairs(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     pairs: list[dict[str, Any]] = []
     history: list[dict[str, str]] = []
     for number, turn in enumerate(TURNS):
-        asked, letter = row[f"{turn}_turn_prompt"], picked_letter(row[f"{turn}_turn_preferred_response"])
-        if not asked or letter is None:
+        prompt, letter = row[f"{turn}_turn_prompt"], picked_letter(row[f"{turn}_turn_preferred_response"])
+        if not prompt or letter is None:
             break
-        history = [*history, {"role": "user", "content": asked}]
+        history = [*history, {"role": "user", "content": prompt}]
         chosen = row[f"{turn}_turn_response_{letter}"]
         pairs += [
             {

@@ -81,14 +81,14 @@ class GrammarResponses(PairSource):
     def written(self) -> tuple[list[tuple[str, list[str]]], BoolArray]:
         """Prompts with their responses, and ``(P,)`` True = a prompt of the test."""
         rng = np.random.default_rng(self.seed)
-        asked = [topics for topics in product(SUBJECTS, VERBS)]
+        topics = list(product(SUBJECTS, VERBS))
         responses = []
-        for number in rng.permutation(len(asked))[: self.num_prompts].tolist():
-            subject, verb = asked[number]
-            own: dict[str, None] = {}
-            while len(own) < self.num_responses:
-                own[f" {_respond(subject, rng)}"] = None
-            responses.append((f"Do you {verb} {subject} ?", list(own)))
+        for number in rng.permutation(len(topics))[: self.num_prompts].tolist():
+            subject, verb = topics[number]
+            texts: dict[str, None] = {}
+            while len(texts) < self.num_responses:
+                texts[f" {_respond(subject, rng)}"] = None
+            responses.append((f"Do you {verb} {subject} ?", list(texts)))
         test = np.arange(self.num_prompts) < max(1, round(self.test_share * self.num_prompts))
         return responses, test
 
@@ -129,9 +129,9 @@ class GrammarPeople(PairSource):
         return f"grammar_people/{self.num_people}"
 
     def load(self) -> PairTable:
-        """Write the texts and let everyone compare."""
+        """Write the texts and let every person compare them."""
         responses, test = self.texts.written()
-        levels = np.array([[list(attributes(text).values()) for text in own] for _, own in responses])  # (P, N, A)
+        levels = np.array([[list(attributes(text).values()) for text in texts] for _, texts in responses])  # (P, N, A)
         rng = np.random.default_rng((self.texts.seed, 1))
         values = (levels - 1.0) @ rng.standard_normal((levels.shape[-1], self.num_people))  # (P, N, U)
         shown = [shown_prompts(test, self.prompts_per_person, rng) for _ in range(self.num_people)]

@@ -34,7 +34,8 @@ def split_dialogue(text: str) -> tuple[str, str] | None:
     """
     pieces = _SPEAKER.split(text)[1:]
     messages = [
-        {"role": _ROLES[role], "content": said.strip()} for role, said in zip(pieces[::2], pieces[1::2], strict=True)
+        {"role": _ROLES[role], "content": content.strip()}
+        for role, content in zip(pieces[::2], pieces[1::2], strict=True)
     ]
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         return None
@@ -73,7 +74,7 @@ class HHPairs(TypedPairs):
     def read_pool(self) -> TypedPool:
         """Read both subsets; a pair of transcripts that share nothing but the question is left out."""
         opinions: dict[tuple[str, str, str], tuple[list[int], int]] = {}
-        asked: set[str] = set()
+        test_prompts: set[str] = set()
         for half, part in (("test", TEST), ("train", TARGET)):
             for subset in TYPES:
                 files = corpus_files(self.path, REPO, f"{subset}-base/{half}.jsonl*")
@@ -82,10 +83,10 @@ class HHPairs(TypedPairs):
                     if better is None or worse is None:
                         continue
                     (prompt, chosen), (other, rejected) = better, worse
-                    if prompt != other or chosen == rejected or (part == TARGET and prompt in asked):
+                    if prompt != other or chosen == rejected or (part == TARGET and prompt in test_prompts):
                         continue
                     if part == TEST:
-                        asked.add(prompt)
+                        test_prompts.add(prompt)
                     opinions.setdefault((prompt, chosen, rejected), ([-1 if subset == "harmless" else 1, 1], part))
         if not opinions:
             raise ValueError(f"expected transcripts that end with the assistant's reply in {REPO}, got none")

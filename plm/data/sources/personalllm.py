@@ -66,11 +66,11 @@ class PersonalLlmPairs(PopulationPairs):
                 columns: list[int] = []
                 values: list[list[float]] = []
                 for n in numbers:
-                    text, own = row[f"response_{n}"], [row[f"response_{n}_{model}"] for model in REWARD_MODELS]
-                    able = bool(text and text.strip()) and text not in seen and None not in own
+                    text, rewards = row[f"response_{n}"], [row[f"response_{n}_{model}"] for model in REWARD_MODELS]
+                    able = bool(text and text.strip()) and text not in seen and None not in rewards
                     seen.add(text)
                     columns.append(responses.setdefault(text, len(responses)) if able else -1)
-                    values.append(own if able else [np.nan] * len(REWARD_MODELS))
+                    values.append(rewards if able else [np.nan] * len(REWARD_MODELS))
                 candidates.append(columns)
                 scores.append(values)
         test = np.array(list(prompts.values()), dtype=np.bool_)

@@ -158,37 +158,37 @@ class PopulationPairs(PairSource):
 
     def load(self) -> PairTable:
         """Let everyone name the best and the worst candidate of the prompts shown to them."""
-        return self._made[0]
+        return self._planted[0]
 
     def planted_log_odds(self) -> Float64Array:
         """Those of people who never err, in units of the spread of all differences."""
-        difference = self._made[1]
+        difference = self._planted[1]
         log_odds: Float64Array = difference / max(float(difference.std()), SURE) / SURE
         return log_odds
 
     @cached_property
-    def _made(self) -> tuple[PairTable, Float64Array]:
+    def _planted(self) -> tuple[PairTable, Float64Array]:
         """The pairs, and what each person sees in the chosen response over the rejected one, ``(N,)``."""
         pool = self.pool
         scores = standardise(pool.scores) if self.z_score else pool.scores
         rng = np.random.default_rng([self.seed, 1])
         train, test = np.flatnonzero(~pool.test), np.flatnonzero(pool.test)
         people = np.arange(self.num_seen + self.num_unseen)
-        parts = [  # who, how many prompts of what, row split
+        parts = [  # users, number of prompts, prompts to draw from, row split
             (people[: self.num_seen], self.seen_pairs, train, 0),
             (people[self.num_seen :], self.unseen_pairs, train, 0),
             (people, len(test) if self.test_pairs is None else self.test_pairs, test, 2),
         ]
         columns: list[IntArray] = []
-        for who, count, prompts, split in parts:
-            if not len(who):
+        for users, count, prompts, split in parts:
+            if not len(users):
                 continue
             if count > len(prompts):
                 kind = "test" if split else "training"
                 raise ValueError(f"expected at most the {len(prompts)} {kind} prompts of {self.name}, got {count}")
-            shown = prompts[_draw(rng, len(who), len(prompts), count)]
-            picked = best_and_worst(scores, self.weights[who], shown).reshape(-1, 2)
-            user, prompt = np.repeat(who, count), shown.ravel()
+            shown = prompts[_draw(rng, len(users), len(prompts), count)]
+            picked = best_and_worst(scores, self.weights[users], shown).reshape(-1, 2)
+            user, prompt = np.repeat(users, count), shown.ravel()
             columns.append(np.stack([user, prompt, *picked.T, np.full(len(user), split)], axis=1))
         user, prompt, best, worst, split = np.concatenate(columns).T
         kept = best >= 0

@@ -55,9 +55,10 @@ def lore_split(
     users_of = {user: split for user, split in users_of.items() if len(set(dialogues[user])) >= min_dialogues}
     rows_of: dict[str, str] = {}
     for user in users_of:
-        own = sorted(set(dialogues[user]), key=natural)
-        shuffle(own)
-        rows_of |= {dialogue: "train" if row < len(own) // 2 else "test" for row, dialogue in enumerate(own)}
+        user_dialogues = sorted(set(dialogues[user]), key=natural)
+        shuffle(user_dialogues)
+        half = len(user_dialogues) // 2
+        rows_of |= {dialogue: "train" if row < half else "test" for row, dialogue in enumerate(user_dialogues)}
     return users_of, rows_of
 
 
@@ -116,10 +117,10 @@ class PrismPairs(PairSource):
             if row["user_id"] in people:
                 dialogues.setdefault(row["conversation_id"], []).append(row)
         pairs, dropped = usable([pair for rows in dialogues.values() for pair in dialogue_pairs(rows)])
-        own: dict[str, list[str]] = {user: [] for user in people}
+        dialogues_of: dict[str, list[str]] = {user: [] for user in people}
         for pair in pairs:
-            own[pair["user_id"]].append(pair["dialogue_id"])
-        users_of, rows_of = lore_split(own, self.seed, self.seen_share, self.min_dialogues)
+            dialogues_of[pair["user_id"]].append(pair["dialogue_id"])
+        users_of, rows_of = lore_split(dialogues_of, self.seed, self.seen_share, self.min_dialogues)
         kept = [
             {**pair, "user_split": users_of[pair["user_id"]], "row_split": rows_of[pair["dialogue_id"]]}
             for pair in pairs

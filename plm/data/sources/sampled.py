@@ -78,7 +78,7 @@ class SampledPairs(PairSource):
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        """Raise one error about everything that is wrong."""
+        """Raise one error about all arguments that are out of range."""
         problems = Problems("SampledPairs.")
         problems.say("SampledPairs.rewards: expected at least one, got none", when=not self.rewards)
         nobody = not self.people and self.num_people < 1
@@ -114,14 +114,14 @@ class SampledPairs(PairSource):
         sampled, test, self._dropped = read_samples(self.path, self.test_share, self.seed)
         responses: dict[str, int] = {}
         table = np.full((len(sampled), max(map(len, sampled.values()))), -1, dtype=np.int64)
-        for number, own in enumerate(sampled.values()):
-            table[number, : len(own)] = [responses.setdefault(text, len(responses)) for text in own]
+        for number, replies in enumerate(sampled.values()):
+            table[number, : len(replies)] = [responses.setdefault(text, len(responses)) for text in replies]
         prompts, texts = list(sampled), list(responses)
         row, column = np.nonzero(table >= 0)
-        asked, given = [prompts[i] for i in row.tolist()], [texts[i] for i in table[row, column].tolist()]
+        row_prompts, row_texts = [prompts[i] for i in row.tolist()], [texts[i] for i in table[row, column].tolist()]
         scores = np.full((*table.shape, len(self.rewards)), np.nan)
         for axis, (name, reward) in enumerate(self.rewards.items()):
-            values = reward.score(asked, given)
+            values = reward.score(row_prompts, row_texts)
             if values.shape != row.shape or not np.isfinite(values).all():
                 raise ValueError(
                     f"expected a finite score of each of {len(row)} responses from the reward {name!r}, got shape "
@@ -134,21 +134,23 @@ class SampledPairs(PairSource):
     def weights(self) -> dict[str, Float64Array]:
         """Person -> weights ``(A,)``: those with a name, then those who were drawn."""
         names = list(self.rewards)
-        own = {who: np.array([given.get(name, 0.0) for name in names]) for who, given in self.people.items()}
+        weights_of = {
+            person: np.array([by_reward.get(name, 0.0) for name in names]) for person, by_reward in self.people.items()
+        }
         if self.num_people:
             drawn = dirichlet_weights(self.num_people, len(names), self.concentration, self.seed)
-            own |= dict(zip(numbered("person", self.num_people), drawn, strict=True))
-        return own
+            weights_of |= dict(zip(numbered("person", self.num_people), drawn, strict=True))
+        return weights_of
 
     def load(self) -> PairTable:
-        """Let everyone compare."""
+        """Let every person compare the responses to the prompts shown to them."""
         pool, people = self.pool, list(self.weights)
         scores = standardise(pool.scores) if self.z_score else pool.scores
         columns: list[IntArray] = []
         worth: list[Float64Array] = []
         ties = 0
-        for user, (who, weights) in enumerate(self.weights.items()):
-            rng = np.random.default_rng((self.seed, int(digest([who])[0])))
+        for user, (person, weights) in enumerate(self.weights.items()):
+            rng = np.random.default_rng((self.seed, int(digest([person])[0])))
             shown = shown_prompts(pool.test, self.prompts_per_person, rng)
             if self.pairs == "best_worst":
                 first, second = best_and_worst(scores, weights[None], shown[None])[0].T

@@ -25,7 +25,7 @@ NUM_SHOWN = 20
 
 
 class Samples(NamedTuple):
-    """What was read."""
+    """Responses to prompts as read from files."""
 
     responses: dict[str, list[str]]
     """Two or more distinct responses of every prompt."""
@@ -57,19 +57,19 @@ def read_samples(path: str | list[str], test_share: float, seed: int) -> Samples
             if problem:
                 problems.append(f"{position(file, line)}: {problem}")
                 continue
-            own = sampled.setdefault(record["prompt"], [])
-            own += [text for text in dict.fromkeys(record["responses"]) if text.strip() and text not in own]
+            texts = sampled.setdefault(record["prompt"], [])
+            texts += [text for text in dict.fromkeys(record["responses"]) if text.strip() and text not in texts]
             split[record["prompt"]] = record.get("split")
     if problems:
         more = [f"... and {len(problems) - NUM_SHOWN} more"] if len(problems) > NUM_SHOWN else []
         raise ValueError("\n".join([f"{len(problems)} malformed rows:", *problems[:NUM_SHOWN], *more]))
-    kept = {prompt: own for prompt, own in sampled.items() if len(own) > 1}
+    kept = {prompt: texts for prompt, texts in sampled.items() if len(texts) > 1}
     if len(kept) < 2:
         raise ValueError(f"expected two or more prompts with two different responses in {path!r}")
     named = [split[prompt] for prompt in kept]
-    test = np.array([one == "test" for one in named], dtype=np.bool_)
+    test = np.array([name == "test" for name in named], dtype=np.bool_)
     if None in named:
-        if any(one is not None for one in named):
+        if any(name is not None for name in named):
             raise ValueError(f"expected a split of all prompts or of none in {path!r}, got both")
         order = np.argsort(mix(digest(list(kept)), seed_key(seed)), kind="stable")
         test[order[: min(len(kept) - 1, max(1, round(test_share * len(kept))))]] = True
@@ -90,8 +90,8 @@ def everyone_pairs(responses: Sequence[tuple[str, Sequence[str]]], test: BoolArr
     """
     code: dict[str, int] = {}
     rows = []
-    for number, (_, own) in enumerate(responses):
-        codes = [code.setdefault(text, len(code)) for text in own]
+    for number, (_, texts) in enumerate(responses):
+        codes = [code.setdefault(text, len(code)) for text in texts]
         codes += codes[:1] if len(codes) % 2 else []
         rows += [(number, *pair) for pair in zip(codes[::2], codes[1::2], strict=True)]
     prompt, chosen, rejected = np.array(rows, dtype=np.int64).T
@@ -141,20 +141,20 @@ class SampledResponses(PairSource):
     def load(self) -> PairTable:
         """Read the files."""
         samples = read_samples(self.path, self.test_share, self.seed)
-        responses = [(prompt, own[: self.num_responses]) for prompt, own in samples.responses.items()]
+        responses = [(prompt, texts[: self.num_responses]) for prompt, texts in samples.responses.items()]
         dropped = {why: count for why, count in samples.dropped.items() if count}
         return everyone_pairs(responses, samples.test, dropped=dropped)
 
 
 def _problem(record: dict[str, Any], split: dict[str, str | None]) -> str | None:
     """What is wrong with a line, given the splits of the prompts before it."""
-    prompt, responses, own = (record.get(name) for name in ("prompt", "responses", "split"))
+    prompt, responses, half = (record.get(name) for name in ("prompt", "responses", "split"))
     if not isinstance(prompt, str):
         return f"prompt: expected a text, got {short(prompt)}"
     if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
         return f"responses: expected a list of texts, got {short(responses)}"
-    if own not in (None, "train", "test"):
-        return f"split: expected train or test, got {short(own)}"
-    if split.get(prompt, own) != own:
-        return f"split: expected {split[prompt]!r}, as before for this prompt, got {own!r}"
+    if half not in (None, "train", "test"):
+        return f"split: expected train or test, got {short(half)}"
+    if split.get(prompt, half) != half:
+        return f"split: expected {split[prompt]!r}, as before for this prompt, got {half!r}"
     return None

@@ -31,25 +31,25 @@ def pool_of(
         test_share: Share of the prompts asked in the test only.
         seed: Another seed draws other candidates and test prompts.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    replies_of: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         values = [row[name] for name in attributes]
         if row["response"] and row["response"].strip() and not any(v is None or v != v for v in values):
-            found.setdefault(row["prompt"], {}).setdefault(row["response"], [float(v) for v in values])
-    found = {prompt: replies for prompt, replies in found.items() if len(replies) > 1}
-    if not found:
+            replies_of.setdefault(row["prompt"], {}).setdefault(row["response"], [float(v) for v in values])
+    replies_of = {prompt: replies for prompt, replies in replies_of.items() if len(replies) > 1}
+    if not replies_of:
         raise ValueError(f"expected prompts with two responses that have all of {attributes}, got none")
     responses: dict[str, int] = {}
-    width = min(candidates, max(len(replies) for replies in found.values()))
-    table = np.full((len(found), width), -1, dtype=np.int64)
-    scores = np.full((len(found), width, len(attributes)), np.nan)
-    for number, replies in enumerate(found.values()):
+    width = min(candidates, max(len(replies) for replies in replies_of.values()))
+    table = np.full((len(replies_of), width), -1, dtype=np.int64)
+    scores = np.full((len(replies_of), width, len(attributes)), np.nan)
+    for number, replies in enumerate(replies_of.values()):
         texts = list(replies)
         order = np.argsort(mix(digest(texts), seed_key(seed)), kind="stable")[:width]
         for column, pick in enumerate(order.tolist()):
             table[number, column] = responses.setdefault(texts[pick], len(responses))
             scores[number, column] = replies[texts[pick]]
-    prompts = list(found)
+    prompts = list(replies_of)
     order = np.argsort(mix(digest(prompts), seed_key(seed)), kind="stable")
     test = np.zeros(len(prompts), dtype=np.bool_)
     test[order[: max(1, round(test_share * len(prompts)))]] = True
@@ -102,12 +102,12 @@ class SimulatedPairs(PopulationPairs):
 
     def read_pool(self) -> CandidatePool:
         """Read the table, and the prompts where they are apart."""
-        own = {"response": self.response, **{name: name for name in self.attributes}}
+        columns = {"response": self.response, **{name: name for name in self.attributes}}
         if self.prompts is None:
-            rows = read_rows(local_files(self.path), {"prompt": self.prompt, **own})
+            rows = read_rows(local_files(self.path), {"prompt": self.prompt, **columns})
         else:
             texts = read_rows(local_files(self.prompts), {"key": self.key, "prompt": self.prompt})
             text_of = {row["key"]: row["prompt"] for row in texts}
-            rows = read_rows(local_files(self.path), {"key": self.key, **own})
+            rows = read_rows(local_files(self.path), {"key": self.key, **columns})
             rows = [{**row, "prompt": text_of[row["key"]]} for row in rows if row["key"] in text_of]
         return pool_of(rows, self.attributes, self.candidates, self.test_share, self.seed)

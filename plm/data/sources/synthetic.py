@@ -88,7 +88,7 @@ class SyntheticPairs(PairSource):
 
     def load(self) -> PairTable:
         """Write the texts and let the users choose."""
-        return self._made[0]
+        return self._planted[0]
 
     def planted_log_odds(self) -> Float64Array:
         """Those of the planted utilities; large ones where nobody errs."""
@@ -98,10 +98,10 @@ class SyntheticPairs(PairSource):
     @property
     def truth(self) -> Truth:
         """What is planted."""
-        return self._made[1]
+        return self._planted[1]
 
     @cached_property
-    def _made(self) -> tuple[PairTable, Truth]:
+    def _planted(self) -> tuple[PairTable, Truth]:
         rng = np.random.default_rng(self.seed)
         num_prompts = min(NUM_PROMPTS, max(1000, self.pairs_per_user))
         prompts, replies, levels = _write(rng, num_prompts)
@@ -166,19 +166,19 @@ class SyntheticPairs(PairSource):
 
 def _write(rng: np.random.Generator, num_prompts: int) -> tuple[list[str], list[str], IntArray]:
     """Prompts, ``REPLIES`` distinct replies to each, and the attributes ``(I, A)`` of the replies."""
-    asked = prompt_texts(rng.permutation(NUM_PROMPTS)[:num_prompts].tolist())
+    prompts = prompt_texts(rng.permutation(NUM_PROMPTS)[:num_prompts].tolist())
     num_replies = num_prompts * REPLIES
     levels = rng.choice(MAX_LEVEL + 1, size=(num_replies, len(NAMES)), p=(0.6, 0.25, 0.15))
     draws = rng.integers(2**40, size=(num_replies, len(NAMES) + 2))
-    made: dict[str, None] = {}
+    replies: dict[str, None] = {}
     for row, (level, draw) in enumerate(zip(levels.tolist(), draws.tolist(), strict=True)):
-        parts = asked[row // REPLIES][1]
+        parts = prompts[row // REPLIES][1]
         text = reply_text(level, parts, draw)
-        while text in made:  # replies are distinct, so that a pair never compares a text with itself
+        while text in replies:  # replies are distinct, so that a pair never compares a text with itself
             draw[-2] += 1
             text = reply_text(level, parts, draw)
-        made[text] = None
-    return [prompt for prompt, _ in asked], list(made), levels
+        replies[text] = None
+    return [prompt for prompt, _ in prompts], list(replies), levels
 
 
 def _mirror(draw: Float64Array, block: int) -> Float64Array:

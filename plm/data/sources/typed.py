@@ -95,23 +95,25 @@ class TypedPairs(PairSource):
         pool = self.read_pool()
         rng = np.random.default_rng(self.seed)
         survey = SURVEY if (pool.part == SURVEY).any() else TARGET
-        asked = [
+        rows_of_types = [
             {part: np.flatnonzero((pool.part == part) & (column != 0)) for part in (SURVEY, TARGET, TEST)}
             for column in pool.opinion.T
         ]
         user_ids: list[str] = []
         rows: list[IntArray] = []
         num_people = self.num_seen + self.num_unseen
-        for kind, own in enumerate(asked):
-            if not len(own[survey]) or not len(own[TEST]):
+        for kind, type_rows in enumerate(rows_of_types):
+            if not len(type_rows[survey]) or not len(type_rows[TEST]):
                 raise ValueError(f"expected pairs to train on and to test for {pool.types[kind]!r} of {self.name}")
             for person in range(num_people):
                 seen = person < self.num_seen
-                support = rng.permutation(own[survey])[: self.support_pairs]
-                free = np.setdiff1d(own[TARGET], support)  # where there is no survey, support comes from the targets
+                support = rng.permutation(type_rows[survey])[: self.support_pairs]
+                free = np.setdiff1d(
+                    type_rows[TARGET], support
+                )  # where there is no survey, support comes from the targets
                 drawn = {
                     0: np.concatenate([support, rng.permutation(free)[: self.target_pairs if seen else 0]]),
-                    2: rng.permutation(own[TEST])[: self.test_pairs],
+                    2: rng.permutation(type_rows[TEST])[: self.test_pairs],
                 }
                 for split, pick in drawn.items():
                     number = np.full(len(pick), len(user_ids))

@@ -30,8 +30,8 @@ TEST_SHARE = 0.1
 
 def ratings_of(completion: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The four ratings of a completion; None where one is missing or N/A."""
-    given = [str((completion["annotations"].get(name) or {}).get("Rating")) for name in ATTRIBUTES]
-    return tuple(int(text) for text in given) if all(text.isdigit() for text in given) else None
+    ratings = [str((completion["annotations"].get(name) or {}).get("Rating")) for name in ATTRIBUTES]
+    return tuple(int(text) for text in ratings) if all(text.isdigit() for text in ratings) else None
 
 
 def opinions(left: IntArray, right: IntArray) -> IntArray:
@@ -88,8 +88,8 @@ class UltraFeedbackPPairs(TypedPairs):
         files = corpus_files(inside and f"{inside}/{RATINGS_REPO}", RATINGS_REPO, "*.jsonl")
         for row in read_rows(files, columns):
             for completion in row["completions"]:
-                if (given := ratings_of(completion)) is not None:
-                    rating[row["instruction"], completion["response"]] = given
+                if (ratings := ratings_of(completion)) is not None:
+                    rating[row["instruction"], completion["response"]] = ratings
         files = corpus_files(inside and f"{inside}/{PAIRS_REPO}", PAIRS_REPO, "default/train/*.parquet", PARQUET)
         texts: dict[tuple[str, str, str], None] = {}
         for row in read_rows(files, {name: name for name in ("prompt", "chosen", "rejected")}):
