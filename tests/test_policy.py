@@ -268,7 +268,7 @@ def test_virtual_tokens_before_a_text_act_like_those_of_a_text(causal_lm: Folder
     """The keys and values of a real text as prefix give the log-probabilities of the two texts joined."""
     policy = policy_of(causal_lm, kind)
     begin = torch.tensor([policy.backbone.prompt_tokens("once")])
-    cache = policy.network.base_model(input_ids=begin, use_cache=True).past_key_values
+    cache = policy.network.base_model(input_ids=begin, use_cache=True).cache
     prefix = [(layer.keys.expand(2, -1, -1, -1), layer.values.expand(2, -1, -1, -1)) for layer in cache.layers]
     parts, whole = [(" upon", " a time"), (" we", " met")], [("once upon", " a time"), ("once we", " met")]
     hidden, token, row = policy.completions(tokens(policy, parts), prefix)

@@ -6,7 +6,6 @@ Axes: T tokens.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -87,16 +86,6 @@ class CausalLM(HFBackbone):
         """Identity of what is cached with it: the model and everything that decides the tokens of a text."""
         cut: Key = {"max_prompt_length": self.max_prompt_length, "append_eos": self.append_eos}
         return {**super().key(), **cut, "quantization": self.quantization}
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer."""
-        return self._tokenizer
-
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens of prompt and response together."""
-        return self._limit
 
     # ------------------------------------------------------------------ texts
     def prompt_tokens(self, prompt: str) -> list[int]:
@@ -244,9 +233,7 @@ class CausalLM(HFBackbone):
             options["attn_implementation"] = self.attention
         if self.quantization is not None:
             options["quantization_config"] = _four_bit(self.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            network = self._read(transformers.AutoModelForCausalLM.from_pretrained, **options)
+        network = self.read(transformers.AutoModelForCausalLM.from_pretrained, **options)
         network.config.use_cache = False
         return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
 

@@ -78,7 +78,7 @@ class Classifier(HFBackbone):
         import transformers
 
         load = transformers.AutoModelForSequenceClassification.from_pretrained
-        model, info = self._read(load, dtype=getattr(torch, self.dtype), output_loading_info=True)
+        model, info = self.read(load, dtype=getattr(torch, self.dtype), output_loading_info=True)
         if info["missing_keys"]:
             absent = sorted(info["missing_keys"])[:3]
             raise ValueError(f"expected a trained classifier, but {self.model!r} lacks the weights {absent}")

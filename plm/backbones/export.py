@@ -80,17 +80,16 @@ def reward_model(backbone: HFBackbone, head: HeadParts) -> RewardModel:
 
     from plm.backbones.modeling_reward import RewardConfig, RewardModel
 
-    base = backbone._read(AutoModel.from_pretrained, dtype=getattr(torch, backbone.dtype))
-    is_last = backbone._layer == base.config.get_text_config().num_hidden_layers
-    steps_over = backbone._kind == "sequence_classification" and backbone._head_pad >= 0
+    base = backbone.read(AutoModel.from_pretrained, dtype=getattr(torch, backbone.dtype))
+    steps_over = backbone.actual_kind == "sequence_classification" and backbone.head_pad_id >= 0
     described = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
     config = RewardConfig(
         base=described,
-        pooling=backbone._pooling,
-        layer=-1 if is_last else backbone._layer,
+        pooling=backbone.actual_pooling,
+        layer=-1 if backbone.reads_last_layer else backbone.layer_number,
         normalize=backbone.normalize,
-        skip_token_id=backbone._head_pad if steps_over else None,
-        pad_token_id=backbone._pad,
+        skip_token_id=backbone.head_pad_id if steps_over else None,
+        pad_token_id=backbone.pad_id,
         dtype=backbone.dtype,
         **head.options,
     )
@@ -105,8 +104,8 @@ def reward_model(backbone: HFBackbone, head: HeadParts) -> RewardModel:
 def save_reward_model(model: RewardModel, backbone: HFBackbone, folder: Path) -> None:
     """Write a reward model with its code, its tokenizer and a README that says how texts are put together."""
     model.save_pretrained(folder)
-    tokenizer = backbone._tokenizer
-    tokenizer.model_max_length = backbone._limit
+    tokenizer = backbone.tokenizer
+    tokenizer.model_max_length = backbone.max_tokens
     tokenizer.init_kwargs |= {"truncation_side": "left", "padding_side": "right"}
     tokenizer.save_pretrained(folder)
     special = ", add_special_tokens=False" if backbone.template == "chat" else ""

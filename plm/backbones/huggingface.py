@@ -91,15 +91,15 @@ class HFBackbone(Backbone):
     def key(self) -> Key:
         """Identity of the cache: the content of a local model, or the commit of one on the hub, and all settings."""
         folder = self._folder
-        chat = self._tokenizer.chat_template if self.template == "chat" else None
+        chat = self.tokenizer.chat_template if self.template == "chat" else None
         return {
             "engine": "transformers",
             "model": self.model if folder is None else folder.resolve().name,
             "revision": self._commit if folder is None else None,
             "content": self._content,
-            "kind": self._kind,
-            "pooling": self._pooling,
-            "layer": self._layer,
+            "kind": self.actual_kind,
+            "pooling": self.actual_pooling,
+            "layer": self.layer_number,
             "template": self.template,
             "template_hash": hashlib.sha256(chat.encode()).hexdigest() if chat else None,
             "max_length": self.max_length,
@@ -152,17 +152,18 @@ class HFBackbone(Backbone):
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        config = self._read(AutoConfig.from_pretrained)
+        config = self.read(AutoConfig.from_pretrained)
         layers = config.get_text_config().num_hidden_layers
         if not -layers - 1 <= self.layer <= layers:
             raise ValueError(f"{self.model!r} has {layers} layers, got layer={self.layer}; choose -1 for the last one")
         return config
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, which cuts texts at their beginning."""
         from transformers import AutoTokenizer
 
-        tokenizer = self._read(AutoTokenizer.from_pretrained)
+        tokenizer = self.read(AutoTokenizer.from_pretrained)
         tokenizer.truncation_side = "left"
         if self.template == "chat" and not isinstance(tokenizer.chat_template, str):
             found = "none" if tokenizer.chat_template is None else f"several: {', '.join(tokenizer.chat_template)}"
@@ -174,7 +175,8 @@ class HFBackbone(Backbone):
         return tokenizer
 
     @cached_property
-    def _kind(self) -> str:
+    def actual_kind(self) -> str:
+        """What the model is: ``kind``, or what its config says."""
         if self.kind != "auto":
             return self.kind
         architecture = (self._config.architectures or [""])[0]
@@ -183,35 +185,40 @@ class HFBackbone(Backbone):
         return "causal_lm" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
 
     @cached_property
-    def _pooling(self) -> str:
-        if self.pooling == "cls" and self._kind != "encoder":
+    def actual_pooling(self) -> str:
+        """How hidden states become features: ``pooling``, or what suits the kind."""
+        if self.pooling == "cls" and self.actual_kind != "encoder":
             raise ValueError(
-                f"pooling='cls' reads the first token, which sees no other in {self.model!r} ({self._kind}); "
+                f"pooling='cls' reads the first token, which sees no other in {self.model!r} ({self.actual_kind}); "
                 "choose 'last' or 'mean'"
             )
         if self.pooling != "auto":
             return self.pooling
-        return "mean" if self._kind == "encoder" else "last"
+        return "mean" if self.actual_kind == "encoder" else "last"
 
     @cached_property
-    def _layer(self) -> int:
+    def layer_number(self) -> int:
         """The hidden state as a number from 0, the embeddings, to the number of layers."""
-        layers = int(self._config.get_text_config().num_hidden_layers)
-        return self.layer % (layers + 1)
+        return self.layer % (int(self._config.get_text_config().num_hidden_layers) + 1)
+
+    @property
+    def reads_last_layer(self) -> bool:
+        """Whether features are pooled from the last hidden state."""
+        return self.layer_number == int(self._config.get_text_config().num_hidden_layers)
 
     @cached_property
     def _scores(self) -> bool:
         """Whether the model's own head scores these features."""
-        last = self._layer == self._config.get_text_config().num_hidden_layers
-        return self._kind == "sequence_classification" and self._pooling == "last" and last and not self.normalize
+        read_by_head = self.reads_last_layer and self.actual_pooling == "last" and not self.normalize
+        return self.actual_kind == "sequence_classification" and read_by_head
 
     @cached_property
-    def _limit(self) -> int:
-        """Most tokens of a text."""
+    def max_tokens(self) -> int:
+        """Most tokens of a text; of prompt and response together."""
         positions = getattr(self._config.get_text_config(), "max_position_embeddings", None) or 10**9
         if self.max_length is None:
-            return int(min(positions, self._tokenizer.model_max_length, 10**9))
-        lowest = 1 + (self._tokenizer.num_special_tokens_to_add() if self.template != "chat" else 0)
+            return int(min(positions, self.tokenizer.model_max_length, 10**9))
+        lowest = 1 + (self.tokenizer.num_special_tokens_to_add() if self.template != "chat" else 0)
         if not lowest <= self.max_length <= positions:
             raise ValueError(
                 f"expected max_length between {lowest} and {positions}, what {self.model!r} can read, "
@@ -235,11 +242,11 @@ class HFBackbone(Backbone):
         from transformers.utils.hub import cached_file
 
         try:
-            return str(self._read(lambda model, **options: cached_file(model, name, **options)))
+            return str(self.read(lambda model, **options: cached_file(model, name, **options)))
         except ValueError:
             return None
 
-    def _read(self, load: Callable[..., Any], **options: Any) -> Any:
+    def read(self, load: Callable[..., Any], **options: Any) -> Any:
         """Call a loader of transformers on the model; its errors become a message about ``model``."""
         name = self.model if self._folder is None else str(self._folder)
         try:
@@ -271,8 +278,8 @@ class HFBackbone(Backbone):
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=FIXED_DATE + self._tokenizer.chat_template
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, chat_template=FIXED_DATE + self.tokenizer.chat_template
             )
         except TemplateError as error:
             roles = [message["role"] for message in messages]
@@ -282,13 +289,13 @@ class HFBackbone(Backbone):
         return str(text)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, at most ``_limit``, the end kept."""
-        tokenizer, chat = self._tokenizer, self.template == "chat"
+        """Token ids of each text, at most ``max_tokens``, the end kept."""
+        tokenizer, chat = self.tokenizer, self.template == "chat"
         rows: list[list[int]] = tokenizer(
             list(texts),
             add_special_tokens=not chat,  # a chat template has written its own
             truncation=True,
-            max_length=self._limit,
+            max_length=self.max_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
@@ -350,19 +357,19 @@ class HFBackbone(Backbone):
         """Pooled features ``(B, D)`` float32 of B rows of token ids, on the model's device."""
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (B, T)
-        ids = torch.full(mask.shape, self._pad)
+        ids = torch.full(mask.shape, self.pad_id)
         ids[mask] = torch.tensor(list(chain.from_iterable(rows)))
         last = lengths - 1
-        if self._kind == "sequence_classification":  # its head reads the rightmost token that is no padding token
-            real = mask & (ids != self._head_pad)
+        if self.actual_kind == "sequence_classification":  # its head reads the rightmost token that is no padding token
+            real = mask & (ids != self.head_pad_id)
             last = (torch.arange(ids.shape[1]) * real).argmax(1)
         ids, mask, last = (tensor.to(self._network.device) for tensor in (ids, mask, last))
-        is_last = self._layer == self._config.get_text_config().num_hidden_layers
-        output = self._network(input_ids=ids, attention_mask=mask.long(), output_hidden_states=not is_last)
-        hidden = output.last_hidden_state if is_last else output.hidden_states[self._layer]  # (B, T, D)
-        if self._pooling == "mean":
+        last_layer = self.reads_last_layer
+        output = self._network(input_ids=ids, attention_mask=mask.long(), output_hidden_states=not last_layer)
+        hidden = output.last_hidden_state if last_layer else output.hidden_states[self.layer_number]  # (B, T, D)
+        if self.actual_pooling == "mean":
             pooled = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        elif self._pooling == "cls":
+        elif self.actual_pooling == "cls":
             pooled = hidden[:, 0].float()
         else:
             pooled = hidden[torch.arange(len(rows), device=last.device), last].float()
@@ -379,14 +386,14 @@ class HFBackbone(Backbone):
         """Load the weights; a reward model's head is checked against its logits."""
         import transformers
 
-        rewards = self._kind == "sequence_classification"
+        rewards = self.actual_kind == "sequence_classification"
         auto = transformers.AutoModelForSequenceClassification if rewards else transformers.AutoModel
-        model, info = self._read(auto.from_pretrained, dtype=getattr(torch, self.dtype), output_loading_info=True)
+        model, info = self.read(auto.from_pretrained, dtype=getattr(torch, self.dtype), output_loading_info=True)
         absent = sorted(key for key in info["missing_keys"] if "pooler" not in key)
         if absent:
             raise ValueError(
                 f"{self.model!r} lacks the weights {absent[:3]} of a {type(model).__name__}; "
-                f"set another kind than {self._kind!r}"
+                f"set another kind than {self.actual_kind!r}"
             )
         model = model.eval().requires_grad_(False).to(device())
         model.config.use_cache = False
@@ -400,13 +407,13 @@ class HFBackbone(Backbone):
                 raise
 
     @cached_property
-    def _pad(self) -> int:
+    def pad_id(self) -> int:
         """Token id of masked positions; any will do where the tokenizer has none."""
-        pad = self._tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
         return 0 if pad is None else int(pad)
 
     @cached_property
-    def _head_pad(self) -> int:
+    def head_pad_id(self) -> int:
         """Token id that a reward model's head steps over; -1 for none."""
         pad = self._config.get_text_config().pad_token_id
         return -1 if pad is None else int(pad)
@@ -419,7 +426,7 @@ class HFBackbone(Backbone):
                 f"expected a reward model with a linear `score` head of one output, got {type(model).__name__} with "
                 f"score={head!r} in {self.model!r}; set kind='encoder' to use its hidden states without a head"
             )
-        if self.template != "chat" and isinstance(self._tokenizer.chat_template, str):
+        if self.template != "chat" and isinstance(self.tokenizer.chat_template, str):
             warnings.warn(
                 f"the reward model {self.model!r} has a chat template and template={self.template!r} does not use it; "
                 "set template='chat' to score what it was trained on",

@@ -115,7 +115,7 @@ class KeyValueMaker(nn.Module):
         hidden = torch.stack(out.hidden_states[: self.num_layers], 1)  # (1, L, 3, D)
         made = self(hidden, torch.zeros(1, dtype=torch.long, device=policy.device))
         tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2
-        for ours, cached in zip(made, out.past_key_values.layers, strict=True):
+        for ours, cached in zip(made, out.cache.layers, strict=True):
             for one, two in zip(ours, (cached.keys, cached.values), strict=True):
                 if one.shape != two.shape or (one - two).abs().max() > tolerance * two.abs().max().clamp(min=1):
                     raise ValueError(refusal)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -67,9 +66,7 @@ class Policy(nn.Module):
         self.lora: LoRA | None = None
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # has another name in later versions of transformers
-                self.network.gradient_checkpointing_enable(options)
+            self.network.activation_checkpointing_enable(options)
         self._head_is_whole = self._shares = False
         self._sharded: list[Any] = []  # inner modules first
         self.train()
@@ -190,7 +187,7 @@ class Policy(nn.Module):
             mask = torch.cat([mask.new_ones(len(mask), length), mask], 1)
             position = position + length
         return self.network.base_model(  # type: ignore[no-any-return]
-            input_ids=ids, attention_mask=mask.long(), position_ids=position, past_key_values=cache, use_cache=False
+            input_ids=ids, attention_mask=mask.long(), position_ids=position, cache=cache, use_cache=False
         ).last_hidden_state
 
     def completions(self, tokens: Tokens, prefix: Prefix | None = None) -> Completions:
@@ -229,7 +226,7 @@ class Policy(nn.Module):
             input_ids=packed,
             attention_mask=bias[:, None],
             position_ids=position,
-            past_key_values=cache,
+            cache=cache,
             use_cache=False,
         ).last_hidden_state
         pair = row % len(packed)
@@ -348,7 +345,7 @@ class Writing:
                 input_ids=ids,
                 attention_mask=self._mask.long(),
                 position_ids=position,
-                past_key_values=self._cache,
+                cache=self._cache,
                 use_cache=True,
             ).last_hidden_state
             return self.policy.logits(hidden[:, -1]).float()

@@ -31,7 +31,7 @@ class PrefixShape:
             raise ValueError(f"model.num_virtual_tokens: expected at least 1, got {num_virtual_tokens!r}")
         ids = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
         with torch.no_grad():
-            cache = policy.network.base_model(input_ids=ids, use_cache=True).past_key_values
+            cache = policy.network.base_model(input_ids=ids, use_cache=True).cache
         shapes = {tuple(layer.keys.shape[1::2]) for layer in cache.layers}
         if len(shapes) > 1:
             raise ValueError(

@@ -67,7 +67,7 @@ class Reading:
         self._mask = torch.cat([self._mask, attended], 1)
         mask = self._mask.long() if self._bias is None else self._biased_mask(num_before)
         return self.policy.network.base_model(  # type: ignore[no-any-return]
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self._cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=position, cache=self._cache, use_cache=True
         ).last_hidden_state
 
     def take(self, rows: Tensor) -> Reading:
@@ -80,7 +80,7 @@ class Reading:
         return taken
 
     def _check_room(self, width: int) -> None:
-        """Learned positions end somewhere."""
+        """Raise if the text is longer than the model's learned positions."""
         limit = int(self.policy.network.config.max_position_embeddings)
         learned = hasattr(self.policy.network.base_model, "wpe")
         if learned and width > limit and (longest := int(self.position.max())) > limit:

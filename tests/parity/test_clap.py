@@ -214,10 +214,10 @@ def test_keys_and_values_are_those_the_network_makes(causal_lm: Folder, kind: st
     position = start[:, None] + torch.arange(3)
     for row, layer in enumerate(base.h if kind == "gpt2" else base.layers):
         if kind == "gpt2":
-            layer.attn(layer.ln_1(hidden[:, row]), past_key_values=cache)
+            layer.attn(layer.ln_1(hidden[:, row]), cache=cache)
         else:
             angles = base.rotary_emb(hidden, position)
-            layer.self_attn(layer.input_layernorm(hidden[:, row]), angles, None, past_key_values=cache)
+            layer.self_attn(layer.input_layernorm(hidden[:, row]), angles, None, cache=cache)
     for ours, theirs in zip(made, cache.layers, strict=True):
         torch.testing.assert_close(ours[0], theirs.keys, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ours[1], theirs.values, atol=1e-5, rtol=1e-4)
