@@ -1,4 +1,4 @@
-"""load_method: any method's checkpoint, ours or a third party's, ready to score text and, of a policy, to write it."""
+"""Load the checkpoint of any method, of plm or of another package, ready to score text and, for a policy, to write."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def find_class(class_path: str) -> type[PersonalizationMethod]:
     """
     module, _, name = class_path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"cannot import the method {class_path!r} ({error}); install the package that defines it"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, PersonalizationMethod)):
-        raise ValueError(f"expected a subclass of PersonalizationMethod, got {class_path!r}, which is {found!r}")
-    return found
+    if not (isinstance(cls, type) and issubclass(cls, PersonalizationMethod)):
+        raise ValueError(f"expected a subclass of PersonalizationMethod, got {class_path!r}, which is {cls!r}")
+    return cls
 
 
 class KnownUsers:
@@ -75,14 +75,14 @@ class KnownUsers:
 
     def __init__(self, method: PersonalizationMethod, path: Path) -> None:
         self.method = method
-        own = shared_hash(method.state_dict(), method.user_tables)
+        weights_hash = shared_hash(method.state_dict(), method.user_tables)
         if path.exists():
             self.store = UserStore.load(path)
         else:
             with torch.no_grad():
                 states = method.user_states(torch.arange(len(method.user_ids), device=method.device))
-            self.store = UserStore(own, method.user_ids, states.detach().to("cpu"))
-        if self.store.shared_hash != own:
+            self.store = UserStore(weights_hash, method.user_ids, states.detach().to("cpu"))
+        if self.store.shared_hash != weights_hash:
             raise ValueError(
                 f"the user store {str(path)!r} belongs to other shared weights than its checkpoint; "
                 "adapt its users again, or remove the folder"
@@ -96,10 +96,9 @@ class KnownUsers:
         if not len(self.store):
             return population, known
 
-        def pick(own: Tensor, default: Tensor) -> Tensor:
-            return torch.where(
-                known.to(default.device).reshape(-1, *[1] * (default.dim() - 1)), own.to(default), default
-            )
+        def pick(state: Tensor, default: Tensor) -> Tensor:
+            is_known = known.to(default.device).reshape(-1, *[1] * (default.dim() - 1))
+            return torch.where(is_known, state.to(default), default)
 
         tensors = {name: pick(stored.tensors[name], value) for name, value in population.tensors.items()}
         return UserState(tensors, pick(stored.num_pairs, population.num_pairs)), known
@@ -115,7 +114,7 @@ class KnownUsers:
 
 
 class TextEncoder:
-    """Texts -> features, or tokens, by the backbone a checkpoint was trained with, loaded on first use.
+    """Turns texts into features, or tokens, by the backbone of a checkpoint, which is loaded on first use.
 
     Args:
         method: The loaded method; what it reads goes to its device.
@@ -161,7 +160,7 @@ class TextEncoder:
         return features
 
     def _on_device(self, read: Tensor | Tokens) -> Tensor | Tokens:
-        """What the method reads, where it is."""
+        """Move inputs to the device of the method, and read tokens as it does."""
         read = read.to(self.method.device)
         return self.method.read_tokens(read) if isinstance(read, Tokens) else read
 
@@ -184,24 +183,24 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
             store beside it belongs to other weights.
     """
     checkpoint = read_checkpoint(path, map_location)
-    about = checkpoint[CHECKPOINT_KEY]
-    cls = find_class(about["class_path"])
+    metadata = checkpoint[CHECKPOINT_KEY]
+    cls = find_class(metadata["class_path"])
     hparams = {key: value for key, value in checkpoint.get("hyper_parameters", {}).items() if not key.startswith("_")}
     # linked values and those a method hands to its bases are written even where the class has no such parameter
     bases = [base for base in cls.__mro__[1:] if issubclass(base, PersonalizationMethod)]
-    given_on = {name for base in bases for name in inspect.signature(base).parameters} | {"prompt_dim"}
+    passed_on = {name for base in bases for name in inspect.signature(base).parameters} | {"prompt_dim"}
     accepted = constructor_arguments(cls)
-    hparams = {key: value for key, value in hparams.items() if key in accepted or key not in given_on}
+    hparams = {key: value for key, value in hparams.items() if key in accepted or key not in passed_on}
     try:
         method = cls(**hparams)
-        method.user_ids = list(about["user_ids"])
+        method.user_ids = list(metadata["user_ids"])
         method.configure_model()
         method.on_load_checkpoint(checkpoint)
         method.load_state_dict(checkpoint["state_dict"], strict=method.strict_loading)
     except (TypeError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{str(path)!r} does not fit the installed {about['class_path']}: {reason}; "
+            f"{str(path)!r} does not fit the installed {metadata['class_path']}: {reason}; "
             "load it with the version that wrote it"
         ) from error
     method.to(map_location).eval().requires_grad_(False)
@@ -212,7 +211,7 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
 
 
 def _find_beside(spec: dict[str, Any] | None, folder: Path) -> None:
-    """Where what a backbone reads is gone and something of its name lies in ``folder``, name that.
+    """Point a spec at the file of the same name in ``folder``, where the one that its backbone reads is gone.
 
     A relative ``model`` is left alone: it may be an id on a hub.
     """

@@ -6,7 +6,7 @@ each pair's user, so that users of very different size share a call without padd
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,8 @@ def flatten_context(context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)[context.mask]
     tie = torch.zeros_like(context.mask) if context.tie is None else context.tie
-    difference = cast("Tensor", context.chosen)[context.mask] - cast("Tensor", context.rejected)[context.mask]
+    chosen, rejected = context.features
+    difference = chosen[context.mask] - rejected[context.mask]
     weight = unit_mean_per_user(context.weight[context.mask], user, context.num_users)
     return difference, targets(tie[context.mask]).to(weight), weight, user
 

@@ -1,4 +1,4 @@
-"""Text out of a policy: `sample` from what a method's users would write, `best_of_n` by what they would prefer.
+"""Write text with a policy: `sample` draws what a method's users would write, `best_of_n` what they would prefer.
 
 Axes: B texts of one batch, T tokens, V vocabulary, U users.
 """
@@ -61,7 +61,7 @@ def sample(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Sample]]:
-    """Responses to prompts, each written for its user; users are mixed within a batch.
+    """Write responses to prompts, each for its user; users are mixed within a batch.
 
     What is random depends on the seed, the prompt and the number of the sample alone. A response is therefore the same
     whatever else is asked for, up to rounding where two tokens are about equally likely, and two policies that write
@@ -117,13 +117,13 @@ def sample(
             if isinstance(method, Policy) or states is None:
                 writing = policy.write()
             else:
-                asked = [prompts[row] for row in order]
-                own, whose = _distinct(states, state_row[order], policy.device)
+                batch_prompts = [prompts[row] for row in order]
+                batch_users, user_rows = _distinct(states, state_row[order], policy.device)
                 if isinstance(method, LatentWriter):
-                    own = method.latent_states(own, whose, asked, keys)
+                    row_users = method.latent_states(batch_users, user_rows, batch_prompts, keys)
                 else:
-                    own = own.take(whose)
-                writing = method.writing(own, asked)
+                    row_users = batch_users.take(user_rows)
+                writing = method.writing(row_users, batch_prompts)
             logits = writing.start(
                 completion_tokens([Completion(read[row], []) for row in order], left=True).to(policy.device)
             )
@@ -152,7 +152,7 @@ def best_of_n(
     user_id: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> list[Best]:
-    """The response that each prompt's user would prefer among n, for every method that scores responses.
+    """Find the response that each prompt's user would prefer among n, for every method that scores responses.
 
     A prompt that is asked for several users is written on once, and its responses are encoded once.
 
@@ -184,7 +184,7 @@ def best_of_n(
         for responses in sample(policy, list(distinct), num_samples=n, **settings)
         for response in responses
     ]
-    asked = [prompt for prompt in distinct for _ in range(n)]
+    pool_prompts = [prompt for prompt in distinct for _ in range(n)]
     filled = torch.tensor([bool(text) for text in pool])
     empty = [prompt for prompt, row in distinct.items() if not filled[row * n : (row + 1) * n].any()]
     if empty:
@@ -193,21 +193,21 @@ def best_of_n(
             "or set min_new_tokens"
         )
     written = filled.nonzero()[:, 0].tolist()
-    asked = [asked[place] for place in written]
-    represented = method.encode(asked, [pool[place] for place in written])
-    prompt_features = method.encode_prompts(asked) if method.encode_prompts is not None else None
+    written_prompts = [pool_prompts[place] for place in written]
+    represented = method.encode(written_prompts, [pool[place] for place in written])
+    prompt_features = method.encode_prompts(written_prompts) if method.encode_prompts is not None else None
     candidate = torch.tensor([[distinct[prompt] * n + number for number in range(n)] for prompt in prompts]).flatten()
     usable = filled[candidate].nonzero()[:, 0]
     encoded_row = (filled.cumsum(0) - 1)[candidate[usable]]
     rewards = []
     with torch.no_grad():
-        whose = state_row.repeat_interleave(n)[usable]
+        user_rows = state_row.repeat_interleave(n)[usable]
         for start in range(0, len(usable), _SCORED):
             at = encoded_row[start : start + _SCORED].to(method.device)
             chosen = represented.take(at) if isinstance(represented, Tokens) else represented[at]
-            own, rows = _distinct(states, whose[start : start + _SCORED], method.device)
-            given = None if prompt_features is None else prompt_features[at]
-            rewards.append(method.score(chosen, own, rows=rows, prompt_features=given).float().cpu())
+            batch_users, rows = _distinct(states, user_rows[start : start + _SCORED], method.device)
+            prompt_rows = None if prompt_features is None else prompt_features[at]
+            rewards.append(method.score(chosen, batch_users, rows=rows, prompt_features=prompt_rows).float().cpu())
     table = torch.full((len(candidate),), -torch.inf)
     table[usable] = torch.cat(rewards)
     table = table.reshape(len(prompts), n)
@@ -231,8 +231,8 @@ def sample_logps(
         batch_tokens: Most tokens that are read at once.
     """
     rows = [
-        Completion(policy.backbone.prompt_tokens(prompt), list(one.token_ids))
-        for prompt, one in zip(prompts, samples, strict=True)
+        Completion(policy.backbone.prompt_tokens(prompt), list(response.token_ids))
+        for prompt, response in zip(prompts, samples, strict=True)
     ]
     out = torch.zeros(len(rows))
     for batch in _batches([sum(map(len, row)) for row in rows], 1, 0, batch_tokens):
@@ -258,7 +258,7 @@ def _write(
     Args:
         writing: A batch that has been started.
         logits: ``(B, V)`` of the first tokens.
-        keys: ``(B,)`` what decides whatever is random in a text.
+        keys: ``(B,)`` seed of all that is random in a text.
         warp: How scores become a distribution; None = take the most likely token.
         ends: Ids that end a text.
         min_new_tokens: Tokens before which no text ends.
@@ -312,13 +312,13 @@ def gumbel_noise(keys: Tensor, place: int, size: int) -> Tensor:
 
 
 def _key(seed: int, prompt: str, number: int) -> int:
-    """What all randomness of one sample of one prompt comes from."""
+    """The seed of all randomness in one sample of one prompt."""
     text = f"{seed}\0{number}\0{prompt}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def _batches(lengths: Sequence[int], num_samples: int, more: int, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """(text, number of the sample) in batches of texts of similar length, the longest first.
+    """Yield (text, number of the sample) in batches of texts of similar length, the longest first.
 
     Args:
         lengths: Tokens of each text now.
@@ -343,7 +343,7 @@ def _states(
     user_id: str | Sequence[str] | None,
     rows: Tensor | None = None,
 ) -> tuple[UserState | None, Tensor]:
-    """States, each once, and the row of each prompt's in them; no states for a policy as it is."""
+    """The distinct states of the prompts' users, and the row of each prompt in them; no states for a bare policy."""
     if isinstance(method, Policy):
         if users is not None or user_id is not None:
             raise ValueError("a Policy writes for nobody in particular, got users; give the method they belong to")
@@ -362,12 +362,12 @@ def _states(
     ids = [user_id] * num_prompts if isinstance(user_id, str) else list(user_id)
     if len(ids) != num_prompts:
         raise ValueError(f"expected one user id per prompt, got {len(ids)} for {num_prompts} prompts")
-    row_of = {one: row for row, one in enumerate(dict.fromkeys(ids))}
-    return method.known_users(list(row_of)), torch.tensor([row_of[one] for one in ids])
+    row_of = {name: row for row, name in enumerate(dict.fromkeys(ids))}
+    return method.known_users(list(row_of)), torch.tensor([row_of[name] for name in ids])
 
 
 def _distinct(states: UserState, rows: Tensor, device: torch.device) -> tuple[UserState, Tensor]:
-    """The states at ``rows`` ``(B,)``, each once, and where each row is among them; on a device."""
+    """The distinct states among those at ``rows`` ``(B,)``, and the place of each row in them; on a device."""
     used, place = torch.unique(rows, return_inverse=True)
     return states.take(used.to(states.num_pairs.device)).to(device), place.to(device)
 
@@ -382,7 +382,7 @@ def _check_settings(
     batch_tokens: int,
 ) -> None:
     """Refuse settings that are out of range, all in one message."""
-    fine = {
+    conditions = {
         f"num_samples >= 1, got {num_samples!r}": num_samples >= 1,
         f"max_new_tokens >= 1, got {max_new_tokens!r}": max_new_tokens >= 1,
         f"0 <= min_new_tokens <= max_new_tokens, got {min_new_tokens!r}": 0 <= min_new_tokens <= max_new_tokens,
@@ -391,7 +391,7 @@ def _check_settings(
         f"0 < top_p <= 1 or None, got {top_p!r}": top_p is None or 0 < top_p <= 1,
         f"batch_tokens >= 1, got {batch_tokens!r}": batch_tokens >= 1,
     }
-    wrong = [f"expected {what}" for what, holds in fine.items() if not holds]
+    wrong = [f"expected {what}" for what, holds in conditions.items() if not holds]
     if wrong:
         raise ValueError("; ".join(wrong))
 

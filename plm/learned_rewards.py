@@ -1,6 +1,6 @@
-"""Rewards that a trained model gives: a user of a method, or a classifier of Hugging Face.
+"""Rewards given by a trained model: by a user of a method, or by a classifier of Hugging Face.
 
-They stand wherever `plm.data.rewards` do: in ``data.source`` of a recipe, in ``plm label`` and in ``plm judge``.
+Like those of `plm.data.rewards` they serve in ``data.source`` of a recipe, in ``plm label`` and in ``plm judge``.
 
 Axes: N responses, C classes.
 """
@@ -27,13 +27,16 @@ _SCORED = 1024  # responses that are in memory at once
 
 
 @lru_cache(maxsize=1)
-def _loaded(ckpt_path: str, written: int) -> PersonalizationMethod:
-    """A checkpoint as it was written at a time: its users share one copy of the weights."""
+def _loaded(ckpt_path: str, modified: int) -> PersonalizationMethod:
+    """The last method asked for stays loaded, so that rewards of several of its users share one copy of the weights.
+
+    ``modified``, the time in nanoseconds at which the file was written, makes a file written anew another method.
+    """
     return load_method(ckpt_path, device())
 
 
 class MethodReward(Reward):
-    """What a user of a trained method thinks of a response.
+    """The reward of a response for a user of a trained method.
 
     Args:
         ckpt_path: Checkpoint written by plm fit.
@@ -50,9 +53,8 @@ class MethodReward(Reward):
         Raises:
             ValueError: If it cannot be read, or does not know the user.
         """
-        method = _loaded(
-            self.ckpt_path, Path(self.ckpt_path).stat().st_mtime_ns if Path(self.ckpt_path).exists() else 0
-        )
+        path = Path(self.ckpt_path)
+        method = _loaded(self.ckpt_path, path.stat().st_mtime_ns if path.exists() else 0)
         store = method.known_users.store
         if self.user is not None and self.user not in store:
             raise ValueError(f"no user {self.user!r}{nearest(self.user, store.ids)} beside {self.ckpt_path!r}")
@@ -62,9 +64,9 @@ class MethodReward(Reward):
         """Rewards ``(N,)``."""
         parts = []
         for start in range(0, len(responses), _SCORED):
-            texts, asked = responses[start : start + _SCORED], prompts[start : start + _SCORED]
+            rows = slice(start, start + _SCORED)
             with torch.no_grad():
-                rewards = self.method.score(list(texts), user_id=self.user, prompts=list(asked))
+                rewards = self.method.score(list(responses[rows]), user_id=self.user, prompts=list(prompts[rows]))
             parts.append(rewards.double().cpu().numpy())
         return np.concatenate([np.zeros(0), *parts])
 
@@ -96,7 +98,7 @@ class ClassifierReward(Reward):
         row = self._classifier.class_row(self.label)
         logits = self._classifier.represent(prompts, responses)
         assert isinstance(logits, torch.Tensor)
-        own = logits[:, row].double()
+        logit = logits[:, row].double()
         others = logits.double().index_select(1, torch.tensor([c for c in range(logits.shape[1]) if c != row]).long())
-        odds: Float64Array = (own - others.logsumexp(1) if others.shape[1] else own).numpy()
+        odds: Float64Array = (logit - others.logsumexp(1) if others.shape[1] else logit).numpy()
         return odds

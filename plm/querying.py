@@ -1,4 +1,4 @@
-"""Which pair to ask a user about next: the answers that tell most about the user, from samples of the posterior.
+"""Which pair to ask a user about next: the pair whose answer reveals most, by samples of the posterior.
 
 Works with every method whose user state holds a normal posterior: ``mean`` and ``log_var`` (diagonal), ``weights`` and
 ``precision`` (full), or ``weights`` on the simplex and ``log_precision``, the precision of their logarithms.
@@ -18,7 +18,7 @@ from plm.method import PersonalizationMethod
 from plm.types import UserState
 
 MAX_SEQUENCES = 1024
-"""Sequences of answers that are told apart while several pairs are chosen at once; beyond, a sample of them."""
+"""Most sequences of answers that are distinguished while several pairs are chosen at once; beyond, a sample of them."""
 
 MAX_FLOATS = 2**24
 """Feature values scored at once (64 MiB)."""
@@ -34,7 +34,7 @@ class Query(NamedTuple):
     row: int
     """Its row among the candidates."""
     information: float
-    """What its answer is expected to tell about the user beyond the pairs chosen before it, in nats, at most log 2."""
+    """What its answer is expected to reveal beyond the pairs chosen before it, in nats, at most log 2."""
     chance: float
     """Probability that the user prefers the left response."""
 
@@ -108,8 +108,10 @@ def sampled_chances(
         for start in range(0, num_samples, block):
             rows = torch.arange(start, min(start + block, num_samples), device=left.device)
             states = samples.take(rows.repeat_interleave(num_pairs))
-            asked = None if prompt_features is None else prompt_features.repeat(len(rows), 1)
-            rewards = [method.score(side.repeat(len(rows), 1), states, prompt_features=asked) for side in (left, right)]
+            prompt = None if prompt_features is None else prompt_features.repeat(len(rows), 1)
+            rewards = [
+                method.score(side.repeat(len(rows), 1), states, prompt_features=prompt) for side in (left, right)
+            ]
             chances.append(torch.sigmoid(rewards[0] - rewards[1]).view(-1, num_pairs))
     both = torch.cat(chances)
     if both.isnan().any():
@@ -131,7 +133,7 @@ def entropy(chance: Tensor) -> Tensor:
 
 
 def choose_pairs(chances: Tensor, num_pairs: int, seed: int = 0) -> list[Query]:
-    """Greedy choice of the pairs whose answers together tell most about the user (BatchBALD, Kirsch et al. 2019).
+    """Greedy choice of the pairs whose answers together reveal most about the user (BatchBALD, Kirsch et al. 2019).
 
     The gain of pair q after the chosen pairs, whose answers ``y`` are not known yet, is
 

@@ -1,4 +1,4 @@
-"""RewardBench 2: does the reward that is shared by all users still tell good answers from bad ones?
+"""RewardBench 2: does the reward that all users share still rank good answers above bad ones?
 
 Paper: Malik et al. 2025, arXiv 2506.01937.
 Protocol: in five subsets one of four answers is right, and a prompt counts where it has the highest reward (answers
@@ -13,12 +13,12 @@ Axes: B answers, P prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from plm.arrays import Float64Array
 from plm.data.sources.corpus import PARQUET, corpus_files, local_files, read_rows
 from plm.data.values import to_prompt
 from plm.messages import nearest
@@ -94,13 +94,13 @@ def ties_score(ref: Mapping[str, Stats], tied: Mapping[str, Stats]) -> float:
     gap_tied = np.array([tied[number].gap for number in both])
     gap_both = np.minimum(gap_tied, [ref[number].gap for number in both])
     with np.errstate(divide="ignore", invalid="ignore"):
-        fine = np.nan_to_num(np.tanh(gap_both / spread - 1), nan=0.0)
+        excess = np.nan_to_num(np.tanh(gap_both / spread - 1), nan=0.0)
     terms = [
         (0.30, np.mean([stats.accurate for stats in tied.values()])),
         (0.30, np.mean([stats.accurate for stats in ref.values()])),
         (0.20, np.mean(gap_tied > spread)),
         (0.20, np.mean(gap_both > spread)),
-        (0.01, np.mean(fine)),
+        (0.01, np.mean(excess)),
     ]
     return float(sum(weight * value for weight, value in terms))
 
@@ -139,7 +139,7 @@ def summarise(answered: Iterable[Answered]) -> dict[str, float]:
 
 
 def read_questions(path: str | None = None) -> list[Question]:
-    """Prompts of a file with the columns of the benchmark; None = download it from the hub.
+    """Read the prompts of a file with the columns of the benchmark; None = download it from the hub.
 
     Raises:
         ValueError: If a column is missing or a prompt lacks a right or a wrong answer.
@@ -152,16 +152,16 @@ def read_questions(path: str | None = None) -> list[Question]:
         Question(str(row["id"]), row["subset"], to_prompt(row["prompt"]), list(row["chosen"]), list(row["rejected"]))
         for row in read_rows(files, _COLUMNS)
     ]
-    torn = [question.id for question in questions if not (question.right and question.wrong)]
-    if torn or not questions:
-        raise ValueError(f"expected prompts with right and wrong answers in {files}, got none for {torn[:5] or 'any'}")
+    invalid = [question.id for question in questions if not (question.right and question.wrong)]
+    if invalid or not questions:
+        raise ValueError(
+            f"expected prompts with right and wrong answers in {files}, got none for {invalid[:5] or 'any'}"
+        )
     return questions
 
 
-def rewards_of(
-    method: PersonalizationMethod, user_id: str | None
-) -> Callable[[list[str], list[str]], npt.NDArray[Any]]:
-    """Rewards ``(B,)`` of answers to prompts for a user, None = the population; the method is a loaded one.
+def rewards_of(method: PersonalizationMethod, user_id: str | None) -> Callable[[list[str], list[str]], Float64Array]:
+    """The reward of a loaded method for a user, None = the population: prompts and answers -> ``(B,)``.
 
     Raises:
         ValueError: If there is no such user.
@@ -174,18 +174,16 @@ def rewards_of(
                 "population"
             )
 
-    def rewards(prompts: list[str], texts: list[str]) -> npt.NDArray[Any]:
+    def rewards(prompts: list[str], texts: list[str]) -> Float64Array:
         with torch.no_grad():
             scored = method.score(texts, user_id=user_id, prompts=prompts)
-        array: npt.NDArray[Any] = scored.double().cpu().numpy()
+        array: Float64Array = scored.double().cpu().numpy()
         return array
 
     return rewards
 
 
-def answer(
-    questions: Sequence[Question], rewards: Callable[[list[str], list[str]], npt.NDArray[Any]]
-) -> list[Answered]:
+def answer(questions: Sequence[Question], rewards: Callable[[list[str], list[str]], Float64Array]) -> list[Answered]:
     """Give every answer its reward, a few hundred at a time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""All that crosses a module border: tokens, contexts, user states and batches.
+"""Types that cross the borders of modules: tokens, contexts, user states and batches.
 
 Axes: B pairs in a batch, T tokens, U users, S support pairs of one user (padded), D feature width.
 
@@ -47,9 +47,9 @@ class Tokens(NamedTuple):
 
     def trimmed(self) -> Tokens:
         """Leave out columns that are padding in every row."""
-        kept = self.attention_mask.flatten(0, -2).any(0)
+        used = self.attention_mask.flatten(0, -2).any(0)
         return Tokens(
-            self.input_ids[..., kept], self.attention_mask[..., kept], self.completion_mask[..., kept], self.ref_logps
+            self.input_ids[..., used], self.attention_mask[..., used], self.completion_mask[..., used], self.ref_logps
         )
 
     @staticmethod
@@ -244,7 +244,7 @@ class ResumableBatches(ABC):
         """Batches per epoch on every process."""
 
     def skip(self, num_batches: int) -> None:
-        """Leave out the first batches of the epoch that is read next; of a whole epoch, none."""
+        """Skip the first ``num_batches`` of the next epoch, modulo its length."""
         self._skipped = num_batches % len(self)
 
     def whole_users(self) -> Iterable[PreferenceBatch]:
@@ -252,14 +252,14 @@ class ResumableBatches(ABC):
         return self
 
     def take_skipped(self) -> int:
-        """How many batches the epoch that begins leaves out; the next is whole again."""
+        """How many batches the epoch that begins now skips; the one after it is whole."""
         skipped, self._skipped = self._skipped, 0
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing, for the trainer counts the batches; it tells Lightning that a fit can be resumed within an epoch."""
+        """Empty: the trainer counts the batches, but Lightning resumes within an epoch only where there is a state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing, see ``state_dict``."""
+        """Restore nothing, see ``state_dict``."""
         return

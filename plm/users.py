@@ -1,4 +1,4 @@
-"""UserStore: what is known about each user, kept beside a checkpoint instead of inside it.
+"""The store of user states: what is known about each user, kept beside a checkpoint instead of inside it.
 
 A user is a row. Adding, exporting or deleting one never touches the shared weights.
 
@@ -49,7 +49,7 @@ def store_path(checkpoint: str | Path) -> Path:
 
 
 class UserStore:
-    """User id -> row of named tensors with a leading user axis.
+    """Maps a user id to a row of named tensors.
 
     On disk a folder with one safetensors file, read memory-mapped, and ``index.json``, which names that file and is
     replaced last: a reader or a killed writer never sees half of a change.
@@ -133,8 +133,7 @@ class UserStore:
         Returns:
             States with leading axis B, and ``(B,)`` bool, True = known; the rows of unknown users hold zeros.
         """
-        found = [-1 if user_id is None else self._row_of.get(user_id, -1) for user_id in user_ids]
-        rows = torch.tensor(found, dtype=torch.long)
+        rows = torch.tensor([-1 if user_id is None else self._row_of.get(user_id, -1) for user_id in user_ids]).long()
         known = rows >= 0
 
         def gather(value: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def key(self) -> Key:
-        """All that decides the features of a rendered text: the identity of the cache."""
+        """Everything that decides the features of a rendered text; the cache is named by it."""
 
     @abstractmethod
     def render(self, prompt: str, response: str) -> str:
@@ -77,14 +77,14 @@ class Backbone(ABC):
         """Features ``(N, D)`` float32 on the CPU of N rendered texts, each independent of the others."""
 
     def represent(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Tokens:
-        """What methods read of B responses to B prompts: features ``(B, D)``, a repeated text encoded once."""
+        """Inputs of methods for B responses to B prompts: features ``(B, D)``; a repeated text is encoded once."""
         rendered = [self.render(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
         row_of = {text: row for row, text in enumerate(dict.fromkeys(rendered))}
         return self.encode(list(row_of))[[row_of[text] for text in rendered]]
 
     @property
     def prompt_backbone(self) -> Backbone:
-        """What makes the features of prompts alone: another backbone where those of responses are no use for it."""
+        """The backbone that makes features of prompts alone, where responses need another one."""
         return self
 
     @property
@@ -133,5 +133,5 @@ def choose(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def device() -> str:
-    """Where texts are written."""
+    """The device that models run on: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -119,7 +119,7 @@ class CausalLM(HFBackbone):
         return self.cut_completion(prompt, response)[0]
 
     def cut_completion(self, prompt: str, response: str) -> tuple[Completion, int]:
-        """The same, and how many tokens of the response the model cannot read."""
+        """As `completion`, with the number of tokens of the response that the model cannot read."""
         before, whole = self._text(prompt, None), self._text(prompt, response)
         if not whole.startswith(before):
             raise ValueError(
@@ -128,9 +128,9 @@ class CausalLM(HFBackbone):
                 "that keeps the beginning (chat_template.jinja in its folder), or set template: plain"
             )
         tokenizer, plain = self.tokenizer, self.template == "plain"
-        own, ids = self._prompt_ids(prompt), self._ids(whole, plain)
-        if before and ids[: len(own)] == own:
-            ids = ids[len(own) :]
+        prompt_ids, ids = self._prompt_ids(prompt), self._ids(whole, plain)
+        if before and ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
         else:
             ids = self._ids(whole.removeprefix(before), False)
         if not ids:
@@ -138,9 +138,9 @@ class CausalLM(HFBackbone):
         end = tokenizer.eos_token_id
         if self.append_eos and plain and end is not None and ids[-1] != end:
             ids.append(end)
-        kept = self.prompt_tokens(prompt)
-        room = self.max_tokens - len(kept)
-        return Completion(kept, self._in_range(ids[:room])), max(0, len(ids) - room)
+        read = self.prompt_tokens(prompt)
+        room = self.max_tokens - len(read)
+        return Completion(read, self._in_range(ids[:room])), max(0, len(ids) - room)
 
     def represent(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
         """Tokens ``(B, T)`` of B responses to B prompts."""
@@ -208,7 +208,7 @@ class CausalLM(HFBackbone):
         return ids
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Called with the texts to train on before any is tokenised; a model that exists needs none.
+        """Get ready for the texts to train on, before any is tokenised; a model that exists does not need them.
 
         Raises:
             ValueError: If there is no such model, or no chat template where one is needed.
@@ -238,7 +238,7 @@ class CausalLM(HFBackbone):
         return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
     def fingerprint(self) -> str:
-        """Short hash of weights and tokenizer, whatever the folder's name: which network adapters belong to."""
+        """Short hash of weights and tokenizer, but not of the folder's name; adapters keep it to know their network."""
         identity = self._content or f"{self.model} at {self._commit}"
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 

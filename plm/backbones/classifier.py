@@ -63,10 +63,10 @@ class Classifier(HFBackbone):
         names = {int(row): str(name) for row, name in self._config.id2label.items()}
         if label is None and len(names) == 1:
             return 0
-        found = [row for row, name in names.items() if label in (row, name)]
-        if not found:
+        rows = [row for row, name in names.items() if label in (row, name)]
+        if not rows:
             raise ValueError(f"expected a class of {self.model!r}, one of {list(names.values())}, got {label!r}")
-        return found[0]
+        return rows[0]
 
     def render(self, prompt: str, response: str) -> str:
         """The text that is classified."""

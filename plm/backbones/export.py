@@ -102,7 +102,7 @@ def reward_model(backbone: HFBackbone, head: HeadParts) -> RewardModel:
 
 
 def save_reward_model(model: RewardModel, backbone: HFBackbone, folder: Path) -> None:
-    """Write a reward model with its code, its tokenizer and a README that says how texts are put together."""
+    """Write a reward model with its code, its tokenizer and a README on how texts are put together."""
     model.save_pretrained(folder)
     tokenizer = backbone.tokenizer
     tokenizer.model_max_length = backbone.max_tokens

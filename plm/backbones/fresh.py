@@ -1,4 +1,4 @@
-"""A small language model and its tokenizer, made here from nothing but the texts of a data set: no download.
+"""A small language model and its tokenizer, made from the texts of a data set alone, without a download.
 
 Papers: Radford et al. 2019 (GPT-2: the layout and the byte-level tokenizer); Touvron et al. 2023, arXiv 2302.13971
 (Llama).
@@ -19,6 +19,7 @@ import torch
 from plm.atomic import replace, write_text
 from plm.backbones.backbone import choose
 from plm.backbones.causal_lm import CausalLM
+from plm.messages import Problems
 
 END = "<|endoftext|>"
 NUM_BYTES = 256
@@ -67,19 +68,17 @@ class FreshCausalLM(CausalLM):
         self.vocab_size, self.width, self.num_layers, self.num_heads = vocab_size, width, num_layers, num_heads
         self.max_positions, self.seed = max_positions, seed
         least = {"vocab_size": NUM_BYTES + 1, "width": 1, "num_layers": 1, "num_heads": 1, "max_positions": 2}
-        problems = [
-            f"FreshCausalLM.{name}: expected at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) < low
-        ]
-        if not problems and width % (2 * num_heads):
-            problems = [f"FreshCausalLM.width: expected a multiple of twice num_heads={num_heads}, got {width!r}"]
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = Problems("FreshCausalLM.")
+        for name, low in least.items():
+            if (value := getattr(self, name)) < low:
+                problems.add(name, f"at least {low}", value)
+        if not problems.found and width % (2 * num_heads):
+            problems.add("width", f"a multiple of twice num_heads={num_heads}", width)
+        problems.check()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the files depend on besides the texts."""
+        """The arguments that the files depend on, besides the texts."""
         sizes = ("architecture", "vocab_size", "width", "num_layers", "num_heads", "max_positions", "seed")
         return {name: getattr(self, name) for name in sizes}
 
@@ -155,7 +154,7 @@ class FreshCausalLM(CausalLM):
         write_text(folder / SETTINGS_FILE, json.dumps(self.settings, indent=1))
 
     def _learn_tokenizer(self, texts: Iterable[str]) -> Any:
-        """Byte-level BPE: every text can be written with it, and read back."""
+        """Learn a byte-level BPE: it can write every text, and read it back."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
@@ -179,7 +178,7 @@ class FreshCausalLM(CausalLM):
         )
 
     def _fresh_config(self, vocab_size: int, end: int) -> Any:
-        """Layout of the network; output and input embeddings are one matrix."""
+        """Config of the network, whose output and input embeddings are one matrix."""
         from transformers import GPT2Config, LlamaConfig
 
         ends: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end}

@@ -1,4 +1,4 @@
-"""What a language model thinks of the tokens that followed, without its scores of the whole vocabulary in memory.
+"""Log-probabilities of tokens under a language model, without its scores of the whole vocabulary in memory.
 
 Axes: n tokens, D width, V vocabulary.
 """
@@ -16,7 +16,7 @@ CPU_BLOCK, GPU_BLOCK = 2**21, 2**26
 
 
 class TokenFacts(NamedTuple):
-    """What a model thought where it predicted n tokens; without gradient."""
+    """Facts about the next-token distributions at n places; without gradient."""
 
     entropy: Tensor
     """``(n,)`` entropy of the next-token distribution in nats."""
@@ -49,7 +49,7 @@ class _Softmax(NamedTuple):
 
 
 def _softmax(logits: Tensor) -> _Softmax:
-    """Everything in as few passes over ``(n, V)`` as it takes."""
+    """Compute total, chances and top token in few passes over ``(n, V)``."""
     most, top = logits.max(-1, keepdim=True)
     chance = (logits - most).exp_()
     size = chance.sum(-1, keepdim=True)

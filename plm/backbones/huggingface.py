@@ -138,11 +138,11 @@ class HFBackbone(Backbone):
 
     @property
     def _seen_from(self) -> str:
-        """Where a relative path was looked for."""
+        """The folder a relative path was looked for in, as part of an error message."""
         return "" if Path(self.model).expanduser().is_absolute() else f" in {str(Path.cwd())!r}"
 
     def spec(self) -> dict[str, Any]:
-        """As for every backbone, a local folder as an absolute path, so that a checkpoint is of use from anywhere."""
+        """As in the base class, with a local folder as an absolute path, so that a checkpoint works from anywhere."""
         spec, folder = super().spec(), Path(self.model).expanduser()
         if folder.is_dir():
             spec["init_args"]["model"] = str(folder.absolute())
@@ -166,9 +166,9 @@ class HFBackbone(Backbone):
         tokenizer = self.read(AutoTokenizer.from_pretrained)
         tokenizer.truncation_side = "left"
         if self.template == "chat" and not isinstance(tokenizer.chat_template, str):
-            found = "none" if tokenizer.chat_template is None else f"several: {', '.join(tokenizer.chat_template)}"
+            templates = "none" if tokenizer.chat_template is None else f"several: {', '.join(tokenizer.chat_template)}"
             raise ValueError(
-                f"template='chat' needs one chat template, and the tokenizer of {self.model!r} has {found}; take a "
+                f"template='chat' needs one chat template, and the tokenizer of {self.model!r} has {templates}; take a "
                 "model tuned to chat, save a template with the tokenizer (tokenizer.chat_template), or set "
                 "template='plain' (data.backbone.init_args.template)"
             )
@@ -214,7 +214,7 @@ class HFBackbone(Backbone):
 
     @cached_property
     def max_tokens(self) -> int:
-        """Most tokens of a text; of prompt and response together."""
+        """Most tokens of a text, prompt and response together."""
         positions = getattr(self._config.get_text_config(), "max_position_embeddings", None) or 10**9
         if self.max_length is None:
             return int(min(positions, self.tokenizer.model_max_length, 10**9))
@@ -289,7 +289,7 @@ class HFBackbone(Backbone):
         return str(text)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, at most ``max_tokens``, the end kept."""
+        """Token ids of each text, of which at most the last ``max_tokens`` stay."""
         tokenizer, chat = self.tokenizer, self.template == "chat"
         rows: list[list[int]] = tokenizer(
             list(texts),

@@ -64,8 +64,8 @@ class LoRA:
             module.register_forward_hook(self._hook(len(self.places)))
             self.places.append(place)
             start += rank * (sizes[0] + sizes[1])
-        found = {place.name.rpartition(".")[2] for place in self.places}
-        if not found or (target_modules is not None and found != set(target_modules)):
+        adapted = {place.name.rpartition(".")[2] for place in self.places}
+        if not adapted or (target_modules is not None and adapted != set(target_modules)):
             raise ValueError(
                 f"model.target_modules: expected names of linear maps of {type(network).__name__}, got "
                 f"{self.target_modules!r}; it has {_linear_maps(network)}: name some of them, or set null for PEFT's "
@@ -166,10 +166,10 @@ class LoRA:
             left, left_small = torch.linalg.qr(wide)
             right, right_small = torch.linalg.qr(a.flatten(0, 1).T)  # (in, U r)
             x, size, y = torch.linalg.svd(left_small @ right_small.T, full_matrices=False)
-            kept = min(self.rank, len(size))  # fewer than r where the map is narrower
+            rank = min(self.rank, len(size))  # fewer than r where the map is narrower
             best_a, best_b = torch.zeros_like(a[0]), torch.zeros_like(b[0])
-            best_a[:kept] = y[:kept] @ right.T
-            best_b[:, :kept] = left @ (x * size)[:, :kept]
+            best_a[:rank] = y[:rank] @ right.T
+            best_b[:, :rank] = left @ (x * size)[:, :rank]
             parts += [best_a.flatten(), best_b.flatten()]
         return torch.cat(parts)
 
@@ -180,7 +180,7 @@ class LoRA:
         The sum of n adapters of rank r is one of rank ``n r``: their matrices side by side, exact.
 
         Args:
-            adapters: The adapters, one or more.
+            adapters: One or more adapters.
             folder: Where to write.
             base: Name or folder of the network, kept in the folder's config.
         """

@@ -49,7 +49,7 @@ class MixedWriting:
 def mixed_logits(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Scores of the weighted geometric mean of K next-token distributions, up to a constant of each row.
 
-    >>> one, two = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    >>> first, second = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
     >>> mixed_logits([one, two], torch.tensor([[0.5, 0.5]])).softmax(-1)
     tensor([[0.7500, 0.2500]])
 

@@ -35,19 +35,19 @@ def first_layers(policy: Policy, num_layers: int) -> Any:
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = config.layer_types[:num_layers]
     part = type(base)(config)
-    own = base.state_dict()
-    part.load_state_dict({name: own[name] for name in part.state_dict()})
+    weights = base.state_dict()
+    part.load_state_dict({name: weights[name] for name in part.state_dict()})
     return part.float().requires_grad_(True)
 
 
 class KeyValueMaker(nn.Module):
-    """Copies of what makes the keys and values of every layer: its input norm, W_K and W_V.
+    """Makes keys and values as every layer does, with copies of its input norm, W_K and W_V.
 
     Norms are trained; the two maps are, where asked for. Known are layers like GPT-2's and like Llama's: rotary or
     learned positions, few heads for keys, biases, and norms of keys.
 
     Args:
-        policy: Whose layers.
+        policy: The network whose layers are copied.
         train_maps: Whether W_K and W_V are trained; if not, they are those of the network.
 
     Raises:
@@ -94,17 +94,17 @@ class KeyValueMaker(nn.Module):
         turn = None
         if self._rotary:
             turn = tuple(part.float()[:, None] for part in self._rotary[0](hidden.float(), position))
-        made = []
+        pairs = []
         for layer in range(self.num_layers):
-            given = self.norms[layer](hidden[:, layer].float())
-            key, value = (self._heads(maps[layer], given) for maps in (self.keys, self.values))
+            normed = self.norms[layer](hidden[:, layer].float())
+            key, value = (self._heads(maps[layer], normed) for maps in (self.keys, self.values))
             key = self.key_norms[layer](key)
-            made.append((key if turn is None else _turned(key, *turn).to(key.dtype), value))
-        return made
+            pairs.append((key if turn is None else _turned(key, *turn).to(key.dtype), value))
+        return pairs
 
-    def _heads(self, mapping: nn.Module, given: Tensor) -> Tensor:
+    def _heads(self, mapping: nn.Module, normed: Tensor) -> Tensor:
         """``(B, p, D)`` -> ``(B, H, p, d)``."""
-        flat = mapping(given.to(next(mapping.parameters()).dtype))
+        flat = mapping(normed.to(next(mapping.parameters()).dtype))
         return flat.view(*flat.shape[:2], -1, self.key_width).transpose(1, 2)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -113,11 +113,12 @@ class KeyValueMaker(nn.Module):
         ids = torch.tensor([[1, 2, 3]], device=policy.device)
         out = policy.network.base_model(input_ids=ids, use_cache=True, output_hidden_states=True)
         hidden = torch.stack(out.hidden_states[: self.num_layers], 1)  # (1, L, 3, D)
-        made = self(hidden, torch.zeros(1, dtype=torch.long, device=policy.device))
+        pairs = self(hidden, torch.zeros(1, dtype=torch.long, device=policy.device))
         tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2
-        for ours, cached in zip(made, out.cache.layers, strict=True):
-            for one, two in zip(ours, (cached.keys, cached.values), strict=True):
-                if one.shape != two.shape or (one - two).abs().max() > tolerance * two.abs().max().clamp(min=1):
+        for pair, cached in zip(pairs, out.cache.layers, strict=True):
+            for value, expected in zip(pair, (cached.keys, cached.values), strict=True):
+                bound = tolerance * expected.abs().max().clamp(min=1)
+                if value.shape != expected.shape or (value - expected).abs().max() > bound:
                     raise ValueError(refusal)
 
 

@@ -1,4 +1,4 @@
-"""A policy: the frozen network of a `CausalLM`, what it thinks of responses, and one batch of texts being written.
+"""A policy: the frozen network of a `CausalLM`, how likely it finds responses, and a batch of texts being written.
 
 Axes: B texts, T tokens, n response tokens of all texts, D width, V vocabulary, L layers.
 """
@@ -72,7 +72,7 @@ class Policy(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Policy:
-        """Remember the mode; the network stays as it is evaluated, so that policy and reference are one network."""
+        """Set the mode, but leave the network in eval mode, so that policy and reference are one network."""
         super().train(mode)
         self.network.eval()
         for module in self.network.modules():
@@ -197,7 +197,7 @@ class Policy(nn.Module):
         return Completions(hidden[row, column - 1], tokens.input_ids[row, column], row)
 
     def shared_completions(self, chosen: Tokens, rejected: Tokens, prefix: Prefix | None = None) -> Completions:
-        """The same for both responses of B pairs, of which each pair's prompt is read once.
+        """As `completions`, for both responses of B pairs; the prompt of a pair is read once.
 
         A pair is one text, prompt, chosen, rejected, in which no response sees the other and both stand at the places
         they have alone. Rows 0..B-1 of the result are chosen, B..2B-1 rejected.
@@ -238,13 +238,13 @@ class Policy(nn.Module):
         kernel = self.network.config._attn_implementation
         row = torch.arange(1, 7, device=self.device)[None]
         response = row > 3
-        one = Tokens(row, torch.ones_like(response), response)
-        two = one._replace(input_ids=torch.where(response, row + 6, row))
+        first = Tokens(row, torch.ones_like(response), response)
+        second = first._replace(input_ids=torch.where(response, row + 6, row))
         difference, size = float("inf"), 1.0
         if "flash" not in kernel:  # these kernels take no mask
             with self.adapted(), torch.compiler.set_stance("force_eager"):
-                apart = torch.cat([self.completions(side).hidden for side in (one, two)]).float()
-                together = self._shared(one, two, None).hidden.float()
+                apart = torch.cat([self.completions(side).hidden for side in (first, second)]).float()
+                together = self._shared(first, second, None).hidden.float()
             difference, size = float((apart - together).abs().max()), float(apart.abs().max())
         is_exact = self.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
         if difference > (1e-4 if is_exact else 5e-2) * max(size, 1.0):
@@ -270,7 +270,7 @@ class Policy(nn.Module):
 
     @property
     def _head(self) -> nn.Module:
-        """The output embedding, once it is known that nothing follows it."""
+        """The output embedding, after a check that nothing follows it."""
         if not self._head_is_whole:
             with self.adapted(), torch.compiler.set_stance("force_eager"):
                 self._check_head()
@@ -281,9 +281,9 @@ class Policy(nn.Module):
         ids = torch.tensor([[1, 2, 3]], device=self.device)
         whole = self.network(input_ids=ids, use_cache=False).logits.float()
         hidden = self.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        ours = self.network.get_output_embeddings()(hidden).float()
+        embedded = self.network.get_output_embeddings()(hidden).float()
         tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
-        if (whole - ours).abs().max() > tolerance * whole.abs().max().clamp(min=1):
+        if (whole - embedded).abs().max() > tolerance * whole.abs().max().clamp(min=1):
             raise ValueError(
                 f"{type(self.network).__name__} scales or bounds its logits after the output embedding; "
                 "such models are not supported"
@@ -292,7 +292,7 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------ writing
     def write(self, *adapters: Tensor, prefix: Prefix | None = None) -> Writing:
-        """A batch of texts to be written with ``adapters``, see `LoRA.use`, and after ``prefix``."""
+        """Begin a batch of texts that are written with ``adapters``, see `LoRA.use`, after ``prefix``."""
         return Writing(self, adapters, prefix)
 
 
@@ -300,7 +300,7 @@ class Writing:
     """One batch of texts being written, token by token, from a key/value cache.
 
     Args:
-        policy: Who writes.
+        policy: The network that writes.
         adapters: ``(G, P)`` each, of G equal groups of texts; may be empty.
         prefix: Virtual tokens before every text, or None.
     """
@@ -362,7 +362,7 @@ def filled_cache(config: Any, prefix: Prefix) -> Any:
 
 
 def pack_pairs(chosen: Tokens, rejected: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Prompt, chosen and rejected response of each pair in one row.
+    """Pack prompt, chosen and rejected response of each pair into one row.
 
     Returns:
         Token ids ``(B, T)``; mask ``(B, T, T)`` bool, True = may look at; positions ``(B, T)``; and of the n response
@@ -391,9 +391,9 @@ def pack_pairs(chosen: Tokens, rejected: Tokens) -> tuple[Tensor, Tensor, Tensor
     position = torch.where(kind == 2, column - c[:, None], column).clamp(max=int((p + torch.maximum(c, r)).max()) - 1)
     causal = column[:, :, None] >= column[:, None, :]
     mask = causal & ((kind[:, None, :] == 0) | (kind[:, None, :] == kind[:, :, None]))
-    found = [(kind == which).nonzero(as_tuple=True) for which in (1, 2)]
-    row = torch.cat([found[0][0], found[1][0] + num_pairs])
-    own = torch.cat([found[0][1], found[1][1]])
-    first = own == torch.cat([start_c[:, 0], start_r[:, 0]])[row]
-    source = torch.where(first, p.repeat(2)[row] - 1, own - 1)
-    return packed, mask, position, source, own, row
+    (chosen_row, chosen_column), (rejected_row, rejected_column) = ((kind == k).nonzero(as_tuple=True) for k in (1, 2))
+    row = torch.cat([chosen_row, rejected_row + num_pairs])
+    token_column = torch.cat([chosen_column, rejected_column])
+    first = token_column == torch.cat([start_c[:, 0], start_r[:, 0]])[row]
+    source = torch.where(first, p.repeat(2)[row] - 1, token_column - 1)
+    return packed, mask, position, source, token_column, row

@@ -1,4 +1,4 @@
-"""Texts that a network reads in parts, with virtual tokens between them where asked for.
+"""Reading texts in parts, with virtual tokens between the parts on request.
 
 Axes: B texts, T tokens read now, S tokens read before, L layers, H key heads, p virtual tokens, d key width, D width.
 """
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Reading:
-    """B texts as far as a network has read them: the keys and values that what follows looks at.
+    """The state of a network that has read the beginnings of B texts: keys and values that later tokens attend to.
 
     Every part is read after the parts before it as if all were one text, however each is padded; gradients flow through
     all of them.
 
     Args:
-        policy: Whose network reads.
+        policy: The network that reads.
         num_rows: Number of texts B, of which nothing is read yet.
     """
 
@@ -38,7 +38,7 @@ class Reading:
         """``(B,)`` position of the next token."""
 
     def insert(self, prefix: Prefix, log_gate: Tensor | None = None) -> None:
-        """Let virtual tokens follow.
+        """Append virtual tokens.
 
         Args:
             prefix: Their keys and values ``(B, H, p, d)`` of every layer, turned to their positions already; they are
@@ -55,7 +55,7 @@ class Reading:
             self.position = self.position + size
 
     def read(self, ids: Tensor, attended: Tensor) -> Tensor:
-        """Read on: token ids and which of them are no padding, ``(B, T)`` each -> last hidden states ``(B, T, D)``."""
+        """Read more token ids ``(B, T)``, those ``attended`` being no padding -> last hidden states ``(B, T, D)``."""
         if not ids.shape[1]:
             return torch.zeros(*ids.shape, self.policy.network.config.hidden_size, device=ids.device)
         num_before = self._mask.shape[1]
@@ -71,7 +71,7 @@ class Reading:
         ).last_hidden_state
 
     def take(self, rows: Tensor) -> Reading:
-        """The readings of these texts, ``(n,)`` int64, each as often as it is named; this one stays as it is."""
+        """A new reading of the texts at rows ``(n,)`` int64, which may repeat; this one is left unchanged."""
         taken = Reading(self.policy, 0)
         for layer, cached in enumerate(self._cache.layers):
             if cached.get_seq_length():
@@ -97,7 +97,7 @@ class Reading:
         self._bias = torch.cat([before, more])
 
     def _biased_mask(self, num_before: int) -> Tensor:
-        """What is added to attention scores: the bias, or nearly minus infinity: ``(B, 1, T, S + T)``."""
+        """Term ``(B, 1, T, S + T)`` added to attention scores: the bias, or nearly minus infinity."""
         assert self._bias is not None
         column = torch.arange(self._mask.shape[1], device=self._mask.device)
         seen = self._mask[:, None, :] & (column[None, :] <= column[num_before:, None])
@@ -106,7 +106,7 @@ class Reading:
 
 
 class SplitTexts(NamedTuple):
-    """Texts cut before the last token of their prompts, which is where a response begins to be predicted."""
+    """Texts cut before the last token of their prompts, the first place at which a response token is predicted."""
 
     before: Tensor
     """``(B, S)`` token ids of prompts without their last token, padded on the left; S may be 0."""
@@ -124,12 +124,12 @@ def split_texts(tokens: Tokens) -> SplitTexts:
     num_before = prompt.sum(-1) - 1
     after = tokens.attention_mask & (prompt.long().cumsum(-1) > num_before[:, None])
     parts = []
-    for kept, left in ((tokens.attention_mask & ~after, True), (after, False)):
-        count = kept.sum(-1, keepdim=True)
+    for in_part, left in ((tokens.attention_mask & ~after, True), (after, False)):
+        count = in_part.sum(-1, keepdim=True)
         width = int(count.max()) if len(count) else 0
-        column = torch.arange(width, device=kept.device)[None, :]
+        column = torch.arange(width, device=in_part.device)[None, :]
         mask = column >= width - count if left else column < count
-        ids = torch.zeros(mask.shape, dtype=torch.long, device=kept.device)
-        ids[mask] = tokens.input_ids[kept]
+        ids = torch.zeros(mask.shape, dtype=torch.long, device=in_part.device)
+        ids[mask] = tokens.input_ids[in_part]
         parts += [ids, mask]
     return SplitTexts(*parts)

@@ -62,7 +62,7 @@ class ReferenceLogps(Backbone):
         return {**self._backbone.key(), "pooling": "logps"}
 
     def render(self, prompt: str, response: str) -> str:
-        """Both texts, apart."""
+        """Both texts as a JSON list."""
         return json.dumps([prompt, response], ensure_ascii=False)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -73,17 +73,17 @@ class ReferenceLogps(Backbone):
                 rows.append(self._backbone.completion(*json.loads(text)))
             except TooLong:
                 rows.append(None)
-        kept = [index for index, row in enumerate(rows) if row is not None]
-        kept.sort(key=lambda index: sum(map(len, cast(Completion, rows[index]))), reverse=True)
+        fitting = [index for index, row in enumerate(rows) if row is not None]
+        fitting.sort(key=lambda index: sum(map(len, cast(Completion, rows[index]))), reverse=True)
         out = torch.zeros(len(texts), 1)
-        if not kept:
+        if not fitting:
             return out
         if self._policy is None:
             self._policy = Policy(self._backbone).to(device())
         start = 0
-        while start < len(kept):
-            longest = sum(map(len, cast(Completion, rows[kept[start]])))
-            part = kept[start : start + max(1, BATCH_TOKENS // longest)]
+        while start < len(fitting):
+            longest = sum(map(len, cast(Completion, rows[fitting[start]])))
+            part = fitting[start : start + max(1, BATCH_TOKENS // longest)]
             out[part, 0] = self._logps(self._policy, [cast(Completion, rows[index]) for index in part])
             start += len(part)
         return out

@@ -1,4 +1,4 @@
-"""What a model's files say without loading it: the identity of their content, and a reward model's head."""
+"""Facts read from the files of a model without loading it: a hash of their content, and a reward model's head."""
 
 from __future__ import annotations
 

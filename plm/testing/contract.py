@@ -99,12 +99,12 @@ class _Outputs(L.Callback):
         self.inference.append(torch.is_inference_mode_enabled())
 
 
-def assert_same(one: UserState, two: UserState, tolerance: float = 0.0, what: str = "the states") -> None:
+def assert_same(first: UserState, second: UserState, tolerance: float = 0.0, what: str = "the states") -> None:
     """Fail unless two states of the same users agree, each number to ``tolerance * (1 + |number|)``."""
-    assert one.tensors.keys() == two.tensors.keys(), f"{what}: {sorted(one.tensors)} against {sorted(two.tensors)}"
-    assert torch.equal(one.num_pairs, two.num_pairs), f"{what}: num_pairs {one.num_pairs} against {two.num_pairs}"
-    for name, value in one.tensors.items():
-        other = two.tensors[name]
+    assert first.tensors.keys() == second.tensors.keys(), f"{what}: {sorted(first.tensors)}, {sorted(second.tensors)}"
+    assert torch.equal(first.num_pairs, second.num_pairs), f"{what}: num_pairs {first.num_pairs}, {second.num_pairs}"
+    for name, value in first.tensors.items():
+        other = second.tensors[name]
         assert value.shape == other.shape, f"{what}: {name!r} of shape {value.shape} against {other.shape}"
         difference = ((value - other).abs() / (1 + other.abs())).max().item() if value.numel() else 0.0
         assert difference <= tolerance, f"{what}: {name!r} differs by {difference:.2e}, more than {tolerance:.0e}"
@@ -165,7 +165,7 @@ class MethodContract(ABC):
         method, context = self.fitted(), self.context()
         before = {name: value.clone() for name, value in method.state_dict().items()}
         grads = [(p.requires_grad, p.grad is None) for p in method.parameters()]
-        given = _each(context, torch.clone)
+        copies = _each(context, torch.clone)
         random = torch.get_rng_state()
         for training in (True, False):
             method.train(training)
@@ -174,8 +174,8 @@ class MethodContract(ABC):
         for name, value in method.state_dict().items():
             assert torch.equal(value, before[name]), f"adapt changed {name!r}"
         assert [(p.requires_grad, p.grad is None) for p in method.parameters()] == grads, "adapt left gradients"
-        for name, kept, value in zip(context._fields, given, context, strict=True):
-            assert _equal(kept, value), f"adapt changed context.{name}"
+        for name, copy, value in zip(context._fields, copies, context, strict=True):
+            assert _equal(copy, value), f"adapt changed context.{name}"
         assert torch.equal(torch.get_rng_state(), random), "adapt drew from the global random state; seed per user"
 
     def test_adapt_returns_detached_finite_rows(self) -> None:
@@ -191,9 +191,9 @@ class MethodContract(ABC):
         """The same pairs give the same bits, whatever the global seed."""
         method, context = self.fitted(), self.context()
         torch.manual_seed(1)
-        one = method.adapt(context)
+        first = method.adapt(context)
         torch.manual_seed(2)
-        assert_same(one, method.adapt(context))
+        assert_same(first, method.adapt(context))
 
     def test_a_user_alone_equals_the_same_user_in_the_crowd(self) -> None:
         """Neither the company, nor its order, nor the order of the pairs, nor padding matters."""
@@ -281,9 +281,9 @@ class MethodContract(ABC):
 
     def test_training_is_deterministic(self) -> None:
         """The same seed gives the same bits."""
-        one, two = (self.fit(self.data(), epochs=3).state_dict() for _ in range(2))
-        for name, value in one.items():
-            assert torch.equal(value, two[name]), f"{name!r} differs between two runs of one seed"
+        first, second = (self.fit(self.data(), epochs=3).state_dict() for _ in range(2))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), f"{name!r} differs between two runs of one seed"
 
     # ------------------------------------------------------------------ checkpoints and users
     def test_a_loaded_method_gives_the_same_margins(self) -> None:
@@ -356,13 +356,13 @@ def _each(context: Context, change: Callable[[Tensor], Tensor]) -> Context:
     return Context(*map(apply, context))
 
 
-def _equal(one: Tensor | Tokens | None, two: Tensor | Tokens | None) -> bool:
+def _equal(value: Tensor | Tokens | None, other: Tensor | Tokens | None) -> bool:
     """Whether two values of a context are the same, bit for bit."""
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, Tokens) and isinstance(two, Tokens):
-        return all(map(_equal, one, two))
-    return one is None and two is None
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return torch.equal(value, other)
+    if isinstance(value, Tokens) and isinstance(other, Tokens):
+        return all(map(_equal, value, other))
+    return value is None and other is None
 
 
 def _must_fail(call: Callable[[], object], message: str) -> None:

@@ -40,7 +40,7 @@ class TinyBackbone(Backbone):
         return response
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """``(N, D)``."""
+        """Features ``(N, D)`` of N texts."""
         return torch.stack([torch.stack([self._vector(word) for word in text.split(" ")]).mean(0) for text in texts])
 
     def _vector(self, word: str) -> Tensor:
@@ -60,7 +60,7 @@ class Batches:
         self.batches = batches
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of batches."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
@@ -154,10 +154,10 @@ class PlantedData(L.LightningDataModule):
 
     def _pairs(self, users: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """``count`` pairs of each user: chosen and rejected, ``(U, count, D)``."""
-        one, two = (self._normal(len(users), count, self.feature_dim) / 2**0.5 for _ in range(2))
-        chance = torch.sigmoid(((one - two) * self.directions[users, None]).sum(-1))
-        one_wins = (torch.rand(chance.shape, generator=self._draw) < chance)[..., None]
-        chosen, rejected = torch.where(one_wins, one, two), torch.where(one_wins, two, one)
+        left, right = (self._normal(len(users), count, self.feature_dim) / 2**0.5 for _ in range(2))
+        chance = torch.sigmoid(((left - right) * self.directions[users, None]).sum(-1))
+        left_wins = (torch.rand(chance.shape, generator=self._draw) < chance)[..., None]
+        chosen, rejected = torch.where(left_wins, left, right), torch.where(left_wins, right, left)
         if self._shuffle:
             order = torch.randperm(len(users) * count, generator=self._draw)
             chosen, rejected = (value.flatten(0, 1)[order].view_as(value) for value in (chosen, rejected))

@@ -23,7 +23,7 @@ PROMPT = 2
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Lives as long as the process."""
+    """A folder that lives as long as the process."""
     return tempfile.TemporaryDirectory()
 
 
@@ -44,7 +44,7 @@ def tiny_causal_lm(architecture: Literal["gpt2", "llama"] = "gpt2") -> FreshCaus
 
 
 class PlantedTexts(PlantedData):
-    """`PlantedData` as texts: D tokens after the same prompt, of which token d says the sign of feature d.
+    """`PlantedData` as texts: D tokens after the same prompt, of which token d is the sign of feature d.
 
     Args:
         num_users: Number of seen users.
