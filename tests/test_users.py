@@ -81,7 +81,7 @@ def test_a_writer_killed_before_the_index_leaves_the_old_store(tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("plm.users.os.replace", killed)
+        patch.setattr("plm.atomic.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             UserStore("h", ["b"], state(2)).save(tmp_path)
     assert UserStore.load(tmp_path).ids == ["a"]
