@@ -8,7 +8,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from plm.methods.palm.cover import cell, in_cell, repaired, uncovered
+from plm.methods.palm.bounds import Slack
+from plm.methods.palm.cover import cell, certified_cover, in_cell, repaired, uncovered
 from plm.methods.palm.grid import (
     Weights,
     as_array,
@@ -22,9 +23,9 @@ from plm.methods.palm.grid import (
     lifted_grid,
     random_weights,
     rational,
-    route_to_grid,
     two_sided_levels,
 )
+from tests.parity.palm_references import route_to_grid
 
 EPS, DELTA = Fraction(2, 5), Fraction(1, 80)
 PUBLISHED = [0, 0.167, 0.219, 0.282, 0.354, 0.434, 0.5, 0.566, 0.646, 0.718, 0.781, 0.833, 1]
@@ -123,6 +124,17 @@ def test_a_grid_with_a_hole_is_repaired() -> None:
     assert mended[: len(holed)] == holed and uncovered(mended, EPS, DELTA) is None
     with pytest.raises(ValueError, match="do not cover"):
         repaired(holed[:5], EPS, DELTA, max_added=1)
+
+
+@pytest.mark.parametrize(("slack", "num"), [((0.2, 0.08), 2), ((0.2, 0.08), 3), ((0.4, 0.2), 5), ((1.0, 0.5), 3)])
+def test_certified_covers_cover_and_are_no_larger_than_the_grid(slack: tuple[float, float], num: int) -> None:
+    """What repairs add is checked from the start; a cell without an upper end is left to the theorem."""
+    cover = certified_cover(Slack(*slack), num)
+    assert cover.size <= combined_grid_size(*slack, num)
+    assert cover.proof == ("theorem" if slack[0] == 1 else "exact check")
+    if cover.proof == "exact check":
+        grid = repaired(direct_grid(two_sided_levels(*slack), num), *slack)
+        assert len(grid) == cover.size and uncovered(grid, *slack) is None
 
 
 def test_four_objectives_of_252_weights_cover() -> None:

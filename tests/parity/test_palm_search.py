@@ -21,9 +21,9 @@ from plm.methods.palm.search import (
     upper_bound,
     upper_planes,
     worst_regret,
-    worst_regret_in_pool,
 )
 from plm.methods.palm.selection import best_subset, choose_portfolio, greedy_cover, smallest_cover
+from tests.parity.palm_references import worst_regret_among
 
 # the ten published policies of the seed-1 pool: weight of helpfulness, two rewards, KL
 PUBLISHED = np.array(
@@ -114,7 +114,7 @@ def test_regret_in_a_finite_pool_agrees_with_corners(kind: str) -> None:
         members = pool[:3]
         best: Callable[[np.ndarray], np.ndarray] = lambda users, pool=pool: (users @ pool.T).max(1)  # noqa: E731
         by_corners = worst_regret(members, best, kind).regret  # type: ignore[arg-type]
-        assert worst_regret_in_pool(members, pool, kind).regret == pytest.approx(by_corners, abs=1e-8)  # type: ignore[arg-type]
+        assert worst_regret_among(members, pool, kind).regret == pytest.approx(by_corners, abs=1e-8)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- searches
@@ -204,7 +204,7 @@ def test_the_published_pool_needs_four_policies(size: int, gap: float) -> None:
     rows, loss = best_subset(losses, size)
     assert round(100 * loss, 2) == gap
     assert best_subset(losses, size, "milp")[1] == pytest.approx(loss, abs=1e-12)
-    exact = worst_regret_in_pool(pool.net[rows], pool.net, "multiplicative").regret
+    exact = worst_regret_among(pool.net[rows], pool.net, "multiplicative").regret
     assert loss <= exact + 1e-12 and exact == pytest.approx(loss, abs=1e-4)
 
 

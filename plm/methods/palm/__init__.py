@@ -3,7 +3,7 @@
 Paper: Kim, Moondra, Nahavandi, Perrault, Tambe, Gupta, "Many Preferences, Few Policies" (arXiv 2604.04144). Not PAL.
 Reference code: none published.
 Deviations: the printed theorem and algorithm were not available. The grid is recovered from the published weights, its
-    coverage proved anew (`grid.route_to_grid`), constants are derived (`bounds`), and the lazy search is our own
+    coverage proved anew (`grid.combined_grid`), constants are derived (`bounds`), and the lazy search is our own
     (`search.corner_search`). Members of `PALM` are best-of-n policies, those of `policies.PolicyPortfolio` write.
 
 Axes: B pairs in a batch, D feature width, R objectives, M members, U users, F planes of the upper bound.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from plm.arrays import Float64Array
 from plm.functional import PairList, bt_losses, fit_simplex, flatten_context, targets, unit_mean_per_user
+from plm.messages import Problems
 from plm.methods.palm.oracle import BestOfN
 from plm.methods.palm.routing import RoutedMethod
 from plm.methods.palm.selection import Portfolio, build_portfolio
@@ -80,20 +81,18 @@ class PALM(RoutedMethod):
 
     def _check_arguments(self) -> None:
         """Raise one error about all arguments."""
-        checks = {
-            f"num_objectives: expected 2 to {MAX_OBJECTIVES}, got {self.num_objectives!r}": 2
-            <= self.num_objectives
-            <= MAX_OBJECTIVES,
-            f"size: expected at least one member, got {self.size!r}": self.size >= 1,
-            f"delta: expected a loss > 0, got {self.delta!r}": self.delta > 0,
-            f"ridge: expected a number >= 0, got {self.ridge!r}": self.ridge >= 0,
-            f"spread_ridge: expected a number >= 0, got {self.spread_ridge!r}": self.spread_ridge >= 0,
-            f"prior_precision: expected a number >= 0, got {self.prior_precision!r}": self.prior_precision >= 0,
-            f"lr: expected a finite number > 0, got {self.lr!r}": 0 < self.lr < math.inf,
-        }
-        problems = [f"model.{text}" for text, fine in checks.items() if not fine]
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = Problems("model.")
+        if not 2 <= self.num_objectives <= MAX_OBJECTIVES:
+            problems.add("num_objectives", f"2 to {MAX_OBJECTIVES}", self.num_objectives)
+        if self.size < 1:
+            problems.add("size", "at least one member", self.size)
+        if not self.delta > 0:
+            problems.add("delta", "a loss > 0", self.delta)
+        for name in ("ridge", "spread_ridge", "prior_precision"):
+            if not getattr(self, name) >= 0:
+                problems.add(name, "a number >= 0", getattr(self, name))
+        problems.positive(lr=self.lr)
+        problems.check()
 
     # ------------------------------------------------------------------ the portfolio
     @torch.no_grad()
@@ -119,8 +118,7 @@ class PALM(RoutedMethod):
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Bradley-Terry loss of the user's own mix, plus the normal priors of objectives and weights."""
-        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-        projected = (batch.chosen - batch.rejected) @ self._objectives()
+        projected = batch.difference @ self._objectives()
         weights = torch.softmax(self.logits, -1)
         margin = (projected * weights[batch.user_index]).sum(-1)
         nll = (batch.weight * bt_losses(margin, targets(batch.tie).to(margin))).mean()
@@ -137,8 +135,7 @@ class PALM(RoutedMethod):
         weights, precision = torch.zeros_like(self.weights), torch.zeros_like(self.precision)
         counts, rows = torch.zeros_like(self.num_pairs), []
         for batch in self.train_pass():
-            assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-            rewards = torch.stack([batch.chosen, batch.rejected], 1) @ self._objectives()  # (B, 2, R)
+            rewards = torch.stack(batch.features, 1) @ self._objectives()  # (B, 2, R)
             users, user = torch.unique(batch.user_index, return_inverse=True)
             weight = unit_mean_per_user(batch.weight, user, len(users))
             projected, target = rewards[:, 0] - rewards[:, 1], targets(batch.tie).to(rewards)

@@ -9,7 +9,6 @@ four objectives on; ``max_cost`` bounds the regulariser of the policies compared
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 
@@ -48,19 +47,18 @@ def cell_for(loss: Slack, max_reward: float, max_cost: float = 0.0) -> Slack:
     return Slack(min(loss.eps / 2, loss.delta / (4 * max_cost)), min(loss.delta / (4 * max_reward), 1.0))
 
 
-def composed(cell: Slack, error: Slack, max_reward: float, max_cost: float = 0.0) -> Slack:
+def composed(cell: Slack, error: Slack, max_reward: float, max_cost: float = 0.0, tight: bool = False) -> Slack:
     """The loss of a user in the cell of a weight vector for which the policy is only ``error``-approximate.
 
     The error may be that of an inexact oracle, or the tolerance of pruning; the cell may be the uncertainty of the
     user's weights: ``J_v(p) >= (1 - alpha)(1 - 2 eps) J*_v - [2 (eps f_max + delta R_max) + gamma]``.
+
+    Args:
+        cell: Of the weight vector.
+        error: ``alpha`` and ``gamma``.
+        max_reward: ``R_max``.
+        max_cost: ``f_max``.
+        tight: Use the smaller constants of `cell_loss`.
     """
-    own = cell_loss(cell, max_reward, max_cost, tight=False)
-    return Slack(1 - (1 - error.eps) * (1 - own.eps), own.delta + error.delta)
-
-
-def best_of_n_cost(num_candidates: int, beta: float) -> float:
-    """Bound on beta times the KL divergence of best-of-n from its reference, ``beta (ln n - (n - 1) / n)``.
-
-    Source: arXiv 2401.01879, an upper bound.
-    """
-    return beta * (math.log(num_candidates) - (num_candidates - 1) / num_candidates)
+    exact = cell_loss(cell, max_reward, max_cost, tight)
+    return Slack(1 - (1 - error.eps) * (1 - exact.eps), exact.delta + error.delta)

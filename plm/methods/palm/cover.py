@@ -1,4 +1,4 @@
-"""Exact cover of the simplex by cells: a proof, or a witness; and grids mended until they cover.
+"""Exact cover of the simplex by cells: a proof, or a witness; and grids repaired until they cover.
 
 The cell of weights w is the set of users v with ``|w_i - v_i| <= eps v_i + delta`` for all i: a box cut by the simplex.
 The slack is relative to the user's weight v_i, not to the member's.
@@ -6,15 +6,19 @@ The slack is relative to the user's weight v_i, not to the member's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Literal, NamedTuple
 
-from plm.methods.palm.grid import Weights, check_cell
+from plm.methods.palm.bounds import Slack
+from plm.methods.palm.grid import Weights, check_cell, combined_grid_size, direct_grid, two_sided_levels
 
 Box = tuple[tuple[Fraction, Fraction], ...]
 """Lower and upper end of every coordinate."""
 
 _ZERO, _ONE = Fraction(0), Fraction(1)
+_MOST_CHECKED = 256  # weights of a grid that is checked, and repairs of it: some seconds
 
 
 def cell(weights: Weights, eps: float | Fraction, delta: float | Fraction) -> Box:
@@ -34,9 +38,6 @@ def in_cell(weights: Weights, user: Weights, eps: float | Fraction, delta: float
 def uncovered(grid: Sequence[Weights], eps: float | Fraction, delta: float | Fraction) -> Weights | None:
     """A user whom no cell holds, or None, which proves that the cells cover the whole simplex.
 
-    Boxes are cut in two at faces of cells, in rationals, until each lies inside a cell or meets none in its interior.
-    There are finitely many faces, so this ends.
-
     Args:
         grid: The weights.
         eps: Relative slack of a cell.
@@ -45,26 +46,7 @@ def uncovered(grid: Sequence[Weights], eps: float | Fraction, delta: float | Fra
     Returns:
         The witness: a point of the simplex.
     """
-    if not grid:
-        raise ValueError("expected at least one weight vector to check, got none")
-    num = len(grid[0])
-    stack = [(tuple((_ZERO, _ONE) for _ in range(num)), [cell(weights, eps, delta) for weights in grid])]
-    while stack:
-        box, cells = stack.pop()
-        tight = _tighten(box)
-        if tight is None:
-            continue
-        meeting = [one for one in cells if _meet(one, tight)]
-        if any(_inside(tight, one) for one in meeting):
-            continue
-        cut = _best_cut(tight, meeting)
-        if cut is None:
-            return _midpoint(tight)
-        axis, at = cut
-        low, high = tight[axis]
-        stack.append(((*tight[:axis], (low, at), *tight[axis + 1 :]), meeting))
-        stack.append(((*tight[:axis], (at, high), *tight[axis + 1 :]), meeting))
-    return None
+    return next(_witnesses(grid, eps, delta), None)
 
 
 def repaired(
@@ -75,16 +57,71 @@ def repaired(
     Raises:
         ValueError: If ``max_added`` additions are not enough; `plm.methods.palm.grid.combined_grid` always covers.
     """
-    weights = list(grid)
-    for _ in range(max_added + 1):
-        witness = uncovered(weights, eps, delta)
-        if witness is None:
-            return weights
-        weights.append(witness)
-    raise ValueError(
-        f"{len(grid)} weights and {max_added} repairs do not cover the simplex at eps {eps!r}, delta {delta!r}; "
-        "start from more weights, or use combined_grid"
-    )
+    added = list(itertools.islice(_witnesses(grid, eps, delta), max_added + 1))
+    if len(added) > max_added:
+        raise ValueError(
+            f"{len(grid)} weights and {max_added} repairs do not cover the simplex at eps {eps!r}, delta {delta!r}; "
+            "start from more weights, or use combined_grid"
+        )
+    return [*grid, *added]
+
+
+class Cover(NamedTuple):
+    """Weights whose cells are proved to cover the simplex."""
+
+    size: int
+    """How many they are."""
+    proof: Literal["exact check", "theorem"]
+    """Whether these very cells were checked, or the combined grid is used, which covers for every cell."""
+
+
+def certified_cover(cell: Slack, num_objectives: int) -> Cover:
+    """The smaller of two covers by cells of this slack: a repaired direct grid, if it is small, or the combined grid.
+
+    >>> certified_cover(Slack(0.4, 0.0125), 3), certified_cover(Slack(0.1, 0.001), 4)
+    (Cover(size=48, proof='exact check'), Cover(size=1705621, proof='theorem'))
+    """
+    by_theorem = combined_grid_size(*cell, num_objectives)
+    levels = two_sided_levels(*cell) if cell.eps < 1 else []
+    if 0 < num_objectives * len(levels) ** (num_objectives - 1) <= _MOST_CHECKED:
+        try:
+            size = len(repaired(direct_grid(levels, num_objectives), *cell, max_added=_MOST_CHECKED))
+        except ValueError:  # too many holes to repair
+            size = by_theorem
+        if size < by_theorem:
+            return Cover(size, "exact check")
+    return Cover(by_theorem, "theorem")
+
+
+def _witnesses(grid: Sequence[Weights], eps: float | Fraction, delta: float | Fraction) -> Iterator[Weights]:
+    """Users whom no cell holds; from then on each counts as a weight vector of its own, so that all holes are found.
+
+    Boxes are cut in two at faces of cells, in rationals, until each lies inside a cell or meets none in its interior.
+    There are finitely many faces, so this ends.
+    """
+    if not grid:
+        raise ValueError("expected at least one weight vector to check, got none")
+    unit = tuple((_ZERO, _ONE) for _ in grid[0])
+    stack = [(unit, [cell(weights, eps, delta) for weights in grid])]
+    while stack:
+        box, cells = stack.pop()
+        tight = _tighten(box)
+        if tight is None:
+            continue
+        meeting = [one for one in cells if _meet(one, tight)]
+        if any(_inside(tight, one) for one in meeting):
+            continue
+        cut = _best_cut(tight, meeting)
+        if cut is None:
+            witness = _midpoint(tight)
+            yield witness
+            added = cell(witness, eps, delta)
+            stack = [(one, [*there, added]) for one, there in [*stack, (tight, meeting)]]
+            continue
+        axis, at = cut
+        low, high = tight[axis]
+        stack.append(((*tight[:axis], (low, at), *tight[axis + 1 :]), meeting))
+        stack.append(((*tight[:axis], (at, high), *tight[axis + 1 :]), meeting))
 
 
 def _tighten(box: Box) -> Box | None:

@@ -1,4 +1,4 @@
-"""Grids of weights on the simplex: combined, lifted and direct grids, their sizes, the router, and the baselines.
+"""Grids of weights on the simplex: combined, lifted and direct grids, their sizes, and the baselines.
 
 Axes: N weights, R objectives, U users.
 
@@ -101,7 +101,9 @@ def lifted_grid(levels: Sequence[Fraction], num_objectives: int) -> list[Weights
 def combined_grid(eps: float | Fraction, delta: float | Fraction, num_objectives: int) -> list[Weights]:
     """PALM's Algorithm 1: the weights whose cells cover the simplex for every eps, delta and number of objectives.
 
-    Their number is `combined_grid_size`. The proof of coverage is `route_to_grid`.
+    Their number is `combined_grid_size`. A user finds a member whose cell holds the user by scaling the largest weight
+    to one and rounding the others up to the next level; of those below ``delta`` as many of the largest go to ``delta``
+    as keeps their sum, the rest to zero.
     """
     return lifted_grid(combined_levels(eps, delta), num_objectives)
 
@@ -112,14 +114,17 @@ def combined_grid_size(eps: float | Fraction, delta: float | Fraction, num_objec
     >>> [combined_grid_size(0.4, 0.2, num) for num in (2, 3, 4, 5)]
     [13, 127, 1105, 9031]
     """
-    num_levels = len(combined_levels(eps, delta))
-    return int(num_levels**num_objectives - (num_levels - 1) ** num_objectives)
+    eps, delta = check_cell(eps, delta)
+    steps = max(0, int(math.log(1 / delta) / math.log1p(eps)) - 1)  # below the exact number, by rounding at most
+    while delta * (1 + eps) ** steps < 1:
+        steps += 1
+    return int((steps + 2) ** num_objectives - (steps + 1) ** num_objectives)
 
 
 def direct_grid(levels: Sequence[Fraction], num_objectives: int) -> list[Weights]:
     """Weights of which all but one coordinate take levels; that one is the rest, if there is any.
 
-    A heuristic of few weights: check it by `plm.methods.palm.cover.uncovered`, mend it by ``repaired``.
+    A heuristic of few weights, which `plm.methods.palm.cover.certified_cover` checks and repairs.
     """
     found: dict[Weights, None] = {}
     for place in range(num_objectives):
@@ -129,24 +134,6 @@ def direct_grid(levels: Sequence[Fraction], num_objectives: int) -> list[Weights
                 weights = (*others[:place], rest, *others[place:])
                 found[weights] = None
     return list(found)
-
-
-def route_to_grid(weights: Float64Array, eps: float, delta: float) -> Float64Array:
-    """For each user's weights a member of `combined_grid` whose cell holds them: ``(U, R)`` -> ``(U, R)``.
-
-    The constructive proof of coverage: scale the largest coordinate to one; round the others up to the next level;
-    of those below ``delta`` send as many of the largest to ``delta`` as keeps their sum, the rest to zero.
-    """
-    levels = as_array([tuple(combined_levels(eps, delta))])[0]
-    lifted = weights / weights.max(1, keepdims=True)
-    step = float(delta)
-    up = levels[np.minimum(np.searchsorted(levels, lifted - 1e-12), len(levels) - 1)]
-    small = lifted < step - 1e-12
-    keep = np.rint((lifted * small).sum(1) / step)
-    order = np.argsort(np.argsort(-np.where(small, lifted, -1.0), axis=1, kind="stable"), axis=1)
-    up = np.where(small, np.where(order < keep[:, None], step, 0.0), up)
-    routed: Float64Array = up / up.sum(1, keepdims=True)
-    return routed
 
 
 # ---------------------------------------------------------------------- baselines

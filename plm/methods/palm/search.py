@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.optimize import linprog
 from scipy.spatial import ConvexHull, HalfspaceIntersection
 
 from plm.arrays import Float64Array, IntArray
@@ -152,43 +151,6 @@ def worst_regret(
         served = (users * net[member]).sum(1)
     lost = regret(best_value(users), served, kind)
     return Worst(float(lost.max()), users[int(lost.argmax())])
-
-
-def worst_regret_in_pool(net: Float64Array, pool_net: Float64Array, kind: Kind = "additive") -> Worst:
-    """Exact worst-case regret against the best policy of a finite pool, by one linear program per policy of the pool.
-
-    Additive: ``max v . q - t`` with ``t >= v . p`` for all members p and v on the simplex. Multiplicative: the largest
-    ratio ``max u . q`` with ``u . p <= 1`` and ``u >= 0``, for positive rewards.
-
-    Args:
-        net: ``(M, R)`` members.
-        pool_net: ``(Q, R)`` policies to compare with.
-        kind: Which regret.
-
-    Returns:
-        The largest regret.
-    """
-    worst = Worst(0.0, np.full(net.shape[1], 1.0 / net.shape[1]))
-    num = net.shape[1]
-    for rival in pool_net:
-        if kind == "additive":
-            solved = linprog(
-                np.append(-rival, 1.0),
-                A_ub=np.column_stack([net, -np.ones(len(net))]),
-                b_ub=np.zeros(len(net)),
-                A_eq=np.append(np.ones(num), 0.0)[None],
-                b_eq=[1.0],
-                bounds=[(0, None)] * num + [(None, None)],
-            )
-            found, user = -solved.fun, solved.x[:num]
-        else:
-            solved = linprog(-rival, A_ub=net, b_ub=np.ones(len(net)), bounds=[(0, None)] * num)
-            if solved.status == 3:  # unbounded: a user for whom no member is worth anything
-                return Worst(1.0, np.eye(num)[int(np.argmax(rival))])
-            found, user = 1 + 1 / solved.fun, solved.x / solved.x.sum()
-        if found > worst.regret:
-            worst = Worst(float(found), user)
-    return worst
 
 
 # ---------------------------------------------------------------------- searches

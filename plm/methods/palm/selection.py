@@ -5,6 +5,7 @@ Axes: P policies to choose from, W weight vectors to serve.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -106,9 +107,10 @@ def best_subset(losses: Float64Array, size: int, solver: Solver = "greedy") -> t
     return sorted(chosen), _largest(losses, chosen)
 
 
-def _bisected(losses: Float64Array, size: int, cover: object, tolerances: Float64Array | None = None) -> list[int]:
+def _bisected(
+    losses: Float64Array, size: int, cover: Callable[[BoolArray], list[int]], tolerances: Float64Array | None = None
+) -> list[int]:
     """The cover of at most ``size`` rows at the lowest tolerance where one is found; empty if there is none."""
-    assert callable(cover)
     needed = losses.min(0).max()
     values = np.unique(losses) if tolerances is None else tolerances
     values = values[values >= needed]
@@ -184,7 +186,7 @@ def choose_portfolio(
         if number == rounds or worst.regret <= loss * (1 + tolerance) + 1e-9:
             break
         if (np.abs(solved.weights - worst.weights).max(1) < 1e-9).any():
-            break
+            break  # the worst weights are solved already: asking again would change nothing
         solved = PolicySet.cat([solved, oracle.solve(worst.weights[None])])
     assert best is not None
     proved = certificate(best.members, solved, oracle.error)  # with all answers
