@@ -120,10 +120,11 @@ FLOORS: dict[str, list[set[str]]] = {
         {"board", "dashboard"},
     ],
     "plm.portfolio": [
-        {"features", "objectives", "study", "training", "writing"},
-        {"latents", "policies", "report", "sampled"},
-        {"held_out", "measured"},
+        {"features", "guarantee", "objectives", "study", "training", "writing"},
+        {"held_out", "latents", "policies", "sampled"},
+        {"measured"},
         {"written"},
+        {"report"},
         {"run"},
     ],
     "plm.cli": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -101,6 +102,36 @@ def test_alpaca_recipe(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         weights = np.array([float(row[f"{name} weight"]) for name in saved["objectives"]])
         assert int(row["member"]) == (rewards @ weights).argmax()
         assert float(row["judge reward"]) == pytest.approx(rewards[int(row["member"]), 0], abs=1e-5)
+
+
+def test_an_accuracy_gets_its_cell_cover_and_guarantee(
+    tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Closed forms without KL: eps' = eps / 2, delta' = delta / (2 R_max), and the loss of a cell."""
+    recipe = str(ROOT / "recipes/palm_alpaca_eval.yaml")
+    assert (
+        main(["portfolio", "--config", recipe, *FEW, "--num_objectives", "[3]", "--eps", "0.4", "--delta", "0.3"]) == 0
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    saved = json.loads((tmp_path / "runs/portfolio/version_0/portfolio.json").read_text())
+    guarantee, shift = saved["guarantee"], saved["calibration"]
+    raw = RewardTable(str(tables), read_config(recipe)["rewards"]["init_args"]["objectives"])._raw[..., :3]
+    rewards = np.clip((raw - shift["shift"]) / shift["scale"], 0, 1)
+    most = float(np.nanmax(rewards.sum(2), axis=1).mean())
+    eps, delta = 0.2, math.floor(0.3 / (2 * most) * 1e4) / 1e4  # four digits, as it is between 0.1 and 1 or below
+    assert guarantee["max_reward"] == pytest.approx(most) and guarantee["max_cost"] == guarantee["oracle_error"] == 0
+    assert guarantee["cell"]["eps"] == eps and guarantee["cell"]["delta"] == pytest.approx(delta, abs=1e-4)
+    levels = 2 + math.ceil(math.log(1 / guarantee["cell"]["delta"]) / math.log(1 + eps))
+    assert guarantee["grid_size"] == levels**3 - (levels - 1) ** 3 > guarantee["cover"]["size"] >= 3
+    loss = {"eps": 1 - 0.8 / 1.2, "delta": 2 * guarantee["cell"]["delta"] * most / 1.2}
+    assert guarantee["loss"] == pytest.approx(loss) and loss["delta"] <= 0.3
+    assert guarantee["within_accuracy"] == (guarantee["beyond"] <= 0.3) and guarantee["members"] == len(
+        saved["members"]
+    )
+    assert f"Cell: eps' 0.2, delta' {guarantee['cell']['delta']:g}" in shown
+    assert f"Certified cover: {guarantee['cover']['size']} weights, each checked exactly" in shown
+    assert f"nobody loses more than 33.33% of the best value and {loss['delta']:.4g} besides" in shown
+    assert "Searches to a loss of 0.3 besides 40.00% of the best value" in shown
 
 
 def test_two_numbers_of_objectives_and_no_users(tables: Path, tmp_path: Path) -> None:
@@ -215,6 +246,7 @@ def test_intervals_over_seeds() -> None:
         (["--rewards.objectives", "{a: -n_word, b: flesch, c: list_items}"], "did you mean '-n_words'"),
         (["--cell", "[0, 0.2]"], "cell: expected two slacks > 0"),
         (["--max_calls", "0"], "max_calls: expected at least 1, got 0"),
+        (["--eps", "1"], "eps: expected a share in [0, 1), got 1"),
         (["--sise", "3"], "no option '--sise'; did you mean '--size'"),
     ],
 )

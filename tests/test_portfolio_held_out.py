@@ -37,7 +37,7 @@ def test_losses_are_those_of_the_member_that_serves_and_the_worst_is_that_of_the
     made, members = values(), [3, 0]
     net = made.policies[members].mean(1) + 0.2 * np.random.default_rng(2).normal(size=(2, 3))  # as measured before
     grid = as_array(lattice(100, 3))
-    own, worst = held_out(made, members, net, grid)
+    own, worst, *_ = held_out(made, members, net, grid)
     served = (grid @ net.T).argmax(1)
     assert [row.member for row in own] == served.tolist()
     means = made.policies.mean(1)
@@ -46,7 +46,7 @@ def test_losses_are_those_of_the_member_that_serves_and_the_worst_is_that_of_the
     assert lost.max() <= worst.to_policies.mean + 1e-12 and worst.to_policies.mean - lost.max() < 0.02
     gap = [row.to_best_of_n.mean for row in own]
     assert max(gap) <= worst.to_best_of_n.mean + 1e-12 and worst.to_best_of_n.mean - max(gap) < 0.02
-    nobody, same = held_out(made, members, net, np.zeros((0, 3)))
+    nobody, same, *_ = held_out(made, members, net, np.zeros((0, 3)))
     assert nobody == [] and same == worst  # nobody is known
     at = np.array(worst.weights)
     assert at @ means.max(0) >= at @ means[members[worst.member]]
@@ -58,21 +58,22 @@ def test_intervals_resample_prompts() -> None:
     policies = rng.random((2, 50, 2))
     policies[1] += 5  # always the best
     made = Values(policies, np.full((50, 3, 2), 7.0), 0.0)
-    (user,), _ = held_out(made, [0], np.ones((1, 2)), np.array([[0.25, 0.75]]))
+    (user,), *_ = held_out(made, [0], np.ones((1, 2)), np.array([[0.25, 0.75]]))
     difference = (policies[1] - policies[0]) @ [0.25, 0.75]
     low, high = cluster_bootstrap(difference)
     assert tuple(user.to_policies) == pytest.approx((difference.mean(), float(low), float(high)))
     low, high = cluster_bootstrap(7 - policies[0] @ [0.25, 0.75])
     assert tuple(user.to_best_of_n)[1:] == pytest.approx((float(low), float(high)))
     few = Values(policies[:, :5], made.candidates[:5], 0.0)
-    (user,), worst = held_out(few, [0], np.ones((1, 2)), np.array([[0.25, 0.75]]))
+    (user,), worst, *_ = held_out(few, [0], np.ones((1, 2)), np.array([[0.25, 0.75]]))
     assert np.isnan(user.to_policies.low) and np.isnan(worst.to_best_of_n.high)
 
 
 def test_the_table_has_a_line_for_everybody() -> None:
     made = values()
-    own, worst = held_out(made, [1], made.policies[[1]].mean(1), np.eye(3)[:2])
-    table = held_out_table(own, worst, ["anna", "ben"], NAMES, (40, 5, 6))
+    losses = held_out(made, [1], made.policies[[1]].mean(1), np.eye(3)[:2])
+    table = held_out_table(losses, ["anna", "ben"], NAMES)
+    assert losses.num_policies == 5
     columns = [list(column.cells) for column in table.columns]
     assert columns[0] == ["anna", "ben", "anybody, at most"] and columns[1][:2] == ["1.00 a", "1.00 b"]
     assert "40 held-out prompts" in str(table.title) and table.columns[4].header == "to best-of-6"

@@ -191,9 +191,9 @@ def test_prompts_of_the_three_parts_are_disjoint(tmp_path: Path) -> None:
 def test_objectives_are_signed_and_calibrated_on_the_prompts_to_choose_from(tmp_path: Path) -> None:
     """Another file of test prompts changes no scale; features of a text are the scores of the pool."""
     made = source(tmp_path)
-    pool, about = made.candidates(3), made.split(3, None).calibration
+    pool, fitted = made.candidates(3), made.split(3, None).calibration
     raw = [made._all.scores[row][..., 0] for row in made._parts[0]]
-    assert about["shift"][0] == pytest.approx(np.nanquantile(raw, 0.01))
+    assert fitted.shift[0] == pytest.approx(np.nanquantile(raw, 0.01))
     row, column = 3, 1
     text = pool.responses[pool.candidates[row, column]]
     read = made.features(3).represent([pool.prompts[row]], [text])

@@ -38,9 +38,6 @@ def run(args: list[str]) -> None:
         parser.error(str(error.args[0]))
     config.pop("config", None)
     try:
-        made = parser.instantiate(config)
-        PortfolioRun(**made.as_dict()).run()
-    except ArgumentError as error:
-        raise ValueError(shorten(str(error))) from error
-    except ValueError as error:
+        PortfolioRun(**parser.instantiate(config).as_dict()).run()
+    except (ArgumentError, ValueError) as error:
         raise ValueError(shorten(str(error))) from error

@@ -17,27 +17,46 @@ from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.evaluation import MIN_USERS, plain_table
 from plm.evaluation.statistics import interval_of, resampled_means
 from plm.methods.palm.search import served_corners
-from plm.portfolio.report import spread
-from plm.portfolio.study import Estimate
+from plm.portfolio.study import Estimate, spread
 
 _RESAMPLES = 2000
 
 
 class HeldOut(NamedTuple):
-    """What somebody loses, with 95 % intervals over prompts."""
+    """What a user loses, with 95 % intervals over prompts."""
 
     weights: list[float]
-    """Of this somebody; for the worst of all, where the loss to the oracle's policies is largest."""
+    """Of the user; for the worst of all, where the loss to the oracle's policies is largest."""
     member: int
-    """Who serves these weights, by the values measured before."""
+    """The member that serves these weights, by the values measured before."""
     to_policies: Estimate
     """To the best policy that the oracle has made: what a certificate is about."""
     to_best_of_n: Estimate
     """To the best of the candidates of each prompt, which no certificate is about."""
 
 
+class HeldOutLosses(NamedTuple):
+    """What users of a portfolio lose on held-out prompts, and among how many things."""
+
+    users: list[HeldOut]
+    """Of each known user."""
+    worst: HeldOut
+    """Of the weights that lose most."""
+    num_prompts: int
+    """Held-out prompts X."""
+    num_policies: int
+    """Policies Q that the oracle has made."""
+    num_candidates: int
+    """Sampled responses to a prompt, at most."""
+
+    def record(self, user_ids: Sequence[str]) -> dict[str, Any]:
+        """The same for a file."""
+        users = {user_id: _record(row) for user_id, row in zip(user_ids, self.users, strict=True)}
+        return {"num_prompts": self.num_prompts, "users": users, "worst": _record(self.worst)}
+
+
 class Values(NamedTuple):
-    """What is known of the held-out prompts."""
+    """Objectives measured on the held-out prompts."""
 
     policies: Float64Array
     """``(Q, X, R)`` mean objectives of what each policy of the oracle wrote, less its cost."""
@@ -48,10 +67,10 @@ class Values(NamedTuple):
 
 
 def best_of_candidates(values: Values, weights: Float64Array) -> Float64Array:
-    """``J*`` of best-of-n on each prompt, see `plm.methods.palm.oracle.BestOfN`: ``(V, R)`` -> ``(V, X)``."""
+    """Return ``J*`` of best-of-n on each prompt, see `plm.methods.palm.oracle.BestOfN`: ``(V, R)`` -> ``(V, X)``."""
     present: BoolArray = np.logical_not(np.isnan(values.candidates).any(axis=2))
-    known: Float64Array = np.where(present[..., None], values.candidates, 0.0)
-    scores = np.where(present, np.einsum("xcr,vr->vxc", known, weights), -np.inf)
+    rewards: Float64Array = np.where(present[..., None], values.candidates, 0.0)
+    scores = np.where(present, np.einsum("xcr,vr->vxc", rewards, weights), -np.inf)
     if values.beta == 0:
         best: Float64Array = scores.max(2)
         return best
@@ -59,10 +78,8 @@ def best_of_candidates(values: Values, weights: Float64Array) -> Float64Array:
     return soft
 
 
-def held_out(
-    values: Values, members: Sequence[int], net: Float64Array, users: Float64Array
-) -> tuple[list[HeldOut], HeldOut]:
-    """What each user loses, and what the weights lose that lose most.
+def held_out(values: Values, members: Sequence[int], net: Float64Array, users: Float64Array) -> HeldOutLosses:
+    """Measure what each user loses, and what the weights lose that lose most.
 
     Users are routed as the portfolio does it, by ``net``. The best value is convex in the weights and that of the
     member who serves them linear on each of the members' cells, so that the worst is at a corner of a cell; at a corner
@@ -83,22 +100,26 @@ def held_out(
     means = np.stack([_drawn(policy) for policy in values.policies], axis=1)  # (B, Q, R)
     drawn = _losses(means, _drawn(best.T), weights, rows)
 
-    def one(user: slice) -> HeldOut:
-        ends = []
-        for found, many in zip(exact, drawn, strict=True):
-            num = values.policies.shape[1]
-            low, high = interval_of(many[:, user].max(1), num) if num >= MIN_USERS else (np.nan, np.nan)
-            ends.append(Estimate(float(found[user].max()), low, high))
-        row = user.start + int(exact[0][user].argmax())
-        return HeldOut(weights[row].tolist(), int(served[row]), *ends)
+    num_policies, num_prompts = values.policies.shape[:2]
 
-    return [one(slice(row, row + 1)) for row in range(len(users))], one(slice(len(users), None))
+    def largest(rows: slice) -> HeldOut:
+        losses = []
+        for lost, resampled in zip(exact, drawn, strict=True):
+            enough = num_prompts >= MIN_USERS
+            low, high = interval_of(resampled[:, rows].max(1), num_prompts) if enough else (np.nan, np.nan)
+            losses.append(Estimate(float(lost[rows].max()), low, high))
+        row = rows.start + int(exact[0][rows].argmax())
+        return HeldOut(weights[row].tolist(), int(served[row]), *losses)
+
+    of_users, worst = [largest(slice(row, row + 1)) for row in range(len(users))], largest(slice(len(users), None))
+    num_candidates = int(np.isfinite(values.candidates).all(2).sum(1).max())
+    return HeldOutLosses(of_users, worst, num_prompts, num_policies, num_candidates)
 
 
 def _losses(
     means: Float64Array, best: Float64Array, weights: Float64Array, rows: IntArray
 ) -> tuple[Float64Array, Float64Array]:
-    """What is lost ``(..., V)`` to the best of policies ``(..., Q, R)``, and to ``best`` ``(..., V)``.
+    """Return what is lost ``(..., V)`` to the best of policies ``(..., Q, R)``, and to ``best`` ``(..., V)``.
 
     Args:
         means: Values of the policies.
@@ -107,8 +128,8 @@ def _losses(
         rows: ``(V,)`` the policies that serve them.
     """
     worth = weights @ means.swapaxes(-1, -2)  # (..., V, Q)
-    own = worth[..., np.arange(len(rows)), rows]
-    return worth.max(-1) - own, best - own
+    served = worth[..., np.arange(len(rows)), rows]
+    return worth.max(-1) - served, best - served
 
 
 def _drawn(values: Float64Array) -> Float64Array:
@@ -116,29 +137,28 @@ def _drawn(values: Float64Array) -> Float64Array:
     return np.stack([resampled_means(column, _RESAMPLES, 0) for column in values.T], axis=-1)
 
 
-def held_out_table(
-    own: Sequence[HeldOut], worst: HeldOut, user_ids: Sequence[str], names: Sequence[str], sizes: tuple[int, int, int]
-) -> Table:
-    """A line for every user, and one for whoever loses most.
+def held_out_table(losses: HeldOutLosses, user_ids: Sequence[str], names: Sequence[str]) -> Table:
+    """Show a line for every user, and one for the weights that lose most.
 
     Args:
-        own: Of the users.
-        worst: Of the weights that lose most.
+        losses: Of the users.
         user_ids: Of the users.
         names: Of the objectives.
-        sizes: X, Q and C.
     """
-    table = plain_table(f"Regret of the finished portfolio on {sizes[0]} held-out prompts, 95% intervals over prompts")
-    for head in ("user", "weights", "member", f"to the best of {sizes[1]} policies", f"to best-of-{sizes[2]}"):
+    table = plain_table(
+        f"Regret of the finished portfolio on {losses.num_prompts} held-out prompts, 95% intervals over prompts"
+    )
+    compared = f"to the best of {losses.num_policies} policies", f"to best-of-{losses.num_candidates}"
+    for head in ("user", "weights", "member", *compared):
         table.add_column(head, justify="left" if head == "user" else "right")
-    for who, row in [*zip(user_ids, own, strict=True), ("anybody, at most", worst)]:
+    for label, row in [*zip(user_ids, losses.users, strict=True), ("anybody, at most", losses.worst)]:
         mix = " + ".join(f"{weight:.2f} {name}" for weight, name in zip(row.weights, names, strict=True) if weight > 0)
-        table.add_row(who, mix, str(row.member), spread(row.to_policies), spread(row.to_best_of_n))
+        table.add_row(label, mix, str(row.member), spread(row.to_policies), spread(row.to_best_of_n))
     return table
 
 
-def as_json(row: HeldOut) -> dict[str, Any]:
-    """The same for a file."""
+def _record(row: HeldOut) -> dict[str, Any]:
+    """A user's losses for a file."""
     return {
         "weights": row.weights,
         "member": row.member,

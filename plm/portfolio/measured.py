@@ -5,7 +5,6 @@ Axes: V weight vectors, R objectives, M policies, X prompts, N texts of a policy
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from plm.arrays import Float64Array
 from plm.backbones import Completion, completion_tokens
 from plm.generation import Sample, sample
+from plm.messages import Problems
 from plm.methods.palm.oracle import Oracle, PolicySet, unsolved
 from plm.portfolio.policies import PolicyPortfolio
 from plm.portfolio.writing import WritingPortfolio
@@ -24,7 +24,7 @@ from plm.types import UserState
 
 
 class PolicyOracle(Oracle):
-    """Makes members of a `WritingPortfolio`, and measures rewards and KL of what they write on fixed prompts.
+    """Makes members of a `WritingPortfolio` and measures rewards and KL of what they write on fixed prompts.
 
     ``error`` is what can be seen of it: the most by which another policy was better, at the weights that a policy was
     made for. It is an estimate from below, and certificates hold as far as it is right.
@@ -35,7 +35,7 @@ class PolicyOracle(Oracle):
         beta: What a nat of KL from the unaligned policy costs.
         num_samples: N.
         max_new_tokens: Tokens after which a text is cut.
-        seed: Of the texts: policies write with the same seeds.
+        seed: Seed of the texts; all policies write with the same.
     """
 
     def __init__(
@@ -48,17 +48,13 @@ class PolicyOracle(Oracle):
         max_new_tokens: int = 64,
         seed: int = 0,
     ) -> None:
-        problems = [
-            f"{type(self).__name__}.{name}: expected at least 1, got {value!r}"
-            for name, value in {"num_samples": num_samples, "max_new_tokens": max_new_tokens}.items()
-            if value < 1
-        ]
-        if not 0 <= beta < math.inf:
-            problems.append(f"{type(self).__name__}.beta: expected a finite number >= 0, got {beta!r}")
-        if not prompts:
-            problems.append(f"{type(self).__name__}.prompts: expected some to measure on, got none")
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = Problems(f"{type(self).__name__}.")
+        for name, count in {"num_samples": num_samples, "max_new_tokens": max_new_tokens}.items():
+            if count < 1:
+                problems.add(name, "at least 1", count)
+        problems.numbers(beta=beta)
+        problems.say(f"{problems.prefix}prompts: expected some to measure on, got none", when=not prompts)
+        problems.check()
         super().__init__(portfolio.num_objectives)
         self.portfolio, self.prompts, self.beta = portfolio, list(prompts), beta
         self.num_samples, self.max_new_tokens, self.seed = num_samples, max_new_tokens, seed
@@ -78,7 +74,7 @@ class PolicyOracle(Oracle):
 
     @property
     def max_cost(self) -> float:
-        """The largest among the policies compared."""
+        """The largest cost among the policies made so far."""
         return float(self.solved.costs.max(initial=0.0))
 
     def members_for(self, weights: Float64Array) -> list[int]:
@@ -88,11 +84,11 @@ class PolicyOracle(Oracle):
         return [int(row) for row in apart.argmin(1)]
 
     def _solve(self, weights: Float64Array) -> PolicySet:
-        asked = unsolved(weights, self.solved.weights)
-        if len(asked):
-            rewards, divergence = self.measured(self._make(asked))
+        new = unsolved(weights, self.solved.weights)
+        if len(new):
+            rewards, divergence = self.measured(self._make(new))
             self.divergence = np.concatenate([self.divergence, divergence])
-            self.solved = PolicySet.cat([self.solved, PolicySet(asked, rewards, self.beta * np.maximum(divergence, 0))])
+            self.solved = PolicySet.cat([self.solved, PolicySet(new, rewards, self.beta * np.maximum(divergence, 0))])
             values = self.solved.values(self.solved.weights)  # (W, M), a policy for each weight vector
             self.error = float((values.max(1) - values.diagonal()).max())
         return self.solved.take(self.members_for(weights))
@@ -106,16 +102,16 @@ class PolicyOracle(Oracle):
         """Mean objectives ``(M, R)`` and KL ``(M,)`` of members ``(M,)``."""
         rewards, divergence = [], []
         for member, rows in zip(members.tolist(), self._texts(members), strict=True):
-            asked = [prompt for prompt, row in zip(self.prompts, rows, strict=True) for _ in row]
-            texts = [one for row in rows for one in row]
-            objectives = self.portfolio.objectives.represent(asked, [one.text for one in texts])
+            prompts = [prompt for prompt, row in zip(self.prompts, rows, strict=True) for _ in row]
+            texts = [text for row in rows for text in row]
+            objectives = self.portfolio.objectives.represent(prompts, [text.text for text in texts])
             assert isinstance(objectives, Tensor)
             rewards.append(objectives.double().mean(0).numpy())
             backbone = self.portfolio.unaligned.backbone
             tokens = completion_tokens(
                 [
-                    Completion(backbone.prompt_tokens(prompt), list(one.token_ids))
-                    for prompt, one in zip(asked, texts, strict=True)
+                    Completion(backbone.prompt_tokens(prompt), list(text.token_ids))
+                    for prompt, text in zip(prompts, texts, strict=True)
                 ]
             ).to(self.portfolio.device)
             divergence.append(float(self.portfolio.log_ratios(tokens, member).double().mean()))
@@ -125,7 +121,7 @@ class PolicyOracle(Oracle):
 def written(
     portfolio: WritingPortfolio, members: Tensor, prompts: Sequence[str], **settings: Any
 ) -> list[list[list[Sample]]]:
-    """Texts of members ``(M,)`` on X prompts, see `plm.generation.sample`: M x X x N."""
+    """Let members ``(M,)`` write on X prompts, see `plm.generation.sample`: M x X x N texts."""
     member = members.repeat_interleave(len(prompts))
     texts = sample(
         portfolio, list(prompts) * len(members), UserState({"member": member}, torch.zeros_like(member)), **settings
@@ -164,7 +160,7 @@ class TrainedPolicies(PolicyOracle):
 
     Args:
         portfolio: Takes the members.
-        train: Weight vectors ``(V, R)`` -> rows that tell members ``(V, P)``, such as adapters.
+        train: Weight vectors ``(V, R)`` -> rows that make members ``(V, P)``, such as adapters.
         prompts: See `PolicyOracle`.
         **options: See `PolicyOracle`.
     """

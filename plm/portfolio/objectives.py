@@ -36,6 +36,19 @@ Users = tuple[list[str], Float64Array]
 _LOW, _HIGH = 0.01, 0.99  # quantiles that rewards are calibrated by
 
 
+class Calibration(NamedTuple):
+    """How raw objectives become rewards: ``(raw - shift) / scale``."""
+
+    shift: list[float]
+    """Of each objective."""
+    scale: list[float]
+    """Of each objective."""
+
+    def clipped(self, raw: Float64Array) -> Float64Array:
+        """Rewards in [0, 1] of raw objectives ``(..., R)``."""
+        return np.clip((raw - self.shift) / self.scale, 0, 1)
+
+
 class Split(NamedTuple):
     """Normalised rewards of the prompts a portfolio is chosen on and of those it is judged on."""
 
@@ -43,8 +56,7 @@ class Split(NamedTuple):
     """``(X, C, R)`` in [0, 1], or about so for bases; nan = no such candidate."""
     test: Float64Array
     """The same for other prompts, by the calibration of ``train``."""
-    calibration: dict[str, list[float]]
-    """``shift`` and ``scale`` of each objective: reward = (raw - shift) / scale."""
+    calibration: Calibration
 
 
 class Deployment(NamedTuple):
@@ -72,11 +84,11 @@ class RewardSource(ABC):
 
     @abstractmethod
     def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
-        """Halve the prompts at random; without ``rng`` all of them are on both sides."""
+        """Halve the prompts at random and calibrate on the first half; without ``rng`` all are on both sides."""
 
     @abstractmethod
-    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
-        """How the portfolio serves users: its own, unless others are given."""
+    def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
+        """How the portfolio serves users: those of the source, unless others are given."""
 
 
 class RewardTable(RewardSource):
@@ -102,7 +114,7 @@ class RewardTable(RewardSource):
         return list(self.objectives)
 
     def prepare(self, folder: Path) -> None:
-        """Nothing is missing."""
+        """Do nothing: the table is there."""
 
     @cached_property
     def _raw(self) -> Float64Array:
@@ -141,20 +153,19 @@ class RewardTable(RewardSource):
 
     def _meant(self, column: str, present: Iterable[str]) -> str:
         """The near name of a column, written as the recipe has it, with the minus of an objective."""
-        written = next((own for own in self.objectives.values() if own.removeprefix("-") == column), column)
+        written = next((name for name in self.objectives.values() if name.removeprefix("-") == column), column)
         return nearest(written, signed_like(written, present))
 
     def split(self, num_objectives: int, rng: np.random.Generator | None) -> Split:
         """Halve the prompts; calibrate on the first half."""
         table = self._raw[..., :num_objectives]
         train, test = halves(len(table), rng)
-        about = calibration(table[train], self.names)
-        calibrated = np.clip((table - about["shift"]) / about["scale"], 0, 1)
-        return Split(calibrated[train], calibrated[test], about)
+        fitted = calibration(table[train], self.names)
+        return Split(fitted.clipped(table[train]), fitted.clipped(table[test]), fitted)
 
-    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
+    def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
         """Features are the calibrated objectives themselves; no user is known but those given."""
-        ids, weights = ([], np.zeros((0, num_objectives))) if given is None else given
+        ids, weights = ([], np.zeros((0, num_objectives))) if users is None else users
         return Deployment(torch.eye(num_objectives), None, ids, weights)
 
 
@@ -189,7 +200,7 @@ def signed_like(name: str, valid: Iterable[str]) -> list[str]:
     return [sign + one for one in valid]
 
 
-def calibration(table: Float64Array, names: list[str]) -> dict[str, list[float]]:
+def calibration(table: Float64Array, names: list[str]) -> Calibration:
     """Shift and scale by which the 1 % and 99 % quantiles of each objective, ``(X, C, R)``, become 0 and 1.
 
     Raises:
@@ -200,7 +211,7 @@ def calibration(table: Float64Array, names: list[str]) -> dict[str, list[float]]
     flatness = [name for name, is_flat in zip(names, high <= low, strict=False) if is_flat]
     if flatness:
         raise ValueError(f"rewards.objectives: {flatness} are the same for nearly all responses; leave them out")
-    return {"shift": low.tolist(), "scale": (high - low).tolist()}
+    return Calibration(low.tolist(), (high - low).tolist())
 
 
 class LoReBases(RewardSource):
@@ -322,17 +333,16 @@ class LoReBases(RewardSource):
         train, test = (np.stack(slates) for slates in sides)
         train, test = (slates - slates.min(axis=1, keepdims=True) for slates in (train, test))
         scale = float(np.quantile(train.max(axis=1), _HIGH, axis=0).max())
-        about = {"shift": [0.0] * num_objectives, "scale": [scale] * num_objectives}
-        return Split(train / scale, test / scale, about)
+        return Split(train / scale, test / scale, Calibration([0.0] * num_objectives, [scale] * num_objectives))
 
-    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
+    def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
         """Everything the scorer has: its backbone, its bases, its users unless others are given."""
-        ids, weights = self._users if given is None else given
+        ids, weights = self._users if users is None else users
         return Deployment(self._bases, self._method.hparams.get("backbone"), ids, weights)
 
 
 def read_weights(path: str, num_objectives: int | None = None) -> Users:
-    """Given users: JSONL rows ``{"user_id": ..., "weights": [...]}`` -> ids and ``(U, R)``, each row summing to one.
+    """Read users from JSONL rows ``{"user_id": ..., "weights": [...]}`` -> ids and ``(U, R)``, each row summing to one.
 
     Args:
         path: The file.
@@ -369,7 +379,7 @@ def read_weights(path: str, num_objectives: int | None = None) -> Users:
 
 
 def finite_weights(value: Any, num: int | None) -> Float64Array:
-    """Weights ``(R,)`` of a list of numbers.
+    """Turn a list of numbers into weights ``(R,)``, as they are.
 
     Raises:
         ValueError: If it is something else, does not hold ``num`` numbers, or cannot be made to sum to one.

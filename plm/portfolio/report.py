@@ -6,17 +6,26 @@ Axes: R objectives, M members, U users.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from plm.arrays import Float64Array
-from plm.evaluation import plain_table
+from plm.evaluation import plain_table, print_parts
 from plm.evaluation.figures import FAINT, INK, SAME, blank, headline, tidy
+from plm.judging import report as judge_report
+from plm.methods.palm.bounds import Slack
 from plm.methods.palm.measures import Usage, route
 from plm.methods.palm.oracle import PolicySet
-from plm.portfolio.study import BASELINES, Estimate, StudyRow
+from plm.methods.palm.selection import Portfolio
+from plm.portfolio.guarantee import Guarantee
+from plm.portfolio.held_out import held_out_table
+from plm.portfolio.study import BASELINES, StudyRow, spread
+from plm.portfolio.written import Finished, own_mix_lines, users_table
+from plm.types import UserState
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,14 +35,108 @@ _WAYS = {"PALM": "#D9793B", "random": "#9AA1AA", "lattice": "#4C6FAE", "k-means"
 _RASTER = 220  # points of an edge of the triangle
 
 
-def spread(value: Estimate, digits: int = 3) -> str:
-    """``0.025 [0.021, 0.029]``."""
-    text = f"{value.mean:.{digits}f}"
-    return text if np.isnan(value.low) else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+class Search(NamedTuple):
+    """What a search costs and proves on all prompts."""
+
+    search: str
+    calls: int
+    """Oracle calls."""
+    certificate: float
+    """Largest loss over the simplex, beyond the share that the accuracy allows."""
+
+
+class Result(NamedTuple):
+    """A finished run, as it is shown."""
+
+    names: list[str]
+    """Of the objectives."""
+    rows: list[StudyRow]
+    """The study, a row for each size."""
+    num_seeds: int
+    """Halvings that the study is a mean over."""
+    size: int
+    """Of the portfolio that is saved."""
+    drawn_users: int | None
+    """Users drawn from the simplex for the study although some are known; None where the study needs no such note."""
+    num_known: int
+    """Known users."""
+    accuracy: Slack
+    """What the searches stop at."""
+    searches: list[Search]
+    portfolio: Portfolio
+    usage: Usage
+    cold_start: int
+    """Member of an unknown user."""
+    shares_of: str
+    """Whose shares ``usage`` holds."""
+    guarantee: Guarantee | None
+    certificate_says: str
+    """See `what_is_certified`."""
+
+
+class WritingResult(NamedTuple):
+    """What is shown besides where members write."""
+
+    finished: Finished
+    learned: UserState
+    """The known users, learned from pairs."""
+    num_pairs: int
+    """Pairs that each is learned from."""
+    judgement: dict[str, Any]
+    """See `plm.portfolio.written.WrittenMembers.judge_texts`."""
+
+
+def show(result: Result, writing: WritingResult | None, folder: Path) -> None:
+    """Print a finished run and where its files are."""
+    if writing is not None:
+        print_parts("Sizes and searches are those of best-of-n, which chose the weights that policies were made for")
+    if result.guarantee is not None:
+        print_parts(*result.guarantee.lines(), "")
+    num = len(result.names)
+    print_parts(size_table(result.rows, num, result.num_seeds))
+    if result.drawn_users is not None:
+        print_parts(
+            f"Mean regret, k-means, usage and dead members above are of {result.drawn_users:,} users drawn evenly from "
+            f"the simplex: known are {result.num_known}, fewer than the largest size {result.rows[-1].size}"
+        )
+    members = members_table(result.portfolio.members, result.names, result.usage, result.cold_start, result.shares_of)
+    print_parts("", members, "")
+    row = next(row for row in result.rows if row.size == result.size)
+    print_parts(search_table(result.searches, result.accuracy), "", *comparison_lines(row))
+    if writing is not None:
+        _show_writing(writing, result.names)
+    pictures = "regret.png and simplex.png" if num == 3 else "regret.png"
+    files = f"portfolio.ckpt, portfolio.json, study.json, {pictures} in {folder}"
+    print_parts(f"certificate {result.portfolio.certificate:.4f}: {result.certificate_says}", f"{files}\n")
+
+
+def _show_writing(writing: WritingResult, names: list[str]) -> None:
+    """Print users learned from pairs, losses on held-out prompts, and what members write there."""
+    finished, method = writing.finished, writing.finished.method
+    print_parts(*finished.notes)
+    if method.user_ids:
+        print_parts(users_table(method, writing.learned, writing.num_pairs, names), "")
+    print_parts(held_out_table(finished.losses, method.user_ids, names), "")
+    judge_report.show(writing.judgement, Console())
+    print_parts(*own_mix_lines(writing.judgement, list(writing.judgement["users"])))
+
+
+def what_is_certified(finished: Finished | None, beta: float) -> str:
+    """Say what the certificate of a portfolio bounds, and what it does not."""
+    price = "KL is free, utilities are plain rewards" if beta == 0 else f"a nat of KL costs {beta:g}"
+    if finished is None:
+        return (
+            "no weights lose more than this to any way of picking among the candidates of the prompts it was computed "
+            f"on; {price}"
+        )
+    return (
+        f"estimated loss to policies made in the same way ({finished.oracle_name}), no bound on the loss to "
+        f"others, such as the best of several samples; {price}"
+    )
 
 
 def size_table(rows: Sequence[StudyRow], num_objectives: int, num_seeds: int) -> Table:
-    """Every size: worst-case regret of all ways to choose, and what else is known of PALM's choice."""
+    """Show every size: worst-case regret of all ways to choose, and further measures of PALM's choice."""
     table = plain_table(
         f"Regret on held-out prompts, {num_objectives} objectives, 95% intervals over {num_seeds} seeds"
     )
@@ -60,31 +163,34 @@ def size_table(rows: Sequence[StudyRow], num_objectives: int, num_seeds: int) ->
     return table
 
 
-def members_table(members: PolicySet, names: Sequence[str], used: Usage, cold_start: int, counted: str) -> Table:
-    """The saved portfolio: weights, rewards and users of each member; ``counted`` says which users."""
-    table = plain_table(f"The portfolio, usage perplexity {used.perplexity:.2f} of {len(used.shares)} over {counted}")
+def members_table(members: PolicySet, names: Sequence[str], used: Usage, cold_start: int, shares_of: str) -> Table:
+    """Show the saved portfolio: weights, rewards and users of each member; ``shares_of`` says which users."""
+    table = plain_table(f"The portfolio, usage perplexity {used.perplexity:.2f} of {len(used.shares)} over {shares_of}")
     table.add_column("member", justify="right")
     for head in (*(f"{name} weight" for name in names), *(f"{name} reward" for name in names), "users %", ""):
         table.add_column(head, justify="right")
     for index, (weights, rewards, share) in enumerate(zip(members.weights, members.rewards, used.shares, strict=True)):
         cells = [f"{value:.2f}" for value in (*weights, *rewards)]
-        notes = [note for note, holds in (("strangers", index == cold_start), ("dead", share == 0)) if holds]
+        notes = [note for note, holds in (("unknown users", index == cold_start), ("dead", share == 0)) if holds]
         table.add_row(str(index), *cells, f"{100 * share:.1f}", ", ".join(notes))
     return table
 
 
-def search_table(searches: Sequence[dict[str, float | str]], delta: float) -> Table:
-    """What each search costs and proves."""
-    table = plain_table(f"Searches to a loss of {delta}, all prompts: the pool before it is cut to few")
+def search_table(searches: Sequence[Search], accuracy: Slack) -> Table:
+    """Show what each search costs and proves."""
+    besides = f" besides {accuracy.eps:.2%} of the best value" if accuracy.eps else ""
+    table = plain_table(
+        f"Searches to a loss of {accuracy.delta}{besides}, all prompts: the pool before it is cut to few"
+    )
     for head in ("search", "oracle calls", "certificate over the simplex"):
         table.add_column(head, justify="left" if head == "search" else "right")
-    for one in searches:
-        table.add_row(str(one["search"]), f"{one['calls']:,}", f"{one['certificate']:.4f}")
+    for search in searches:
+        table.add_row(search.search, f"{search.calls:,}", f"{search.certificate:.4f}")
     return table
 
 
 def comparison_lines(row: StudyRow) -> list[str]:
-    """One sentence per baseline: is PALM's worst-case regret lower on held-out prompts?"""
+    """Say for each baseline whether PALM's worst-case regret is lower on held-out prompts."""
     lines = []
     for way, ahead in row.ahead.items():
         both = f"{row.quality['PALM']['worst'].mean:.3f} against {row.quality[way]['worst'].mean:.3f}"
@@ -102,7 +208,7 @@ def comparison_lines(row: StudyRow) -> list[str]:
 
 
 def regret_figure(rows: Sequence[StudyRow]) -> Figure:
-    """Worst-case regret on held-out prompts against size, with bands over seeds."""
+    """Draw worst-case regret on held-out prompts against size, with bands over seeds."""
     figure = blank(6.4, 4.2)
     axes = figure.subplots()
     sizes = [row.size for row in rows]
@@ -123,7 +229,7 @@ def regret_figure(rows: Sequence[StudyRow]) -> Figure:
 
 
 def simplex_figure(members: PolicySet, names: Sequence[str], users: Float64Array) -> Figure:
-    """Three objectives: the cell in which each member is best, the members, and the users."""
+    """Draw, for three objectives, the cell in which each member is best, the members, and the users."""
     figure = blank(5.6, 5.2)
     axes = figure.subplots()
     steps = np.arange(_RASTER + 1)

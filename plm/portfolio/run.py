@@ -4,42 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from rich.console import Console
 
 from plm.arrays import Float64Array
 from plm.atomic import write_csv, write_json
 from plm.checkpoint import KnownUsers
-from plm.evaluation import print_parts
 from plm.judging import report as judge_report
+from plm.messages import Problems
 from plm.methods.palm import MAX_OBJECTIVES, PALM
+from plm.methods.palm.bounds import Slack
 from plm.methods.palm.grid import as_array, combined_grid_size, lattice, random_weights
 from plm.methods.palm.measures import route, usage
 from plm.methods.palm.oracle import BestOfN, Oracle
 from plm.methods.palm.search import Certified
 from plm.methods.palm.selection import Portfolio, choose_portfolio
-from plm.portfolio.held_out import held_out_table
+from plm.portfolio import report
+from plm.portfolio.guarantee import guarantee_of
 from plm.portfolio.objectives import Deployment, LoReBases, RewardSource, Users, read_weights
-from plm.portfolio.report import (
-    comparison_lines,
-    members_table,
-    regret_figure,
-    search_table,
-    simplex_figure,
-    size_table,
-)
 from plm.portfolio.sampled import SampledRewards
 from plm.portfolio.study import StudyRow, run_search, run_study
 from plm.portfolio.writing import WritingPortfolio
-from plm.portfolio.written import Finished, WrittenMembers, inferred, own_mix_lines, users_table
+from plm.portfolio.written import Finished, WrittenMembers, inferred
 from plm.users import store_path
 
 _SWEEP_STEPS = 10  # an edge of the lattice of weights in sweep.csv
@@ -59,8 +51,10 @@ class PortfolioRun:
         seeds: Random halvings of the prompts into those to choose on and those to judge on.
         search: corner = call the oracle where the certificate is worst; lazy = only at weights of a grid that are not
             served yet; grid = at all weights of a grid.
-        delta: Loss at which the corner and lazy searches stop, in units of a calibrated reward.
-        cell: Relative and absolute slack of the grid's cells.
+        delta: Loss that anybody may have, in units of a calibrated reward: where the corner and lazy searches stop.
+        eps: Share of the best value that anybody may lose besides ``delta``. Above 0 the run also says which cell this
+            accuracy needs, how many weights are proved to cover the simplex, and what is lost at most with them.
+        cell: Relative and absolute slack of the cells of the grid that the lazy and grid searches visit.
         max_calls: Most oracle calls of the corner search.
         solver: greedy = greedy covers and exchanges; milp = exact covers by integer programming.
         beta: What a nat of KL costs, in units of a calibrated reward: of soft best-of-n, and of policies that write
@@ -83,6 +77,7 @@ class PortfolioRun:
         seeds: int = 8,
         search: Literal["corner", "lazy", "grid"] = "corner",
         delta: float = 0.02,
+        eps: float = 0.0,
         cell: tuple[float, float] = (0.4, 0.2),
         max_calls: int = 150,
         solver: Literal["greedy", "milp"] = "greedy",
@@ -93,46 +88,46 @@ class PortfolioRun:
         output: str = "runs/portfolio",
     ) -> None:
         self.rewards, self.size, self.sizes = rewards, size, sorted({*sizes, size})
-        self.num_objectives, self.seeds, self.search, self.delta = num_objectives, seeds, search, delta
+        self.num_objectives, self.seeds, self.search, self.accuracy = num_objectives, seeds, search, Slack(eps, delta)
         self.cell, self.max_calls, self.solver, self.beta = cell, max_calls, solver, beta
         self.num_users, self.weights, self.policies, self.output = num_users, weights, policies, output
-        checks = {
-            f"size and sizes: expected numbers >= 1, got {self.sizes!r}": min(self.sizes) >= 1,
-            f"seeds: expected at least 1, got {seeds!r}": seeds >= 1,
-            f"delta: expected a loss > 0, got {delta!r}": delta > 0,
-            f"cell: expected two slacks > 0 and at most 1, got {cell!r}": all(0 < slack <= 1 for slack in cell),
-            f"max_calls: expected at least 1, got {max_calls!r}": max_calls >= 1,
-            f"beta: expected a finite number >= 0, got {beta!r}": 0 <= beta < math.inf,
-            f"num_users: expected at least the largest size, got {num_users!r}": num_users >= max(self.sizes),
-            f"num_objectives: expected numbers from 2 to {MAX_OBJECTIVES}, got {num_objectives!r}": all(
-                2 <= num <= MAX_OBJECTIVES for num in num_objectives or []
-            ),
-        }
-        problems = [text for text, fine in checks.items() if not fine]
+        problems = Problems()
+        if min(self.sizes) < 1:
+            problems.add("size and sizes", "numbers >= 1", self.sizes)
+        for name, count in {"seeds": seeds, "max_calls": max_calls}.items():
+            if count < 1:
+                problems.add(name, "at least 1", count)
+        if not delta > 0:
+            problems.add("delta", "a loss > 0", delta)
+        problems.shares(eps=eps)
+        if not all(0 < slack <= 1 for slack in cell):
+            problems.add("cell", "two slacks > 0 and at most 1", cell)
+        problems.numbers(beta=beta)
+        if num_users < max(self.sizes):
+            problems.add("num_users", "at least the largest size", num_users)
+        if not all(2 <= num <= MAX_OBJECTIVES for num in num_objectives or []):
+            problems.add("num_objectives", f"numbers from 2 to {MAX_OBJECTIVES}", num_objectives)
         if weights is not None and len(num_objectives or []) > 1:
-            problems.append(
-                f"num_objectives: expected one number with weights, whose users weigh so many, got {num_objectives!r}; "
-                f"run once for each, e.g. --num_objectives [{(num_objectives or [0])[0]}] --weights {weights}"
-            )
+            advice = f"; run once for each, e.g. --num_objectives [{(num_objectives or [0])[0]}] --weights {weights}"
+            problems.add("num_objectives", "one number with weights, whose users weigh so many", num_objectives, advice)
         if policies is not None and not isinstance(rewards, SampledRewards):
-            problems.append(f"policies: expected rewards to be SampledRewards, got {type(rewards).__name__}")
-        if problems:
-            raise ValueError("\n".join(problems))
+            problems.say(f"policies: expected rewards to be SampledRewards, got {type(rewards).__name__}")
+        problems.check()
 
     def run(self) -> None:
-        """Run all numbers of objectives and say where the results are."""
+        """Run all numbers of objectives and print where the results are."""
         num = self.num_objectives[0] if self.num_objectives else None
-        given = None if self.weights is None else read_weights(self.weights, num)
+        users = None if self.weights is None else read_weights(self.weights, num)
         with _new_folder(Path(self.output)) as folder:
             self.rewards.prepare(folder)
             numbers = self._numbers()
-            if given is not None and given[1].shape[1] != numbers[0]:
+            if users is not None and users[1].shape[1] != numbers[0]:
                 raise ValueError(
                     f"--weights: expected {numbers[0]} weights of each user, of {', '.join(self.rewards.names)}, got "
-                    f"{given[1].shape[1]}"
+                    f"{users[1].shape[1]}"
                 )
             for num in numbers:
-                self._run_one(num, given, folder if len(numbers) == 1 else folder / f"d{num}")
+                self._run_one(num, users, folder if len(numbers) == 1 else folder / f"d{num}")
 
     def _numbers(self) -> list[int]:
         """Numbers of objectives to run.
@@ -156,86 +151,66 @@ class PortfolioRun:
             )
         return numbers
 
-    def _run_one(self, num: int, given: Users | None, folder: Path) -> None:
+    def _run_one(self, num: int, given_users: Users | None, folder: Path) -> None:
         names = self.rewards.names[:num]
-        deployment = self.rewards.deployment(num, given)
+        deployment = self.rewards.deployment(num, given_users)
         rows = run_study(
-            lambda rng: self._oracles(num, rng, deployment), self.sizes, self.seeds, self._find, self.solver
+            lambda rng: self._oracles(num, rng, deployment), self.sizes, self.seeds, self._find_policies, self.solver
         )
         split = self.rewards.split(num, None)  # what is saved is chosen from all prompts
-        oracle = BestOfN(split.train, self.beta)
-        portfolio = choose_portfolio(oracle, self._find(oracle).policies, self.size, self.solver)
+        oracle: Oracle = BestOfN(split.train, self.beta)
+        portfolio = choose_portfolio(oracle, self._find_policies(oracle).policies, self.size, self.solver)
         finished = None
         if self.policies is not None and isinstance(self.rewards, SampledRewards):
             wanted = portfolio.members.weights
             finished = self.policies.make(self.rewards, deployment, wanted, self.size, self.solver, self.beta)
-            portfolio = finished.portfolio
-        studied = self._users(num, np.random.default_rng(0), deployment)
-        users = deployment.weights if deployment.user_ids else studied  # who the shares are of
-        counted = f"{len(users):,} users, {'those who are known' if deployment.user_ids else 'drawn from the simplex'}"
-        row = next(row for row in rows if row.size == self.size)
-        used = usage(route(portfolio.members, users), len(portfolio.members.weights))
+            oracle, portfolio = finished.oracle, finished.portfolio
+        drawn = self._users(num, np.random.default_rng(0), deployment)
+        users = deployment.weights if deployment.user_ids else drawn  # whose shares are counted
+        origin = "those who are known" if deployment.user_ids else "drawn from the simplex"
         searches = self._searches(split.train)
-        method = deploy(portfolio, deployment, self.size, self.delta) if finished is None else finished.method
+        method = deploy(portfolio, deployment, self.size, self.accuracy.delta) if finished is None else finished.method
+        result = report.Result(
+            names=names,
+            rows=rows,
+            num_seeds=self.seeds,
+            size=self.size,
+            drawn_users=self.num_users if deployment.user_ids and drawn is not users else None,
+            num_known=len(deployment.user_ids),
+            accuracy=self.accuracy,
+            searches=searches,
+            portfolio=portfolio,
+            usage=usage(route(portfolio.members, users), len(portfolio.members.weights)),
+            cold_start=method.cold_start,
+            shares_of=f"{len(users):,} users, {origin}",
+            guarantee=guarantee_of(self.accuracy, oracle, portfolio) if self.accuracy.eps else None,
+            certificate_says=report.what_is_certified(finished, self.beta),
+        )
         save(method, folder / "portfolio.ckpt")
-        about = {
-            "objectives": names,
-            "calibration": split.calibration,
-            "members": [
-                {"weights": w.tolist(), "rewards": r.tolist(), "cost": float(c), "share": float(s)}
-                for w, r, c, s in zip(*portfolio.members, used.shares, strict=True)
-            ],
-            "shares_of": counted,
-            "cold_start": method.cold_start,
-            "certificate": portfolio.certificate,
-            "certificate_says": what_is_certified(finished, self.beta),
-            "oracle_calls": portfolio.num_calls,
-            **({} if finished is None else {"policies": finished.about}),
-        }
-        write_json(folder / "portfolio.json", about)
-        write_json(folder / "study.json", {"sizes": [_plain(row) for row in rows], "searches": searches})
+        record = {"objectives": names, "calibration": split.calibration._asdict(), **_record(result)}
+        write_json(folder / "portfolio.json", record | ({"policies": finished.record()} if finished else {}))
+        study = {"sizes": [_plain(row) for row in rows], "searches": [search._asdict() for search in searches]}
+        write_json(folder / "study.json", study)
         self._write_users(method, folder)
         self._write_sweep(method, names, folder)
-        regret_figure(rows).savefig(folder / "regret.png")
+        report.regret_figure(rows).savefig(folder / "regret.png")
         if num == 3:
-            simplex_figure(portfolio.members, names, users).savefig(folder / "simplex.png")
-        if finished is not None:
-            print_parts(
-                "Sizes and searches are those of best-of-n, which chose the weights that policies were made for"
-            )
-        print_parts(size_table(rows, num, self.seeds))
-        if len(deployment.user_ids) > 0 and studied is not users:
-            print_parts(
-                f"Mean regret, k-means, usage and dead members above are of {self.num_users:,} users drawn evenly from "
-                f"the simplex: known are {len(users)}, fewer than the largest size {max(self.sizes)}"
-            )
-        print_parts("", members_table(portfolio.members, names, used, method.cold_start, counted), "")
-        print_parts(search_table(searches, self.delta), "", *comparison_lines(row))
-        if finished is not None and isinstance(self.rewards, SampledRewards):
-            self._judge(finished, self.rewards, folder)
-        pictures = "regret.png and simplex.png" if num == 3 else "regret.png"
-        what = f"portfolio.ckpt, portfolio.json, study.json, {pictures} in {folder}"
-        print_parts(f"certificate {portfolio.certificate:.4f}: {about['certificate_says']}", f"{what}\n")
+            report.simplex_figure(portfolio.members, names, users).savefig(folder / "simplex.png")
+        writing = None if finished is None else self._judge_writing(finished, names, folder)
+        report.show(result, writing, folder)
 
-    def _judge(self, finished: Finished, rewards: SampledRewards, folder: Path) -> None:
-        """Users learned from pairs, and what the members write on prompts that nothing was chosen on."""
-        assert self.policies is not None
-        method = finished.method
-        names = rewards.names[: method.num_objectives]
-        print_parts(*finished.notes)
-        if method.user_ids:
-            pool = rewards.candidates(len(names), "measure")
-            learned = inferred(method, pool, method.weights.double().cpu().numpy())
-            print_parts(users_table(method, learned, len(pool.prompts), names), "")
-        print_parts(held_out_table(*finished.held_out, method.user_ids, names, finished.sizes), "")
-        result = self.policies.judged(finished, rewards.prompts_to_judge, names)
-        judge_report.show(result, Console())
-        print_parts(*own_mix_lines(result, list(result["users"])))
-        judge_report.write(result, folder)
+    def _judge_writing(self, finished: Finished, names: list[str], folder: Path) -> report.WritingResult:
+        """Learn users from pairs, and judge what the members write on prompts that nothing was chosen on."""
+        assert self.policies is not None and isinstance(self.rewards, SampledRewards)
+        pool = self.rewards.candidates(len(names), "measure")
+        learned = inferred(finished.method, pool, finished.method.weights.double().cpu().numpy())
+        judgement = self.policies.judge_texts(finished, self.rewards.prompts_to_judge, names)
+        judge_report.write(judgement, folder)
+        return report.WritingResult(finished, learned, len(pool.prompts), judgement)
 
     # ------------------------------------------------------------------ parts
-    def _find(self, oracle: Oracle) -> Certified:
-        return run_search(oracle, self.search, self.delta, self.cell, self.max_calls)
+    def _find_policies(self, oracle: Oracle) -> Certified:
+        return run_search(oracle, self.search, self.accuracy, self.cell, self.max_calls)
 
     def _users(self, num: int, rng: np.random.Generator, deployment: Deployment) -> Float64Array:
         """Known users, or draws from the simplex."""
@@ -250,22 +225,22 @@ class PortfolioRun:
         users = self._users(num, rng, deployment)
         return BestOfN(split.train, self.beta), BestOfN(split.test, self.beta), users
 
-    def _searches(self, rewards: Float64Array) -> list[dict[str, float | str]]:
+    def _searches(self, rewards: Float64Array) -> list[report.Search]:
         """Oracle calls and whole-simplex certificates of the three searches, on all prompts."""
-        found: list[dict[str, float | str]] = []
+        done = []
         grid_size = combined_grid_size(*self.cell, rewards.shape[2])
-        for how in ("grid", "lazy", "corner"):
-            if how == "corner" or grid_size <= _SEARCH_GRID:
-                done = run_search(BestOfN(rewards, self.beta), how, self.delta, self.cell, self.max_calls)
-                found.append({"search": how, "calls": done.num_calls, "certificate": done.gap})
-        return found
+        for search in ("grid", "lazy", "corner"):
+            if search == "corner" or grid_size <= _SEARCH_GRID:
+                found = run_search(BestOfN(rewards, self.beta), search, self.accuracy, self.cell, self.max_calls)
+                done.append(report.Search(search, found.num_calls, found.gap))
+        return done
 
     def _regret_column(self) -> str:
-        """What the regret of a user is called in files: a certificate of best-of-n, an estimate of other oracles."""
+        """Name of the column of a user's regret in files: a certificate of best-of-n, an estimate of other oracles."""
         return "certified_regret" if self.policies is None else "regret_within_oracle"
 
     def _write_users(self, method: PALM | WritingPortfolio, folder: Path) -> None:
-        """Member and regret of every known user."""
+        """Write member and regret of every known user."""
         if not method.user_ids:
             return
         with torch.no_grad():
@@ -278,7 +253,7 @@ class PortfolioRun:
         write_csv(folder / "users.csv", ["user_id", "member", self._regret_column(), "weights"], rows)
 
     def _write_sweep(self, method: PALM | WritingPortfolio, names: list[str], folder: Path) -> None:
-        """What evenly spaced weights would be served with: the member, its regret and its rewards."""
+        """Write the member that evenly spaced weights would be served by, its regret and its rewards."""
         weights = torch.as_tensor(as_array(lattice(_SWEEP_STEPS, len(names)))).to(method.member_rewards)
         member, lost = method.route(weights)
         rows = [
@@ -292,22 +267,8 @@ class PortfolioRun:
         write_csv(folder / "sweep.csv", heads, rows)
 
 
-def what_is_certified(finished: Finished | None, beta: float) -> str:
-    """What the certificate of a portfolio bounds, and what it does not."""
-    price = "KL is free, utilities are plain rewards" if beta == 0 else f"a nat of KL costs {beta:g}"
-    if finished is None:
-        return (
-            "no weights lose more than this to any way of picking among the candidates of the prompts it was computed "
-            f"on; {price}"
-        )
-    return (
-        f"estimated loss to policies made in the same way ({finished.about['oracle']}), no bound on the loss to "
-        f"others, such as the best of several samples; {price}"
-    )
-
-
 def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float) -> PALM:
-    """The method that routes users to the members of a portfolio."""
+    """Make the method that routes users to the members of a portfolio."""
     width, num = deployment.objectives.shape
     method = PALM(len(deployment.user_ids), width, deployment.backbone, num_objectives=num, size=size, delta=delta)
     method.user_ids = list(deployment.user_ids)
@@ -341,7 +302,7 @@ def save(method: PALM | WritingPortfolio, path: Path) -> None:
 
 @contextmanager
 def _new_folder(root: Path) -> Iterator[Path]:
-    """The next free ``version_N``; one in which nothing was written is removed again."""
+    """Make the next free ``version_N``; one in which nothing was written is removed again."""
     number = 0
     while (folder := root / f"version_{number}").exists():
         number += 1
@@ -353,8 +314,25 @@ def _new_folder(root: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
+def _record(result: report.Result) -> dict[str, Any]:
+    """What ``portfolio.json`` holds of every portfolio."""
+    portfolio = result.portfolio
+    return {
+        "members": [
+            {"weights": w.tolist(), "rewards": r.tolist(), "cost": float(c), "share": float(s)}
+            for w, r, c, s in zip(*portfolio.members, result.usage.shares, strict=True)
+        ],
+        "shares_of": result.shares_of,
+        "cold_start": result.cold_start,
+        "certificate": portfolio.certificate,
+        "certificate_says": result.certificate_says,
+        "oracle_calls": portfolio.num_calls,
+        **({} if result.guarantee is None else {"guarantee": result.guarantee.record()}),
+    }
+
+
 def _plain(row: StudyRow) -> dict[str, object]:
-    """A row of the study for JSON."""
+    """Turn a row of the study into plain values for JSON."""
     plain: dict[str, object] = {"size": row.size}
     for name in ("certificate", "num_calls", "disagreement"):
         plain[name] = getattr(row, name)._asdict()

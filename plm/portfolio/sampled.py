@@ -19,9 +19,18 @@ from plm.data.keys import digest, mix, seed_key
 from plm.data.rewards import Reward
 from plm.data.sources.population import CandidatePool
 from plm.data.sources.sampled import SampledPairs
-from plm.messages import nearest
+from plm.messages import Problems, nearest
 from plm.portfolio.features import RewardFeatures, reward_spec
-from plm.portfolio.objectives import Deployment, RewardSource, Split, Users, calibration, halves, signed_like
+from plm.portfolio.objectives import (
+    Calibration,
+    Deployment,
+    RewardSource,
+    Split,
+    Users,
+    calibration,
+    halves,
+    signed_like,
+)
 
 
 class SampledRewards(RewardSource):
@@ -58,31 +67,27 @@ class SampledRewards(RewardSource):
         self.path, self.rewards, self.objectives = path, dict(rewards), dict(objectives)
         self.people, self.value_prompts, self.test_share = dict(people or {}), value_prompts, test_share
         self.sharpness, self.seed = sharpness, seed
-        problems = [
-            f"objectives.{name}: expected a reward ({', '.join(rewards)}), or -reward where less is better, got {one!r}"
-            f"{nearest(one, signed_like(one, rewards))}"
-            for name, one in self.objectives.items()
-            if one.removeprefix("-") not in rewards
-        ]
+        self._calibrations: dict[int, Calibration] = {}
+        problems = Problems("rewards.")
+        for name, reward in self.objectives.items():
+            if reward.removeprefix("-") not in rewards:
+                expected = f"a reward ({', '.join(rewards)}), or -reward where less is better"
+                problems.add(f"objectives.{name}", expected, reward, nearest(reward, signed_like(reward, rewards)))
         if len(self.objectives) < 2:
-            problems.append(f"objectives: expected at least two, got {objectives!r}")
+            problems.add("objectives", "at least two", objectives)
         for person, weights in self.people.items():
-            problems += [
-                f"people.{person}: expected objectives ({', '.join(objectives)}), got {name!r}"
-                f"{nearest(name, objectives)}"
-                for name in weights
-                if name not in self.objectives
-            ]
+            for name in [name for name in weights if name not in self.objectives]:
+                expected = f"objectives ({', '.join(objectives)})"
+                problems.add(f"people.{person}", expected, name, nearest(name, objectives))
             if min(weights.values(), default=0) < 0 or not 0 < sum(weights.values()) < math.inf:
-                problems.append(f"people.{person}: expected finite weights >= 0 that are not all 0, got {weights!r}")
+                problems.add(f"people.{person}", "finite weights >= 0 that are not all 0", weights)
         if value_prompts < 2:
-            problems.append(f"value_prompts: expected at least 2, got {value_prompts!r}")
+            problems.add("value_prompts", "at least 2", value_prompts)
         if not 0 < test_share < 1:
-            problems.append(f"test_share: expected a share between 0 and 1, got {test_share!r}")
+            problems.add("test_share", "a share between 0 and 1", test_share)
         if not 0 < sharpness < math.inf:
-            problems.append(f"sharpness: expected a finite number of nats > 0, got {sharpness!r}")
-        if problems:
-            raise ValueError("\n".join(f"rewards.{problem}" for problem in problems))
+            problems.add("sharpness", "a finite number of nats > 0", sharpness)
+        problems.check()
 
     @property
     def names(self) -> list[str]:
@@ -90,12 +95,12 @@ class SampledRewards(RewardSource):
         return list(self.objectives)
 
     def prepare(self, folder: Path) -> None:
-        """Nothing is missing."""
+        """Do nothing: the samples are there."""
 
     # ------------------------------------------------------------------ prompts
     @cached_property
     def _all(self) -> CandidatePool:
-        """Everything, with objectives before calibration."""
+        """All prompts with their responses, and objectives before calibration."""
         source = SampledPairs(self.path, self.rewards, num_people=1, test_share=self.test_share, seed=self.seed)
         names = list(self.rewards)
         signed = [(-1.0 if one.startswith("-") else 1.0, one.removeprefix("-")) for one in self.objectives.values()]
@@ -127,9 +132,9 @@ class SampledRewards(RewardSource):
 
     def candidates(self, num_objectives: int, part: Literal["choose", "measure", "judge"] = "choose") -> CandidatePool:
         """Prompts to choose from, to measure on, or of the test, with their responses and calibrated objectives."""
-        about, pool = self.split(num_objectives, None).calibration, self._all
+        pool, fitted = self._all, self._calibration(num_objectives)
         rows = {"choose": self._parts[0], "measure": self._parts[1], "judge": np.flatnonzero(pool.test)}[part]
-        scores = np.clip((pool.scores[rows][..., :num_objectives] - about["shift"]) / about["scale"], 0, 1)
+        scores = fitted.clipped(pool.scores[rows][..., :num_objectives])
         prompts = [pool.prompts[row] for row in rows]
         return CandidatePool(prompts, pool.responses, pool.candidates[rows], scores, pool.test[rows])
 
@@ -138,42 +143,47 @@ class SampledRewards(RewardSource):
         """Halve the prompts to choose from; calibrate on the first half."""
         table: Float64Array = self._all.scores[self._parts[0]][..., :num_objectives]
         train, test = halves(len(table), rng)
-        about = calibration(table[train], self.names)
-        calibrated = np.clip((table - about["shift"]) / about["scale"], 0, 1)
-        return Split(calibrated[train], calibrated[test], about)
+        fitted = self._calibration(num_objectives) if rng is None else calibration(table[train], self.names)
+        return Split(fitted.clipped(table[train]), fitted.clipped(table[test]), fitted)
+
+    def _calibration(self, num_objectives: int) -> Calibration:
+        """The calibration on all prompts to choose from, found once for each number of objectives."""
+        if num_objectives not in self._calibrations:
+            table = self._all.scores[self._parts[0]][..., :num_objectives]
+            self._calibrations[num_objectives] = calibration(table, self.names)
+        return self._calibrations[num_objectives]
 
     def features(self, num_objectives: int) -> RewardFeatures:
         """The calibrated objectives of any response."""
-        about = self.split(num_objectives, None).calibration
         objectives = dict(list(self.objectives.items())[:num_objectives])
         used = {one.removeprefix("-") for one in objectives.values()}
         specs = {name: reward_spec(reward) for name, reward in self.rewards.items() if name in used}
-        return RewardFeatures(specs, objectives, about["shift"], about["scale"])
+        return RewardFeatures(specs, objectives, *self._calibration(num_objectives))
 
-    def deployment(self, num_objectives: int, given: Users | None = None) -> Deployment:
+    def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
         """Features are the calibrated objectives; users are the people, unless others are given."""
-        ids, users = self._people(num_objectives) if given is None else given
+        ids, weights = self._people(num_objectives) if users is None else users
         scaled = self.sharpness * torch.eye(num_objectives)
-        return Deployment(scaled, self.features(num_objectives).spec(), ids, users)
+        return Deployment(scaled, self.features(num_objectives).spec(), ids, weights)
 
     def _people(self, num_objectives: int) -> Users:
-        """The people, if they weigh nothing but the first so many objectives.
+        """The people and their weights of the first so many objectives.
 
         Raises:
             ValueError: If somebody does weigh another.
         """
         beyond = {
-            who: name
-            for who, own in self.people.items()
+            person: name
+            for person, weighed in self.people.items()
             for name in self.names[num_objectives:]
-            if own.get(name, 0) > 0
+            if weighed.get(name, 0) > 0
         }
         if beyond:
-            who, name = next(iter(beyond.items()))
+            person, name = next(iter(beyond.items()))
             raise ValueError(
-                f"num_objectives: expected all {len(self.names)}, as rewards.people.{who} weighs {name!r}, got "
+                f"num_objectives: expected all {len(self.names)}, as rewards.people.{person} weighs {name!r}, got "
                 f"{num_objectives}; take that weight out, or give users by --weights FILE"
             )
-        weights = np.array([[own.get(name, 0.0) for name in self.names] for own in self.people.values()])
+        weights = np.array([[weighed.get(name, 0.0) for name in self.names] for weighed in self.people.values()])
         weights = weights.reshape(-1, len(self.names))[:, :num_objectives]
         return list(self.people), weights / weights.sum(1, keepdims=True)

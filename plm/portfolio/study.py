@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from plm.arrays import Float64Array
+from plm.methods.palm.bounds import Slack
 from plm.methods.palm.grid import as_array, combined_grid, combined_grid_size, kmeans_weights, lattice_weights
 from plm.methods.palm.grid import random_weights as random_draw
 from plm.methods.palm.measures import disagreement, route, usage
@@ -51,7 +52,7 @@ class Estimate(NamedTuple):
 
 
 class StudyRow(NamedTuple):
-    """One size."""
+    """A portfolio of one size, as estimated over seeds."""
 
     size: int
     certificate: Estimate
@@ -64,14 +65,27 @@ class StudyRow(NamedTuple):
     """Share of the prompts on which two of PALM's members answer differently, mean over pairs of members."""
 
 
-def run_search(oracle: Oracle, search: str, delta: float, cell: tuple[float, float], max_calls: int) -> Certified:
-    """Policies to choose from, by the named search.
+def spread(value: Estimate, digits: int = 3) -> str:
+    """``0.025 [0.021, 0.029]``."""
+    text = f"{value.mean:.{digits}f}"
+    return text if np.isnan(value.low) else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+
+
+def run_search(oracle: Oracle, search: str, accuracy: Slack, cell: tuple[float, float], max_calls: int) -> Certified:
+    """Make policies to choose from, by the search of this name.
+
+    Args:
+        oracle: Makes them.
+        search: corner, lazy or grid.
+        accuracy: What anybody may lose: a share of the best value, and an absolute loss besides.
+        cell: Slacks of the cells of the grid.
+        max_calls: Most oracle calls of the corner search.
 
     Raises:
         ValueError: If a whole grid is too large.
     """
     if search == "corner":
-        return corner_search(oracle, delta, max_calls=max_calls)
+        return corner_search(oracle, accuracy.delta, accuracy.eps, max_calls)
     size = combined_grid_size(*cell, oracle.num_objectives)
     if size > _MOST_GRID:
         raise ValueError(
@@ -80,19 +94,19 @@ def run_search(oracle: Oracle, search: str, delta: float, cell: tuple[float, flo
         )
     grid = as_array(combined_grid(*cell, oracle.num_objectives))
     if search == "lazy":
-        return lazy_grid(oracle, grid, delta)
+        return lazy_grid(oracle, grid, accuracy.delta, accuracy.eps)
     solved = oracle.solve(grid)
-    return Certified(solved, certificate(solved, solved, oracle.error).regret, len(grid))
+    return Certified(solved, certificate(solved, solved, oracle.error, accuracy.eps).regret, len(grid))
 
 
 def quality_of(members: PolicySet, judging: BestOfN, users: Float64Array, best: Float64Array) -> Quality:
-    """Regrets on the judging prompts of members by whose values on the choosing prompts users are routed.
+    """Measure members on the judging prompts, where users are routed by the members' values on the choosing prompts.
 
     Args:
         members: The members, measured on the choosing prompts.
         judging: Oracle of the judging prompts.
         users: ``(U, R)``.
-        best: ``(U,)`` what they could have on the judging prompts.
+        best: ``(U,)`` the best value for each user on the judging prompts.
     """
     net, member = judging.measured(members.weights).net, route(members, users)
     lost = regret(best, (users * net[member]).sum(1))
@@ -111,7 +125,7 @@ def run_study(
     make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Float64Array]],
     sizes: list[int],
     num_seeds: int,
-    find: Callable[[Oracle], Certified],
+    find_policies: Callable[[Oracle], Certified],
     solver: Solver,
 ) -> list[StudyRow]:
     """Choose and judge portfolios of all sizes on ``num_seeds`` random halves of the prompts.
@@ -120,10 +134,12 @@ def run_study(
         make_split: Oracle of the choosing half, that of the judging half, and users ``(U, R)``.
         sizes: Numbers of members.
         num_seeds: Random halves.
-        find: The search for policies to choose from.
+        find_policies: The search for policies to choose from.
         solver: See `plm.methods.palm.selection.best_subset`.
     """
-    seeds = [_one_seed(make_split, sizes, np.random.default_rng(seed), find, solver) for seed in range(num_seeds)]
+    seeds = [
+        _one_seed(make_split, sizes, np.random.default_rng(seed), find_policies, solver) for seed in range(num_seeds)
+    ]
     rows = []
     for index, size in enumerate(sizes):
         facts = [seed[index] for seed in seeds]
@@ -140,7 +156,7 @@ def run_study(
 
 
 class _Seed(NamedTuple):
-    """One size of one seed."""
+    """A portfolio of one size, as one seed chose it."""
 
     quality: dict[str, Quality]
     facts: tuple[float, float, float]
@@ -151,12 +167,12 @@ def _one_seed(
     make_split: Callable[[np.random.Generator], tuple[BestOfN, BestOfN, Float64Array]],
     sizes: list[int],
     rng: np.random.Generator,
-    find: Callable[[Oracle], Certified],
+    find_policies: Callable[[Oracle], Certified],
     solver: Solver,
 ) -> list[_Seed]:
     choosing, judging, users = make_split(rng)
     best = judging.best_value(users)
-    solved = find(choosing).policies
+    solved = find_policies(choosing).policies
     num = choosing.num_objectives
     few = BestOfN(np.where(judging.present[..., None], judging.rewards, np.nan)[:_DISAGREEMENT_PROMPTS], judging.beta)
 

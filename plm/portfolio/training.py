@@ -5,7 +5,6 @@ Axes: V weight vectors, R objectives, X prompts, C candidates of a prompt (padde
 
 from __future__ import annotations
 
-import math
 import tempfile
 
 import lightning as L
@@ -19,6 +18,7 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.population import CandidatePool, best_and_worst
+from plm.messages import Problems
 from plm.methods.lora_dpo import LoRADPO
 
 
@@ -47,25 +47,19 @@ class LoRADPOFit:
     ) -> None:
         self.beta, self.rank, self.alpha, self.lr = beta, rank, alpha, lr
         self.epochs, self.pairs_per_step, self.seed = epochs, pairs_per_step, seed
-        problems = [
-            f"policies.fit.{name}: expected at least 1, got {value!r}"
-            for name, value in {"rank": rank, "epochs": epochs, "pairs_per_step": pairs_per_step}.items()
-            if value < 1
-        ]
-        problems += [
-            f"policies.fit.{name}: expected a finite number > 0, got {value!r}"
-            for name, value in {"beta": beta, "alpha": alpha, "lr": lr}.items()
-            if not 0 < value < math.inf
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = Problems("policies.fit.")
+        for name, count in {"rank": rank, "epochs": epochs, "pairs_per_step": pairs_per_step}.items():
+            if count < 1:
+                problems.add(name, "at least 1", count)
+        problems.positive(beta=beta, alpha=alpha, lr=lr)
+        problems.check()
 
 
 class WeightedPairs(PairSource):
     """The pairs of `weighted_pairs` as a source.
 
     Args:
-        table: Them.
+        table: The pairs.
     """
 
     def __init__(self, table: PairTable) -> None:
@@ -77,12 +71,12 @@ class WeightedPairs(PairSource):
         return "weighted"
 
     def load(self) -> PairTable:
-        """They are there."""
+        """Return the table."""
         return self.table
 
 
 def weighted_pairs(pool: CandidatePool, weights: Float64Array) -> PairTable:
-    """The best and the worst candidate of each prompt by each weight vector, ``(V, R)``; a tie gives no pair.
+    """Pair the best with the worst candidate of each prompt by each weight vector, ``(V, R)``; a tie gives no pair.
 
     Users are named by the row of their weights; one who finds all candidates of every prompt alike is left out.
 

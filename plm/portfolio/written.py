@@ -21,9 +21,10 @@ from plm.data.sources.population import CandidatePool, best_and_worst
 from plm.evaluation import cluster_bootstrap, plain_table
 from plm.generation import Sample, sample
 from plm.judging.written import Written, judgement
+from plm.messages import Problems
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.palm.selection import Portfolio, Solver, choose_portfolio
-from plm.portfolio.held_out import HeldOut, Values, as_json, held_out
+from plm.portfolio.held_out import HeldOutLosses, Values, held_out
 from plm.portfolio.latents import LatentFit, LatentPortfolio, pool_means, solve_latents
 from plm.portfolio.measured import MixedPolicies, PolicyOracle, TrainedPolicies, written
 from plm.portfolio.objectives import Deployment
@@ -39,20 +40,45 @@ AnyPortfolio = TypeVar("AnyPortfolio", bound=WritingPortfolio)
 class Finished(NamedTuple):
     """A portfolio of policies that write."""
 
-    method: WritingPortfolio
+    oracle: PolicyOracle
+    """Has made and measured the policies; of these its portfolio keeps the members."""
+    oracle_name: str
+    """How it makes them, see `WrittenMembers`."""
     portfolio: Portfolio
-    about: dict[str, Any]
-    """What `portfolio.json` says of it besides."""
+    rows: list[int]
+    """Numbers of the members among the policies that the oracle has solved."""
     texts: list[list[list[Sample]]]
     """M x X x N, what the members wrote on the prompts of the test."""
     raw: Float64Array
     """``(M, X, N, R)`` objectives of these texts."""
-    held_out: tuple[list[HeldOut], HeldOut]
-    """What each user loses on these prompts, and what whoever loses most."""
-    sizes: tuple[int, int, int]
-    """Prompts of the test, policies compared, and sampled responses to a prompt, at most."""
+    losses: HeldOutLosses
+    """What users lose on these prompts."""
     notes: list[str]
-    """What else to tell."""
+    """Sentences about weights from which nothing can be learned."""
+
+    @property
+    def method(self) -> WritingPortfolio:
+        """The method that routes users to the members."""
+        return self.oracle.portfolio
+
+    @property
+    def divergence(self) -> list[float]:
+        """KL of each member from the unaligned policy, in nats per response."""
+        return [float(value) for value in self.oracle.divergence[self.rows]]
+
+    def record(self) -> dict[str, Any]:
+        """What ``portfolio.json`` holds of it."""
+        solved = self.oracle.solved
+        return {
+            "oracle": self.oracle_name,
+            "oracle_error": self.oracle.error,
+            "divergence": self.divergence,
+            "solved": [
+                {"weights": w.tolist(), "rewards": r.tolist(), "divergence": float(kl)}
+                for w, r, kl in zip(solved.weights, solved.rewards, self.oracle.divergence, strict=True)
+            ],
+            "held_out": self.losses.record(self.method.user_ids),
+        }
 
 
 class WrittenMembers:
@@ -91,24 +117,19 @@ class WrittenMembers:
         self.clap, self.latent_fit = clap, latent_fit or LatentFit()
         self.rounds = rounds
         self.num_samples, self.max_new_tokens, self.cache_dir = num_samples, max_new_tokens, cache_dir
-        least = {"rounds": 0, "num_samples": 1, "max_new_tokens": 1}
-        problems = [
-            f"policies.{name}: expected at least {low}, got {value!r}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) < low
-        ]
+        problems = Problems("policies.")
+        for name, least in {"rounds": 0, "num_samples": 1, "max_new_tokens": 1}.items():
+            if getattr(self, name) < least:
+                problems.add(name, f"at least {least}", getattr(self, name))
         if (clap is None) == (oracle == "latent_dpo"):
-            problems.append(
+            problems.say(
                 "policies.clap: expected the checkpoint of a CLaP model with oracle latent_dpo, and none with another, "
                 f"got {clap!r} with oracle {oracle}"
             )
         elif clap is not None and not Path(clap).is_file():
-            problems.append(
-                f"policies.clap: expected the checkpoint of a CLaP model, got {clap!r}, which does not exist; train "
-                "one by plm fit, see recipes/clap_imdb_tiny.yaml"
-            )
-        if problems:
-            raise ValueError("\n".join(problems))
+            advice = ", which does not exist; train one by plm fit, see recipes/clap_imdb_tiny.yaml"
+            problems.add("clap", "the checkpoint of a CLaP model", clap, advice)
+        problems.check()
 
     def make(
         self,
@@ -124,38 +145,23 @@ class WrittenMembers:
         num = oracle.num_objectives
         oracle.solve(np.concatenate([np.eye(num), wanted]))
         chosen = choose_portfolio(oracle, oracle.solved, size, solver, self.rounds)
-        members = oracle.members_for(chosen.members.weights)
-        about = {
-            "oracle": self.oracle,
-            "oracle_error": oracle.error,
-            "divergence": oracle.divergence[members].tolist(),
-            "solved": [
-                {"weights": w.tolist(), "rewards": r.tolist(), "divergence": float(kl)}
-                for w, r, kl in zip(oracle.solved.weights, oracle.solved.rewards, oracle.divergence, strict=True)
-            ],
-        }
+        rows = oracle.members_for(chosen.members.weights)
         method, pool = oracle.portfolio, rewards.candidates(num, "judge")
         texts = written(method, torch.arange(len(oracle.solved.weights)), pool.prompts, **self._settings)
         raw = objectives_of(method, pool.prompts, texts)
         values = Values(raw.mean(2) - oracle.solved.costs[:, None, None], pool.scores, beta)
-        lost = held_out(values, members, chosen.members.net, deployment.weights)
-        sizes = (len(pool.prompts), len(texts), int(np.isfinite(pool.scores).all(2).sum(1).max()))
+        losses = held_out(values, rows, chosen.members.net, deployment.weights)
         trained = np.eye(num) if isinstance(oracle, MixedPolicies) else oracle.solved.weights
-        about["held_out"] = {
-            "num_prompts": sizes[0],
-            "users": {who: as_json(row) for who, row in zip(deployment.user_ids, lost[0], strict=True)},
-            "worst": as_json(lost[1]),
-        }
         instead = "the unaligned one" if self.clap is None else "to write from the mean of the latents' prior"
         notes = undecided(rewards.candidates(num), trained, rewards.names[:num], instead)
-        method.keep(members)
+        method.keep(rows)
         users = torch.as_tensor(deployment.weights, dtype=torch.float32) if deployment.user_ids else None
         method.install(chosen, users)
-        return Finished(method, chosen, about, [texts[row] for row in members], raw[members], lost, sizes, notes)
+        return Finished(oracle, self.oracle, chosen, rows, [texts[row] for row in rows], raw[rows], losses, notes)
 
     @property
     def _settings(self) -> dict[str, Any]:
-        """How texts to judge by are drawn: not as those that members were chosen by."""
+        """How texts are drawn that members are judged by: not as those that they were chosen by."""
         return {"num_samples": self.num_samples, "max_new_tokens": self.max_new_tokens, "temperature": 1.0, "seed": 1}
 
     def _oracle(self, rewards: SampledRewards, deployment: Deployment, beta: float) -> PolicyOracle:
@@ -192,17 +198,17 @@ class WrittenMembers:
             ValueError: If it was trained over another language model.
         """
         latents = ClapLatents(path)
-        given, own = self.backbone.fingerprint(), latents.method.causal_lm.fingerprint()
-        if given != own:
+        expected, found = self.backbone.fingerprint(), latents.method.causal_lm.fingerprint()
+        if expected != found:
             raise ValueError(
-                f"policies.clap: expected a CLaP model over policies.backbone ({given}), got one over {own} in "
+                f"policies.clap: expected a CLaP model over policies.backbone ({expected}), got one over {found} in "
                 f"{path!r}; set policies.backbone.init_args.model to its language model"
             )
         return latents
 
     # ------------------------------------------------------------------ judging
-    def judged(self, finished: Finished, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-        """What the members wrote on new prompts: each objective, and the own mix against the other members.
+    def judge_texts(self, finished: Finished, prompts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+        """Judge what the members wrote on new prompts: each objective, and a member's own mix against other members.
 
         Args:
             finished: The portfolio.
@@ -212,21 +218,20 @@ class WrittenMembers:
         unaligned = finished.method.unaligned
         first = sample(unaligned, prompts, **self._settings)
         reference = objectives_of(finished.method, prompts, [first])
-        stranger = finished.method.cold_start  # what an unknown user gets
+        cold_start = finished.method.cold_start  # the member of an unknown user
         weights = finished.method.member_weights.double().cpu().numpy()
-        texts = [first, finished.texts[stranger], *finished.texts]
-        raw = np.concatenate([reference, finished.raw[stranger : stranger + 1], finished.raw])
+        texts = [first, finished.texts[cold_start], *finished.texts]
+        raw = np.concatenate([reference, finished.raw[cold_start : cold_start + 1], finished.raw])
         members = [f"{place}: {member_name(row, names)}" for place, row in enumerate(weights)]  # no two alike
-        about = Written(unaligned, prompts, members, texts, names, raw)
-        drawn = {name: value for name, value in self._settings.items() if name != "num_samples"}  # told of the texts
-        result = judgement(about, raw, names, drawn)
+        drawn = {name: value for name, value in self._settings.items() if name != "num_samples"}  # seen by the texts
+        result = judgement(Written(unaligned, prompts, members, texts, names, raw), raw, names, drawn)
         values = np.concatenate([reference, finished.raw]).mean(2)
-        own = [mix._asdict() for mix in own_mixes(values, weights, finished.about["divergence"])]
-        return {**result, "own_mix": own}
+        mixes = [mix._asdict() for mix in own_mixes(values, weights, finished.divergence)]
+        return {**result, "own_mix": mixes}
 
 
 def _ready(portfolio: AnyPortfolio, user_ids: Sequence[str]) -> AnyPortfolio:
-    """A portfolio without members, which can write."""
+    """Prepare a portfolio without members to write for these users."""
     portfolio.user_ids = list(user_ids)
     portfolio.configure_model()
     return portfolio.to(device()).eval()
@@ -235,17 +240,17 @@ def _ready(portfolio: AnyPortfolio, user_ids: Sequence[str]) -> AnyPortfolio:
 def objectives_of(
     method: WritingPortfolio, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]
 ) -> Float64Array:
-    """Objectives ``(M, X, N, R)`` of what M policies wrote on X prompts, M x X x N."""
+    """Measure objectives ``(M, X, N, R)`` of what M policies wrote on X prompts, M x X x N."""
     shape = (len(texts), len(prompts), len(texts[0][0]))
-    asked = [prompt for _ in texts for prompt in prompts for _ in range(shape[2])]
-    read = method.objectives.represent(asked, [one.text for rows in texts for row in rows for one in row])
+    repeated = [prompt for _ in texts for prompt in prompts for _ in range(shape[2])]
+    read = method.objectives.represent(repeated, [text.text for rows in texts for row in rows for text in row])
     assert isinstance(read, Tensor)
     values: Float64Array = read.double().numpy().reshape(*shape, -1)
     return values
 
 
 def undecided(pool: CandidatePool, weights: Float64Array, names: Sequence[str], instead: str) -> list[str]:
-    """A sentence for each of the weights ``(V, R)`` by which all responses to every prompt are worth the same.
+    """Write a sentence about each of the weights ``(V, R)`` by which all responses to every prompt are worth the same.
 
     Args:
         pool: What policies are made from.
@@ -276,7 +281,7 @@ class OwnMix(NamedTuple):
 
 
 def own_mixes(values: Float64Array, weights: Float64Array, divergence: Sequence[float]) -> list[OwnMix]:
-    """For every member: its own mix, against the unaligned policy and against the best of the other members.
+    """Compare every member, by its own mix, with the unaligned policy and with the best of the other members.
 
     Args:
         values: ``(1 + M, X, R)`` mean objectives on each prompt, the unaligned policy first.
@@ -284,31 +289,31 @@ def own_mixes(values: Float64Array, weights: Float64Array, divergence: Sequence[
         divergence: ``(M,)``.
     """
 
-    def with_ends(differences: Float64Array) -> tuple[float, float, float]:
+    def interval(differences: Float64Array) -> tuple[float, float, float]:
         low, high = cluster_bootstrap(differences)
         return float(differences.mean()), float(low), float(high)
 
-    found = []
+    mixes = []
     for member, mix in enumerate(weights):
         mixed = values @ mix  # (1 + M, X)
-        own, others = mixed[1 + member], [other for other in range(len(weights)) if other != member]
+        worth, others = mixed[1 + member], [other for other in range(len(weights)) if other != member]
         rival = max(others, key=lambda other: float(mixed[1 + other].mean()), default=None)
-        lead = None if rival is None else with_ends(own - mixed[1 + rival])
-        found.append(OwnMix(with_ends(own - mixed[0]), rival, lead, divergence[member]))
-    return found
+        lead = None if rival is None else interval(worth - mixed[1 + rival])
+        mixes.append(OwnMix(interval(worth - mixed[0]), rival, lead, divergence[member]))
+    return mixes
 
 
 def own_mix_lines(result: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """One sentence per member: does it serve its own weights best, and from which price of KL on is it not worth it?"""
+    """Say of each member whether it serves its own weights best, and from which price of KL on it is not worth it."""
     lines = []
-    for member, (name, own) in enumerate(zip(names, result["own_mix"], strict=True)):
-        (gain, *ends), rival, lead = own["gain"], own["rival"], own["lead"]
+    for member, (name, mix) in enumerate(zip(names, result["own_mix"], strict=True)):
+        (gain, *ends), rival, lead = mix["gain"], mix["rival"], mix["lead"]
         line = f"member {member} by its own mix, {name}: {gain:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}] over unaligned"
         if lead is not None:
             verdict = "better than" if lead[1] > 0 else "WORSE than" if lead[2] < 0 else "not distinguishable from"
             line += f"; {verdict} member {rival}, the best other, {lead[0]:+.3f} [{lead[1]:+.3f}, {lead[2]:+.3f}]"
-        if own["divergence"] > 0:
-            line += f"; KL {own['divergence']:.1f} nats, a gain of {gain / own['divergence']:.3f} for each"
+        if mix["divergence"] > 0:
+            line += f"; KL {mix['divergence']:.1f} nats, a gain of {gain / mix['divergence']:.3f} for each"
         lines.append(line)
     return lines
 
@@ -324,7 +329,7 @@ def member_name(weights: Float64Array, names: Sequence[str]) -> str:
 
 
 def inferred(method: WritingPortfolio, pool: CandidatePool, weights: Float64Array) -> UserState:
-    """Users ``(U, R)`` learned from nothing but their best and worst response to each prompt of a pool."""
+    """Learn users ``(U, R)`` from nothing but their best and worst response to each prompt of a pool."""
     shown = np.tile(np.arange(len(pool.prompts)), (len(weights), 1))
     columns = best_and_worst(pool.scores, weights, shown)  # (U, S, 2)
     mask = torch.as_tensor(columns[..., 0] >= 0)
@@ -335,7 +340,7 @@ def inferred(method: WritingPortfolio, pool: CandidatePool, weights: Float64Arra
 
 
 def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, names: Sequence[str]) -> Table:
-    """Who is served by which member, by the weights given and by those learned from pairs."""
+    """Show which member serves whom, by the weights given and by those learned from pairs."""
     table = plain_table(
         f"Users: weights given, and learned from {num_pairs} pairs on the prompts that members were measured on"
     )
@@ -344,14 +349,14 @@ def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, na
     with torch.no_grad():
         known = method.user_states(torch.arange(method.num_users)).tensors
     for row, user_id in enumerate(method.user_ids):
-        given, found = known["weights"][row].double().numpy(), learned.tensors["weights"][row].double().numpy()
+        weights, fitted = (state["weights"][row].double().numpy() for state in (known, learned.tensors))
         spread = np.sqrt(np.diag(simplex_covariance(learned.tensors["precision"][row].double().numpy())))
         table.add_row(
             user_id,
-            member_name(given, names),
+            member_name(weights, names),
             str(int(known["member"][row])),
             f"{float(known['regret'][row]):.3f}",
-            member_name(found, names),
+            member_name(fitted, names),
             " ".join(f"{value:.2f}" for value in spread),
             str(int(learned.tensors["member"][row])),
         )
