@@ -65,7 +65,8 @@ class Guarantee(NamedTuple):
             f"Certified cover: {self.cover.size:,} weights, {how}; the grid for this cell has {self.grid_size:,}",
             f"Guarantee: with a policy made for each of them, nobody loses more than {self.loss.eps:.2%} of the best "
             f"value and {self.loss.delta:.4g} besides",
-            f"The {self.members} members chosen: nobody loses more than {eps:.2%} and {beyond} besides, {reached} the accuracy",
+            f"The {self.members} members chosen: nobody loses more than {eps:.2%} and {beyond} besides, "
+            f"{reached} the accuracy",
         ]
 
 
