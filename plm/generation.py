@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from plm.backbones import Completion, Policy, TextWriter, Warpers, completion_tokens
 from plm.functional import sequence_logps
+from plm.messages import nearest
 from plm.method import PersonalizationMethod
-from plm.method.abilities import LatentWriter, Writer
+from plm.method.abilities import LatentWriter, Mixable, Writer
 from plm.types import Tokens, UserState
 
 BATCH_TOKENS = 16384
@@ -216,6 +217,27 @@ def best_of_n(
         Best(pool[distinct[prompt] * n + place], float(table[row, place]))
         for row, (prompt, place) in enumerate(zip(prompts, best.tolist(), strict=True))
     ]
+
+
+def mixture(method: PersonalizationMethod, weights: Mapping[str, float]) -> UserState:
+    """The state of one writer whose reward is the weighted sum of the rewards of known users.
+
+    Args:
+        method: A method of ``load_method``.
+        weights: User id -> finite weight.
+
+    Raises:
+        ValueError: If the method's users cannot be mixed, one is unknown, or the weights have no positive sum.
+    """
+    if not isinstance(method, Mixable):
+        raise ValueError(f"users of {type(method).__name__} cannot be mixed; name users by --user")
+    for user in weights:
+        if user not in method.known_users.store:
+            raise ValueError(f"--mix: no user {user!r}{nearest(user, method.known_users.store.ids)}")
+    if sum(weights.values()) <= 0:
+        parts = " ".join(f"{user}={weight:g}" for user, weight in weights.items())
+        raise ValueError(f"--mix: expected weights with a positive sum, got {parts!r}")
+    return method.mixed(method.known_users(list(weights)), torch.tensor([list(weights.values())]))
 
 
 @torch.no_grad()

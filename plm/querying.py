@@ -9,11 +9,15 @@ Axes: N candidate pairs, U users, M posterior samples, D feature width, K weight
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from plm.data.files import read_rows
+from plm.data.values import Response, parsed, short, to_prompt, to_response
+from plm.messages import missing_key
 from plm.method import PersonalizationMethod
 from plm.types import UserState
 
@@ -26,6 +30,20 @@ MAX_FLOATS = 2**24
 
 FORMS = (("mean", "log_var"), ("weights", "precision"), ("weights", "log_precision"))
 """Tensors of a user's state that are a posterior: where it is, and how wide."""
+
+
+POOL_ROW = '{"prompt": ..., "responses": [..., ...]}'
+"""A row of a pool, for messages."""
+
+
+class PoolPair(NamedTuple):
+    """A pair that nobody has judged yet."""
+
+    prompt: str
+    left: str
+    right: str
+    record: dict[str, Any]
+    """The row as it was read."""
 
 
 class Query(NamedTuple):
@@ -173,3 +191,72 @@ def choose_pairs(chances: Tensor, num_pairs: int, seed: int = 0) -> list[Query]:
             likelihood = posterior * torch.where(left[:, None], chance, 1 - chance)
         likelihood, share = likelihood[share > 0], share[share > 0]
     return taken
+
+
+def read_pool(path: str) -> tuple[list[PoolPair], int]:
+    """Read the pairs of a pool, each once, and count the rows they were read from.
+
+    Args:
+        path: JSONL, CSV or Parquet rows with two ``responses``, or with ``chosen`` and ``rejected``, and a ``prompt``.
+
+    Raises:
+        ValueError: If the file cannot be read or rows are malformed; these are named by their lines.
+    """
+    rows = read_rows(Path(path), _pool_pair, POOL_ROW)
+    distinct: dict[tuple[str, frozenset[str]], PoolPair] = {}
+    for row in rows:
+        distinct.setdefault((row.prompt, frozenset((row.left, row.right))), row)
+    return list(distinct.values()), len(rows)
+
+
+def choose_queries(
+    method: PersonalizationMethod,
+    user: UserState,
+    pool: list[PoolPair],
+    num_pairs: int,
+    *,
+    num_draws: int = 256,
+    seed: int = 0,
+) -> list[Query]:
+    """Choose the pairs of a pool whose answers tell most about a user.
+
+    Args:
+        method: A method of ``load_method`` that reads features.
+        user: The state of one user.
+        pool: Candidates.
+        num_pairs: Pairs to choose.
+        num_draws: Draws from the posterior of the user.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If the method reads tokens, or the user's state holds no posterior.
+    """
+    samples = posterior_samples(user, num_draws, seed)
+    prompts = [pair.prompt for pair in pool]
+    features = method.text_encoder(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
+    if not isinstance(features, Tensor):
+        raise ValueError(f"plm query needs a method that reads features, got {type(method).__name__}")
+    left, right = features[: len(pool)], features[len(pool) :]
+    chances = sampled_chances(method, left, right, samples, method.text_encoder.prompts(prompts))
+    return choose_pairs(chances, num_pairs, seed)
+
+
+def _pool_pair(record: dict[str, Any]) -> PoolPair:
+    """Check one row."""
+    sides = record.get("responses", [record[name] for name in ("chosen", "rejected") if name in record] or None)
+    if sides is None:
+        raise ValueError(missing_key("responses", record))
+    if not isinstance(sides, list) or len(sides) != 2:
+        raise ValueError(f"responses: expected a list of two, got {short(sides)}")
+    left, right = parsed("responses", sides, _two_responses)
+    prompt = record.get("prompt")
+    text = (left.history or "") if prompt is None else parsed("prompt", prompt, to_prompt)
+    return PoolPair(text, left.text, right.text, record)
+
+
+def _two_responses(sides: list[Any]) -> tuple[Response, Response]:
+    """Both responses of a pair."""
+    left, right = (to_response(side) for side in sides)
+    if left.text == right.text:
+        raise ValueError("expected two different texts")
+    return left, right

@@ -145,7 +145,7 @@ def read_questions(path: str | None = None) -> list[Question]:
         ValueError: If a column is missing or a prompt lacks a right or a wrong answer.
     """
     if path is None:
-        files = corpus_files(None, REPO, "default/test/*.parquet", PARQUET, "give it by --input")
+        files = corpus_files(None, REPO, "default/test/*.parquet", PARQUET, "give it by --questions")
     else:
         files = local_files(path)
     questions = [

@@ -26,6 +26,7 @@ EVERYBODY = {"plm.arrays", "plm.atomic", "plm.messages", "plm.types"}
 METHOD_NEEDS = {"backbones", "distributed", "functional", "method", "optimizer"}
 EVERYTHING_BUT_CLI = {
     *METHOD_NEEDS,
+    "adapting",
     "audit",
     "callbacks",
     "checkpoint",
@@ -41,6 +42,8 @@ EVERYTHING_BUT_CLI = {
     "querying",
     "recipe",
     "rewardbench",
+    "sampling",
+    "scoring",
     "users",
 }
 
@@ -73,7 +76,10 @@ ARROWS: dict[str, set[str]] = {
     "plm.data.features": {*of_plm("backbones"), *DATA_LEAVES},
     "plm.data.encoding": of_plm("backbones", "data"),
     "plm.data.datamodule": of_plm("backbones", "data"),
-    "plm.querying": of_plm("method"),
+    "plm.adapting": of_plm("data", "method"),
+    "plm.scoring": of_plm("data.files", "data.values", "functional", "method"),
+    "plm.querying": of_plm("data.files", "data.values", "method"),
+    "plm.sampling": of_plm("backbones", "generation", "recipe"),
     "plm.generation": of_plm("method", "functional", "backbones"),
     "plm.checkpoint": of_plm("method", "backbones", "users", "data.values"),
     "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
@@ -111,8 +117,13 @@ FLOORS: dict[str, list[set[str]]] = {
     "plm.method": [{"base"}, {"abilities", "network"}, {"live", "policy"}],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
     "plm.audit": [{"check"}, {"report"}],
-    "plm.recipe": [{"defaults", "parser", "predict"}, {"read", "select"}, {"fit", "prompts"}],
-    "plm.judging": [{"compare", "report", "tastes"}, {"written"}],
+    "plm.recipe": [
+        {"defaults", "errors", "grid", "plugins", "predict", "quiet"},
+        {"parser", "read"},
+        {"prompts", "select"},
+        {"fit"},
+    ],
+    "plm.judging": [{"compare", "labels", "report", "tastes"}, {"written"}],
     "plm.leaderboard": [
         {"baselines", "facts", "per_user", "results"},
         {"cells", "report"},
@@ -128,8 +139,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"run"},
     ],
     "plm.cli": [
-        {"options"},
-        {"writing"},
+        {"options", "writing"},
+        {"recipe_options"},
         {
             "adapt",
             "dashboard",

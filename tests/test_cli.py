@@ -6,9 +6,12 @@ import csv
 import datetime
 import gzip
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -23,8 +26,12 @@ from torch import Tensor
 
 import plm
 from plm.checkpoint import load_method
-from plm.cli import main
+from plm.cli import VERBS, main
+from plm.cli.fit import NAMES as OWN_NAMES
+from plm.cli.options import SHARED
+from plm.cli.recipe_options import COMMON
 from plm.method import PersonalizationMethod
+from plm.recipe.quiet import quiet
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 from plm.users import UserStore, store_path
 
@@ -169,7 +176,7 @@ def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
     # score: the command and the function give the same bits, unknown users are marked
     rows = [{"response": "alpha beta", "id": 7}, {"response": "gamma", "user_id": "nobody"}, {"response": "gamma"}]
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    score = ["score", "--ckpt_path", str(checkpoint), "--input", "rows.jsonl", "--user", "new"]
+    score = ["score", "--ckpt_path", str(checkpoint), "--responses", "rows.jsonl", "--user", "new"]
     assert main([*score, "--output", "out.jsonl"]) == 0
     assert "1 of 3 rows have no known user" in capsys.readouterr().err
     scored = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
@@ -371,7 +378,7 @@ def test_malformed_rows_to_score_are_named_by_line(capsys: pytest.CaptureFixture
         '{"response": "x", "user_id": [1]}',
     ]
     Path("rows.jsonl").write_text("\n".join(rows))
-    assert main(["score", "--ckpt_path", "x.ckpt", "--input", "rows.jsonl"]) == 1
+    assert main(["score", "--ckpt_path", "x.ckpt", "--responses", "rows.jsonl"]) == 1
     shown = capsys.readouterr().err
     for line, text in {
         2: "malformed JSON",
@@ -394,7 +401,7 @@ def test_score_reads_what_the_data_read_and_refuses_rewards_that_are_nan(
     with gzip.open("rows.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
     Path("rows.csv").write_text("response,user_id,day\nalpha,seen-1,2026-11-21\nbeta,,2026-11-21\n")
-    score = ["score", "--ckpt_path", str(checkpoint), "--input"]
+    score = ["score", "--ckpt_path", str(checkpoint), "--responses"]
     capsys.readouterr()
     shown = []
     for name in ("rows.parquet", "rows.jsonl.gz", "rows.csv"):
@@ -512,7 +519,7 @@ def test_methods_are_listed_from_their_source(
     )
     monkeypatch.syspath_prepend(Path.cwd())
     entries = [EntryPoint("Mine", "third.party:Mine", "plm.methods"), EntryPoint("Gone", "gone.x:Gone", "plm.methods")]
-    monkeypatch.setattr("plm.cli.methods.entry_points", lambda group: entries)
+    monkeypatch.setattr("plm.recipe.plugins.entry_points", lambda group: entries)
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
     assert "Mine  (third.party.Mine)\n    Guesses well.\n    Paper: Someone (2031), On Taste." in shown
@@ -522,14 +529,14 @@ def test_methods_are_listed_from_their_source(
 def test_plugins_get_short_names_and_broken_ones_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from plm.recipe.fit import load_plugins
+    from plm.recipe.plugins import load_plugins
 
     entries = [
         EntryPoint("MeanMethod", f"{__name__}:MeanMethod", "plm.methods"),
         EntryPoint("Gone", "gone.x:Gone", "plm.methods"),
         EntryPoint("Twin", f"{__name__}:MeanMethod ", "plm.methods"),
     ]
-    monkeypatch.setattr("plm.recipe.fit.entry_points", lambda group: entries)
+    monkeypatch.setattr("plm.recipe.plugins.entry_points", lambda group: entries)
     with pytest.warns(UserWarning) as warned:
         load_plugins()
     assert ["gone.x" in str(w.message) for w in warned] == [True, False]
@@ -539,22 +546,111 @@ def test_plugins_get_short_names_and_broken_ones_are_reported(
     assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == f"{__name__}.MeanMethod"
 
 
-def test_light_commands_never_import_torch() -> None:
-    code = (
-        "import sys, time; start = time.perf_counter(); import plm; from plm.cli import main; dir(plm)\n"
-        "assert [main([verb]) for verb in ('--help', '--version', 'methods')] == [0, 0, 0]\n"
-        "heavy = {'torch', 'lightning', 'numpy', 'transformers'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "print('seconds', time.perf_counter() - start)"
-    )
+WRONG = {
+    "fit": [],
+    "validate": ["--traner.max_epochs", "3"],
+    "test": ["--config", "no_such_recipe.yaml"],
+    "predict": ["--modl", "LoRe"],
+    "adapt": ["--ckpt_path", "x", "--pairs", "y", "--columns", "user_id"],
+    "score": ["--ckpt_path", "x"],
+    "export": ["--ckpt_path", "x", "--outptu", "y"],
+    "query": ["--ckpt_path", "x", "--user", "a", "--pool", "y", "--num_draws", "1"],
+    "generate": ["--ckpt_path", "x", "--prompts", "y", "--best_of", "3"],
+    "sample": ["--policy", "x", "--prompts", "y", "--num_samples", "0", "--output", "z"],
+    "label": ["--samples", "x", "--output", "y"],
+    "judge": ["--ckpt_path", "x", "--prompts", "y", "--rewards", "z", "--num_prompts", "0"],
+    "data": ["check", "--strict"],
+    "rewardbench": ["--input", "x"],
+    "users": ["lst", "--ckpt_path", "x"],
+    "portfolio": ["--siz", "3"],
+    "leaderboard": ["--seeds", "0"],
+    "dashboard": ["--name", "x"],
+    "methods": ["x"],
+}
+"""A wrong command line for each verb."""
+
+
+def test_help_and_wrong_command_lines_are_answered_without_what_does_the_work() -> None:
+    assert WRONG.keys() == VERBS.keys()
+    code = f"""
+import contextlib, io, sys
+from plm.cli import main
+import plm
+dir(plm)
+HEAVY = {{"torch", "lightning", "transformers", "numpy", "pyarrow", "scipy"}}
+HEAVY |= {{"jsonargparse", "omegaconf", "rich", "wandb"}}
+def check(*args, expected):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = main(args)
+    assert status in expected, (args, status, out.getvalue())
+    assert not HEAVY & set(sys.modules), (args, HEAVY & set(sys.modules))
+    if expected != [0]:
+        assert out.getvalue().startswith("error: ") and out.getvalue().count("\\n") == 1, (args, out.getvalue())
+    return out.getvalue()
+shown = check("--help", expected=[0])
+assert check("--version", expected=[0]) == f"plm {{plm.__version__}}\\n"
+check("methods", expected=[0])
+for verb, wrong in {WRONG!r}.items():
+    assert f"\\n  {{verb}} " in shown
+    for option in ("--help", "-h"):
+        assert f"plm {{verb}}" in check(verb, option, expected=[0])
+    check(verb, *wrong, expected=[1, 2])
+check("fit", "--select", "{{model.lr: 3}}", expected=[2])
+check("fit", "--config", "typo.yaml", expected=[1])
+"""
+    Path("typo.yaml").write_text("defaults: [{trainr: cpu}]")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PLM_")}
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**environment, "PYTHONPATH": str(ROOT)}
     )
     assert run.returncode == 0, run.stderr
-    for verb in ("fit", "validate", "test", "predict", "adapt", "score", "users", "methods"):
-        assert f"\n  {verb} " in run.stdout
-    assert f"plm {plm.__version__}" in run.stdout
-    assert float(run.stdout.split()[-1]) < 0.5
+
+
+def test_the_short_help_of_a_recipe_names_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the first parts that are checked before Lightning is imported are those of the real parser."""
+    for verb in ("fit", "validate", "test", "predict"):
+        assert main([verb, "--help", "all"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: plm [options] {verb} ")  # whatever started the program
+        real = set(re.findall(r"--([\w.]+)", text))
+        firsts = {name.partition(".")[0] for name in real}
+        assert firsts <= {*COMMON, *OWN_NAMES.get(verb, ())} <= firsts | {"c", "h"}, verb
+        assert main([verb, "--help"]) == 0
+        short = capsys.readouterr().out
+        assert len(short.splitlines()) < 50
+        for name in re.findall(r"^  --([\w.]+)", short, flags=re.M):
+            assert name in real or name.removesuffix(".init_args.NAME") in real, name
+    assert main(["portfolio", "--help", "all"]) == 0
+    real = set(re.findall(r"--([\w.]+)", capsys.readouterr().out))
+    assert main(["portfolio", "--help"]) == 0
+    assert set(re.findall(r"^  --([\w.]+)", capsys.readouterr().out, flags=re.M)) <= real
+
+
+def test_options_for_the_same_thing_have_the_same_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option of every verb: it is in the table of shared ones, or only one verb has it."""
+    verbs_of: dict[str, set[str]] = {}
+    for verb in VERBS.keys() - {"fit", "validate", "test", "predict", "portfolio"}:
+        assert main([verb, "--help"]) == 0
+        for name in re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, flags=re.M):
+            verbs_of.setdefault(name, set()).add(verb)
+    several = {name for name, verbs in verbs_of.items() if len(verbs) > 1}
+    settings = {"--max_new_tokens", "--min_new_tokens", "--temperature", "--top_k", "--top_p", "--batch_tokens"}
+    policy = {"--policy", "--template", "--dtype", "--max_prompt_length"}
+    assert several == set(SHARED) | settings | policy
+    assert settings | policy <= verbs_of.keys() and verbs_of["--policy"] == {"generate", "sample"}
+
+
+def test_two_runs_in_one_process_leave_warnings_and_logging_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = (warnings.formatwarning, list(warnings.filters), list(logger.filters))
+    for _ in range(2):
+        assert main(["fit", "--config", "recipe.yaml", "--print_config"]) == 0
+        assert (warnings.formatwarning, list(warnings.filters), list(logger.filters)) == before
+    with quiet():
+        with quiet():
+            assert len(logger.filters) == len(before[2]) + 1
+        assert len(logger.filters) == len(before[2]) + 1
 
 
 def test_public_names_are_lazy_and_complete() -> None:

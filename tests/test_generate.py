@@ -202,7 +202,7 @@ def test_users_of_a_policy_are_adapted_from_their_pairs(causal_lm: Folder, tmp_p
 def sampled(causal_lm: Folder, tmp_path: Path, *extra: str, output: str = "s.jsonl") -> int:
     rows = [{"prompt": prompt, "split": "test" if place % 2 else "train"} for place, prompt in enumerate(PROMPTS)]
     prompts = jsonl(tmp_path / "p.jsonl", rows)
-    command = ["sample", "--policy", str(causal_lm("llama")), "--prompts", prompts, "--num", "3"]
+    command = ["sample", "--policy", str(causal_lm("llama")), "--prompts", prompts, "--num_samples", "3"]
     return main([*command, "--output", str(tmp_path / output), *OPTIONS, *extra])
 
 
@@ -232,7 +232,7 @@ def test_sample_goes_on_where_it_was_killed(
     causal_lm: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A kill on the third of four prompts, and a torn line; what is done is not done again."""
-    monkeypatch.setattr("plm.cli.sample.CHUNK", 3)  # one prompt at a time
+    monkeypatch.setattr("plm.sampling.CHUNK", 3)  # one prompt at a time
     assert sampled(causal_lm, tmp_path, output="whole.jsonl") == 0
     asked: list[str] = []
     deadly = 3
@@ -243,7 +243,7 @@ def test_sample_goes_on_where_it_was_killed(
             raise KeyboardInterrupt
         return sample(policy, prompts, **settings)
 
-    monkeypatch.setattr("plm.cli.sample.sample", mortal)
+    monkeypatch.setattr("plm.sampling.sample", mortal)
     with pytest.raises(KeyboardInterrupt):
         sampled(causal_lm, tmp_path)
     file = tmp_path / "s.jsonl"
@@ -278,7 +278,7 @@ def test_samples_of_other_settings_are_not_mixed(
     (tmp_path / "mine.jsonl").write_text("{}\n")
     assert sampled(causal_lm, tmp_path, output="mine.jsonl") == 1
     assert "was not written by plm sample" in capsys.readouterr().err
-    assert sampled(causal_lm, tmp_path, "--num", "0") == 2
-    assert "--num: expected an integer >= 1, got 0" in capsys.readouterr().err
+    assert sampled(causal_lm, tmp_path, "--num_samples", "0") == 2
+    assert "--num_samples: expected an integer >= 1, got 0" in capsys.readouterr().err
     assert sampled(causal_lm, tmp_path, "--max_new_tokens", "60", output="long.jsonl") == 1
     assert "expected prompts of at most 4 tokens" in capsys.readouterr().err

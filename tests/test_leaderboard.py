@@ -274,7 +274,7 @@ def test_the_table_says_how_many_candidates_each_method_had() -> None:
         (["a.yaml", "--data", "b.yaml"], "expected either recipes or --data FILE"),
         (["--data", "conf/data/poliss.yaml"], "did you mean 'conf/data/polis.yaml'?"),
         (["--data", "polis"], "did you mean 'conf/data/polis.yaml'?"),
-        (["--data", "conf/data/synthetic.yaml", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--data", "conf/data/synthetic.yaml", "--seeds", "0"], "--seeds: expected an integer >= 1, got 0"),
         (["--data", "conf/data/synthetic.yaml", "--set", "lr"], "--set: expected KEY=VALUE, got 'lr'"),
         (["--data", "conf/data/synthetic.yaml", "--method", "LoRe"], "did you mean '--methods'?"),
         (["--data", "conf/data/synthetic.yaml", "--methods", "Lore"], "did you mean 'LoRe'?"),
@@ -329,7 +329,7 @@ def test_the_table_goes_to_wandb(
     run.__enter__.return_value.log = logged.update
     run.__enter__.return_value.offline = True
     monkeypatch.setattr(wandb, "init", MagicMock(return_value=run))
-    args = ["--methods", "BradleyTerry", "LoRe", f"{__name__}.Broken", "--seeds", "1", "--wandb", "team"]
+    args = ["--methods", "BradleyTerry", "LoRe", f"{__name__}.Broken", "--seeds", "1", "--project", "team"]
     assert leaderboard(place, *args) == 0
     assert wandb.init.call_args.kwargs["project"] == "team" and wandb.init.call_args.kwargs["config"]["seeds"] == 1
     assert set(logged) == {"leaderboard", "accuracy", "few-shot_curves", "parameters"}

@@ -315,7 +315,7 @@ def test_from_a_recipe_to_rewards_of_texts_and_new_users(
     assert isinstance(anna, LiveMethod) and state.num_pairs.tolist() == [2]
     _assert_adapted(anna, state, pairs)
     capsys.readouterr()
-    assert main(["query", "--ckpt_path", str(ckpt), "--user", "anna", "--pool", "pairs.jsonl", "--num", "1"]) == 0
+    assert main(["query", "--ckpt_path", str(ckpt), "--user", "anna", "--pool", "pairs.jsonl", "--num_pairs", "1"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert 0 <= json.loads(line)["chance"] <= 1 and json.loads(line)["information"] >= 0
 

@@ -206,11 +206,11 @@ def test_query_writes_the_best_pairs_of_a_pool(
     with saved(method, lambda checkpoint: checkpoint["hyper_parameters"].update(backbone=spec)) as path:
         command = ["query", "--ckpt_path", str(path), "--pool", str(pool), "--user"]
         capsys.readouterr()
-        assert main([*command, "1", "--num", "3"]) == 0
+        assert main([*command, "1", "--num_pairs", "3"]) == 0
         shown = capsys.readouterr()
         out = [json.loads(line) for line in shown.out.splitlines()]
         assert len(out) == 3 and not shown.err
-        assert main([*command, "stranger", "--num", "2", "--output", str(tmp_path / "out.jsonl")]) == 0
+        assert main([*command, "stranger", "--num_pairs", "2", "--output", str(tmp_path / "out.jsonl")]) == 0
         assert "unknown user 'stranger'" in capsys.readouterr().err
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     assert len({row["id"] for row in out}) == 3
@@ -248,9 +248,9 @@ def test_query_says_what_it_cannot_ask(tmp_path: Path, capsys: pytest.CaptureFix
     assert "1 of 3 rows repeat a pair of the pool: asked once" in err and "no answer" not in err
     status, out, err = query(PAL(2, DIM, num_prototypes=1))
     assert status == 0 and "no answer would tell anything about '1'" in err
-    assert query(PAL(2, DIM), "--samples", "1")[::2] == (
+    assert query(PAL(2, DIM), "--num_draws", "1")[::2] == (
         2,
-        "error: --samples: expected an integer >= 2, got 1 (plm query --help)\n",
+        "error: --num_draws: expected an integer >= 2, got 1 (plm query --help)\n",
     )
     broken, damaged = PAL(2, DIM), PAL(2, DIM)
     broken.geometry.prototypes.data.fill_(torch.nan)  # type: ignore[union-attr]
@@ -286,8 +286,8 @@ def test_malformed_pools_are_named_by_line(tmp_path: Path, capsys: pytest.Captur
         ":6:",
     ):
         assert text in shown
-    assert main(["query", "--ckpt_path", "x", "--user", "1", "--pool", "y", "--num", "0"]) == 2
-    assert "--num: expected an integer >= 1, got 0" in capsys.readouterr().err
+    assert main(["query", "--ckpt_path", "x", "--user", "1", "--pool", "y", "--num_pairs", "0"]) == 2
+    assert "--num_pairs: expected an integer >= 1, got 0" in capsys.readouterr().err
 
 
 def test_score_puts_users_on_one_scale_by_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,7 +305,7 @@ def test_score_puts_users_on_one_scale_by_a_reference(tmp_path: Path, capsys: py
     spec = TinyBackbone(DIM).spec()
     with saved(method, lambda checkpoint: checkpoint["hyper_parameters"].update(backbone=spec)) as path:
         capsys.readouterr()
-        assert main(["score", "--ckpt_path", str(path), "--input", str(asked), "--reference", str(other)]) == 0
+        assert main(["score", "--ckpt_path", str(path), "--responses", str(asked), "--reference", str(other)]) == 0
     out = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     encode = TinyBackbone(DIM).encode
     for row, text, user in zip(out, texts, ids, strict=True):

@@ -14,7 +14,6 @@ import torch
 from plm.backbones import HashingBackbone
 from plm.checkpoint import KnownUsers
 from plm.cli import main
-from plm.cli import rewardbench as command
 from plm.methods.bradley_terry import BradleyTerry
 from plm.rewardbench import (
     Answered,
@@ -129,13 +128,13 @@ def judge() -> BradleyTerry:
 def test_the_command_scores_a_method(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "load_method", lambda path: judge())
+    monkeypatch.setattr("plm.checkpoint.load_method", lambda path: judge())
     out = file.parent / "scores.json"
-    assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--input", str(file), "--output", str(out)]) == 0
+    assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--questions", str(file), "--output", str(out)]) == 0
     saved = json.loads(out.read_text())
     assert saved["scores"]["Math"] == 0.5 and saved["scores"]["Ties"] > 0.99 and len(saved["answers"]) == 4
     assert "overall" in capsys.readouterr().out
-    assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--input", str(file), "--user", "somebody"]) == 1
+    assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--questions", str(file), "--user", "somebody"]) == 1
     assert "no user 'somebody' beside the checkpoint; run plm adapt first" in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
-"""The command ``plm``: dispatch, ``--help`` and the list of methods.
+"""The command ``plm``: the table of its verbs, and ``--help``.
 
-Nothing here imports torch: the light commands must answer at once, and the others import what they need.
+Every verb is a module of this package whose ``run(args)`` parses first and only then imports what does the work, so
+that help and a wrong command line are answered without torch.
 """
 
 from __future__ import annotations
@@ -9,34 +10,36 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 import plm
+from plm.cli.options import stop
 from plm.messages import debug, nearest
 
-_VERBS: dict[str, tuple[str, str]] = {
+VERBS: dict[str, tuple[str, str]] = {
     "fit": ("fit", "train a method on preference pairs, then test its best checkpoint"),
     "validate": ("fit", "evaluate a checkpoint on the validation rows"),
     "test": ("fit", "evaluate a checkpoint on seen and unseen users"),
-    "predict": ("fit", "margins of a checkpoint on the test rows"),
+    "predict": ("fit", "write the margins of a checkpoint on the test rows"),
     "adapt": ("adapt", "learn new users of a checkpoint from their pairs"),
-    "score": ("score", "rewards of responses for given users"),
-    "export": ("export", "write the model of a user for software other than plm"),
-    "query": ("query", "choose the pairs whose answers would tell most about a user"),
-    "generate": ("generate", "texts written for given users"),
-    "sample": ("sample", "many responses of a policy to each prompt"),
+    "score": ("score", "score responses for users"),
+    "export": ("export", "write the model of a user for other software"),
+    "query": ("query", "choose the pairs to ask a user about"),
+    "generate": ("generate", "write texts for users"),
+    "sample": ("sample", "write many responses of a policy to each prompt"),
     "label": ("label", "let people, rules or models compare sampled responses"),
-    "judge": ("judge", "whether users' policies write what they like"),
+    "judge": ("judge", "check whether users' policies write what the users like"),
     "data": ("data_check", "check preference pairs before training on them"),
-    "rewardbench": ("rewardbench", "RewardBench 2 scores of a checkpoint"),
+    "rewardbench": ("rewardbench", "score a checkpoint on RewardBench 2"),
     "users": ("users", "list, export or delete the users of a checkpoint"),
     "portfolio": ("portfolio", "choose few policies that serve everybody, with a certificate"),
     "leaderboard": ("leaderboard", "compare methods and baselines on one split, with intervals and verdicts"),
     "dashboard": ("dashboard", "make a saved Weights & Biases workspace for a project of runs"),
     "methods": ("methods", "list the installed methods"),
 }
-"""Verb -> module of this package whose ``run(args)`` carries it out, and what ``plm --help`` says of it."""
+"""Verb -> module of this package whose ``run(args)`` carries it out, and its line in ``plm --help``."""
 _BUG = (
     "error: unless the message above says otherwise, as out of memory does, this is a bug in plm or in the method's "
     "code; report it with all that stands above, the recipe and `plm --version`"
@@ -57,8 +60,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # transformers draws a bar for every model that it reads, also into files and pipes
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        warnings.formatwarning = _one_line
-        return _dispatch(arguments)
+        with _short_warnings():
+            return _dispatch(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (ValueError, OSError) as error:
@@ -83,30 +86,30 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if verb in ("-c", "--config") or verb.startswith("--config="):
         door = "fit"
-    elif verb in _VERBS:
-        door = _VERBS[verb][0]
+    elif verb in VERBS:
+        door = VERBS[verb][0]
     else:
         kind = "option" if verb.startswith("-") else "command"
-        valid = ["--help", "--version", "--config"] if kind == "option" else list(_VERBS)
-        raise SystemExit(_usage_error(f"no {kind} {verb!r}{nearest(verb, valid)} (plm --help lists all)"))
+        valid = ["--help", "--version", "--config"] if kind == "option" else list(VERBS)
+        stop(f"no {kind} {verb!r}{nearest(verb, valid)} (plm --help lists all)")
     status: int | None = import_module(f"plm.cli.{door}").run(args if door == "fit" else args[1:])
     return status or 0
 
 
-def _one_line(message: Warning | str, *where: object, **also: object) -> str:
-    """A warning without the source line that raised it."""
-    return f"warning: {message}\n"
-
-
-def _usage_error(message: str) -> int:
-    """Show a wrong command line; returns the exit status."""
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show warnings without the source line that raised them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where, **details: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _help() -> str:
     """The text of ``plm --help``."""
-    verbs = "\n".join(f"  {verb:<11} {text}" for verb, (_, text) in _VERBS.items())
+    verbs = "\n".join(f"  {verb:<11} {text}" for verb, (_, text) in VERBS.items())
     return f"""usage: plm COMMAND [options]
 
 {plm.__doc__.splitlines()[0] if plm.__doc__ else ""}

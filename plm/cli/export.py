@@ -1,13 +1,11 @@
-"""``plm export``: what a method knows of one user as a model of other software."""
+"""``plm export``: what a method has learned of one user as a model for other software."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
 from plm.messages import nearest
-from plm.method.abilities import Exporter, Writer
 
 _SCORES = "score with plm score, or plm generate --policy MODEL --best_of N"
 
@@ -16,7 +14,7 @@ def run(args: list[str]) -> None:
     """Write the model of a user into a folder.
 
     Raises:
-        ValueError: For whatever the user can mend.
+        ValueError: If the folder holds something, the user is unknown or the method has nothing to export.
     """
     parser = OptionParser(
         prog="plm export",
@@ -25,13 +23,17 @@ def run(args: list[str]) -> None:
         "writes the user's adapter as a PEFT folder for PeftModel.from_pretrained, PolicyPortfolio that of the member\n"
         "that serves the user (but for decoding logits, which is no single adapter), SFT a Hugging Face model.",
     )
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
-    parser.add_argument("--user", metavar="ID", help="whose model; default: the population's")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_shared("--ckpt_path", required=True)
+    parser.add_shared("--user", help="whose model; default: the population's")
+    parser.add_shared("--output", required=True, metavar="DIR", help="folder to write, new or empty")
     options = parser.parse(args)
     folder = Path(options.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
+
+    from plm.checkpoint import load_method
+    from plm.method.abilities import Exporter, Writer
+
     method = load_method(options.ckpt_path)
     if not isinstance(method, Exporter):
         instead = "write with plm generate" if isinstance(method, Writer) and method.can_write else _SCORES

@@ -6,25 +6,27 @@ import argparse
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-
-from plm.cli.options import OptionParser
-from plm.evaluation import print_parts
-from plm.leaderboard.board import Plan, run_board
-from plm.leaderboard.entries import find_group, of_methods, of_recipes, shared_part
-from plm.leaderboard.report import terminal
-from plm.leaderboard.wandb import publish
+from plm.cli.options import OptionParser, assignment, integer
 
 
 def run(args: list[str]) -> None:
-    """Run the command.
+    """Run or complete a leaderboard, and print it.
 
     Raises:
-        ValueError: For whatever the user can mend.
+        ValueError: If a recipe or group cannot be read, or the rows do not share features and split.
     """
     options = _options(args)
+
+    from rich.console import Console
+
+    from plm.evaluation import print_parts
+    from plm.leaderboard.board import Plan, run_board
+    from plm.leaderboard.entries import find_group, of_methods, of_recipes, shared_part
+    from plm.leaderboard.report import terminal
+    from plm.leaderboard.wandb import publish
+
     console = Console()
-    overrides = [part for item in options.set for part in (f"--{item.partition('=')[0]}", item.partition("=")[2])]
+    overrides = [part for key, value in options.set for part in (f"--{key}", value)]
     left_out: dict[str, str] = {}
     if options.recipes:
         folder = Path(options.output or f"runs/leaderboard/{Path(options.recipes[0]).stem}")
@@ -49,8 +51,8 @@ def run(args: list[str]) -> None:
     board, files = run_board(plan, console)
     print_parts(*terminal(board), console=console)
     console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
-    if options.wandb:
-        console.print(publish(board, files, folder, options.wandb), highlight=False, soft_wrap=True)
+    if options.project:
+        console.print(publish(board, files, folder, options.project), highlight=False, soft_wrap=True)
 
 
 def _options(args: list[str]) -> argparse.Namespace:
@@ -73,24 +75,29 @@ def _options(args: list[str]) -> argparse.Namespace:
         default=["all"],
         help="short names or class paths; default: all installed ones that read features",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="fits per row; intervals are over users (default: 3)")
+    parser.add_argument(
+        "--seeds", type=integer(1), default=3, help="fits per row; intervals are over users (default: 3)"
+    )
     parser.add_argument(
         "--budget",
-        type=int,
+        type=integer(1),
         default=1,
         help="candidates per method: the defaults and draws from its search_space, by validation pairs (default: 1)",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process (default: 1, in this one)")
-    parser.add_argument("--output", metavar="DIR", help="default: runs/leaderboard/<data or first recipe>")
-    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="option of plm fit for every row")
-    parser.add_argument("--wandb", metavar="PROJECT", help="log to this project of Weights & Biases, with a report")
+    parser.add_argument(
+        "--jobs", type=integer(1), default=1, help="runs at a time, each a process (default: 1, in this one)"
+    )
+    parser.add_shared("--output", metavar="DIR", help="default: runs/leaderboard/<data or first recipe>")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        metavar="KEY=VALUE",
+        type=assignment("KEY=VALUE"),
+        default=[],
+        help="option of plm fit for every row, e.g. data.unseen_users=0.2",
+    )
+    parser.add_shared("--project", help="log to this project of Weights & Biases, with a report")
     options = parser.parse(args)
     if bool(options.recipes) == bool(options.data):
         parser.error("expected either recipes or --data FILE")
-    for name in ("seeds", "budget", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    malformed = [item for item in options.set if "=" not in item]
-    if malformed:
-        parser.error(f"--set: expected KEY=VALUE, got {malformed[0]!r}")
     return options

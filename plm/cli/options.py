@@ -1,23 +1,92 @@
-"""The options of the light commands."""
+"""Options of the commands: the parser, and the table of options that several commands share.
+
+Nothing here imports torch, so that ``--help`` and a wrong command line are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from plm.messages import nearest
+
+ROWS = "JSONL(.gz), CSV or Parquet"
+PROMPTS = "JSONL, CSV or Parquet with a key prompt, lines of text, or a recipe (.yaml) whose prompts are taken"
+REWARDS = (
+    "a recipe over SampledPairs, or YAML, as a file or as text, with its arguments: rewards (name -> {class_path, "
+    "init_args}) and people (name -> weights of rewards; default: one for each reward)"
+)
+
+
+def stop(message: str) -> NoReturn:
+    """Stop with one message and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """Make the ``type`` of an option that takes an integer of at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text}")
+        return int(text)
+
+    return parse
+
+
+def assignment(example: str) -> Callable[[str], tuple[str, str]]:
+    """Make the ``type`` of an option that takes two texts with an equals sign between them, such as NAME=COLUMN."""
+
+    def parse(text: str) -> tuple[str, str]:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"expected {example}, got {text!r}")
+        return name, value
+
+    return parse
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "--ckpt_path": {"metavar": "FILE", "help": "checkpoint written by plm fit"},
+    "--columns": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "NAME=COLUMN",
+        "type": assignment("NAME=COLUMN"),
+        "help": "column of the files that holds NAME, e.g. user_id=uid",
+    },
+    "--num_samples": {"type": integer(1), "metavar": "N"},
+    "--output": {"metavar": "FILE"},
+    "--pairs": {"nargs": "+", "metavar": "FILE", "help": f"preference pairs: {ROWS}"},
+    "--project": {"metavar": "PROJECT"},
+    "--prompts": {"metavar": "FILE", "help": PROMPTS},
+    "--rewards": {"metavar": "YAML", "help": REWARDS},
+    "--seed": {"type": int, "default": 0, "metavar": "N"},
+    "--user": {"metavar": "ID"},
+}
+"""Options for the same thing have the same name in every command; what a command adds is said where it is made."""
 
 
 class OptionParser(argparse.ArgumentParser):
     """argparse with one-message errors that name the nearest option."""
 
     def __init__(self, **kwargs: Any) -> None:
-        """See argparse."""
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_shared(self, name: str, **changes: Any) -> None:
+        """Add an option of the table `SHARED`, with what is particular to this command."""
+        self.add_argument(name, **{**SHARED[name], **changes})
 
     def parse(self, args: list[str]) -> argparse.Namespace:
         """Parse all arguments or stop with one message."""
         parsed, unknown = self.parse_known_args(args)
+        if unknown and not unknown[0].startswith("-"):
+            more = "more " if any(not action.option_strings for action in self._actions) else ""
+            self.error(f"{self.prog} takes no {more}arguments, got {unknown[0]!r}")
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
             self.error(f"no option {unknown[0]!r}{nearest(unknown[0].partition('=')[0], options)}")
@@ -25,4 +94,62 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Stop with one message and status 2."""
-        self.exit(2, f"error: {message} ({self.prog} --help)\n")
+        stop(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+def split_overrides(args: list[str]) -> tuple[list[str], list[str]]:
+    """Separate a command's own arguments from options of a recipe, which are returned as ``key=value``."""
+    plain: list[str] = []
+    overrides: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if not re.match(r"--(data|model|trainer)\.", arg):
+            plain.append(arg)
+            continue
+        key, equals, value = arg.removeprefix("--").partition("=")
+        overrides.append(f"{key}={value if equals else next(rest, '')}")
+    return plain, overrides
+
+
+def add_settings(parser: OptionParser) -> None:
+    """Add the options of how texts are drawn."""
+    group = parser.add_argument_group("how texts are drawn")
+    group.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="cut a text here (default 64)")
+    group.add_argument("--min_new_tokens", type=int, default=0, metavar="N", help="no text ends earlier (default 0)")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 = the likeliest token (default 1)")
+    group.add_argument("--top_k", type=int, metavar="K", help="draw from the K likeliest tokens (default: all)")
+    group.add_argument("--top_p", type=float, metavar="P", help="draw from the likeliest tokens of joint probability P")
+    group.add_argument("--seed", **{**SHARED["--seed"], "help": "a prompt gets the same texts again (default 0)"})
+    group.add_argument(
+        "--batch_tokens",
+        type=int,
+        metavar="N",
+        help="most tokens written at once; changes memory and speed alone (default 16384)",
+    )
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `add_settings` added, as arguments of `plm.generation.sample`."""
+    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    if options.batch_tokens is not None:
+        settings["batch_tokens"] = options.batch_tokens
+    return settings
+
+
+def add_policy(parser: OptionParser, required: bool) -> None:
+    """Add the options of which model writes."""
+    group = parser.add_argument_group("who writes")
+    group.add_argument("--policy", required=required, metavar="MODEL", help="folder or hub id of a causal LM")
+    group.add_argument(
+        "--template", choices=("plain", "chat"), default="plain", help="chat: its chat template (default plain)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights (default float32)",
+    )
+    group.add_argument(
+        "--max_prompt_length", type=int, metavar="N", help="keep the last N tokens of a prompt (default: all)"
+    )

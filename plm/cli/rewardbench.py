@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from plm.atomic import write_json
-from plm.checkpoint import load_method
 from plm.cli.options import OptionParser
-from plm.evaluation import print_parts
-from plm.rewardbench import answer, read_questions, rewards_of, summarise
 
 
 def run(args: list[str]) -> None:
-    """Score the benchmark.
+    """Score the benchmark and print the table of its subsets.
 
     Raises:
-        ValueError: For whatever the user can mend.
+        ValueError: If the checkpoint or the benchmark cannot be read, or the user is unknown.
     """
     parser = OptionParser(
         prog="plm rewardbench",
         description="RewardBench 2 scores of a checkpoint, as one user or as the population: a check that "
         "personalisation leaves the shared reward intact.",
     )
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint written by plm fit")
-    parser.add_argument("--input", metavar="FILE", help="the benchmark: Parquet or JSONL; default: download it")
-    parser.add_argument("--user", metavar="ID", help="score as this user; default: the population")
-    parser.add_argument("--output", metavar="FILE", help="JSON file of the scores and of every answer's reward")
+    parser.add_shared("--ckpt_path", required=True)
+    parser.add_argument("--questions", metavar="FILE", help="the benchmark: Parquet or JSONL; default: download it")
+    parser.add_shared("--user", help="score as this user; default: the population")
+    parser.add_shared("--output", help="JSON file of the scores and of every answer's reward")
     options = parser.parse(args)
-    questions = read_questions(options.input)
+
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from plm.atomic import write_json
+    from plm.checkpoint import load_method
+    from plm.evaluation import print_parts
+    from plm.rewardbench import answer, read_questions, rewards_of, summarise
+
+    questions = read_questions(options.questions)
     answered = answer(questions, rewards_of(load_method(options.ckpt_path), options.user))
     scores = summarise(answered)
     table = Table("subset", "prompts", "score", box=SIMPLE_HEAD)

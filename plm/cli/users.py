@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from plm.checkpoint import read_checkpoint
 from plm.cli.options import OptionParser
 from plm.messages import nearest
-from plm.method import CHECKPOINT_KEY
-from plm.users import UserStore, store_path
+
+_ACTIONS = ("list", "export", "delete")
 
 
 def run(args: list[str]) -> None:
-    """Run the command.
+    """List, export or delete users.
 
     Raises:
-        ValueError: For whatever the user can mend.
+        ValueError: If no users are stored beside the checkpoint, or one is unknown.
     """
     parser = OptionParser(
         prog="plm users",
@@ -23,14 +22,22 @@ def run(args: list[str]) -> None:
         "export: rows of some or all users as JSONL\n"
         "delete: remove users; from then on they are scored like unknown ones",
     )
-    actions = ("list", "export", "delete")
     parser.add_argument("action", metavar="list|export|delete")
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="checkpoint the users belong to")
-    parser.add_argument("--user", nargs="+", metavar="ID", help="ids; default for export: all users")
-    parser.add_argument("--output", metavar="FILE", help="JSONL file to export to")
+    parser.add_shared("--ckpt_path", required=True, help="checkpoint the users belong to")
+    parser.add_shared("--user", nargs="+", help="ids; default for export: all users")
+    parser.add_shared("--output", help="JSONL file to export to")
     options = parser.parse(args)
-    if options.action not in actions:
-        parser.error(f"no action {options.action!r}{nearest(options.action, actions)}")
+    if options.action not in _ACTIONS:
+        parser.error(f"no action {options.action!r}{nearest(options.action, _ACTIONS)}")
+    if options.action == "export" and not options.output:
+        parser.error("export needs --output FILE")
+    if options.action == "delete" and not options.user:
+        parser.error("delete needs --user ID")
+
+    from plm.checkpoint import read_checkpoint
+    from plm.method import CHECKPOINT_KEY
+    from plm.users import UserStore, store_path
+
     path = store_path(options.ckpt_path)
     if not path.exists():
         raise ValueError(f"no users are stored beside {options.ckpt_path!r}: expected the folder {str(path)!r}")
@@ -39,12 +46,8 @@ def run(args: list[str]) -> None:
         num_pairs = store.get(store.ids)[0].num_pairs.tolist()
         sys.stdout.writelines(f"{user_id}\t{count}\n" for user_id, count in zip(store.ids, num_pairs, strict=True))
     elif options.action == "export":
-        if not options.output:
-            parser.error("export needs --output FILE")
         store.export(options.user or store.ids, options.output)
     else:
-        if not options.user:
-            parser.error("delete needs --user ID")
         store.delete(options.user)
         store.save(path)
         print(f"deleted {len(set(options.user))} users, {len(store)} are left in {path}", file=sys.stderr)

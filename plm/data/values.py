@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+_Value = TypeVar("_Value")
 
 ROW_SPLITS = ("train", "val", "test")
 USER_SPLITS = ("seen", "unseen")
@@ -32,6 +34,18 @@ def short(value: Any) -> str:
     """The repr of a value, cut to 80 characters, for messages."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def parsed(name: str, value: Any, parse: Callable[[Any], _Value]) -> _Value:
+    """Parse one field of a row.
+
+    Raises:
+        ValueError: With the field's name and value, if ``parse`` does.
+    """
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}, got {short(value)}") from error
 
 
 class Response(NamedTuple):

@@ -21,7 +21,7 @@ from plm.evaluation.statistics import cluster_bootstrap
 def compare_policies(
     values: Float64Array, users: Sequence[str], people: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """Mean value of every user's policy to everybody, and how far it is from those of the unaligned and the population.
+    """Compare every user's policy with the unaligned and the population's by the mean value of their texts to people.
 
     Args:
         values: ``(W, P, N, V)`` value of each text to each person.
@@ -47,7 +47,7 @@ def compare_policies(
     low, high = cluster_bootstrap(gains, num_resamples=num_resamples, seed=seed)
     out: dict[str, Any] = {"unaligned": dict(zip(people, means[0].mean(axis=0).tolist(), strict=True)), "users": {}}
     for row, user in enumerate([None, *users]):
-        own: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "people": {
                 person: {
                     "mean": float(means[row + 1, :, place].mean()),
@@ -59,15 +59,15 @@ def compare_policies(
             }
         }
         if user is None:
-            out["population"] = own
+            out["population"] = entry
             continue
         if user in people:
             place = list(people).index(user)
-            own |= with_ends("own_minus_population", gains[:, row, place] - gains[:, 0, place])
+            entry |= with_ends("own_minus_population", gains[:, row, place] - gains[:, 0, place])
             if len(people) > 1:
                 others = np.delete(gains[:, row], place, axis=1).mean(axis=1)
-                own |= with_ends("own_minus_others", gains[:, row, place] - others)
-        out["users"][user] = own
+                entry |= with_ends("own_minus_others", gains[:, row, place] - others)
+        out["users"][user] = entry
     return out
 
 

@@ -1,4 +1,4 @@
-"""What ``plm judge`` found, as terminal tables, Markdown and JSON."""
+"""The findings of ``plm judge`` as terminal tables, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -44,33 +44,33 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(heading, column names, rows); own values are between ``**``."""
+    """Lay out both tables as (heading, column names, rows); own values are between ``**``."""
     people = list(result["unaligned"])
     columns = {"own_minus_others": "own − others", "own_minus_population": "own − population"}
-    columns = {name: head for name, head in columns.items() if any(name in own for own in result["users"].values())}
+    columns = {name: head for name, head in columns.items() if any(name in entry for entry in result["users"].values())}
     rows = []
-    for user, own in {"population": result["population"], **result["users"]}.items():
-        cells = [_difference(own["people"][person], "difference") for person in people]
+    for user, entry in {"population": result["population"], **result["users"]}.items():
+        cells = [_difference(entry["people"][person], "difference") for person in people]
         cells = [f"**{cell}**" if person == user else cell for person, cell in zip(people, cells, strict=True)]
-        cells += [_difference(own, name) if name in own else "–" for name in columns]
+        cells += [_difference(entry, name) if name in entry else "–" for name in columns]
         rows.append([user, *cells])
     heads = ["policy of", *(f"to {person}" for person in people), *columns.values()]
     rewards = list(next(iter(result["texts"].values()))["rewards"])
-    facts = [
-        [name, *(f"{about['rewards'][reward]:.3f}" for reward in rewards)]
-        + [f"{about['perplexity']:.1f}", f"{about['words']:.1f}"]
-        + ["–" if math.isnan(about[key]) else f"{about[key]:.3f}" for key in ("distinct_1", "distinct_2")]
-        for name, about in result["texts"].items()
+    text_rows = [
+        [name, *(f"{facts['rewards'][reward]:.3f}" for reward in rewards)]
+        + [f"{facts['perplexity']:.1f}", f"{facts['words']:.1f}"]
+        + ["–" if math.isnan(facts[key]) else f"{facts[key]:.3f}" for key in ("distinct_1", "distinct_2")]
+        for name, facts in result["texts"].items()
     ]
     names = ["policy of", *rewards, "perplexity", "words", "distinct 1", "distinct 2"]
     return [
         (_TITLE, heads, rows),
-        ("Texts: mean rewards as they come, perplexity by the unaligned policy", names, facts),
+        ("Texts: mean rewards as they come, perplexity by the unaligned policy", names, text_rows),
     ]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
+    """Write the report as Markdown."""
 
     def cell(text: str) -> str:
         return " ".join(text.split()).replace("|", "\\|")

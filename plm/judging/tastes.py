@@ -10,43 +10,40 @@ import yaml
 from plm.data.sources.sampled import SampledPairs
 from plm.recipe.read import build_source, merged_recipe
 
-REWARDS = (
-    "a recipe over SampledPairs, or YAML, as a file or as text, with its arguments: rewards (name -> {class_path, "
-    "init_args}) and people (name -> weights of rewards; default: one for each reward)"
-)
 SOURCE = f"{SampledPairs.__module__}.{SampledPairs.__qualname__}"
 EXAMPLE = "{rewards: {length: {class_path: plm.data.rewards.Length}}, people: {short: {length: -1}}}"
 
 
-def read_tastes(given: str, samples: list[str]) -> SampledPairs:
-    """The people of a document over files of samples; nothing is read or scored yet.
+def read_tastes(text: str, samples: list[str]) -> SampledPairs:
+    """Read rewards and people, and set them over files of samples; nothing is scored yet.
 
     Args:
-        given: See `REWARDS`.
+        text: Path of a recipe over `SampledPairs`, or YAML, as a file or as text, with its arguments ``rewards`` and
+            ``people``.
         samples: Files of samples.
 
     Raises:
         ValueError: If it cannot be read, names no rewards, or an argument is wrong.
     """
-    if given.lstrip().startswith("{"):
+    if text.lstrip().startswith("{"):
         try:
-            document = yaml.safe_load(given)
+            document = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"--rewards: expected YAML like {EXAMPLE}, got {' '.join(str(error).split())}") from error
-    elif Path(given).suffix in (".yaml", ".yml"):
-        document = merged_recipe(given, [])
+    elif Path(text).suffix in (".yaml", ".yml"):
+        document = merged_recipe(text, [])
     else:
-        raise ValueError(f"--rewards: expected a .yaml file or text like {EXAMPLE}, got {given!r}")
+        raise ValueError(f"--rewards: expected a .yaml file or text like {EXAMPLE}, got {text!r}")
     if "data" in document:
         source = document["data"].get("source") or {}
         if str(source.get("class_path")).rpartition(".")[2] != SampledPairs.__name__:
-            raise ValueError(f"{given}: expected data.source to be {SOURCE}, got {source.get('class_path')!r}")
+            raise ValueError(f"{text}: expected data.source to be {SOURCE}, got {source.get('class_path')!r}")
         document = source.get("init_args") or {}
     return build(document, samples)
 
 
 def build(arguments: dict[str, Any], samples: list[str]) -> SampledPairs:
-    """People over files of samples, from the arguments of `SampledPairs`.
+    """Build a `SampledPairs` from its arguments, people by default one for each reward.
 
     Raises:
         ValueError: If there are no rewards, or an argument is wrong.

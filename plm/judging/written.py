@@ -1,60 +1,65 @@
-"""Texts of policies on the same prompts: what they are worth to whom."""
+"""Judge policies by their texts on the same prompts: what the texts are worth to whom."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from plm.arrays import Float64Array
-from plm.backbones import Policy
+from plm.backbones import Backbone, CausalLM, Policy, device
 from plm.data.sources.sampled import SampledPairs
-from plm.generation import Sample, sample_logps
+from plm.generation import Sample, sample, sample_logps
 from plm.judging.compare import compare_policies, distinct
 from plm.messages import nearest
 from plm.method import PersonalizationMethod
-from plm.recipe.prompts import read_prompts
+from plm.method.abilities import Writer
 
 UNALIGNED, POPULATION = "unaligned", "population"
-
-
 _SHOWN = 3
-"""Prompts whose texts are shown."""
+"""Prompts whose texts are shown in a report."""
 
 
 class Written(NamedTuple):
-    """What the unaligned policy, the population's and others wrote on the same prompts, and what it is worth."""
+    """Texts of the unaligned policy, the population's and others on the same prompts, and the rewards of the texts."""
 
     unaligned: Policy
     prompts: Sequence[str]
     users: Sequence[str]
-    """Names of the others."""
+    """Names of the other policies."""
     texts: Sequence[Sequence[Sequence[Sample]]]
     """W x P x N, the unaligned policy first, the population's second."""
     rewards: Sequence[str]
-    """Names."""
+    """Names of the rewards."""
     raw: Float64Array
-    """``(W, P, N, A)``."""
+    """``(W, P, N, A)`` rewards as they come."""
 
 
 def judgement(
     written: Written, values: Float64Array, people: Sequence[str], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that is reported of texts whose values to people are ``(W, P, N, V)``."""
+    """Collect what is reported of texts.
+
+    Args:
+        written: The texts.
+        values: ``(W, P, N, V)`` what each text is worth to each person.
+        people: V names.
+        settings: Arguments of `plm.generation.sample` that the texts were drawn with.
+    """
     names = [UNALIGNED, POPULATION, *written.users]
     prompts, texts = written.prompts, written.texts
-    means = [dict(zip(written.rewards, own.mean((0, 1)).tolist(), strict=True)) for own in written.raw]
+    means = [dict(zip(written.rewards, raw.mean((0, 1)).tolist(), strict=True)) for raw in written.raw]
     return {
         "num_prompts": len(prompts),
         "num_samples": len(texts[0][0]),
         "settings": {name: value for name, value in settings.items() if name != "batch_tokens"},
         **compare_policies(values, written.users, people),
         "texts": {
-            name: describe(written.unaligned, prompts, rows, own)
-            for name, rows, own in zip(names, texts, means, strict=True)
+            name: describe(written.unaligned, prompts, rows, rewards)
+            for name, rows, rewards in zip(names, texts, means, strict=True)
         },
         "samples": [
             {"prompt": prompt, **{name: rows[place][0].text for name, rows in zip(names, texts, strict=True)}}
@@ -63,54 +68,94 @@ def judgement(
     }
 
 
-def held_out(path: str) -> list[str]:
-    """Prompts of the test where rows have a split, else all.
+def judge_users(
+    method: PersonalizationMethod,
+    tastes: SampledPairs,
+    prompts: Sequence[str],
+    users: Sequence[str],
+    *,
+    num_samples: int,
+    settings: Mapping[str, Any],
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Let the unaligned policy, the population's and those of users write on the same prompts, and value the texts.
+
+    Args:
+        method: A method of ``load_method`` whose users write.
+        tastes: Rewards, and the people who weigh them.
+        prompts: P prompts that nothing was trained on.
+        users: Users whose policies write.
+        num_samples: Texts of each policy on each prompt.
+        settings: Further arguments of `plm.generation.sample`, such as ``max_new_tokens``.
+        on_progress: Called with the number of texts finished since the last call.
+
+    Returns:
+        See `judgement`.
 
     Raises:
-        ValueError: If none belongs to the test.
+        ValueError: If the method does not write, or a reward is the same for all texts of the unaligned policy.
     """
-    prompts = read_prompts(path)
-    if all(prompt.record.get("split") is None for prompt in prompts):
-        return [prompt.text for prompt in prompts]
-    kept = [prompt.text for prompt in prompts if prompt.record.get("split") == "test"]
-    if not kept:
-        raise ValueError(f"expected prompts of split test in {path}, got none among {len(prompts)}")
-    return kept
+    if not isinstance(method, Writer):
+        raise ValueError(f"plm judge needs a method with a policy, got {type(method).__name__}")
+    backbone = Backbone.from_spec(method.policy.backbone.spec())
+    assert isinstance(backbone, CausalLM)
+    unaligned = Policy(backbone).to(device())
+    drawn: dict[str, Any] = {**settings, "num_samples": num_samples, "progress": on_progress}
+    texts = [sample(unaligned, prompts, **drawn), sample(method, prompts, **drawn)]
+    of_users = sample(method, [*prompts] * len(users), user_id=[user for user in users for _ in prompts], **drawn)
+    texts += [of_users[start : start + len(prompts)] for start in range(0, len(of_users), len(prompts))]
+    raw = score(tastes, prompts, texts)
+    scale = np.ones_like(raw[0, 0, 0]) if not tastes.z_score else raw[0].std(axis=(0, 1))
+    shift = np.zeros_like(scale) if not tastes.z_score else raw[0].mean(axis=(0, 1))
+    flat = [name for name, size in zip(tastes.rewards, scale.tolist(), strict=True) if size == 0]
+    if flat:
+        raise ValueError(f"rewards {flat} are the same for all texts of the unaligned policy; leave them out")
+    values = np.stack([(raw - shift) / scale @ weights for weights in tastes.weights.values()], axis=-1)
+    written = Written(unaligned, prompts, users, texts, list(tastes.rewards), raw)
+    return judgement(written, values, list(tastes.weights), settings)
 
 
-def users_of(method: PersonalizationMethod, tastes: SampledPairs, asked: Sequence[str] | None, path: str) -> list[str]:
-    """Users whose policies are judged.
+def users_to_judge(
+    method: PersonalizationMethod, tastes: SampledPairs, names: Sequence[str] | None, path: str
+) -> list[str]:
+    """Choose the users whose policies are judged.
+
+    Args:
+        method: A method of ``load_method``.
+        tastes: Its people are the default, as far as they are users.
+        names: Users that were asked for; None = the default.
+        path: The checkpoint, for messages.
 
     Raises:
         ValueError: If one is unknown, or nobody is named and no person is a user.
     """
     known = method.known_users.store.ids
-    if asked is None:
+    if names is None:
         users = [person for person in tastes.weights if person in known]
         if not users:
             raise ValueError(f"none of the people {list(tastes.weights)} is a user of {path}; name users by --user")
-        strangers = [person for person in tastes.weights if person not in known]
-        if strangers:
-            warnings.warn(f"{strangers} are no users of {path}: no texts are written for them", stacklevel=2)
+        others = [person for person in tastes.weights if person not in known]
+        if others:
+            warnings.warn(f"{others} are no users of {path}: no texts are written for them", stacklevel=2)
         return users
-    for user in asked:
-        if user not in known:
-            raise ValueError(f"no user {user!r}{nearest(user, known)} beside {path!r}; run plm adapt first")
-    return list(dict.fromkeys(asked))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no user {name!r}{nearest(name, known)} beside {path!r}; run plm adapt first")
+    return list(dict.fromkeys(names))
 
 
 def score(tastes: SampledPairs, prompts: Sequence[str], texts: Sequence[Sequence[Sequence[Sample]]]) -> Float64Array:
-    """Every reward of every text: ``(W, P, N, A)``.
+    """Compute every reward of every text: ``(W, P, N, A)``.
 
     Raises:
-        ValueError: If a reward gives what is no finite number.
+        ValueError: If a reward is no finite number.
     """
     shape = (len(texts), len(prompts), len(texts[0][0]))
-    asked = [prompt for _ in texts for prompt in prompts for _ in range(shape[2])]
+    prompt_of = [prompt for _ in texts for prompt in prompts for _ in range(shape[2])]
     flat = [one.text for rows in texts for row in rows for one in row]
     columns = []
     for name, reward in tastes.rewards.items():
-        values = reward.score(asked, flat)
+        values = reward.score(prompt_of, flat)
         if values.shape != (len(flat),) or not np.isfinite(values).all():
             raise ValueError(f"expected a finite score of each of {len(flat)} texts from the reward {name!r}")
         columns.append(values.reshape(shape))
@@ -120,7 +165,7 @@ def score(tastes: SampledPairs, prompts: Sequence[str], texts: Sequence[Sequence
 def describe(
     unaligned: Policy, prompts: Sequence[str], rows: Sequence[Sequence[Sample]], rewards: dict[str, float]
 ) -> dict[str, Any]:
-    """Facts about the texts of one policy; perplexity is that of the unaligned policy."""
+    """Describe the texts of one policy: rewards, length, variety, and perplexity by the unaligned policy."""
     flat = [one for row in rows for one in row]
     texts = [one.text for one in flat]
     logps = sample_logps(unaligned, [prompt for prompt, row in zip(prompts, rows, strict=True) for _ in row], flat)

@@ -44,13 +44,6 @@ class CellCLI(RecipeCLI):
         parser.add_lightning_class_args(RunFacts, "facts")
 
 
-class ReadCLI(CellCLI):
-    """A recipe that is read and instantiated, and not run."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        self.trainer.loggers = []  # a run that was not run is not finished at W&B either
-
-
 @dataclass(frozen=True)
 class Cell:
     """What to run and where."""

@@ -73,3 +73,30 @@ def definition(view: Any) -> dict[str, Any]:
     """Return what would be sent to W&B."""
     content: dict[str, Any] = json.loads(view._to_model().model_dump_json(by_alias=True, exclude_none=True))
     return content
+
+
+def save(board: Any) -> str:
+    """Save a workspace at W&B; returns its address.
+
+    Raises:
+        ValueError: If W&B cannot be reached.
+    """
+    try:
+        board.save()
+    except Exception as error:  # whatever the network or the server says
+        raise ValueError(f"the workspace could not be saved: {error}; check `wandb login` and the network") from error
+    return str(board.url)
+
+
+def default_entity() -> str:
+    """Ask W&B for the default entity of the login.
+
+    Raises:
+        ValueError: If nobody is logged in.
+    """
+    import wandb
+
+    try:
+        return str(wandb.Api().default_entity)
+    except Exception as error:  # offline, or no key
+        raise ValueError(f"W&B cannot be reached: {error}; run `wandb login`, or give --entity and --print") from error

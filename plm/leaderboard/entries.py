@@ -22,12 +22,12 @@ import yaml
 import plm
 from plm.atomic import write_text
 from plm.data.datamodule import PreferenceDataModule
-from plm.leaderboard.cells import Cell, ReadCLI, make_cell, output_to, run_cells
+from plm.leaderboard.cells import Cell, make_cell, output_to, run_cells
 from plm.leaderboard.results import Kind
 from plm.messages import closest, nearest
 from plm.method import PersonalizationMethod, constructor_arguments
 from plm.recipe.defaults import expand, read_config, shipped
-from plm.recipe.fit import run_recipe
+from plm.recipe.fit import RecipeReader, run_recipe
 
 _OF_A_METHOD = ("model", "select", "defaults")
 """Keys of a recipe that the other rows do not share."""
@@ -168,7 +168,7 @@ def read_entries(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataM
         log = io.StringIO()
         try:
             with output_to(log):
-                cli = run_recipe(["fit", *entry.args], ReadCLI)
+                cli = run_recipe(["fit", *entry.args], RecipeReader)
             check_search_space(type(cli.model))
             config = cli.config["fit"]
             if not config.final_test:

@@ -1,4 +1,4 @@
-"""``plm leaderboard --wandb``: tables and pictures as a run of Weights & Biases, and a saved report that shows them."""
+"""``plm leaderboard --project``: tables and pictures as a Weights & Biases run, and a saved report that shows them."""
 
 from __future__ import annotations
 

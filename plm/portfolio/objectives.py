@@ -28,6 +28,7 @@ from plm.data.values import is_number, short, to_id
 from plm.evaluation import print_parts
 from plm.messages import nearest
 from plm.method import PersonalizationMethod
+from plm.recipe.fit import run_recipe
 from plm.types import UserState
 
 Users = tuple[list[str], Float64Array]
@@ -252,8 +253,6 @@ class LoReBases(RewardSource):
     def prepare(self, folder: Path) -> None:
         """Train the method of the recipe, when there is no checkpoint."""
         if self.ckpt_path is None:
-            from plm.recipe.fit import run_recipe
-
             assert self.recipe is not None
             where = ["--checkpoint.dirpath", str(folder / "scorer"), "--checkpoint.filename", "scorer"]
             quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]

@@ -1,1 +1,1 @@
-"""Recipes: the one reader of YAML files and their options, and what is done with what they say."""
+"""Recipes: YAML files and their options are read here, and run."""

@@ -41,22 +41,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def find_recipe(path: str) -> Path:
-    """The recipe itself, or the shipped one of that name, so that ``recipes/quickstart.yaml`` works from anywhere.
+    """Find a recipe: the file itself, or the shipped one of that name, as ``recipes/quickstart.yaml`` from anywhere.
 
     Raises:
         ValueError: If there is neither.
     """
-    found = Path(path)
-    if found.is_file():
-        return found
-    recipes = {f"recipes/{file.name}": file for file in sorted(shipped("recipes").glob("*.yaml"))}
+    file = Path(path)
+    if file.is_file():
+        return file
+    recipes = {f"recipes/{recipe.name}": recipe for recipe in sorted(shipped("recipes").glob("*.yaml"))}
     if path in recipes:
         return recipes[path]
     raise ValueError(f"no config file {path!r}{nearest(path, recipes)} (shipped: {', '.join(recipes) or 'none'})")
 
 
 def group_files(recipe: Path, defaults: Any) -> list[Path]:
-    """The files that the ``defaults`` of a recipe name.
+    """List the files that the ``defaults`` of a recipe name.
 
     Args:
         recipe: Path of the recipe; ``<recipe>/../../conf`` is searched before the shipped ``conf``.
@@ -72,9 +72,9 @@ def group_files(recipe: Path, defaults: Any) -> list[Path]:
     roots = [recipe.resolve().parent.parent / "conf", shipped("conf")]
     files = []
     for group, name in (pair for item in defaults for pair in item.items()):
-        there = [root / str(group) / f"{name}.yaml" for root in roots]
-        found = next((file for file in there if file.is_file()), None)
-        if found is None:
+        candidates = [root / str(group) / f"{name}.yaml" for root in roots]
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if file is None:
             groups = sorted({file.parent.name for root in roots for file in root.glob("*/*.yaml")})
             if group not in groups:
                 near = nearest(str(group), groups)
@@ -83,12 +83,12 @@ def group_files(recipe: Path, defaults: Any) -> list[Path]:
             raise ValueError(
                 f"{recipe}: no {group} named {name!r}{nearest(str(name), names)} ({group}: {', '.join(names)})"
             )
-        files.append(found)
+        files.append(file)
     return files
 
 
 def expand(args: Sequence[str]) -> list[str]:
-    """Put the group files of every ``--config`` before it: the arguments LightningCLI understands.
+    """Put the group files of every ``--config`` before it, which gives arguments that LightningCLI understands.
 
     Raises:
         ValueError: See `find_recipe`, `read_config` and `group_files`.

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
@@ -21,35 +16,23 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from omegaconf.errors import OmegaConfBaseException
 
 from plm.atomic import write_text
 from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
 from plm.checkpoint import find_class, read_checkpoint
 from plm.data.datamodule import PreferenceDataModule
-from plm.data.sources import source_modules
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.recipe.defaults import expand, read_config
-from plm.recipe.parser import RecipeParser, shorten
+from plm.recipe.errors import message_of
+from plm.recipe.grid import LINKS, check_grid
+from plm.recipe.parser import SETTINGS, RecipeParser, relative_references
+from plm.recipe.plugins import load_plugins
 from plm.recipe.predict import SavePredictions
-from plm.recipe.select import LINKS, check_grid, select
+from plm.recipe.quiet import quiet
+from plm.recipe.select import select
 
 MONITOR = "val/seen/log_loss"
 """What early stopping, checkpoints and selection watch unless the recipe says otherwise: lower is better."""
-
-_BUILT_IN = ("plm.backbones", *source_modules())
-"""Modules whose classes have short names in recipes, as plug-ins have."""
-
-_QUIET = (  # about loaders of ready batches and Lightning's own internals: nothing a user of plm can act on
-    ".*does not have many workers.*",
-    ".*The number of training batches .* is smaller than the logging interval.*",
-    ".*Your `IterableDataset` has `__len__` defined.*",
-    ".*The dirpath has changed from.*",
-    ".*treespec, LeafSpec.*",
-    ".*module\\(s\\) in eval mode at the start of training.*",
-    ".*FSDP2-wrapped module .* returned a view tensor.*",
-    ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",
-)
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -67,11 +50,11 @@ class SaveRecipe(SaveConfigCallback):
             data = getattr(trainer, "datamodule", None)
             if stage == "fit" and isinstance(data, PreferenceDataModule):
                 data.save_splits(path.with_name("splits.json"))
-            about = {"recipe": yaml.safe_load(text), "method": type(pl_module).__name__}
+            metadata = {"recipe": yaml.safe_load(text), "method": type(pl_module).__name__}
             if isinstance(data, PreferenceDataModule):
-                about["dataset"] = data.source.name
+                metadata["dataset"] = data.source.name
             for logger in trainer.loggers:
-                logger.log_hyperparams(about)
+                logger.log_hyperparams(metadata)
         self.already_saved = True
 
 
@@ -112,13 +95,8 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with a short message for a bad interpolation and for what Lightning would ignore."""
-        assert isinstance(args, list)
-        try:
-            self.config = parser.parse_args(args)
-        except OmegaConfBaseException as error:
-            parser.error(f"{str(error).splitlines()[0]} (key {error.full_key})")
-        except KeyError as error:
-            parser.error(str(error.args[0]))
+        assert isinstance(args, list) and isinstance(parser, RecipeParser)
+        self.config = parser.parse_or_stop(args)
         config = self.config[self.config.subcommand]
         recipes = [read_config(path) for path in _config_files(args)]
         typed = any(arg.partition("=")[0] == "--defaults" for arg in args)
@@ -159,7 +137,7 @@ class RecipeCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         # the first of several checkpoints is the one that the test reads: not those that are kept for resuming
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.sort(key=lambda one: isinstance(one, Checkpoint) + (type(one) is not BestCheckpoint))
+        callbacks.sort(key=lambda item: isinstance(item, Checkpoint) + (type(item) is not BestCheckpoint))
         return trainer
 
     def before_fit(self) -> None:
@@ -180,83 +158,57 @@ class RecipeCLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
 
 
+class RecipeReader(RecipeCLI):
+    """A recipe that is read and instantiated, and not run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.trainer.loggers = []  # a run that was not run is not finished at W&B either
+
+
 def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> RecipeCLI:
     """Run a training command.
 
     Args:
         args: Command line, the verb first.
-        cli_class: What runs it; the leaderboard adds a callback and reads recipes without running them.
+        cli_class: What runs it; the leaderboard adds a callback, `RecipeReader` runs nothing.
 
     Returns:
         The command line interface with data, method and trainer as they were left.
 
     Raises:
-        ValueError: For whatever the user can mend, in one message.
+        ValueError: If the recipe, its data or the checkpoint cannot be read, or the recipe cannot be run as it is.
     """
-    quiet()
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    load_plugins()
-    try:
-        cli = cli_class(
-            PersonalizationMethod,
-            PreferenceDataModule,
-            subclass_mode_model=True,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveRecipe,
-            parser_class=RecipeParser,
-            trainer_defaults={"default_root_dir": "runs"},
-            parser_kwargs={
-                "parser_mode": "omegaconf+",
-                "default_env": True,
-                "env_prefix": "PLM",
-                "allow_abbrev": False,
-            },
-            args=expand(args),
-        )
+    with quiet():
+        relative_references()
+        load_plugins()
+        try:
+            cli = cli_class(
+                PersonalizationMethod,
+                PreferenceDataModule,
+                subclass_mode_model=True,
+                seed_everything_default=42,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveRecipe,
+                parser_class=RecipeParser,
+                trainer_defaults={"default_root_dir": "runs"},
+                parser_kwargs={**SETTINGS, "prog": "plm", "default_env": True, "env_prefix": "PLM"},
+                args=expand(args),
+            )
+        except ValueError as error:
+            raise ValueError(message_of(error)) from error
+        except (MisconfigurationException, ModuleNotFoundError) as error:
+            raise ValueError(str(error)) from error
+        except RuntimeError as error:
+            text = str(error)
+            if text.startswith("Error(s) in loading state_dict"):
+                raise ValueError(f"the checkpoint does not fit the recipe: {' '.join(text.split())}") from error
+            if text.startswith("Early stopping conditioned on metric"):
+                raise ValueError(text) from error
+            raise
         for logger in cli.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # else the next run of this process would continue it
         return cli
-    except ValueError as error:
-        raise ValueError(shorten(str(error))) from error
-    except (MisconfigurationException, ModuleNotFoundError) as error:
-        raise ValueError(str(error)) from error
-    except RuntimeError as error:
-        text = str(error)
-        if text.startswith("Error(s) in loading state_dict"):
-            raise ValueError(f"the checkpoint does not fit the recipe: {' '.join(text.split())}") from error
-        if text.startswith("Early stopping conditioned on metric"):
-            raise ValueError(text) from error
-        raise
-
-
-def quiet() -> None:
-    """Leave out what Lightning says of its own internals."""
-    for message in _QUIET:
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-
-
-def load_plugins() -> None:
-    """Import plm's own classes and every method registered as an entry point, so that recipes may use short names.
-
-    A plug-in that cannot be imported, or shares its name with another, is reported: it must not stop the others.
-    """
-    for module in _BUILT_IN:
-        import_module(module)
-    origin: dict[str, str] = {}
-    for entry in entry_points(group="plm.methods"):
-        try:
-            name = entry.load().__name__
-        except Exception as error:
-            warnings.warn(f"the method {entry.name!r} ({entry.value}) cannot be imported: {error!r}", stacklevel=2)
-            continue
-        if origin.setdefault(name, entry.value) != entry.value:
-            both = f"{origin[name]} and {entry.value}"
-            warnings.warn(f"two methods are named {name!r}, {both}; recipes must give their full paths", stacklevel=2)
 
 
 def _config_files(args: list[str]) -> Iterator[Path]:
@@ -265,12 +217,12 @@ def _config_files(args: list[str]) -> Iterator[Path]:
 
 
 def _refuse_link_targets(parser: LightningArgumentParser, args: list[str], recipes: list[dict[str, Any]]) -> None:
-    """An argument that is filled from the data must not be given by hand: Lightning would drop it without a word."""
-    given = {arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--model.")}
+    """Stop where an argument that is filled from the data is set by hand: Lightning would silently drop it."""
+    targets = {arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--model.")}
     for recipe in recipes:
         model = recipe.get("model")
         if isinstance(model, dict):
-            given |= {f"model.{key}" for key in [*model, *(model.get("init_args") or {})]}
+            targets |= {f"model.{key}" for key in [*model, *(model.get("init_args") or {})]}
     for target, source in LINKS.items():
-        if {f"model.{target}", f"model.init_args.{target}"} & given:
+        if {f"model.{target}", f"model.init_args.{target}"} & targets:
             parser.error(f"model.init_args.{target} is filled from {source}; remove it from the recipe or command line")

@@ -1,55 +1,35 @@
-"""Short error messages: what was wrong in a recipe or option, and the nearest valid name."""
+"""The parser of recipes and their options: errors are one message with the nearest valid name."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar, get_args
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf.errors import OmegaConfBaseException
 
 from plm.messages import debug, nearest
+from plm.recipe.defaults import expand
+from plm.recipe.errors import message_of, shorten
 
+SETTINGS: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
+"""How every recipe is parsed: references between keys are resolved, options are written out."""
 
-def shorten(message: str) -> str:
-    r"""Reduce jsonargparse's report on every branch of a union to what the user can act on; other messages stay.
-
-    Example:
-        >>> shorten("Parser key \"lr\":\n  Expected a <class 'float'>. Got value: x")
-        "lr: expected float, got 'x'"
-        >>> shorten("Parser key \"mode\":\n  Expected a typing.Literal['shared', 'per_user']. Got value: share")
-        "mode: expected one of shared, per_user, got 'share'; did you mean 'shared'?"
-    """
-    if "Parser key" not in message and "Union subtypes" not in message:
-        return message
-    text = message
-    while "Errors:\n" in text:
-        head, _, rest = text.rpartition("Errors:\n")
-        rest = re.split(r"\s*Given value type:", rest)[0]
-        rest = re.sub(r"\s*Subclass types expect one of:(\n\s+- a .*)+", "", rest)
-        branches = [branch.strip() for branch in re.split(r"^\s*- ", rest, flags=re.M)]
-        useful = [b for b in branches if b and not re.match(r"Expected a <class 'NoneType'>|Not a valid subclass", b)]
-        head = re.sub(r"(- )?Does not validate against any of the Union subtypes\s+Subtypes: .*\n\s*$", "", head)
-        text = head + "; or ".join(dict.fromkeys(useful))
-    text = re.sub(r"- Expected a path but .* either not accessible or invalid", "", text)
-    text = re.sub(r"(- )?Parser key \"([^\"]+)\":", r"\2:", text)
-    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
-    text = re.sub(r"Expected a typing\.Literal\[([^\]]*)\]\. Got value: (.*)", _not_among, text)
-    text = re.sub(r"Expected an? (?:<class '([^']+)'>|(\S+))\. Got value: (.*)", r"expected \1\2, got '\3'", text)
-    text = re.sub(r"(- )?Expected a dot import path string: (\S+)", r"no class '\2'", text)
-    return " ".join(text.split())
-
-
-def _not_among(found: re.Match[str]) -> str:
-    """What is said of a value that is none of the few that there are."""
-    choices, value = re.findall(r"'([^']*)'", found[1]), found[2]
-    return f"expected one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
+_Built = TypeVar("_Built")
 
 
 class RecipeParser(LightningArgumentParser):
     """LightningCLI's parser with one-message errors."""
+
+    def parse_or_stop(self, args: Sequence[str]) -> Namespace:
+        """Parse a command line; a bad reference or key stops the program with one message."""
+        try:
+            return self.parse_args(args)
+        except (OmegaConfBaseException, KeyError) as error:
+            self.error(message_of(error))
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         """Check a configuration; a refused key is reported with the nearest accepted one."""
@@ -127,6 +107,35 @@ class RecipeParser(LightningArgumentParser):
             if action.dest == key
         ]
         return {cls.__name__: cls for root in types for base in _leaves(root) for cls in _subclasses(base)}
+
+
+def relative_references() -> None:
+    """Let references between keys of a recipe start at the recipe, wherever it stands in the configuration."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+def build_from_recipe(cls: type[_Built], args: Sequence[str], *, prog: str, description: str) -> _Built:
+    """Build an object whose constructor arguments are the options of a command.
+
+    Args:
+        cls: Its class.
+        args: Command line; recipes are given by ``--config``.
+        prog: Name of the command.
+        description: First lines of its help.
+
+    Raises:
+        ValueError: If a recipe cannot be read or an argument is wrong.
+    """
+    relative_references()
+    parser = RecipeParser(prog=prog, description=description, **SETTINGS)
+    parser.add_argument("--config", action="config", help="Recipe; give several to override one by the next.")
+    parser.add_class_arguments(cls, as_group=False)
+    config = parser.parse_or_stop(expand(args))
+    config.pop("config", None)
+    try:
+        return cls(**parser.instantiate(config).as_dict())
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(message_of(error)) from error
 
 
 def _leaves(hint: Any) -> Iterator[type]:

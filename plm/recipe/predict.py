@@ -1,4 +1,4 @@
-"""What ``plm predict`` leaves behind: the margin of every test pair."""
+"""Write the margin of every test pair, for ``plm predict``."""
 
 from __future__ import annotations
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from plm.data.files import FORMATS, read_rows
-from plm.data.values import ROW_SPLITS, short, to_prompt
+from plm.data.values import ROW_SPLITS, parsed, to_id, to_prompt
 from plm.messages import missing_key
+from plm.recipe.read import build_source, merged_recipe
 
 
 class Prompt(NamedTuple):
-    """A prompt and what else its row says."""
+    """A prompt and the row it was read from."""
 
     text: str
     """Plain, or chat messages as canonical JSON."""
@@ -21,7 +23,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str, *, per_user: bool = False) -> list[Prompt]:
-    """Prompts of a file, each once.
+    """Read the prompts of a file, each once.
 
     Args:
         path: JSONL, CSV or Parquet rows with a ``prompt``; a YAML recipe or data group, whose pairs' prompts are taken
@@ -42,34 +44,64 @@ def read_prompts(path: str, *, per_user: bool = False) -> list[Prompt]:
     return _distinct(read_rows(file, _prompt, '{"prompt": ...}'), path, per_user)
 
 
+def with_users(
+    prompts: Sequence[Prompt], users: Sequence[str] | None, path: str
+) -> tuple[list[Prompt], list[str] | None]:
+    """Pair prompts with users.
+
+    Args:
+        prompts: Prompts of a file.
+        users: Ids, each of which gets every prompt; None = the ``user_id`` of the rows.
+        path: The file, for messages.
+
+    Returns:
+        Prompts, and the user of each; None where no row names one.
+
+    Raises:
+        ValueError: If some rows name a user and others do not.
+    """
+    if users is not None:
+        distinct = list(dict.fromkeys(users))
+        return [prompt for prompt in prompts for _ in distinct], distinct * len(prompts)
+    user_ids = [prompt.record.get("user_id") for prompt in prompts]
+    if all(user_id is None for user_id in user_ids):
+        return list(prompts), None
+    if any(user_id is None for user_id in user_ids):
+        raise ValueError(f"expected a user_id in all rows of {path} or in none, got it in some; give --user ID")
+    try:
+        return list(prompts), [to_id(user_id) for user_id in user_ids]
+    except ValueError as error:
+        raise ValueError(f"user_id of a row of {path}: {error}") from error
+
+
 def _prompt(record: dict[str, Any]) -> Prompt:
     """Check one row."""
     if "prompt" not in record:
         raise ValueError(missing_key("prompt", record))
-    try:
-        if record["prompt"] is None:
-            raise ValueError("expected a text or chat messages")
-        return Prompt(to_prompt(record["prompt"]), record)
-    except ValueError as error:
-        raise ValueError(f"prompt: {error}, got {short(record['prompt'])}") from error
+    return Prompt(parsed("prompt", record["prompt"], _prompt_text), record)
+
+
+def _prompt_text(value: Any) -> str:
+    """The text of a prompt, which an empty cell is not."""
+    if value is None:
+        raise ValueError("expected a text or chat messages")
+    return to_prompt(value)
 
 
 def _distinct(prompts: list[Prompt], path: str, per_user: bool) -> list[Prompt]:
-    """Each prompt once: a text depends on nothing else."""
+    """Leave out repeated prompts: a text depends on its prompt alone."""
     if not prompts:
         raise ValueError(f"expected at least one prompt in {path}, got none")
-    kept: dict[tuple[str, str | None], Prompt] = {}
+    distinct: dict[tuple[str, str | None], Prompt] = {}
     for prompt in prompts:
-        kept.setdefault((prompt.text, str(prompt.record.get("user_id")) if per_user else None), prompt)
-    if len(kept) < len(prompts):
-        warnings.warn(f"{len(prompts) - len(kept)} repeated prompts of {path} are left out", stacklevel=3)
-    return list(kept.values())
+        distinct.setdefault((prompt.text, str(prompt.record.get("user_id")) if per_user else None), prompt)
+    if len(distinct) < len(prompts):
+        warnings.warn(f"{len(prompts) - len(distinct)} repeated prompts of {path} are left out", stacklevel=3)
+    return list(distinct.values())
 
 
 def _of_source(path: str) -> list[Prompt]:
-    """Prompts of a recipe's pairs; one that pairs of two splits share belongs to the training."""
-    from plm.recipe.read import build_source, merged_recipe
-
+    """Read the prompts of a recipe's pairs; one that pairs of two splits share belongs to the training."""
     table = build_source(merged_recipe(path, [])).load()
     splits: dict[int, int] = {}
     for prompt, split in zip(table.prompt.tolist(), table.row_split.tolist(), strict=True):
@@ -80,3 +112,18 @@ def _of_source(path: str) -> list[Prompt]:
         )
         for row, split in sorted(splits.items())
     ]
+
+
+def held_out_prompts(path: str) -> list[str]:
+    """Read the prompts of the test where rows have a split, else all.
+
+    Raises:
+        ValueError: If the file cannot be read or no prompt belongs to the test.
+    """
+    prompts = read_prompts(path)
+    if all(prompt.record.get("split") is None for prompt in prompts):
+        return [prompt.text for prompt in prompts]
+    texts = [prompt.text for prompt in prompts if prompt.record.get("split") == "test"]
+    if not texts:
+        raise ValueError(f"expected prompts of split test in {path}, got none among {len(prompts)}")
+    return texts

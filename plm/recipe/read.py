@@ -13,10 +13,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plm.data.sources import PairSource, source_modules
 from plm.recipe.defaults import expand, read_config
+from plm.recipe.errors import message_of
 
 
 def merged_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
-    """A recipe with its groups and options, interpolated; a later class drops the arguments of an earlier one.
+    """Merge a recipe with its groups and options; a later class drops the arguments of an earlier one.
+
+    Args:
+        path: The recipe.
+        overrides: Options as ``key=value``.
+
+    Returns:
+        Its keys, with references between them resolved.
 
     Raises:
         ValueError: If a file cannot be read or an interpolation fails.
@@ -28,12 +36,13 @@ def merged_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
         config = OmegaConf.merge(OmegaConf.create(merged), OmegaConf.from_dotlist(overrides))
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]} (key {error.full_key})") from error
+        raise ValueError(f"{path}: {message_of(error)}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
 def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Lay one mapping over another, as jsonargparse does with several ``--config``."""
     if "class_path" in new and old.get("class_path", new["class_path"]) != new["class_path"]:
         return new
     both = {
@@ -43,23 +52,21 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_source(recipe: dict[str, Any]) -> PairSource:
-    """The source that a recipe names.
+    """Build the source that a recipe names.
 
     Raises:
         ValueError: If there is none, or its arguments are wrong.
     """
-    given = (recipe.get("data") or {}).get("source")
-    if not given:
+    spec = (recipe.get("data") or {}).get("source")
+    if not spec:
         raise ValueError("expected data.source in the recipe, got none; add a data group to its defaults")
     for module in source_modules():
         import_module(module)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(PairSource, "data.source", required=True)
     try:
-        built = parser.instantiate(parser.parse_object({"data": {"source": given}})).data.source
+        built = parser.instantiate(parser.parse_object({"data": {"source": spec}})).data.source
     except (ArgumentError, KeyError) as error:
-        from plm.recipe.parser import shorten  # imports torch: only where something is wrong
-
-        raise ValueError(shorten(str(error))) from error
+        raise ValueError(message_of(error)) from error
     assert isinstance(built, PairSource) and not inspect.isabstract(type(built))
     return built

@@ -22,15 +22,9 @@ from plm.atomic import write_json, write_text
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.evaluation import print_parts
 from plm.method import PersonalizationMethod, constructor_arguments
-from plm.recipe.parser import RecipeParser, shorten
-
-LINKS = {
-    "num_users": "data.num_users",
-    "feature_dim": "data.feature_dim",
-    "backbone": "data.backbone_spec",
-    "prompt_dim": "data.prompt_dim",
-}
-"""Argument of the method -> attribute of the data it is filled from, where the method has it."""
+from plm.recipe.errors import message_of
+from plm.recipe.grid import LINKS
+from plm.recipe.parser import RecipeParser
 
 
 class BestValue(L.Callback):
@@ -61,24 +55,6 @@ class BestValue(L.Callback):
 def better(value: float, than: float, mode: str) -> bool:
     """Whether a value beats another; nan never does."""
     return value < than if mode == "min" else value > than
-
-
-def check_grid(grid: dict[str, list[Any]]) -> None:
-    """Check what can be checked before anything is loaded.
-
-    Raises:
-        ValueError: If a key is no argument of the method, is filled from the data, or has no values.
-    """
-    for key, values in grid.items():
-        name = key.removeprefix("model.").removeprefix("init_args.")
-        if not key.startswith("model.") or "." in name:
-            raise ValueError(
-                f"select: expected keys like model.init_args.NAME, got {key!r}; data are shared by candidates"
-            )
-        if name in LINKS:
-            raise ValueError(f"select: {key} is filled from {LINKS[name]}, so it cannot be selected")
-        if not values:
-            raise ValueError(f"select: expected a list of values for {key}, got {values!r}")
 
 
 def select(cli: LightningCLI, untouched: tuple[Any, ...]) -> PersonalizationMethod:
@@ -119,7 +95,7 @@ def select(cli: LightningCLI, untouched: tuple[Any, ...]) -> PersonalizationMeth
 
 
 def build(cli: LightningCLI, arguments: dict[str, Any]) -> PersonalizationMethod:
-    """The recipe's method with some arguments replaced, filled from the data that are already there."""
+    """Build the recipe's method with some arguments replaced, filled from the data that are already there."""
     spec = cli.config["fit"].model
     accepted = constructor_arguments(type(cli.model))
     linked = {
@@ -127,16 +103,16 @@ def build(cli: LightningCLI, arguments: dict[str, Any]) -> PersonalizationMethod
         for target, source in LINKS.items()
         if target in accepted
     }
-    own = {key: value for key, value in spec.init_args.as_dict().items() if key not in LINKS}
+    arguments_of_recipe = {key: value for key, value in spec.init_args.as_dict().items() if key not in LINKS}
     parser = RecipeParser(exit_on_error=False)
     parser.add_subclass_arguments(PersonalizationMethod, "model", fail_untyped=False)
     try:
         parsed = parser.parse_object(
-            {"model": {"class_path": spec.class_path, "init_args": {**own, **linked, **arguments}}}
+            {"model": {"class_path": spec.class_path, "init_args": {**arguments_of_recipe, **linked, **arguments}}}
         )
         method: PersonalizationMethod = parser.instantiate(parsed).model
     except (ArgumentError, ValueError) as error:
-        raise ValueError(f"select: {shorten(str(error))}") from error
+        raise ValueError(f"select: {message_of(error)}") from error
     return method
 
 
@@ -170,8 +146,13 @@ def _report(cli: LightningCLI, candidates: list[dict[str, Any]], values: list[fl
     rows = [
         {**candidate, config.checkpoint.monitor: value} for candidate, value in zip(candidates, values, strict=True)
     ]
-    about = {"monitor": config.checkpoint.monitor, "mode": config.checkpoint.mode, "selected": best, "candidates": rows}
-    write_json(folder / "select.json", about)
+    report = {
+        "monitor": config.checkpoint.monitor,
+        "mode": config.checkpoint.mode,
+        "selected": best,
+        "candidates": rows,
+    }
+    write_json(folder / "select.json", report)
     chosen = config.clone()
     chosen.select = None
     for name, value in candidates[best].items():

@@ -168,7 +168,7 @@ def test_a_new_user_is_learned_scored_and_written_for_by_commands(clap: Path, tm
     with saved(people(clap, num_steps=50, lr=0.02)) as path:
         assert main(["adapt", "--ckpt_path", str(path), "--pairs", str(files["pairs"])]) == 0
         command = ["--ckpt_path", str(path), "--output"]
-        assert main(["score", *command, str(files["scored"]), "--input", str(files["responses"])]) == 0
+        assert main(["score", *command, str(files["scored"]), "--responses", str(files["responses"])]) == 0
         command += [str(files["written"]), "--user", "dora", "anna", "--max_new_tokens", "6"]
         assert main(["generate", *command, "--prompts", str(files["prompts"])]) == 0
         method = load_method(path)

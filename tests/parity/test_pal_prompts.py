@@ -166,7 +166,12 @@ def test_adapt_score_and_query_read_prompts(
     asked = [{"response": row["chosen"], "prompt": row["prompt"], "user_id": row["user_id"]} for row in rows]
     reference = [{"response": row["rejected"], "prompt": row["prompt"]} for row in rows]
     capsys.readouterr()
-    files = ["--input", write(tmp_path / "in.jsonl", asked), "--reference", write(tmp_path / "ref.jsonl", reference)]
+    files = [
+        "--responses",
+        write(tmp_path / "in.jsonl", asked),
+        "--reference",
+        write(tmp_path / "ref.jsonl", reference),
+    ]
     assert main(["score", *ckpt, *files]) == 0
     scored = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     with torch.no_grad():
@@ -179,7 +184,7 @@ def test_adapt_score_and_query_read_prompts(
             assert scored[index]["win_probability"] == pytest.approx(wins, abs=1e-5)
 
     pool = write(tmp_path / "pool.jsonl", rows[:12])
-    assert main(["query", *ckpt, "--user", rows[0]["user_id"], "--pool", pool, "--num", "3"]) == 0
+    assert main(["query", *ckpt, "--user", rows[0]["user_id"], "--pool", pool, "--num_pairs", "3"]) == 0
     chosen = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor) and isinstance(batch.prompt, Tensor)
     samples = posterior_samples(state.take(torch.tensor([0])), 256)

@@ -1,0 +1,129 @@
+"""Files of samples: many responses of a policy to each prompt, written so that a killed run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from plm.atomic import write_text
+from plm.backbones import Policy
+from plm.generation import sample
+from plm.recipe.prompts import Prompt
+
+CHUNK = 1024
+"""Responses written between two visits to the file: what a kill costs at most."""
+
+
+def write_samples(
+    policy: Policy,
+    prompts: list[Prompt],
+    output: Path,
+    *,
+    num_samples: int,
+    settings: dict[str, Any],
+    on_progress: Callable[[int], None] | None = None,
+) -> int:
+    """Write a row for every prompt that the file does not hold yet: the prompt's own row with ``responses``.
+
+    Beside the file stands ``.NAME.settings.json``, what its texts were drawn with.
+
+    Args:
+        policy: The language model that writes.
+        prompts: Prompts, each once.
+        output: JSONL file; it grows while texts are written.
+        num_samples: Responses to each prompt.
+        settings: Further arguments of `plm.generation.sample`, such as ``max_new_tokens``.
+        on_progress: Called with the number of responses finished since the last call, those found in the file first.
+
+    Returns:
+        Number of prompts that were written.
+
+    Raises:
+        ValueError: If the file was written with other settings or by something else, or is being written.
+    """
+    drawn = {name: value for name, value in settings.items() if name != "batch_tokens"}
+    model = {f"policy {name}": value for name, value in policy.backbone.key().items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        done = _prepare(output, {**model, "num_samples": num_samples, **drawn})
+        missing = [prompt for prompt in prompts if prompt.text not in done]
+        step = max(1, CHUNK // num_samples)
+        if on_progress is not None:
+            on_progress((len(prompts) - len(missing)) * num_samples)
+        with output.open("a", encoding="utf-8") as file:
+            for start in range(0, len(missing), step):
+                part = missing[start : start + step]
+                texts = [prompt.text for prompt in part]
+                samples = sample(policy, texts, num_samples=num_samples, progress=on_progress, **settings)
+                for prompt, row in zip(part, samples, strict=True):
+                    record = {**prompt.record, "prompt": prompt.text, "responses": [one.text for one in row]}
+                    file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+    return len(missing)
+
+
+def share(prompts: list[Prompt], output: Path, shard: str) -> tuple[list[Prompt], Path]:
+    """Take the prompts of one of several processes, and its file.
+
+    Args:
+        prompts: All prompts.
+        output: The file of one process alone.
+        shard: ``I/K``, the I-th of K equal shares.
+
+    Raises:
+        ValueError: If there is no such share.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    index, count = (int(part) for part in match.groups()) if match else (0, 0)
+    if not 1 <= index <= count:
+        raise ValueError(f"--shard: expected I/K with 1 <= I <= K, got {shard!r}")
+    if count == 1:
+        return prompts, output
+    return prompts[index - 1 :: count], output.with_name(f"{output.stem}-{index}of{count}{output.suffix}")
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Hold the file, so that no second process writes to it."""
+    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another plm sample is writing {output}; wait for it, or share the work by --shard") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(output: Path, metadata: dict[str, Any]) -> set[str]:
+    """Return the prompts that are done already; a line that a kill has cut short is removed.
+
+    Raises:
+        ValueError: If the file was written with other settings, or is no file of samples.
+    """
+    settings = output.with_name(f".{output.name}.settings.json")
+    if not output.exists():
+        write_text(settings, json.dumps(metadata))
+        return set()
+    if not settings.is_file():
+        raise ValueError(f"{output} exists and was not written by plm sample; choose another --output or remove it")
+    before = json.loads(settings.read_text(encoding="utf-8"))
+    changed = [
+        f"{name}={before.get(name)!r}, not {value!r}" for name, value in metadata.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"{output} was made with {', '.join(changed)}; choose another --output or remove it")
+    with output.open("r+b") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        file.truncate(whole)
+    return {str(json.loads(line)["prompt"]) for line in content[:whole].splitlines()}

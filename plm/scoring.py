@@ -1,0 +1,115 @@
+"""Score rows of responses: the reward of each for its user, and how often it would win against a reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.data.files import read_rows
+from plm.data.values import parsed, short, to_id, to_prompt, to_response
+from plm.functional import win_probability
+from plm.messages import missing_key
+from plm.method import PersonalizationMethod
+from plm.types import UserState
+
+
+class ResponseRow(NamedTuple):
+    """A response to score."""
+
+    prompt: str
+    text: str
+    user_id: str | None
+    record: dict[str, Any]
+    """The row as it was read."""
+
+
+class Scores(NamedTuple):
+    """What a method says of B responses."""
+
+    rewards: Tensor
+    """``(B,)``, comparable within one user only."""
+    is_known: Tensor
+    """``(B,)`` bool: whether the user of the row is known; else the reward is the population's."""
+    win_probability: Tensor | None
+    """``(B,)`` over the reference responses, comparable between users; None without a reference."""
+
+
+def read_responses(path: str, user_id: str | None = None) -> list[ResponseRow]:
+    """Read rows with a ``response`` and, optionally, a ``prompt`` and a ``user_id``.
+
+    Args:
+        path: JSONL, CSV or Parquet.
+        user_id: User of the rows that name none.
+
+    Raises:
+        ValueError: If the file cannot be read or rows are malformed; these are named by their lines.
+    """
+    return read_rows(Path(path), lambda record: _row(record, user_id), '{"response": ...}')
+
+
+def score_responses(
+    method: PersonalizationMethod, rows: list[ResponseRow], reference: list[ResponseRow] | None = None
+) -> Scores:
+    """Score every response for the user of its row.
+
+    Args:
+        method: A method that was loaded with its language model and users, as `plm.load_method` does.
+        rows: The B responses.
+        reference: Responses that each of them is compared with, by the rewards of its own user.
+
+    Raises:
+        ValueError: If a reward is not finite.
+    """
+    row_of = {user_id: number for number, user_id in enumerate(dict.fromkeys(row.user_id for row in rows))}
+    users, is_known = method.known_users.lookup(list(row_of))
+    user_rows = torch.tensor([row_of[row.user_id] for row in rows], dtype=torch.long)
+    rewards = method.score([row.text for row in rows], users, rows=user_rows, prompts=[row.prompt for row in rows])
+    _refuse_nan(rewards, rows, type(method).__name__)
+    wins = None if reference is None else _win_probabilities(method, users, user_rows, rewards, reference)
+    return Scores(rewards, is_known[user_rows.to(is_known.device)], wins)
+
+
+def _refuse_nan(rewards: Tensor, rows: list[ResponseRow], method_name: str) -> None:
+    """Raise where rewards are not finite: they say nothing, and JSON has no word for them."""
+    bad = (~rewards.isfinite()).nonzero()[:, 0].tolist()
+    if bad:
+        row = rows[bad[0]]
+        raise ValueError(
+            f"expected finite rewards from {method_name}, got {float(rewards[bad[0]])} for {len(bad)} of {len(rows)} "
+            f"rows, the first {short(row.text)} for user {row.user_id!r}; its training diverged (fit again with a "
+            "lower model.lr), or the state of that user is damaged (plm adapt learns it anew)"
+        )
+
+
+def _win_probabilities(
+    method: PersonalizationMethod,
+    users: UserState,
+    user_rows: Tensor,
+    rewards: Tensor,
+    reference: list[ResponseRow],
+) -> Tensor:
+    """`win_probability` of every reward ``(B,)``, of the users at ``user_rows``, against the reference responses."""
+    prompts = [row.prompt for row in reference]
+    features = method.text_encoder(prompts, [row.text for row in reference])
+    prompt_features = method.text_encoder.prompts(prompts)
+    wins, user_rows = torch.zeros_like(rewards), user_rows.to(rewards.device)
+    for user in range(users.num_users):
+        others = method.score(
+            features, users, rows=torch.full((len(reference),), user), prompt_features=prompt_features
+        )
+        wins[user_rows == user] = win_probability(rewards[user_rows == user], others)
+    return wins
+
+
+def _row(record: dict[str, Any], default_user: str | None) -> ResponseRow:
+    """Check one row; an empty prompt or user, as CSV has them, counts as missing."""
+    if "response" not in record:
+        raise ValueError(missing_key("response", record))
+    response = parsed("response", record["response"], to_response)
+    prompt, user = (None if record.get(name) == "" else record.get(name) for name in ("prompt", "user_id"))
+    user_id = default_user if user is None else parsed("user_id", user, to_id)
+    text = (response.history or "") if prompt is None else parsed("prompt", prompt, to_prompt)
+    return ResponseRow(text, response.text, user_id, record)
