@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from plm.functional import kl_to_prior
 from plm.methods.latent_dpo import LatentDPO
-from plm.methods.latent_dpo.maths import kl_to_prior
 from plm.types import Context
 
 DIM, RESPONSES, VARIANCE = 32, 32, 0.25
@@ -39,8 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "free, expectation": {"rule": "expectation", "variance": "free"},
     "free, evidence, kl_coef 0.01": {"rule": "evidence", "variance": "free", "kl_coef": 0.01},
     "unit, closed_form, kl_coef 0.01": {"rule": "closed_form", "kl_coef": 0.01},
-    "newton, kl_coef 0.01": {"preset": "newton"},
-    "newton, kl_coef 0.003": {"preset": "newton", "kl_coef": 0.003},
+    "newton, kl_coef 0.01": {"rule": "newton"},
+    "newton, kl_coef 0.003": {"rule": "newton", "kl_coef": 0.003},
 }
 NOISY_CASES = [
     "unit, evidence",
@@ -72,12 +72,12 @@ def planted(num_people: int, num_pairs: int, flipped: float, seed: int = 0) -> t
 
 def learned(context: Context, direction: Tensor, steps: int, **options: Any) -> tuple[float, float, float]:
     """Cosine of mean and direction, length of the mean and KL, averaged over people."""
-    if "preset" not in options:
-        options = {"family": "vector", "kl_coef": 0.0, "lr": 0.05, "num_steps": steps, **options}
-    method = LatentDPO(1, 2 * DIM, **options)
+    if options["rule"] != "newton":
+        options = {"kl_coef": 0.0, "lr": 0.05, "num_steps": steps, **options}
+    method = LatentDPO(1, 2 * DIM, family="vector", **options)
     policy = method.latent_policies(method.adapt(context))
     cosine = torch.cosine_similarity(policy.mean, direction, dim=-1).mean()
-    return float(cosine), float(policy.mean.norm(dim=-1).mean()), float(kl_to_prior(policy).sum(-1).mean())
+    return float(cosine), float(policy.mean.norm(dim=-1).mean()), float(kl_to_prior(*policy).sum(-1).mean())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

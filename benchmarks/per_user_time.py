@@ -4,7 +4,7 @@ Usage: OMP_NUM_THREADS=2 python benchmarks/per_user_time.py [--pairs 540 --promp
 
 First table, one new person, from indices of pairs to what is stored of the person. The networks have the sizes of
 recipes/clap_imdb_tiny.yaml with random weights, the texts its lengths: time depends on nothing else. LoRA-DPO and
-``full`` take one pass over the pairs, as published, ``mlp`` the 200 steps of its preset, ``newton`` solves. What is
+``full`` take one pass over the pairs, as published, ``mlp`` the 200 steps of the default, ``newton`` solves. What is
 made once for everybody is left out under "new person": log-probabilities of all responses under the reference, or their
 latents, features of prompts and, as given by ``--clap_seconds``, the training of CLaP. Under "among N" it is
 included, shared by N people. "together" is the time of one among ``--people`` who are learned in one call.
@@ -43,22 +43,32 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.data.encoding import CachedReader, encode_pairs, token_rows, with_reference_logps
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
+from plm.functional import kl_to_prior
 from plm.methods.clap import CLaP
 from plm.methods.clap.latents import ClapLatents
 from plm.methods.latent_dpo import LatentDPO
-from plm.methods.latent_dpo.maths import Gaussian, gaussian, kl_to_prior
+from plm.methods.latent_dpo.maths import Gaussian, gaussian
 from plm.methods.latent_dpo.rules import preference_losses
 from plm.methods.lora_dpo import LoRADPO
+from plm.recipe.defaults import read_config, shipped
 from plm.testing import saved
 from plm.types import Context
 
 AMONG = (1, 10, 100, 1000)
 WORDS, RESPONSES = 1000, 8
+
+
+def group(name: str) -> dict[str, Any]:
+    """The arguments of ``conf/method/<name>.yaml``."""
+    options: dict[str, Any] = read_config(shipped("conf") / "method" / f"{name}.yaml")["model"]["init_args"]
+    return options
+
+
 CASES: dict[str, dict[str, Any]] = {
-    "mlp (fast)": {},
+    "mlp (default)": {},
     "linear": {"family": "linear"},
     "vector": {"family": "vector"},
-    "newton": {"preset": "newton"},
+    "newton": group("latent_dpo_newton"),
 }
 
 
@@ -103,7 +113,7 @@ class NewPerson:
         self.caches: dict[str, float] = {}
         self.lora = {reference: self._lora(reference) for reference in (False, True)}
         self.latent: dict[str, tuple[LatentDPO, Any]] = {}
-        cases: dict[str, dict[str, Any]] = {"full": {"preset": "paper"}, "mlp": {}, "newton": {"preset": "newton"}}
+        cases = {"full": group("latent_dpo_paper"), "mlp": {}, "newton": group("latent_dpo_newton")}
         for name, case in cases.items():
             backbone = ClapLatents(str(clap), prompts="tokens" if name == "full" else "hidden")
             reader = backbone.prompt_backbone
@@ -227,7 +237,7 @@ def one(context: Context, person: int) -> Context:
 
 
 def plain_loop(context: Context, hidden_dim: int, num_steps: int, kl_coef: float) -> torch.nn.Module:
-    """One person as one would write it: the fast preset with a module and an optimizer of its own."""
+    """One person as one would write it: the default with a module and an optimizer of its own."""
     chosen, rejected, prompt = (value[0] for value in (context.chosen, context.rejected, context.prompt))  # type: ignore[index]
     latent_dim = chosen.shape[-1] // 2
     layers = [torch.nn.Linear(prompt.shape[-1], hidden_dim), torch.nn.SiLU(), torch.nn.Linear(hidden_dim, latent_dim)]
@@ -241,7 +251,7 @@ def plain_loop(context: Context, hidden_dim: int, num_steps: int, kl_coef: float
         mean = network(prompt)
         policy = Gaussian(mean, torch.zeros_like(mean))
         losses = preference_losses("closed_form", policy, responses, grades, None, 0.1)
-        loss = (losses + kl_coef * kl_to_prior(policy).sum(-1)).mean()
+        loss = (losses + kl_coef * kl_to_prior(*policy).sum(-1)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -264,7 +274,7 @@ def together(options: argparse.Namespace, prompt_dim: int) -> Table:
     for column in ("people are", "together", "alone", "ratio", "plain loop", "ratio", "apart"):
         table.add_column(column, justify="left" if column == "people are" else "right")
     for name, case in CASES.items():
-        steps = {} if "preset" in case else {"num_steps": options.steps}
+        steps = {} if name == "newton" else {"num_steps": options.steps}
         method = LatentDPO(1, 2 * options.latent_dim, prompt_dim=prompt_dim, **steps, **case)
         state = method.adapt(context).tensors["policy"]
         apart = max(
@@ -275,7 +285,7 @@ def together(options: argparse.Namespace, prompt_dim: int) -> Table:
         for _ in range(options.rounds):
             times[0].append(seconds(lambda: method.adapt(context)) / options.people)  # noqa: B023 - called at once
             times[1].append(seconds(lambda: [method.adapt(one(context, person)) for person in some]) / len(some))  # noqa: B023
-            if name == "mlp (fast)":
+            if name == "mlp (default)":
                 times[2].extend(seconds(lambda: plain_loop(one(context, p), 128, options.steps, 0.01)) for p in some)  # noqa: B023
         shown = [statistics.median(values) * 1e3 for values in times if values]
         cells = [f"{shown[0]:.3g}", f"{shown[1]:.3g}", f"{shown[1] / shown[0]:.1f}x"]

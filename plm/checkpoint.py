@@ -145,19 +145,16 @@ class TextEncoder:
         except TooLong as error:
             raise ValueError(f"row {list(prompts).index(error.prompt) + 1} of {len(prompts)}: {error}") from error
 
-    def prompts(self, prompts: Sequence[str]) -> Tensor | None:
-        """Features ``(B, D)`` of B prompts alone, those of ``data.prompt_features``; None if the method reads none."""
+    def prompts(self, prompts: Sequence[str]) -> Tensor | Tokens | None:
+        """B prompts alone, features or tokens as ``data.prompt_features`` gives; None if the method reads none."""
         if not self.method.reads_prompts:
             return None
         reader = self.backbone.prompt_backbone
         if isinstance(reader, CausalLM):
-            features = self._on_device(reader.represent_prompts(prompts))
-        elif not prompts:
+            return self._on_device(reader.represent_prompts(prompts))
+        if not prompts:
             return self.method.reference.new_zeros(0, reader.feature_dim)
-        else:
-            features = self._on_device(reader.represent([""] * len(prompts), [plain_prompt(text) for text in prompts]))
-        assert isinstance(features, Tensor)
-        return features
+        return self._on_device(reader.represent([""] * len(prompts), [plain_prompt(text) for text in prompts]))
 
     def _on_device(self, read: Tensor | Tokens) -> Tensor | Tokens:
         """Move inputs to the device of the method, and read tokens as it does."""

@@ -50,6 +50,15 @@ def win_probability(reward: Tensor, reference: Tensor) -> Tensor:
     return torch.sigmoid(reward[..., :, None] - reference[..., None, :]).mean(-1)
 
 
+def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_var)) || N(0, 1)) of each dimension: ``(..., Z)`` each -> ``(..., Z)`` nats.
+
+    >>> kl_to_prior(torch.tensor([2.0, 0.0]), torch.zeros(2))
+    tensor([2., 0.])
+    """
+    return 0.5 * (log_var.exp() + mean.square() - 1.0 - log_var)
+
+
 def per_user_sum(values: Tensor, user: Tensor, num_users: int) -> Tensor:
     """Sum rows by user: ``(N, ...)``, ``(N,)`` -> ``(U, ...)``.
 

@@ -18,7 +18,7 @@ from plm.functional import sequence_logps
 from plm.messages import nearest
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable, Writer
-from plm.types import Tokens, UserState
+from plm.types import Tokens, UserState, take_rows
 
 BATCH_TOKENS = 16384
 """Most tokens, of prompts and responses, that are written at once by default."""
@@ -207,7 +207,7 @@ def best_of_n(
             at = encoded_row[start : start + _SCORED].to(method.device)
             chosen = represented.take(at) if isinstance(represented, Tokens) else represented[at]
             batch_users, rows = _distinct(states, user_rows[start : start + _SCORED], method.device)
-            prompt_rows = None if prompt_features is None else prompt_features[at]
+            prompt_rows = take_rows(prompt_features, at)
             rewards.append(method.score(chosen, batch_users, rows=rows, prompt_features=prompt_rows).float().cpu())
     table = torch.full((len(candidate),), -torch.inf)
     table[usable] = torch.cat(rewards)

@@ -19,7 +19,7 @@ from plm.data.files import read_rows
 from plm.data.values import Response, parsed, short, to_prompt, to_response
 from plm.messages import missing_key
 from plm.method import PersonalizationMethod
-from plm.types import UserState
+from plm.types import Tokens, UserState, take_rows
 
 MAX_SEQUENCES = 1024
 """Most sequences of answers that are distinguished while several pairs are chosen at once; beyond, a sample of them."""
@@ -110,11 +110,11 @@ def sampled_chances(
     left: Tensor,
     right: Tensor,
     samples: UserState,
-    prompt_features: Tensor | None = None,
+    prompt_features: Tensor | Tokens | None = None,
 ) -> Tensor:
     """Probability that each sample of a user prefers left: ``(N, D)``, ``(N, D)``, M rows -> ``(M, N)``.
 
-    ``prompt_features`` ``(N, D)`` are for a method that reads prompts.
+    ``prompt_features`` ``(N, D)``, or tokens ``(N, T)``, are for a method that reads prompts.
 
     Raises:
         ValueError: If rewards are not finite.
@@ -126,10 +126,9 @@ def sampled_chances(
         for start in range(0, num_samples, block):
             rows = torch.arange(start, min(start + block, num_samples), device=left.device)
             states = samples.take(rows.repeat_interleave(num_pairs))
-            prompt = None if prompt_features is None else prompt_features.repeat(len(rows), 1)
-            rewards = [
-                method.score(side.repeat(len(rows), 1), states, prompt_features=prompt) for side in (left, right)
-            ]
+            pair = torch.arange(num_pairs, device=left.device).repeat(len(rows))
+            prompts = take_rows(prompt_features, pair)
+            rewards = [method.score(side[pair], states, prompt_features=prompts) for side in (left, right)]
             chances.append(torch.sigmoid(rewards[0] - rewards[1]).view(-1, num_pairs))
     both = torch.cat(chances)
     if both.isnan().any():

@@ -69,6 +69,11 @@ class Tokens(NamedTuple):
         )
 
 
+def take_rows(values: Tensor | Tokens | None, rows: Tensor) -> Tensor | Tokens | None:
+    """Gather features or tokens: int64 rows of any shape, or a mask; None stays None."""
+    return values.take(rows) if isinstance(values, Tokens) else None if values is None else values[rows]
+
+
 class Context(NamedTuple):
     """The pairs from which unseen users are adapted, padded to the longest user."""
 

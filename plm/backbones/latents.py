@@ -20,7 +20,8 @@ class LatentBackbone(Backbone):
     """Responses as mean and log-variance of q(z|x,y), side by side, and p(y|x,z) to write with.
 
     A method that learns whom a latent pleases needs nothing else: features to learn from, which are cached, and
-    ``writing`` for what it has learned. ``spec()["init_args"]["content"]`` says which latents are meant; those of
+    ``writing`` for what it has learned. Where ``prompt_backbone`` is a `CausalLM`, prompts come as tokens, for
+    ``prompt_encoder`` to read. ``spec()["init_args"]["content"]`` says which latents are meant; those of
     another model mean something else.
     """
 
@@ -36,16 +37,11 @@ class LatentBackbone(Backbone):
     def causal_lm(self) -> CausalLM:
         """What cuts texts into the tokens that are read, and says which do not fit; no weights are read for it."""
 
-    @property
-    @abstractmethod
-    def prompts_as_tokens(self) -> bool:
-        """Whether the features of prompts are their token ids, padded by -1, for ``prompt_encoder`` to read."""
-
     @abstractmethod
     def prompt_encoder(self) -> nn.Module:
-        """A copy, to be trained, of what makes latents: it reads prompts alone and says N(0, I) of all.
+        """A copy, to be trained, of what makes latents: it reads the tokens of prompts alone and gives N(0, I) for all.
 
-        ``(B, T)`` token ids padded by -1 -> ``(B, 2Z)`` means and log-variances side by side.
+        Tokens ``(B, T)`` -> ``(B, 2Z)`` means and log-variances side by side.
         """
 
     @property

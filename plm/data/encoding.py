@@ -18,7 +18,7 @@ from plm.arrays import Float32Array, IntArray
 from plm.backbones import Backbone, CausalLM, LatentBackbone, ReferenceLogps, TooLong
 from plm.data.collate import FeaturedPairs
 from plm.data.features import FeatureCache
-from plm.data.rows import SAME, FeatureRows, TokenRows
+from plm.data.rows import SAME, FeatureRows, Rows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
 from plm.types import Tokens
@@ -32,7 +32,7 @@ class TextReader(Protocol):
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor | Tokens:
         """Features ``(B, D)`` of B responses to B prompts."""
 
-    def prompts(self, prompts: Sequence[str]) -> Tensor | None:
+    def prompts(self, prompts: Sequence[str]) -> Tensor | Tokens | None:
         """Features ``(B, F)`` of B prompts alone."""
 
 
@@ -125,8 +125,11 @@ def encode_pairs(
     prompt, response = table.items[items].T
     prompts = [table.prompts[row] for row in prompt.tolist()]
     features = reader(prompts, [table.responses[row] for row in response.tolist()])
-    of_items, of_prompts = _feature_rows(features, items, len(table.items)), None
-    if prompt_features:
+    of_items = _feature_rows(features, items, len(table.items))
+    of_prompts: Rows | None = None
+    if prompt_features and tokens is not None and isinstance(backbone.prompt_backbone, CausalLM):
+        of_prompts = tokens.prompts_alone()
+    elif prompt_features:
         rows = np.unique(prompt)
         of_prompts = _feature_rows(
             reader.prompts([table.prompts[row] for row in rows.tolist()]), rows, len(table.prompts)

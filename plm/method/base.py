@@ -51,7 +51,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
         self.encode: TextEncoder | None = None
-        self.encode_prompts: Callable[[Sequence[str]], Tensor | None] | None = None
+        self.encode_prompts: Callable[[Sequence[str]], Tensor | Tokens | None] | None = None
         self.find_users: KnownUsers | None = None
         self.num_train_pairs = 1
         self.reference: Tensor

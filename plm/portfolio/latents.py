@@ -5,7 +5,6 @@ Axes: V weight vectors, R objectives, X prompts, C candidates of a prompt (padde
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -17,6 +16,7 @@ from torch import Tensor
 from plm.arrays import Float64Array
 from plm.backbones import Backbone, LatentBackbone, Policy, TextWriter
 from plm.data.sources.population import CandidatePool, best_and_worst
+from plm.messages import Problems
 from plm.methods.latent_dpo.maths import gaussian
 from plm.methods.latent_dpo.newton import fit_means
 from plm.portfolio.writing import WritingPortfolio
@@ -24,7 +24,7 @@ from plm.types import Tokens, UserState
 
 
 class LatentFit:
-    """How members are found in the latent space, see `plm.methods.latent_dpo.LatentDPO` with ``preset: newton``.
+    """How members are found in the latent space: as `plm.methods.latent_dpo.LatentDPO` does with ``rule: newton``.
 
     Args:
         beta: Strength of the KL term that DPO implies.
@@ -33,13 +33,9 @@ class LatentFit:
 
     def __init__(self, beta: float = 0.1, kl_coef: float = 0.003) -> None:
         self.beta, self.kl_coef = beta, kl_coef
-        problems = [
-            f"policies.latent_fit.{name}: expected a finite number > 0, got {value!r}"
-            for name, value in {"beta": beta, "kl_coef": kl_coef}.items()
-            if not 0 < value < math.inf
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        problems = Problems("policies.latent_fit.")
+        problems.positive(beta=beta, kl_coef=kl_coef)
+        problems.check()
 
 
 def pool_means(pool: CandidatePool, latents: LatentBackbone) -> Tensor:
@@ -57,7 +53,7 @@ def pool_means(pool: CandidatePool, latents: LatentBackbone) -> Tensor:
 def solve_latents(pool: CandidatePool, means: Tensor, weights: Float64Array, fit: LatentFit) -> Tensor:
     """The latent of each weight vector, by its best and worst candidate of each prompt: ``(V, R)`` -> ``(V, Z)``.
 
-    Latent DPO of a person who is one point of the latent space is logistic regression on differences of latents, with
+    Latent DPO of a user who is one point of the latent space is logistic regression on differences of latents, with
     a ridge towards 0, the prior's mean: that of weights by which all candidates are worth the same.
 
     Args:

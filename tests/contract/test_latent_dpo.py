@@ -11,6 +11,7 @@ from plm.method import PersonalizationMethod
 from plm.methods.latent_dpo import LatentDPO
 from plm.testing import MethodContract, PlantedData
 from plm.types import PreferenceBatch
+from tests.groups import method_options
 
 PROMPT_DIM = 3
 
@@ -46,15 +47,21 @@ class TestLatentDPO(MethodContract):
 
 
 class TestNewton(TestLatentDPO):
-    options = {"preset": "newton"}  # noqa: RUF012
+    options = method_options("latent_dpo_newton")
 
 
 class TestPaper(TestLatentDPO):
-    options = {"preset": "paper", "num_samples": 4, "family": "vector", "lr": 0.05, "batch_size": 16}  # noqa: RUF012
+    options = {  # noqa: RUF012
+        **method_options("latent_dpo_paper"),
+        "num_samples": 4,
+        "family": "vector",
+        "lr": 0.05,
+        "batch_size": 16,
+    }
 
 
 class TestOfPrompts(TestLatentDPO):
-    options = {"hidden_dim": 5, "lr": 0.05, "num_steps": 20, "clip_norm": 0.1, "weight_decay": 0.01}  # noqa: RUF012
+    options = {"hidden_dim": 5, "lr": 0.05, "num_steps": 20, "weight_decay": 0.01}  # noqa: RUF012
     prompt_dim = PROMPT_DIM
 
     def test_score_is_finite_and_refuses_other_features(self) -> None:

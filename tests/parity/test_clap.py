@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plm.backbones import CausalLM, KeyValueMaker, Policy, Reading, completion_tokens, split_texts
 from plm.checkpoint import load_method
+from plm.functional import kl_to_prior
 from plm.generation import sample
 from plm.methods.clap import CLaP
 from plm.methods.clap.adapter import SteeredTexts
@@ -23,14 +24,15 @@ from plm.methods.clap.losses import (
     candidates,
     density_gap,
     gradient_only,
-    kl_to_prior,
     likelihood_contrast,
     log_densities,
     mean_kl,
     mutual_information,
 )
+from plm.recipe.defaults import shipped
 from plm.testing.contract import saved
 from plm.types import Tokens, UserState
+from tests.groups import method_options
 
 Folder = Callable[[str], Path]
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -69,7 +71,9 @@ def test_densities_are_those_of_torch() -> None:
     expected = torch.distributions.Normal(mean, (0.5 * log_var).exp())
     torch.testing.assert_close(log_densities(latent, mean, log_var), expected.log_prob(latent))
     prior = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
-    torch.testing.assert_close(kl_to_prior(mean, log_var), torch.distributions.kl_divergence(expected, prior).sum())
+    torch.testing.assert_close(
+        kl_to_prior(mean, log_var).sum(), torch.distributions.kl_divergence(expected, prior).sum()
+    )
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -472,6 +476,11 @@ def test_options_that_do_not_fit_are_refused(causal_lm: Folder) -> None:
     method = clap(causal_lm, untrained=True)
     with pytest.raises(ValueError, match="at most 64 tokens"):
         steered(method, tokens(method, [("x" * 61, " y")]), torch.zeros(1, Z))
+
+
+@pytest.mark.parametrize("group", sorted(path.stem for path in (shipped("conf") / "method").glob("clap_*.yaml")))
+def test_every_group_of_conf_fits(causal_lm: Folder, group: str) -> None:
+    CLaP(1, 16, CausalLM(str(causal_lm("gpt2"))).spec(), **method_options(group))
 
 
 # ---------------------------------------------------------------------- stages and validity

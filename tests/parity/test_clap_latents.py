@@ -30,6 +30,7 @@ from plm.testing import tiny_causal_lm
 from plm.testing.contract import quiet_trainer, saved
 from plm.types import UserState
 from plm.users import UserStore, store_path
+from tests.groups import method_options
 
 PROMPTS = ["how is it", "tell me of the sea, please", "no"]
 PAIRS = [(prompt, f" {word} words about it") for prompt in PROMPTS for word in ("kind", "long and winding", "few")]
@@ -93,9 +94,10 @@ def test_another_model_is_refused(checkpoint: Path) -> None:
             moved = {**spec, "init_args": {**spec["init_args"], "checkpoint": str(path)}}
             with pytest.raises(ValueError, match="latents of one model mean nothing to another"):
                 _ = Backbone.from_spec(moved).feature_dim
-    people = LatentDPO(1, 32, spec, preset="newton")
+    newton = method_options("latent_dpo_newton")
+    people = LatentDPO(1, 32, spec, **newton)
     with saved(model(1)) as path, saved(people) as learned:
-        other = LatentDPO(1, 32, ClapLatents(str(path)).spec(), preset="newton")
+        other = LatentDPO(1, 32, ClapLatents(str(path)).spec(), **newton)
         with pytest.raises(ValueError, match=r"trained on latents of the model .*, the data give those of"):
             other.on_load_checkpoint(torch.load(learned, weights_only=True))
     with (

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from plm.functional import bt_losses, unit_mean_per_user
+from plm.functional import bt_losses, kl_to_prior, unit_mean_per_user
 from plm.methods.latent_dpo.families import FAMILIES, Variance
 from plm.methods.latent_dpo.maths import (
     Gaussian,
@@ -21,7 +21,6 @@ from plm.methods.latent_dpo.maths import (
     expected_bt_losses,
     gaussian,
     implicit_rewards,
-    kl_to_prior,
     latent_rewards,
     log_density,
     product_of_experts,
@@ -31,7 +30,6 @@ from plm.methods.latent_dpo.maths import (
 from plm.methods.latent_dpo.newton import fit_means
 from plm.methods.latent_dpo.noise import fold, mix, normals, row_keys
 from plm.methods.latent_dpo.options import Options
-from plm.methods.latent_dpo.people import Minibatch, pair_grades
 from plm.methods.latent_dpo.rules import (
     POOLED,
     SAMPLED,
@@ -47,7 +45,8 @@ from plm.methods.latent_dpo.rules import (
     soft_losses,
     topk_losses,
 )
-from plm.methods.latent_dpo.training import mean_slopes, person_losses
+from plm.methods.latent_dpo.training import mean_slopes, user_losses
+from plm.methods.latent_dpo.user_pairs import Minibatch, pair_grades
 
 BETA, PAIRS, WIDTH, DRAWS = 0.1, 5, 6, 4
 RULES: tuple[RuleName, ...] = (
@@ -145,7 +144,7 @@ def test_latents_are_split_and_clamped() -> None:
 
 def test_kl_and_implicit_rewards_equal_their_definitions() -> None:
     policy, prior = some(PAIRS, WIDTH), Gaussian(torch.zeros(WIDTH).double(), torch.zeros(WIDTH).double())
-    torch.testing.assert_close(kl_to_prior(policy), kl_divergence(normal(policy), normal(prior)))
+    torch.testing.assert_close(kl_to_prior(*policy), kl_divergence(normal(policy), normal(prior)))
     latent = draw(PAIRS, 7, WIDTH, seed=1)
     expected = log_density(latent, policy) - log_density(latent, prior)
     torch.testing.assert_close(implicit_rewards(latent, policy), expected)
@@ -243,17 +242,16 @@ def test_all_pairs_topk_and_soft_equal_loops() -> None:
 def test_the_pool_is_what_each_variant_draws() -> None:
     """Prior, or for topk the policy, and the posteriors; 48 latents for a pair and 16 draws each."""
     responses, policy, given = some(PAIRS, 2, WIDTH), some(PAIRS, WIDTH, seed=9), noise()
-    pool = draw_pool(None, responses, given, True)
+    pool = draw_pool(None, responses, given)
     assert pool.shape == (PAIRS, 3 * DRAWS, WIDTH) and torch.equal(pool[:, :DRAWS], given.prior)
     for k in (0, 1):
         scale = (0.5 * responses.log_var[:, k]).exp()[:, None]
         expected = responses.mean[:, k, None] + scale * given.posterior[:, k]
         torch.testing.assert_close(pool[:, (1 + k) * DRAWS : (2 + k) * DRAWS], expected)
     torch.testing.assert_close(
-        draw_pool(policy, responses, given, True)[:, :DRAWS],
+        draw_pool(policy, responses, given)[:, :DRAWS],
         policy.mean[:, None] + (0.5 * policy.log_var).exp()[:, None] * given.prior,
     )
-    assert torch.equal(draw_pool(None, responses, given, False), given.prior)
 
 
 @pytest.mark.parametrize("family", ["vector", "linear", "mlp"])
@@ -262,7 +260,7 @@ def test_a_new_policy_is_the_prior_and_costs_ln_2(family: Any, variance: Varianc
     made = FAMILIES[family](WIDTH, 3, 4, variance)
     policy = made.policy(made.split(made.initial(0).double()[None]), draw(1, PAIRS, 3))
     policy = Gaussian(*(value[0] for value in policy))
-    assert not policy.mean.any() and not policy.log_var.any() and not kl_to_prior(policy).any()
+    assert not policy.mean.any() and not policy.log_var.any() and not kl_to_prior(*policy).any()
     responses = some(PAIRS, 2, WIDTH)
     for rule in RULES:
         given = noise() if rule in SAMPLED else None
@@ -345,7 +343,7 @@ def test_closed_form_slopes_are_the_derivative(grades: tuple[float, ...]) -> Non
         Gaussian(*(value[None] for value in responses)), grades_of(*grades)[None], weight, None, key, key, key
     )
     policy, options = Gaussian(mean[None], torch.zeros_like(mean)[None]), Options(kl_coef=0.3, beta=BETA)
-    (expected,) = torch.autograd.grad(person_losses(policy, batch, options).sum(), mean)
+    (expected,) = torch.autograd.grad(user_losses(policy, batch, options).sum(), mean)
     torch.testing.assert_close(mean_slopes(mean.detach()[None], batch, options)[0], expected, rtol=1e-9, atol=1e-12)
 
 

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from plm.backbones import completion_tokens
+from plm.backbones import CausalLM, completion_tokens
 from plm.checkpoint import load_method
 from plm.data.datamodule import PreferenceDataModule
+from plm.data.encoding import CachedReader, encode_pairs
 from plm.data.rewards import Length
+from plm.data.schema import read_pairs
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import best_of_n, sample
 from plm.methods.clap import CLaP
@@ -25,7 +28,8 @@ from plm.methods.latent_dpo.maths import Gaussian, gaussian
 from plm.methods.latent_dpo.rules import preference_losses
 from plm.testing import saved, tiny_causal_lm
 from plm.testing.contract import quiet_trainer
-from plm.types import Context
+from plm.types import Context, Tokens
+from tests.groups import method_options
 
 WIDTH, PROMPTS = 8, ["how is it", "tell me of the sea, please", "no", "it"]
 
@@ -50,28 +54,35 @@ def make(checkpoint: Path, **options: Any) -> LatentDPO:
     return LatentDPO(2, 2 * WIDTH, backbone.spec(), prompt_dim=dim, **{"family": "full", **options})
 
 
-def prompts_of(checkpoint: Path) -> Tensor:
-    return ClapLatents(str(checkpoint), prompts="tokens").prompt_backbone.encode(PROMPTS)
+def prompts_of(checkpoint: Path) -> Tokens:
+    return ClapLatents(str(checkpoint)).causal_lm.represent_prompts(PROMPTS)
 
 
 def pairs(checkpoint: Path, num_people: int = 2) -> Context:
     draw = torch.Generator().manual_seed(4)
     sides = [torch.randn(num_people, 4, 2 * WIDTH, generator=draw) for _ in "ab"]
     mask = torch.ones(num_people, 4, dtype=torch.bool)
-    prompts = prompts_of(checkpoint).expand(num_people, -1, -1)
+    prompts = prompts_of(checkpoint).map(lambda value: value.expand(num_people, -1, -1))
     return Context(*sides, mask, mask.float(), prompts)
 
 
-def test_tokens_of_prompts_are_those_of_the_language_model(checkpoint: Path) -> None:
+def test_tokens_of_prompts_are_those_of_the_language_model(checkpoint: Path, tmp_path: Path) -> None:
+    """In training, where the data give them, and in use; both as they stand before their responses."""
     backbone = ClapLatents(str(checkpoint), prompts="tokens")
-    rows, lm = prompts_of(checkpoint), backbone.method.causal_lm
-    for prompt, row in zip(PROMPTS, rows, strict=True):
-        ids = lm.prompt_tokens(prompt)
-        assert row[: len(ids)].tolist() == ids and (row[len(ids) :] == -1).all()
-    assert rows.shape[1] == backbone.prompt_backbone.feature_dim == lm.max_tokens - 1
+    lm = backbone.prompt_backbone
+    assert isinstance(lm, CausalLM)
+    rows = [{"prompt": prompt, "chosen": " a", "rejected": " b", "user_id": "anna"} for prompt in PROMPTS]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = CachedReader(backbone, str(tmp_path / "cache"))
+    data = encode_pairs(read_pairs([str(file)]), backbone, reader, prompt_features=True)
+    assert data.prompts is not None
+    for read in (data.prompts.gather(np.arange(len(PROMPTS))), lm.represent_prompts(PROMPTS)):
+        assert isinstance(read, Tokens)
+        for prompt, ids, attended in zip(PROMPTS, read.input_ids, read.attention_mask, strict=True):
+            assert ids[attended].tolist() == lm.prompt_tokens(prompt)
     with pytest.raises(ValueError, match="expected a prompt that leaves room for a response"):
-        backbone.prompt_backbone.encode(["x " * 100])
-    assert backbone.prompt_backbone.key() != ClapLatents(str(checkpoint)).prompt_backbone.key()
+        lm.represent_prompts(["x " * 100])
     with pytest.raises(ValueError, match="expected hidden or tokens, got 'words'"):
         ClapLatents(str(checkpoint), prompts="words")  # type: ignore[arg-type]
 
@@ -125,7 +136,8 @@ def test_people_are_trained_as_a_plain_encoder_would_be(checkpoint: Path) -> Non
         expected = torch.cat([value.detach().flatten() for value in trained])
         assert (expected - method.start).abs().max() > 0.02
         torch.testing.assert_close(together[person], expected, rtol=0, atol=2e-4)
-        alone = Context(*(None if value is None else value[person : person + 1] for value in context))  # type: ignore[index, arg-type]
+        cut = (value[person : person + 1] for value in context[:4])  # type: ignore[index]
+        alone = Context(*cut, prompts_of(checkpoint).map(lambda value: value[None]))  # type: ignore[arg-type]
         torch.testing.assert_close(method.adapt(alone).tensors["policy"][0], together[person], rtol=0, atol=1e-5)
 
 
@@ -133,16 +145,19 @@ def test_a_person_is_read_once_for_all_their_texts(checkpoint: Path, monkeypatch
     """Rewards, texts and mixtures of two people in turns equal those of a state per text, at one reading of each."""
     method = make(checkpoint, variance="free", rule="closed_form", num_steps=3, lr=0.02)
     users = method.adapt(pairs(checkpoint))
-    rows, prompts = torch.tensor([1, 0, 0, 1, 0, 1, 1]), prompts_of(checkpoint)[torch.tensor([0, 1, 2, 3, 0, 0, 1])]
+    rows, prompts = (
+        torch.tensor([1, 0, 0, 1, 0, 1, 1]),
+        prompts_of(checkpoint).take(torch.tensor([0, 1, 2, 3, 0, 0, 1])),
+    )
     responses = torch.randn(7, 2 * WIDTH, generator=torch.Generator().manual_seed(1))
     mixed = method.mixed(users, torch.tensor([[0.5, 0.25], [0.0, 1.0]]))
-    method.encode_prompts = lambda asked: prompts_of(checkpoint)[: len(asked)]
+    method.encode_prompts = lambda asked: prompts_of(checkpoint).take(torch.arange(len(asked)))
     read: list[int] = []
     outputs = Full.outputs
 
-    def counted(self: Full, tensors: list[Tensor], given: Tensor) -> Tensor:
-        assert {len(value) for value in tensors} == {len(given)}
-        read.append(len(given))
+    def counted(self: Full, tensors: list[Tensor], given: Tokens) -> Tensor:
+        assert {len(value) for value in tensors} == {given.num_rows}
+        read.append(given.num_rows)
         return outputs(self, tensors, given)
 
     def both(call: Any, state: Any, own: Tensor) -> tuple[Any, Any]:
@@ -178,7 +193,7 @@ def test_prompts_of_the_wrong_kind_are_refused(checkpoint: Path) -> None:
     make(checkpoint, family="vector")
 
 
-def test_the_published_preset_from_samples_to_texts(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_published_settings_from_samples_to_texts(checkpoint: Path, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"{prompt} {number}", "responses": [f" {'very ' * n}{word}" for n in range(3) for word in "ab"]}
         for number in range(6)
@@ -190,9 +205,8 @@ def test_the_published_preset_from_samples_to_texts(checkpoint: Path, tmp_path: 
     backbone = ClapLatents(str(checkpoint), prompts="tokens")
     options: dict[str, Any] = {"unseen_users": 0.0, "shots": [], "prompt_features": True}
     data = PreferenceDataModule(source, backbone, cache_dir=str(tmp_path / "cache"), val_rows=0.2, **options)
-    method = LatentDPO(
-        2, data.feature_dim, data.backbone_spec, data.prompt_dim, preset="paper", lr=0.01, num_samples=4, num_steps=25
-    )
+    changes = {**method_options("latent_dpo_paper"), "lr": 0.01, "num_samples": 4, "num_steps": 25}
+    method = LatentDPO(2, data.feature_dim, data.backbone_spec, data.prompt_dim, **changes)
     assert method.options.family == "full" and method.options.rule == "evidence"
     quiet_trainer(tmp_path, max_epochs=25).fit(method, datamodule=data)
     (batch,) = data.train_dataloader()

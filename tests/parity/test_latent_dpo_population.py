@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from plm.methods.latent_dpo import LatentDPO
-from plm.methods.latent_dpo.people import people_of_batch
 from plm.methods.latent_dpo.population import pooled
+from plm.methods.latent_dpo.user_pairs import pairs_of_batch
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import Context, PreferenceBatch
+from tests.groups import method_options
 
 WIDTH, PROMPT, USERS = 4, 3, 6
 KINDS: dict[str, dict[str, Any]] = {
-    "newton": {"preset": "newton"},
+    "newton": method_options("latent_dpo_newton"),
     "mlp": {"hidden_dim": 5, "lr": 0.1, "num_steps": 40},
 }
 
@@ -63,7 +64,7 @@ def test_identical_people_gain_nothing_over_the_population_and_opposite_ones_muc
 @pytest.mark.filterwarnings("ignore")
 def test_the_population_is_one_person_with_everybodys_pairs_kept_and_served(tmp_path: Path) -> None:
     data = Tastes(opposite=False)
-    method = fit(data, tmp_path, preset="newton")
+    method = fit(data, tmp_path, **KINDS["newton"])
     batch = data.train_batch
     mask = torch.ones(1, batch.num_pairs, dtype=torch.bool)
     assert isinstance(batch.chosen, torch.Tensor) and isinstance(batch.rejected, torch.Tensor)
@@ -71,7 +72,7 @@ def test_the_population_is_one_person_with_everybodys_pairs_kept_and_served(tmp_
     alone = method.adapt(context).tensors["policy"][0]
     torch.testing.assert_close(method.population, alone, rtol=0, atol=1e-4)
     assert alone.norm() > 0.5
-    copy = LatentDPO(USERS, 2 * WIDTH, prompt_dim=PROMPT, preset="newton")
+    copy = LatentDPO(USERS, 2 * WIDTH, prompt_dim=PROMPT, **KINDS["newton"])
     assert not copy.population.any()
     copy.load_state_dict(method.state_dict())
     assert torch.equal(copy.population_state(2).tensors["policy"], method.population.expand(2, -1))
@@ -91,11 +92,11 @@ def test_users_count_the_same_however_many_pairs_they_have() -> None:
         PreferenceBatch(*(None if value is None else value[take] for value in batch[:6]))  # type: ignore[arg-type]
         for take in (rows, rows[:35], rows[35:])
     ]
-    people = pooled([people_of_batch(parts[0], 0)[1]], 0)
+    people = pooled([pairs_of_batch(parts[0], 0)[1]], 0)
     assert people.num_pairs.tolist() == [75]
     shares = [people.weight[:30].sum(), people.weight[30:35].sum(), people.weight[35:].sum()]
     torch.testing.assert_close(torch.stack(shares), torch.full((3,), 25.0))
     ratio = people.weight[:30].sort().values / batch.weight[:30]
     torch.testing.assert_close(ratio, ratio.mean().expand(30))
-    apart = pooled([people_of_batch(part, 0)[1] for part in parts[1:]], 0)
+    apart = pooled([pairs_of_batch(part, 0)[1] for part in parts[1:]], 0)
     torch.testing.assert_close(apart.weight[apart.slots[0]], people.weight[people.slots[0]])

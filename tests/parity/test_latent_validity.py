@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from benchmarks.latent_validity import advantages, evidence_bounds, rank_correlations, to_the_power, validity
 from plm.methods.latent_dpo.maths import Gaussian, latent_rewards
-from plm.methods.latent_dpo.validity import advantages, evidence_bounds, rank_correlations, to_the_power, validity
 
 
 def test_latent_rewards_of_prompts_with_few_responses() -> None:

@@ -27,6 +27,7 @@ from plm.portfolio.latents import LatentFit, LatentPortfolio, pool_means, solve_
 from plm.portfolio.measured import TrainedPolicies
 from plm.testing import saved
 from plm.types import UserState
+from tests.groups import method_options
 
 WIDTH, PROMPTS = 8, ["ab", "ba", "b"]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "num_samples": 2, "seed": 3}
@@ -90,7 +91,7 @@ def test_members_write_as_latent_dpo_does_and_are_measured_by_what_they_write(cl
     made = portfolio(clap)
     assert made.add(points()[:1]).tolist() == [0] and made.add(points()[1:]).tolist() == [1, 2]
     spec = ClapLatents(str(clap)).spec()
-    person = LatentDPO(1, 2 * WIDTH, spec, preset="newton", latent_temperature=0.0)
+    person = LatentDPO(1, 2 * WIDTH, spec, **method_options("latent_dpo_newton"), latent_temperature=0.0)
     for member in (0, 2):
         state = UserState({"member": torch.full((3,), member)}, torch.zeros(3, dtype=torch.long))
         texts = sample(made, PROMPTS, state, **SETTINGS)

@@ -1,14 +1,14 @@
-"""CLaP: a latent that says how a text is written, for a language model that is left alone.
+"""CLaP learns a latent that says how a text is written, for a language model that is left alone.
 
 Paper: Zhang, Bai, Li, Wang, Li, Lin, Rong, "Disentangling Preference Representation and Text Generation for Efficient
     Individual Preference Alignment" (arXiv 2412.20834), contrastive language-latent pretraining.
 Reference code: zhangjf-nlp/LatentDPO, zhangjf-nlp/LLM-based-CVAE (no licence; nothing is taken from them).
 Deviations: log-densities are exact and log-variances clamped; masks and positions are explicit, so that padding changes
     nothing; the contrast is in float32. GPT-2's encoder reads positions too. Of attention only W_K and W_V are copied,
-    behind a copy of the layer's own input norm. ``preset: paper`` is otherwise the released method; the default puts
-    latents behind the prompt, so that a prompt is read once for all latents, contrasts each response with 3 others from
-    the first stage on, weighs the KL by 0.1, keeps the short way of gradients, and leaves the token embeddings of the
-    encoder as they are.
+    behind a copy of the layer's own input norm. ``conf/method/clap_paper.yaml`` and ``clap_paper_stage2.yaml`` are
+    otherwise the released method. The default puts latents behind the prompt, so that a prompt is read once for all
+    latents, contrasts each response with 3 others from the first stage on, weighs the KL by 0.1, keeps the short way of
+    gradients, and leaves the token embeddings of the encoder as they are.
 
 Axes: B pairs, R distinct texts, G prompts, N responses of a prompt, Z latent width, D width.
 """
@@ -40,20 +40,20 @@ from plm.methods.clap.losses import (
     mean_kl,
     mutual_information,
 )
-from plm.methods.clap.options import KL, Options, Preset, resolved
+from plm.methods.clap.options import KL, check_options
 from plm.optimizer import Schedule
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
 class Terms(NamedTuple):
-    """What G prompts with R responses in all say about the model."""
+    """Terms of the loss of G prompts with R responses in all."""
 
     reconstruction: Tensor
     """``(G,)`` mean over responses of their NLL under their own latent, in nats."""
     kl: Tensor
     """``(G,)`` nats."""
     contrast: Contrast | None
-    """Of R responses; None where it is not asked for."""
+    """Of R responses; None without a contrast."""
     posteriors: Posteriors
     mean: Tensor
     """``(R, Z)`` posterior means."""
@@ -64,43 +64,37 @@ class CLaP(PolicyMethod):
 
     A training example is a prompt with all its responses, sampled from the language model: give
     ``data.prompts_per_batch``. It knows no user; a user state is a latent, and everybody has the prior's mean. The
-    reward of a response is its log-probability under that latent. An argument that is null takes the value of the
-    preset; the default preset's is given in brackets.
+    reward of a response is its log-probability under that latent.
 
     Args:
         num_users: Number of seen users; linked from the data in recipes.
         feature_dim: Width of the hidden states; linked from the data in recipes.
         backbone: The `CausalLM`, as ``{class_path, init_args}``; linked from the data.
-        preset: fast = ours; paper = as published.
         unfreeze: Whether the language model and the adapter's copies of its maps are trained too: the second stage.
         init_from: Checkpoint of a first stage to start from; null = start anew.
-        latent_dim: Latent width Z [32].
-        num_queries: Query tokens of the encoder [4].
-        num_virtual_tokens: Virtual tokens of every layer [4].
-        encoder_layers: Layers of the encoder, copies of the first ones of the language model [2].
-        prompt_in_posterior: Whether the encoder reads the prompt too, q(z|x,y) instead of q(z|y) [true].
-        fix_entropy: Whether the posterior has the entropy of the prior [false].
-        deterministic: Whether latents are posterior means instead of draws [false].
-        train_embeddings: Whether the encoder's copy of the token embeddings is trained [false; paper true].
-        hidden_dim: Hidden width of the adapter's networks [the model's width; above 1,024 its square root].
+        latent_dim: Latent width Z.
+        num_queries: Query tokens of the encoder.
+        num_virtual_tokens: Virtual tokens of every layer.
+        encoder_layers: Layers of the encoder, copies of the first ones of the language model.
+        prompt_in_posterior: Whether the encoder reads the prompt too, q(z|x,y) instead of q(z|y).
+        fix_entropy: Whether the posterior has the entropy of the prior.
+        deterministic: Whether latents are posterior means instead of draws.
+        train_embeddings: Whether the encoder's copy of the token embeddings is trained.
         placement: prefix = virtual tokens before the prompt; suffix = before its last token, so that what comes before
-            is read once for all latents [suffix; paper prefix].
-        gated: Whether the adapter starts as if it were not there, behind a learned gate [false].
+            is read once for all latents.
+        gated: Whether the adapter starts as if it were not there, behind a learned gate.
         kl: marginal = KL of the mean posterior of a prompt's responses to the prior, by dimension; joint = of the whole
-            latent; ordinary = mean KL of the posteriors, which also penalises information [marginal].
-        kl_weight: Weight of the KL [0.1; paper 1, which leaves latents of a few minutes' training little to say].
-        kl_draws: Draws per posterior behind it [16].
+            latent; ordinary = mean KL of the posteriors, which also penalises information.
+        kl_weight: Weight of the KL; the published 1 leaves latents of a few minutes' training little to say.
+        kl_draws: Draws per posterior behind it.
         contrast_weight: Weight of telling a response's own latent from those of others to the prompt, by the
-            likelihood it gives [1; paper 0 in the first stage].
-        num_negatives: How many others, drawn anew in each step; paper: all [3].
-        skip: Whether latents also get the gradient of the last hidden states by a short way that no value passes
-            [true; paper in the first stage alone].
+            likelihood it gives.
+        num_negatives: How many others, drawn anew in each step; null = all.
+        skip: Whether latents also get the gradient of the last hidden states by a short way that no value passes.
         seed: Seed of what is drawn at the start and in evaluation.
-        lr: Learning rate [0.001; paper 0.0001].
-        weight_decay: Decoupled weight decay of AdamW.
-        warmup: Share of all steps in which the learning rate rises from zero.
-        schedule: How it goes on: constant, or falling to zero along a line or a cosine.
-        batch_tokens: Most tokens that are scored at once outside training.
+        lr: Learning rate.
+        schedule: How the learning rate goes on after its warm-up: constant or falling to zero along a line or a cosine.
+        **options: See `plm.method.policy.PolicyMethod`.
     """
 
     def __init__(
@@ -108,47 +102,41 @@ class CLaP(PolicyMethod):
         num_users: int,
         feature_dim: int,
         backbone: dict[str, Any] | None = None,
-        preset: Preset = "fast",
         unfreeze: bool = False,
         init_from: str | None = None,
-        latent_dim: int | None = None,
-        num_queries: int | None = None,
-        num_virtual_tokens: int | None = None,
-        encoder_layers: int | None = None,
-        prompt_in_posterior: bool | None = None,
-        fix_entropy: bool | None = None,
-        deterministic: bool | None = None,
-        train_embeddings: bool | None = None,
-        hidden_dim: int | None = None,
-        placement: Placement | None = None,
-        gated: bool | None = None,
-        kl: KL | None = None,
-        kl_weight: float | None = None,
-        kl_draws: int | None = None,
-        contrast_weight: float | None = None,
-        num_negatives: int | None = None,
-        skip: bool | None = None,
+        latent_dim: int = 32,
+        num_queries: int = 4,
+        num_virtual_tokens: int = 4,
+        encoder_layers: int = 2,
+        prompt_in_posterior: bool = True,
+        fix_entropy: bool = False,
+        deterministic: bool = False,
+        train_embeddings: bool = False,
+        placement: Placement = "suffix",
+        gated: bool = False,
+        kl: KL = "marginal",
+        kl_weight: float = 0.1,
+        kl_draws: int = 16,
+        contrast_weight: float = 1.0,
+        num_negatives: int | None = 3,
+        skip: bool = True,
         seed: int = 0,
-        lr: float | None = None,
-        weight_decay: float = 0.0,
-        warmup: float = 0.1,
+        lr: float = 1e-3,
         schedule: Schedule = "constant",
-        batch_tokens: int = 16384,
+        **options: Any,
     ) -> None:
-        values = locals()
-        options = resolved(preset, unfreeze, {name: values[name] for name in Options.__dataclass_fields__})
         super().__init__(
-            num_users=num_users,
-            feature_dim=feature_dim,
-            backbone=backbone,
-            lr=options.lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            batch_tokens=batch_tokens,
+            num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr, schedule=schedule, **options
         )
-        self.options, self.trains_policy, self.init_from, self.seed = options, unfreeze, init_from, seed
-        self._health = Health(options.latent_dim)
+        check_options(self.hparams)
+        self.trains_policy, self.init_from, self.seed = unfreeze, init_from, seed
+        self.latent_dim, self.num_queries, self.encoder_layers = latent_dim, num_queries, encoder_layers
+        self.prompt_in_posterior, self.fix_entropy, self.deterministic = prompt_in_posterior, fix_entropy, deterministic
+        self.train_embeddings, self.num_virtual_tokens = train_embeddings, num_virtual_tokens
+        self.placement, self.gated, self.has_skip = placement, gated, skip
+        self.kl, self.kl_weight, self.kl_draws = kl, kl_weight, kl_draws
+        self.contrast_weight, self.num_negatives = contrast_weight, num_negatives
+        self._health = Health(latent_dim)
 
     # ------------------------------------------------------------------ parameters
     encoder: PosteriorEncoder
@@ -156,31 +144,29 @@ class CLaP(PolicyMethod):
 
     def build(self, policy: Policy) -> None:
         """Add encoder, adapter and skip; free the language model in the second stage."""
-        options = self.options
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.encoder = PosteriorEncoder(
                 policy,
-                options.latent_dim,
-                options.num_queries,
-                options.encoder_layers,
-                reads_prompt=options.prompt_in_posterior,
-                fix_entropy=options.fix_entropy,
-                train_embeddings=options.train_embeddings,
+                self.latent_dim,
+                self.num_queries,
+                self.encoder_layers,
+                reads_prompt=self.prompt_in_posterior,
+                fix_entropy=self.fix_entropy,
+                train_embeddings=self.train_embeddings,
                 seed=self.seed,
             )
             self.adapter = LatentAdapter(
                 policy,
-                options.latent_dim,
-                options.num_virtual_tokens,
-                options.hidden_dim,
-                options.placement,
-                gated=options.gated,
+                self.latent_dim,
+                self.num_virtual_tokens,
+                self.placement,
+                gated=self.gated,
                 train_maps=self.trains_policy,
             )
             width = int(policy.network.config.hidden_size)
-            skip = (nn.Linear(options.latent_dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
-            self.skip = nn.Sequential(*skip) if options.skip else None
+            skip = (nn.Linear(self.latent_dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
+            self.skip = nn.Sequential(*skip) if self.has_skip else None
         policy.network.requires_grad_(self.trains_policy)
 
     def setup(self, stage: str) -> None:
@@ -198,20 +184,20 @@ class CLaP(PolicyMethod):
         """
         checkpoint = read_checkpoint(path)
         self.on_load_checkpoint(checkpoint)
-        saved, own = checkpoint["state_dict"], super().state_dict()
+        saved, current = checkpoint["state_dict"], super().state_dict()
         parts = ("encoder.", "adapter.", "policy.")
         wanted = {name: value for name, value in saved.items() if name.startswith(parts)}
         missing = [name for name in self.state_dict() if name.startswith(parts[:2]) and name not in saved]
         if not self.trains_policy:
-            missing += [name for name in wanted if name not in own]
+            missing += [name for name in wanted if name not in current]
         else:
             missing = [name for name in missing if not name.startswith("adapter.maker.")]
-        strange = [name for name, value in wanted.items() if name not in own or own[name].shape != value.shape]
+        strange = [name for name, value in wanted.items() if name not in current or current[name].shape != value.shape]
         if missing or strange or not wanted:
             shown = ", ".join([*missing, *strange][:3]) or "no encoder and adapter"
             raise ValueError(
                 f"model.init_from: {path!r} does not fit ({shown}); give the checkpoint of a CLaP model with the same "
-                "latent_dim, num_queries, num_virtual_tokens, encoder_layers, hidden_dim and gated"
+                "latent_dim, num_queries, num_virtual_tokens, encoder_layers and gated"
             )
         self.load_state_dict(wanted, strict=False)
 
@@ -238,53 +224,51 @@ class CLaP(PolicyMethod):
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean over prompts of reconstruction, KL and contrast."""
-        assert isinstance(batch.chosen, Tokens) and isinstance(batch.rejected, Tokens)
-        groups = group_by_prompt(Tokens.cat([batch.chosen, batch.rejected]))
-        options = self.options
-        negatives = options.num_negatives if options.contrast_weight else 0
+        groups = group_by_prompt(Tokens.cat(batch.tokens))
+        negatives = self.num_negatives if self.contrast_weight else 0
         terms = self._terms(groups, None, negatives, self.skip)
-        loss = terms.reconstruction.mean() + options.kl_weight * terms.kl.mean()
+        loss = terms.reconstruction.mean() + self.kl_weight * terms.kl.mean()
         out = {"reconstruction": terms.reconstruction.mean(), "kl": terms.kl.mean()}
         if terms.contrast is not None:
             contrast = groups.padded(terms.contrast.loss).sum(-1) / groups.mask.sum(-1)
-            loss = loss + options.contrast_weight * contrast.mean()
+            loss = loss + self.contrast_weight * contrast.mean()
             out |= {"contrast": contrast.mean(), "contrastive_accuracy": terms.contrast.correct.float().mean()}
         return {"loss": loss, **out}
 
     def _terms(
         self, groups: PromptGroups, generator: torch.Generator | None, num_negatives: int | None, skip: nn.Module | None
     ) -> Terms:
-        """Everything about some prompts; what is random comes from ``generator``, on the CPU, or the device's own."""
-        options, (count, device) = self.options, (len(groups.group), self.device)
+        """Terms of some prompts; random numbers come from ``generator``, on the CPU, or by default from the device."""
+        count, device = len(groups.group), self.device
         encoded = self.encoder(groups.tokens)
         posteriors = Posteriors(groups.padded(encoded.mean), groups.padded(encoded.log_var), groups.mask)
         latent = encoded.mean
-        if not options.deterministic:
+        if not self.deterministic:
             latent = latent + (0.5 * encoded.log_var).exp() * _normal(latent.shape, generator, device)
-        if options.kl == "ordinary":
+        if self.kl == "ordinary":
             kl = mean_kl(posteriors)
         else:
-            shape = (*groups.mask.shape, options.kl_draws, options.latent_dim)
-            kl = density_gap(posteriors, _normal(shape, generator, device), joint=options.kl == "joint")
+            shape = (*groups.mask.shape, self.kl_draws, self.latent_dim)
+            kl = density_gap(posteriors, _normal(shape, generator, device), joint=self.kl == "joint")
         if num_negatives == 0:
             place = groups.place[:, None]
         else:
             order = _uniform((count, groups.mask.shape[1]), generator, device)
             place = candidates(groups.mask, groups.group, groups.place, num_negatives, order)
-        known = place >= 0
-        text, column = known.nonzero(as_tuple=True)
+        present = place >= 0
+        text, column = present.nonzero(as_tuple=True)
         other = groups.row[groups.group[text], place[text, column]]
         steered = SteeredTexts(self.policy, self.adapter, groups.tokens, groups.group, latent)
         hidden, token, row = steered.predictions(text, other)
-        nll = latent.new_zeros(place.shape).masked_scatter(known, -self._totals(hidden, token, row, len(text)))
-        own = nll[:, 0]
+        nll = latent.new_zeros(place.shape).masked_scatter(present, -self._totals(hidden, token, row, len(text)))
+        own_nll = nll[:, 0]
         if skip is not None:
-            mine = (text == other)[row]
-            source = text[row[mine]]
-            skipped = gradient_only(hidden[mine], skip(latent)[source])
-            own = -self._totals(skipped, token[mine], source, count)
-        reconstruction = groups.padded(own).sum(-1) / groups.mask.sum(-1)
-        contrast = None if num_negatives == 0 else likelihood_contrast(nll, known)
+            is_own = (text == other)[row]
+            source = text[row[is_own]]
+            skipped = gradient_only(hidden[is_own], skip(latent)[source])
+            own_nll = -self._totals(skipped, token[is_own], source, count)
+        reconstruction = groups.padded(own_nll).sum(-1) / groups.mask.sum(-1)
+        contrast = None if num_negatives == 0 else likelihood_contrast(nll, present)
         return Terms(reconstruction, kl, contrast, posteriors, encoded.mean)
 
     def _totals(self, hidden: Tensor, token: Tensor, row: Tensor, num_rows: int) -> Tensor:
@@ -293,15 +277,15 @@ class CLaP(PolicyMethod):
 
     # ------------------------------------------------------------------ evaluation
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Margins ``(B,)``, the same for every user, so computed once; keeps what ``report`` tells."""
-        assert isinstance(batch.chosen, Tokens) and isinstance(batch.rejected, Tokens)
-        nobody = self.population_state(batch.num_pairs)
-        margin = self._score(batch.chosen, nobody) - self._score(batch.rejected, nobody)
+        """Margins ``(B,)``, computed once as they are the same for every user; keeps the sums behind ``report``."""
+        chosen, rejected = batch.tokens
+        population = self.population_state(batch.num_pairs)
+        margin = self._score(chosen, population) - self._score(rejected, population)
         facts = {"margin": margin}
         if batch.num_shots is None:
             facts["population_margin"] = margin
             generator = torch.Generator().manual_seed(self.seed)
-            for groups in group_by_prompt(Tokens.cat([batch.chosen, batch.rejected])).parts(self.batch_tokens):
+            for groups in group_by_prompt(Tokens.cat([chosen, rejected])).parts(self.batch_tokens):
                 self._examine(groups, generator)
         if batch.other_index is not None or batch.other_row is not None:
             facts["other_margin"] = margin
@@ -310,12 +294,12 @@ class CLaP(PolicyMethod):
     @torch.no_grad()
     def _examine(self, groups: PromptGroups, generator: torch.Generator) -> None:
         """Add some prompts to the health of the model; every response is contrasted with all others."""
-        terms, options = self._terms(groups, generator, None, None), self.options
+        terms = self._terms(groups, generator, None, None)
         assert terms.contrast is not None
         size = groups.mask.sum(-1)
         contrast = groups.padded(terms.contrast.loss).sum(-1) / size
-        loss = terms.reconstruction + options.kl_weight * terms.kl + options.contrast_weight * contrast
-        noise = _normal((*groups.mask.shape, options.kl_draws, options.latent_dim), generator, self.device)
+        loss = terms.reconstruction + self.kl_weight * terms.kl + self.contrast_weight * contrast
+        noise = _normal((*groups.mask.shape, self.kl_draws, self.latent_dim), generator, self.device)
         several = (size > 1)[groups.group]
         prior = _normal(terms.mean.shape, generator, self.device)
         self._health.add(
@@ -343,16 +327,16 @@ class CLaP(PolicyMethod):
         return self._totals(*steered.predictions(rows, rows), len(rows))
 
     def on_validation_epoch_start(self) -> None:
-        """Examine anew."""
+        """Forget what was evaluated before."""
         super().on_validation_epoch_start()
         self._health.clear()
 
     def on_test_epoch_start(self) -> None:
-        """Examine anew."""
+        """Forget what was evaluated before."""
         self._health.clear()
 
     def report(self) -> dict[str, float]:
-        """What was last evaluated, means over prompts or responses, in nats where nothing else is said.
+        """Means over the prompts or responses that were last evaluated, in nats unless otherwise stated.
 
         ``loss`` and its parts ``reconstruction``, ``kl`` and ``contrast``; ``mutual_information`` of latent and
         response, at most ``log_num_responses``; ``active_units``, how many dimensions are used;
@@ -370,23 +354,23 @@ class CLaP(PolicyMethod):
         latent = users.tensors["latent"].to(self.device)
         out = torch.zeros(responses.num_rows, device=self.device)
         for rows in self.chunks(responses):
-            own = torch.arange(len(rows), device=self.device)
+            place = torch.arange(len(rows), device=self.device)
             tokens = responses.take(rows).trimmed()
-            steered = SteeredTexts(self.policy, self.adapter, tokens, own, latent[rows])
-            out[rows] = self._totals(*steered.predictions(own, own), len(rows))
+            steered = SteeredTexts(self.policy, self.adapter, tokens, place, latent[rows])
+            out[rows] = self._totals(*steered.predictions(place, place), len(rows))
         return out
 
     def user_states(self, user_index: Tensor) -> UserState:
-        """Nothing is known about anybody."""
+        """The population state, for nothing is learned about users."""
         return self.population_state(len(user_index))
 
     def population_state(self, num_users: int) -> UserState:
         """The prior's mean."""
-        latent = torch.zeros(num_users, self.options.latent_dim, device=self.device)
+        latent = torch.zeros(num_users, self.latent_dim, device=self.device)
         return UserState({"latent": latent}, torch.zeros(num_users, dtype=torch.long, device=self.device))
 
     def _adapt(self, context: Context) -> UserState:
-        """Nothing is learned from pairs."""
+        """The population state, for nothing is learned from pairs."""
         return self.population_state(context.num_users)._replace(num_pairs=context.mask.sum(-1))
 
     def writing(self, users: UserState, prompts: Sequence[str]) -> SteeredWriting:

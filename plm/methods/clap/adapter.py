@@ -31,7 +31,6 @@ class LatentAdapter(nn.Module):
         policy: The network that is steered.
         latent_dim: Latent width Z.
         num_virtual_tokens: Virtual tokens p of every layer.
-        hidden_dim: Hidden width; None = the network's width, or its square root where that is above 1,024.
         placement: ``prefix`` before the prompt, as published; ``suffix`` before the prompt's last token, so that what
             comes before is read once for all latents.
         gated: Whether attention to the virtual tokens is multiplied by a learned gate that starts closed, so that an
@@ -44,7 +43,6 @@ class LatentAdapter(nn.Module):
         policy: Policy,
         latent_dim: int,
         num_virtual_tokens: int,
-        hidden_dim: int | None,
         placement: Placement,
         *,
         gated: bool,
@@ -53,7 +51,7 @@ class LatentAdapter(nn.Module):
         super().__init__()
         self.maker = KeyValueMaker(policy, train_maps)
         width = int(policy.network.config.hidden_size)
-        hidden = hidden_dim or (width if width <= WIDE else math.isqrt(width))
+        hidden = width if width <= WIDE else math.isqrt(width)
         self.num_virtual_tokens, self.placement = num_virtual_tokens, placement
         self.maps = nn.ModuleList(
             nn.Sequential(nn.Linear(latent_dim, hidden), nn.GELU(), nn.Linear(hidden, num_virtual_tokens * width))

@@ -16,7 +16,7 @@ from plm.types import Tokens
 
 
 class Encoded(NamedTuple):
-    """What the encoder says of B texts."""
+    """Posteriors and hidden states of B texts."""
 
     mean: Tensor
     """``(B, Z)``."""
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 class PosteriorEncoder(nn.Module):
     """Reads a text and says which latents it may have come from: N(0, I) for every text before training.
 
-    Queries follow the text, so that each sees all of it, and each speaks for its share of the dimensions. Positions and
+    Queries follow the text, so that each sees all of it, and each gives its share of the dimensions. Positions and
     masks are explicit: padding, on either side, changes nothing, and an end token is read like any other.
 
     Args:
@@ -76,7 +76,7 @@ class PosteriorEncoder(nn.Module):
         words = self.network.get_input_embeddings()(tokens.input_ids).to(queries.dtype)
         mask = torch.cat([read, read.new_ones(queries.shape[:2])], 1)
         position = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        if hasattr(self.network, "wpe"):  # learned positions end somewhere
+        if hasattr(self.network, "wpe"):  # learned positions have a last one
             position = position.clamp(max=self.network.config.max_position_embeddings - 1)
         hidden = self.network(
             inputs_embeds=torch.cat([words, queries], 1),

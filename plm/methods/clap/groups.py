@@ -1,4 +1,4 @@
-"""The responses of a batch of pairs, by prompt: what CLaP learns from is a prompt with all its responses.
+"""Groups the responses of a batch of pairs by prompt: CLaP learns from a prompt with all its responses.
 
 Axes: B pairs, R distinct texts, G prompts, N responses of a prompt (padded).
 """
@@ -41,11 +41,11 @@ class PromptGroups(NamedTuple):
         count, width = self.mask.sum(-1), self.tokens.input_ids.shape[1]
         cost, first = (count * count * width).tolist(), (count.cumsum(0) - count).tolist()
         parts, start, total = [], 0, 0
-        for number, own in enumerate(cost):
-            if number > start and total + own > max_tokens:
+        for number, tokens in enumerate(cost):
+            if number > start and total + tokens > max_tokens:
                 parts.append(self._slice(start, number, first[start], first[number]))
                 start, total = number, 0
-            total += own
+            total += tokens
         return [*parts, self._slice(start, len(cost), first[start], len(self.group))]
 
     def _slice(self, start: int, end: int, first: int, last: int) -> PromptGroups:
@@ -60,9 +60,9 @@ def group_by_prompt(tokens: Tokens) -> PromptGroups:
     seen: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     parts = zip(*(value.tolist() for value in tokens[:3]), strict=True)
     for row, (ids, attended, completion) in enumerate(parts):
-        kept = [(token, own) for token, real, own in zip(ids, attended, completion, strict=True) if real]
-        prompt = tuple(token for token, own in kept if not own)
-        text = prompt, tuple(token for token, own in kept if own)
+        kept = [(token, response) for token, real, response in zip(ids, attended, completion, strict=True) if real]
+        prompt = tuple(token for token, response in kept if not response)
+        text = prompt, tuple(token for token, response in kept if response)
         if text not in seen:
             seen.add(text)
             prompts.setdefault(prompt, []).append(row)

@@ -1,4 +1,4 @@
-"""Whether a CLaP model works: sums over evaluated responses, and the numbers they give.
+"""Measures whether a CLaP model works: sums over evaluated responses, and the numbers they give.
 
 Axes: R responses, G prompts, Z latent width.
 """

@@ -1,4 +1,4 @@
-"""What a trained CLaP model makes of texts: latents for Latent DPO, features of prompts, and texts from latents.
+"""Reads a trained CLaP model as a backbone: latents for Latent DPO, features of prompts, and texts from latents.
 
 Axes: N texts, B texts of one batch, D width, Z latent width.
 """
@@ -33,17 +33,27 @@ from plm.checkpoint import find_class, load_method, read_checkpoint
 from plm.method import CHECKPOINT_KEY
 from plm.methods.clap import CLaP
 from plm.methods.clap.encoder import PosteriorEncoder
-from plm.methods.clap.options import Options, resolved
 from plm.types import Tokens, UserState
 from plm.users import shared_hash
 
 BATCH_TOKENS = 8192
+DECISIVE = (
+    "latent_dim",
+    "num_queries",
+    "prompt_in_posterior",
+    "fix_entropy",
+    "num_virtual_tokens",
+    "placement",
+    "gated",
+)
+"""Options of `CLaP` that decide, beside the weights, which latents a text has and which texts a latent."""
 _LOADED: WeakValueDictionary[str, CLaP] = WeakValueDictionary()
-"""Models by their content, while anybody holds them: who scores and who writes hold the same one."""
+"""Models by their content, while they are in use. The encoder of texts and the method that writes each build a
+`ClapLatents` from a spec of their own; without this the language model would be in memory twice."""
 
 
-class _About(NamedTuple):
-    """What a checkpoint says of a CLaP model."""
+class _Facts(NamedTuple):
+    """What a checkpoint says about a CLaP model."""
 
     content: str
     """Hash of all that decides latents and texts."""
@@ -63,9 +73,9 @@ class ClapLatents(LatentBackbone):
     Args:
         checkpoint: A checkpoint of `CLaP`, kept as an absolute path.
         prompts: Features of prompts: ``hidden`` states that its encoder makes of prompts alone, or their ``tokens``,
-            for people who have an encoder of their own (``model.family: full``).
-        content: Hash that the checkpoint must have, as ``spec`` writes it down: people belong to one CLaP model. With
-            it, as when people are loaded, the environment variable PLM_CLAP names the checkpoint wherever it is now.
+            for users who have an encoder of their own (``model.family: full``).
+        content: Hash that the checkpoint must have, as ``spec`` writes it down: users belong to one CLaP model. With
+            it, as when users are loaded, the environment variable PLM_CLAP names the checkpoint wherever it is now.
     """
 
     def __init__(
@@ -79,7 +89,7 @@ class ClapLatents(LatentBackbone):
         self._method: CLaP | None = None
 
     @cached_property
-    def _about(self) -> _About:
+    def _facts(self) -> _Facts:
         """What is read from the checkpoint, once."""
         if not Path(self.checkpoint).is_file():
             raise ValueError(
@@ -87,21 +97,21 @@ class ClapLatents(LatentBackbone):
                 "exist; set data.backbone.init_args.checkpoint, or, for people already learned, name it in the "
                 "environment as PLM_CLAP or put it under that name beside their checkpoint"
             )
-        held = read_checkpoint(self.checkpoint)
-        about, hparams = held[CHECKPOINT_KEY], held["hyper_parameters"]
-        if not issubclass(find_class(about["class_path"]), CLaP):
-            raise ValueError(f"expected a checkpoint of CLaP, got one of {about['class_path']} in {self.checkpoint!r}")
-        given = {name: hparams[name] for name in Options.__dataclass_fields__}
-        options = resolved(hparams["preset"], hparams["unfreeze"], given)
-        weights = shared_hash(held["state_dict"])
-        content = hashlib.sha256(f"{weights} {about['base_model']} {options!r}".encode()).hexdigest()[:16]
+        saved = read_checkpoint(self.checkpoint)
+        metadata, hparams = saved[CHECKPOINT_KEY], saved["hyper_parameters"]
+        if not issubclass(find_class(metadata["class_path"]), CLaP):
+            raise ValueError(
+                f"expected a checkpoint of CLaP, got one of {metadata['class_path']} in {self.checkpoint!r}"
+            )
+        weights, options = shared_hash(saved["state_dict"]), [hparams[name] for name in DECISIVE]
+        content = hashlib.sha256(f"{weights} {metadata['base_model']} {options!r}".encode()).hexdigest()[:16]
         if self._expected not in (None, content):
             raise ValueError(
                 f"expected the CLaP model {self._expected}, got {content} in {self.checkpoint!r}: latents of one model "
                 "mean nothing to another, nor do people who were learned on them; give the checkpoint they were "
                 "learned on, or learn them again"
             )
-        return _About(content, 2 * options.latent_dim, int(hparams["feature_dim"]), hparams["backbone"])
+        return _Facts(content, 2 * int(hparams["latent_dim"]), int(hparams["feature_dim"]), hparams["backbone"])
 
     @property
     def content(self) -> str:
@@ -110,12 +120,12 @@ class ClapLatents(LatentBackbone):
         Raises:
             ValueError: If the checkpoint is not one of CLaP, or has another hash than was asked for.
         """
-        return self._about.content
+        return self._facts.content
 
     @property
     def feature_dim(self) -> int:
         """Width 2Z of the features."""
-        return self._about.feature_dim
+        return self._facts.feature_dim
 
     def key(self) -> Key:
         """The content of the checkpoint, wherever it lies."""
@@ -127,22 +137,17 @@ class ClapLatents(LatentBackbone):
 
     @cached_property
     def causal_lm(self) -> CausalLM:
-        """What cuts texts into tokens; no weights are read."""
-        return cast(CausalLM, Backbone.from_spec(self._about.policy))
+        """The language model's tokenizer and limits; no weights are read."""
+        return cast(CausalLM, Backbone.from_spec(self._facts.policy))
 
     @property
-    def prompt_backbone(self) -> ClapPrompts | ClapTokens:
-        """The same encoder, of prompts alone; or what it would read."""
-        return ClapTokens(self) if self.prompts_as_tokens else ClapPrompts(self)
-
-    @property
-    def prompts_as_tokens(self) -> bool:
-        """Whether the features of prompts are their token ids."""
-        return self.prompts == "tokens"
+    def prompt_backbone(self) -> ClapPrompts | CausalLM:
+        """The same encoder, of prompts alone; or the language model, whose tokens it would read."""
+        return self.causal_lm if self.prompts == "tokens" else ClapPrompts(self)
 
     def prompt_encoder(self) -> PromptEncoder:
         """The encoder with a head of zeros."""
-        return PromptEncoder(self.method.encoder, self.method.options.train_embeddings)
+        return PromptEncoder(self.method.encoder, self.method.train_embeddings)
 
     @property
     def method(self) -> CLaP:
@@ -166,12 +171,12 @@ class ClapLatents(LatentBackbone):
         return self._encoded(rows, self.feature_dim, lambda read: torch.cat([read.mean, read.log_var], 1))
 
     def _encoded(self, rows: Sequence[Completion], width: int, values: Any) -> Tensor:
-        """What the encoder says of texts, ``(N, width)``, in batches of similar length."""
+        """Posteriors or hidden states of texts, ``(N, width)``, read in batches of similar length."""
         out = torch.empty(len(rows), width)
         order = sorted(enumerate(rows), key=lambda item: sum(map(len, item[1])), reverse=True)
         start, method = 0, self.method
         while start < len(order):
-            longest = sum(map(len, order[start][1])) + method.options.num_queries
+            longest = sum(map(len, order[start][1])) + method.num_queries
             part = order[start : start + max(1, BATCH_TOKENS // longest)]
             tokens = completion_tokens([row for _, row in part]).to(method.device)
             with torch.inference_mode():
@@ -191,8 +196,8 @@ class ClapLatents(LatentBackbone):
 
     def writing(self, latents: Tensor) -> TextWriter:
         """A batch of texts to be written, one for each of the latents ``(B, Z)``."""
-        nobody = torch.zeros(len(latents), dtype=torch.long)
-        return self.method.writing(UserState({"latent": latents}, nobody), [])
+        num_pairs = torch.zeros(len(latents), dtype=torch.long)
+        return self.method.writing(UserState({"latent": latents}, num_pairs), [])
 
     @torch.no_grad()
     def log_ratios(self, tokens: Tokens, latents: Tensor) -> Tensor:
@@ -218,7 +223,7 @@ class ClapPrompts(Backbone):
     @property
     def feature_dim(self) -> int:
         """Width D of the encoder."""
-        return self.latents._about.prompt_dim
+        return self.latents._facts.prompt_dim
 
     def key(self) -> Key:
         """The content of the checkpoint."""
@@ -238,44 +243,8 @@ class ClapPrompts(Backbone):
         return self.latents._encoded(rows, self.feature_dim, lambda read: read.hidden)
 
 
-class ClapTokens(Backbone):
-    """Token ids ``(N, T)`` of prompts, padded by -1 to the longest that the language model takes.
-
-    Args:
-        latents: The model.
-    """
-
-    def __init__(self, latents: ClapLatents) -> None:
-        self.latents = latents
-
-    @property
-    def feature_dim(self) -> int:
-        """Tokens T of the longest prompt."""
-        return self.latents.causal_lm.max_prompt_length or self.latents.causal_lm.max_tokens - 1
-
-    def key(self) -> Key:
-        """The content of the checkpoint."""
-        return {**self.latents.key(), "features": "prompt_tokens"}
-
-    def render(self, prompt: str, response: str) -> str:
-        """The prompt, which stands where a response would: there is none before it."""
-        return response
-
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Token ids ``(N, T)``.
-
-        Raises:
-            ValueError: For a prompt that leaves no room for a response.
-        """
-        out = torch.full((len(texts), self.feature_dim), -1.0)
-        for row, text in zip(out, texts, strict=True):
-            ids = self.latents.causal_lm.prompt_tokens(text)
-            row[: len(ids)] = torch.tensor(ids, dtype=torch.float32)
-        return out
-
-
 class PromptEncoder(nn.Module):
-    """A posterior encoder that reads prompts alone: p(z|x) of one person, N(0, I) before training.
+    """A posterior encoder that reads prompts alone: p(z|x) of one user, N(0, I) before training.
 
     Args:
         encoder: What is copied, all but its head, which starts at zero.
@@ -289,10 +258,8 @@ class PromptEncoder(nn.Module):
         nn.init.zeros_(self.encoder.head.weight)
         nn.init.zeros_(self.encoder.head.bias)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """``(B, T)`` token ids padded by -1 -> ``(B, 2Z)``."""
-        known = ids >= 0
-        kept = known.any(0)
-        known = known[:, kept]
-        read = self.encoder(Tokens(ids[:, kept].clamp_min(0).long(), known, known))
-        return torch.cat([read.mean, read.log_var], -1)
+    def forward(self, prompts: Tokens) -> Tensor:
+        """Prompts ``(B, T)`` -> ``(B, 2Z)``."""
+        prompts = prompts.trimmed()
+        encoded = self.encoder(prompts._replace(completion_mask=prompts.attention_mask))  # read like a response
+        return torch.cat([encoded.mean, encoded.log_var], -1)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from plm.functional import kl_to_prior
+
 LOG_VAR_BOUNDS = (-8.0, 4.0)
 """Where log-variances are clamped."""
 
@@ -42,18 +44,9 @@ def log_densities(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return -0.5 * (math.log(math.tau) + log_var + (latent - mean).square() * (-log_var).exp())
 
 
-def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_var)) || N(0, I)): ``(..., Z)`` -> ``(...)`` nats.
-
-    >>> kl_to_prior(torch.tensor([2.0, 0.0]), torch.zeros(2))
-    tensor(2.)
-    """
-    return 0.5 * (log_var.exp() + mean.square() - 1.0 - log_var).sum(-1)
-
-
 def mean_kl(posteriors: Posteriors) -> Tensor:
     """Mean over responses of KL(q_k || p), the KL of the ordinary evidence bound: ``(G,)``."""
-    return _mean_over(kl_to_prior(posteriors.mean, posteriors.log_var), posteriors.mask)
+    return _mean_over(kl_to_prior(posteriors.mean, posteriors.log_var).sum(-1), posteriors.mask)
 
 
 def _log_aggregate(latent: Tensor, posteriors: Posteriors, *, joint: bool) -> Tensor:
@@ -100,7 +93,7 @@ def mutual_information(posteriors: Posteriors, noise: Tensor) -> Tensor:
 
 
 class Contrast(NamedTuple):
-    """How well each response's own latent is told from other responses' by the likelihood it gives."""
+    """How well the likelihood tells each response's own latent from those of others."""
 
     loss: Tensor
     """``(R,)`` cross-entropy in nats; log C where latents make no difference."""
@@ -130,7 +123,7 @@ def likelihood_contrast(nll: Tensor, mask: Tensor) -> Contrast:
 
 
 def candidates(mask: Tensor, group: Tensor, place: Tensor, num_negatives: int | None, order: Tensor) -> Tensor:
-    """Which responses lend their latents to each response's contrast: its own first, then others of its prompt.
+    """Choose whose latents each response is contrasted under: its own first, then others of its prompt.
 
     Args:
         mask: ``(G, N)`` bool, True = a response.

@@ -1,91 +1,33 @@
-"""Options of CLaP: its two presets, each with its two stages, and what does not fit together."""
+"""Choices that CLaP offers by name, and which of its options do not fit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
+from plm.messages import Problems
 from plm.methods.clap.adapter import Placement
 
-Preset = Literal["fast", "paper"]
 KL = Literal["marginal", "joint", "ordinary"]
 
 
-@dataclass(frozen=True)
-class Options:
-    """Everything `CLaP` can be told, as its class documents it; the defaults are those of the preset ``fast``."""
-
-    latent_dim: int = 32
-    num_queries: int = 4
-    num_virtual_tokens: int = 4
-    encoder_layers: int = 2
-    prompt_in_posterior: bool = True
-    fix_entropy: bool = False
-    deterministic: bool = False
-    train_embeddings: bool = False
-    hidden_dim: int | None = None
-    placement: Placement = "suffix"
-    gated: bool = False
-    kl: KL = "marginal"
-    kl_weight: float = 0.1
-    kl_draws: int = 16
-    contrast_weight: float = 1.0
-    num_negatives: int | None = 3
-    skip: bool = True
-    lr: float = 1e-3
-
-    def problems(self) -> list[str]:
-        """What is out of range, or contradicts something else."""
-        found = [
-            f"model.{name}: expected an integer >= 1, got {value!r}"
-            for name in (
-                "latent_dim",
-                "num_queries",
-                "num_virtual_tokens",
-                "encoder_layers",
-                "hidden_dim",
-                "kl_draws",
-                "num_negatives",
-            )
-            if (value := getattr(self, name)) is not None and not value >= 1
-        ]
-        found += [
-            f"model.{name}: expected a number >= 0, got {getattr(self, name)!r}"
-            for name in ("kl_weight", "contrast_weight", "lr")
-            if not getattr(self, name) >= 0
-        ]
-        if not found and self.latent_dim % self.num_queries:
-            found.append(
-                f"model.latent_dim: expected a multiple of model.num_queries={self.num_queries}, each of which speaks "
-                f"for its share, got {self.latent_dim!r}"
-            )
-        for name, values in (("placement", get_args(Placement)), ("kl", get_args(KL))):
-            if getattr(self, name) not in values:
-                found.append(f"model.{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
-        return found
-
-
-def resolved(preset: Preset, unfreeze: bool, given: dict[str, object]) -> Options:
-    """Options of a preset and a stage, with those given by hand in their place.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise if options of `CLaP` are out of range or contradict each other.
 
     Raises:
-        ValueError: For whatever is unknown or out of range, in one message.
+        ValueError: With one line for each problem.
     """
-    if preset not in get_args(Preset):
-        raise ValueError(f"model.preset: expected one of {', '.join(get_args(Preset))}, got {preset!r}")
-    base = Options()
-    if preset == "paper":
-        base = replace(
-            base,
-            train_embeddings=True,
-            placement="prefix",
-            kl_weight=1.0,
-            num_negatives=None,
-            contrast_weight=1.0 if unfreeze else 0.0,
-            skip=not unfreeze,
-            lr=1e-4,
-        )
-    options = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    if problems := options.problems():
-        raise ValueError("\n".join(problems))
-    return options
+    problems = Problems("model.")
+    counts = ("latent_dim", "num_queries", "num_virtual_tokens", "encoder_layers", "kl_draws", "num_negatives")
+    problems.integers(1, **{name: options[name] for name in counts})
+    problems.numbers(**{name: options[name] for name in ("kl_weight", "contrast_weight", "lr")})
+    if not problems.found and options["latent_dim"] % options["num_queries"]:
+        share = f"a multiple of model.num_queries={options['num_queries']}, each of which speaks for its share"
+        problems.add("latent_dim", share, options["latent_dim"])
+    problems.choices(
+        placement=(options["placement"], get_args(Placement)),
+        kl=(options["kl"], get_args(KL)),
+    )
+    if options.get("gradient_checkpointing"):
+        problems.add("gradient_checkpointing", "false, for texts are read in parts that share keys and values", True)
+    problems.check()

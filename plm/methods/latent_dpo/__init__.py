@@ -1,12 +1,13 @@
-"""Latent DPO: a person is a small policy over the latent of a language model that never runs while it is learned.
+"""Latent DPO learns a user as a small policy over the latent of a language model that does not run meanwhile.
 
 Paper: Zhang, Bai, Li, Wang, Li, Lin, Rong, "Disentangling Preference Representation and Text Generation for Efficient
     Individual Preference Alignment" (arXiv 2412.20834).
 Reference code: zhangjf-nlp/LatentDPO (no licence; nothing is taken from it).
-Deviations: ``preset: paper`` is the released variant A. Log-densities are exact and their
+Deviations: ``conf/method/latent_dpo_paper.yaml`` is the released variant A. Log-densities are exact and their
     log-variances clamped. The default takes the expected loss of a pair in closed form instead of sampling latents,
-    holds people near the prior by its KL, and keeps their variance at 1. ``preset: newton`` is the exact optimum of a
-    person who is one point of the latent space. Thousands of people train in one batch, each as if alone.
+    holds users near the prior by its KL, and keeps their variance at 1. ``conf/method/latent_dpo_newton.yaml`` is the
+    exact optimum of a user who is one point of the latent space. Thousands of users train in one batch, each as if
+    alone.
 
 Axes: B pairs or responses, U users, N pairs of several users, F width of prompt features, Z latent width, P numbers of
 one user.
@@ -15,76 +16,45 @@ one user.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from plm.backbones import Backbone, LatentBackbone, Policy, TextWriter
+from plm.backbones import Backbone, CausalLM, LatentBackbone, Policy, TextWriter
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable
-from plm.methods.latent_dpo.families import FAMILIES, Family, FamilyName, Full, Variance
+from plm.methods.latent_dpo.families import FAMILIES, Family, Full
 from plm.methods.latent_dpo.maths import Gaussian, draw_latents, gaussian, product_of_experts, response_rewards
-from plm.methods.latent_dpo.newton import solve_people
+from plm.methods.latent_dpo.newton import solve_users
 from plm.methods.latent_dpo.noise import fold, normals
-from plm.methods.latent_dpo.options import PRESETS, Options, Preset
-from plm.methods.latent_dpo.people import People, people_of_batch, people_of_context
+from plm.methods.latent_dpo.options import Options
 from plm.methods.latent_dpo.population import learn, pooled
-from plm.methods.latent_dpo.rules import RuleName
 from plm.methods.latent_dpo.training import (
     make_optimizer,
     num_steps,
     step_in_parts,
     whole_losses,
 )
-from plm.optimizer import RowAdam, clip_rows, row_gradient
-from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.methods.latent_dpo.user_pairs import UserPairs, pairs_of_batch, pairs_of_context
+from plm.optimizer import RowAdam, row_gradient
+from plm.types import Context, PreferenceBatch, Tokens, UserState, take_rows
 
 
 class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
     """A policy p(z|x) over latents per user, learned by DPO from pairs of responses whose latents are cached.
 
     Responses come as the mean and log-variance of their posterior q(z|x,y) side by side. A user's reward of a response
-    is ``beta E log p(z|x) / N(z; 0, I)`` over that posterior. An argument that is null takes the value of the preset;
-    the default preset's is given in brackets.
+    is ``beta E log p(z|x) / N(z; 0, I)`` over that posterior.
 
     Args:
         num_users: Number of seen users; linked from the data.
         feature_dim: Width 2Z of a response, twice that of the latent; linked from the data.
         backbone: What makes the latents; linked from the data.
         prompt_dim: Width F of the prompt features, 0 = the data have none; linked from the data.
-        preset: fast = ours; paper = as published; newton = one point per user, solved exactly.
-        family: vector = one policy for all prompts; linear, mlp = of the prompt's features; full = an encoder of the
-            prompt's tokens for every user, as published; it needs ``prompts: tokens`` of the backbone [mlp; paper full;
-            newton vector].
-        hidden_dim: Hidden width of an mlp [128].
-        variance: unit = 1; free = learned; fixed_entropy = learned, with the entropy of the prior [unit; paper free].
-        rule: What a pair teaches. closed_form = expected loss of posterior draws without drawing; direct = the same,
-            drawn; evidence = latents of a pool whose reward differs most, as published; all_pairs = all latents of the
-            pool, ordered; topk = the best quarter against the worst; soft = all, with soft labels; expectation = the
-            expected latent reward itself; newton = posterior means, solved exactly [closed_form; paper evidence].
-        beta: Strength of the KL term that DPO implies [0.1].
-        kl_coef: Weight of the KL to the prior in nats. Hard labels have no finite optimum without it and leave the
-            region the decoder was trained on [0.01; paper 0].
-        num_samples: Latents drawn per source [16].
-        evidence_ratio: Share of the unordered pairs of latents that evidence keeps [0.5].
-        posterior_draws: Whether pools hold draws of the responses' posteriors besides those of the prior [true].
-        marginal: Whether every latent dimension is a problem of its own [false].
-        batch_size: Most pairs of a user in a step [64].
-        num_steps: Steps of a user; 0 = one pass over the user's pairs [200; paper 0].
-        warmup: Share of a user's steps over which the learning rate rises [0; paper 0.1].
-        clip_norm: Longest gradient of a user; 0 = no bound [0].
-        weight_decay: AdamW's [0].
-        patience: Validations without improvement after which a user stops; users are served by their best policy. 0 =
-            users are served by their last policy [0; paper 10].
         seed: Seed of what is drawn; every user draws from a stream of the user's own.
-        lr: Learning rate [0.001; paper 0.0001].
-        latent_temperature: What the standard deviation of a policy is multiplied by when a user writes, or the
-            population, each text from a draw of its own; 0 = the mean, as published [1; paper 0].
-        max_latent_norm: Longest latent to write from in units of sqrt(Z), beyond which the model that writes was not
-            trained; null = no bound.
+        **options: See `plm.methods.latent_dpo.options.Options`.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "latents"
@@ -96,40 +66,17 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         feature_dim: int,
         backbone: dict[str, Any] | None = None,
         prompt_dim: int = 0,
-        preset: Preset = "fast",
-        family: FamilyName | None = None,
-        hidden_dim: int | None = None,
-        variance: Variance | None = None,
-        rule: RuleName | None = None,
-        beta: float | None = None,
-        kl_coef: float | None = None,
-        num_samples: int | None = None,
-        evidence_ratio: float | None = None,
-        posterior_draws: bool | None = None,
-        marginal: bool | None = None,
-        batch_size: int | None = None,
-        num_steps: int | None = None,
-        warmup: float | None = None,
-        clip_norm: float | None = None,
-        weight_decay: float | None = None,
-        patience: int | None = None,
         seed: int = 0,
-        lr: float | None = None,
-        latent_temperature: float | None = None,
-        max_latent_norm: float | None = None,
+        **options: Any,
     ) -> None:
-        values = locals()
-        if preset not in PRESETS:
-            raise ValueError(f"model.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-        given = {name: values[name] for name in Options.__dataclass_fields__ if values[name] is not None}
-        options = replace(PRESETS[preset], **given)
-        problems = options.problems() + options.without_effect(set(given))
+        settings = Options(**options)
+        problems = settings.problems()
         if feature_dim < 2 or feature_dim % 2:
-            problems.append(f"expected features of even width, mean and log-variance side by side, got {feature_dim!r}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=options.lr)
-        self.preset, self.options, self.prompt_dim, self.seed = preset, options, prompt_dim, seed
+            expected = "features of even width, mean and log-variance side by side"
+            problems.say(f"expected {expected}, got {feature_dim!r}")
+        problems.check()
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=settings.lr)
+        self.options, self.prompt_dim, self.seed = settings, prompt_dim, seed
         self.family = self._family()
         self.automatic_optimization = False
         self.start: Tensor
@@ -143,27 +90,28 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         start = self.family.initial(seed)
         self.register_buffer("start", start)
         self.register_buffer("population", start.clone())
-        self.policies = torch.nn.Parameter(start.repeat(num_users, 1), requires_grad=options.rule != "newton")
+        self.policies = torch.nn.Parameter(start.repeat(num_users, 1), requires_grad=settings.rule != "newton")
         for name in ("steps", "num_pairs"):
             self.register_buffer(name, torch.zeros(num_users, dtype=torch.long))
         self.register_buffer("wanted", torch.ones(num_users, dtype=torch.long), persistent=False)  # steps of each user
-        if options.patience:
+        if settings.patience:
             self.user_tables = (*self.user_tables, "best_policies", "best_loss", "stale")
             self.register_buffer("best_policies", start.repeat(num_users, 1))
             self.register_buffer("best_loss", torch.full((num_users,), torch.inf))
             self.register_buffer("stale", torch.zeros(num_users, dtype=torch.long))
         self._trained = torch.zeros(num_users, dtype=torch.bool)  # rows that this process trains
-        self._cache: tuple[Tensor, Tensor, People] | None = None  # features of the batch they belong to, rows, pairs
+        self._cache: tuple[Tensor, Tensor, UserPairs] | None = None  # features of the batch they belong to, rows, pairs
         self._report: dict[str, Tensor] = {}
 
     def _family(self) -> Family:
-        """What people are; `full` people are made of the model that made the latents.
+        """The family of the users' policies; `Full` is made of the model that made the latents.
 
         Raises:
             ValueError: If prompts come as what the family does not read.
         """
         options, latent_dim = self.options, self.feature_dim // 2
-        tokens = self.hparams.get("backbone") is not None and self.latents.prompts_as_tokens
+        reads = options.family != "vector" and self.can_write
+        tokens = reads and isinstance(self.latents.prompt_backbone, CausalLM)
         if options.family == "full":
             if not (tokens and self.prompt_dim):
                 raise ValueError(
@@ -174,9 +122,9 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         if options.family != "vector" and not self.prompt_dim:
             raise ValueError(
                 f"model.family {options.family} reads features of prompts, got none: set data.prompt_features: true, "
-                "or take model.family vector or model.preset newton, which are the same at every prompt"
+                "or take model.family vector or model.rule newton, which are the same at every prompt"
             )
-        if tokens and options.family != "vector":
+        if tokens:
             raise ValueError(
                 f"model.family {options.family} reads features of prompts, got tokens; set "
                 "data.backbone.init_args.prompts: hidden, or model.family full"
@@ -208,34 +156,32 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
                 "between which users would wander; set data.batch_size null"
             )
         self._trained = torch.zeros_like(self.num_pairs, dtype=torch.bool)
-        everybody = pooled([self._people_of(batch)[1] for batch in self.train_pass()], self.seed)
-        self.population.copy_(learn(everybody, self.start, self.family, self.options)[0])
+        everyone = pooled([self._pairs_of(batch)[1] for batch in self.train_pass()], self.seed)
+        self.population.copy_(learn(everyone, self.start, self.family, self.options)[0])
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean over users of each user's loss at the user's next step, and of the metrics; without a graph."""
-        users, people = self._people(batch)
-        _, metrics = step_in_parts(self.policies[users], self.family, people, self.steps[users], self.options)
+        users, pairs = self._cached_pairs(batch)
+        _, metrics = step_in_parts(self.policies[users], self.family, pairs, self.steps[users], self.options)
         return _means(metrics)
 
     @torch.no_grad()
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One step of every user who has not finished, as if the others were not there."""
-        users, people = self._people(batch)
+        users, pairs = self._cached_pairs(batch)
         optimizer: Any = self.optimizers()
-        self._trained[users], self.num_pairs[users] = True, people.num_pairs
-        self.wanted[users] = num_steps(people, self.options)
+        self._trained[users], self.num_pairs[users] = True, pairs.num_pairs
+        self.wanted[users] = num_steps(pairs, self.options)
         rows = self._unfinished()[users].nonzero()[:, 0]
         if not len(rows):
             return self.policies.new_zeros(())
-        here, active = users[rows], people if len(rows) == len(users) else people.take(rows)
+        here, active = users[rows], pairs if len(rows) == len(users) else pairs.take(rows)
         exact = self.options.rule == "newton"
         if exact:  # before the metrics, which are then those of the solution
-            self.policies[here] = solve_people(active, self.options.beta, self.options.kl_coef)
+            self.policies[here] = solve_users(active, self.options.beta, self.options.kl_coef)
         gradient, metrics = step_in_parts(self.policies[here], self.family, active, self.steps[here], self.options)
         if not exact:
             self.policies.grad = row_gradient(self.policies, here, gradient)
-            if self.options.clip_norm:
-                clip_rows(self.policies, self.options.clip_norm)
         optimizer.step()
         self.policies.grad = None
         self.steps[here] += 1
@@ -243,29 +189,34 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         self.log_dict({f"train/{key}": value for key, value in self._report.items()}, batch_size=batch.num_pairs)
         return self._report["loss"]
 
-    def _people(self, batch: PreferenceBatch) -> tuple[Tensor, People]:
+    def _cached_pairs(self, batch: PreferenceBatch) -> tuple[Tensor, UserPairs]:
         """Rows of the batch's users and their pairs, kept while the same batch comes again."""
-        assert isinstance(batch.chosen, Tensor)
-        if self._cache is None or self._cache[0] is not batch.chosen:
-            self._cache = batch.chosen, *self._people_of(batch)
+        chosen, _ = batch.features
+        if self._cache is None or self._cache[0] is not chosen:
+            self._cache = chosen, *self._pairs_of(batch)
         return self._cache[1:]
 
-    def _people_of(self, batch: PreferenceBatch) -> tuple[Tensor, People]:
-        return people_of_batch(batch._replace(prompt=self._prompts(batch.prompt)), self.seed)
+    def _pairs_of(self, batch: PreferenceBatch) -> tuple[Tensor, UserPairs]:
+        return pairs_of_batch(batch._replace(prompt=self._prompts(batch.prompt)), self.seed)
 
-    def _prompts(self, prompts: Tensor | Tokens | None) -> Tensor | None:
-        """Prompt features, where policies depend on them.
+    def _prompts(self, prompts: Tensor | Tokens | None) -> Tensor | Tokens | None:
+        """Prompt features, or tokens, where policies depend on them.
 
         Raises:
             ValueError: If they are missing or of another width.
         """
         if not self.reads_prompts:
             return None
-        if not isinstance(prompts, Tensor) or prompts.shape[-1] != self.prompt_dim:
-            got = tuple(prompts.shape) if isinstance(prompts, Tensor) else prompts
+        if isinstance(self.family, Full):
+            fits, expected = isinstance(prompts, Tokens), "tokens of prompts"
+        else:
+            fits = isinstance(prompts, Tensor) and prompts.shape[-1] == self.prompt_dim
+            expected = f"prompt features of width {self.prompt_dim}"
+        if not fits:
+            got = prompts if prompts is None else tuple(getattr(prompts, "shape", ("tokens",)))
             raise ValueError(
-                f"LatentDPO with model.family {self.options.family} reads prompt features of width {self.prompt_dim}, "
-                f"got {got!r}; set data.prompt_features: true, or take model.family vector"
+                f"LatentDPO with model.family {self.options.family} reads {expected}, got {got!r}; "
+                "set data.prompt_features: true, or take model.family vector"
             )
         return prompts
 
@@ -287,8 +238,8 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         """Compare every user's policy with the best so far, on the user's own validation pairs."""
         judged = torch.zeros_like(self._trained)
         for batch in self.val_pass():
-            users, people = self._people_of(batch)
-            losses = whole_losses(self.policies[users], self.family, people, self.options)
+            users, pairs = self._pairs_of(batch)
+            losses = whole_losses(self.policies[users], self.family, pairs, self.options)
             better = losses < self.best_loss[users]
             self.stale[users] = torch.where(better, 0, self.stale[users] + 1)
             self.best_loss[users] = torch.where(better, losses, self.best_loss[users])
@@ -340,9 +291,10 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
 
     def latent_states(self, users: UserState, rows: Tensor, prompts: Sequence[str], keys: Tensor) -> UserState:
         """Latents ``(B, Z)`` of B texts, each drawn from its user's policy at its prompt by its key, ``(B,)`` int64."""
-        asked = self.encode_prompts(prompts) if self.encode_prompts is not None else None
-        asked = None if asked is None else asked.to(keys.device)
-        options, policy = self.options, self.latent_policies(users, asked, rows)
+        prompt_features = self.encode_prompts(prompts) if self.encode_prompts is not None else None
+        if prompt_features is not None:
+            prompt_features = prompt_features.to(keys.device)
+        options, policy = self.options, self.latent_policies(users, prompt_features, rows)
         noise = normals(fold(keys, 1), policy.mean.shape[-1])
         latent = draw_latents(policy, noise, options.latent_temperature, options.max_latent_norm)
         return UserState({"latent": latent}, users.num_pairs[rows])
@@ -362,8 +314,8 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
             return self._policies_at(table, rows, prompt_features)
         num_experts = weights.shape[1]
         row = (rows[:, None] * num_experts + torch.arange(num_experts, device=table.device)).flatten()
-        given = prompt_features.repeat_interleave(num_experts, 0) if isinstance(prompt_features, Tensor) else None
-        parts = self._policies_at(table.flatten(0, 1), row, given)
+        text = torch.arange(len(rows), device=table.device).repeat_interleave(num_experts)
+        parts = self._policies_at(table.flatten(0, 1), row, take_rows(prompt_features, text))
         experts = Gaussian(*(value.view(len(rows), num_experts, -1).transpose(0, 1) for value in parts))
         return product_of_experts(experts, weights[rows].T)
 
@@ -375,16 +327,21 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
 
     def _policies_at(self, table: Tensor, row: Tensor, prompts: Tensor | Tokens | None) -> Gaussian:
         """Policies ``(B, Z)`` of the users at ``row`` ``(B,)`` of a table ``(U, P)``; no user's numbers are copied."""
-        given = self._prompts(prompts)
-        if given is None:
+        prompts = self._prompts(prompts)
+        if prompts is None:
             policy = self.family.policy(self.family.split(table), None)
             return Gaussian(policy.mean[row, 0], policy.log_var[row, 0])
         order = row.argsort(stable=True)
         count = torch.bincount(row, minlength=len(table))
         place = torch.empty_like(row)
         place[order] = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row[order]]
-        padded = given.new_zeros(len(table), max(int(count.max()), 1), self.prompt_dim)
-        padded[row, place] = given
+
+        def spread(values: Tensor) -> Tensor:
+            padded = values.new_zeros(len(table), max(int(count.max()), 1), values.shape[-1])
+            padded[row, place] = values
+            return padded
+
+        padded = prompts.map(spread) if isinstance(prompts, Tokens) else spread(prompts)
         policy = self.family.policy(self.family.split(table), self.family.inputs(padded))
         return Gaussian(policy.mean[row, place], policy.log_var[row, place])
 
@@ -399,11 +356,11 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         return self._reward(responses, self.latent_policies(users, asked.get("prompt_features"), rows))
 
     def _reward(self, responses: Tensor | Tokens, policy: Gaussian) -> Tensor:
-        assert isinstance(responses, Tensor)
+        assert isinstance(responses, Tensor), "a method whose view is latents gets features"
         return self.options.beta * response_rewards(gaussian(responses), policy)[0]
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """As for every method, but a user's network reads all the user's prompts instead of being copied for each."""
+        """As in the base class, but a user's network reads all the user's prompts instead of being copied for each."""
         if batch.context is not None and batch.context_row is not None:
             adapted = self.adapt(batch.context).tensors["policy"]
             own, other = batch.context_row, batch.other_row
@@ -431,25 +388,25 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         return torch.where(self.num_pairs[users, None] > 0, own, self.population)
 
     def user_states(self, user_index: Tensor) -> UserState:
-        """Policies of seen users: the last ones, or with ``patience`` the best; who has no pairs is the population."""
+        """Policies of seen users, the last or the best (``patience``); without pairs, the population state."""
         return UserState({"policy": self._served(user_index)}, self.num_pairs[user_index])
 
     def population_state(self, num_users: int) -> UserState:
-        """What one person would be who had the pairs of all seen users; untrained, the prior N(0, I)."""
+        """The state of one user who had the pairs of all seen users; untrained, the prior N(0, I)."""
         num_pairs = torch.zeros(num_users, dtype=torch.long, device=self.device)
         return UserState({"policy": self.population.expand(num_users, -1)}, num_pairs)
 
     def _adapt(self, context: Context) -> UserState:
-        """Latent DPO from the prior, everybody side by side; nothing but the cached latents is read.
+        """Latent DPO from the prior, all users side by side; nothing but the cached latents is read.
 
-        Who has no pairs is the population.
+        A user without pairs gets the population state.
         """
-        people = people_of_context(context._replace(prompt=self._prompts(context.prompt)), self.seed)
-        policies = learn(people, self.start, self.family, self.options)
-        own = torch.where(people.num_pairs[:, None] > 0, policies, self.population)
-        return UserState({"policy": own}, people.num_pairs)
+        pairs = pairs_of_context(context._replace(prompt=self._prompts(context.prompt)), self.seed)
+        policies = learn(pairs, self.start, self.family, self.options)
+        served = torch.where(pairs.num_pairs[:, None] > 0, policies, self.population)
+        return UserState({"policy": served}, pairs.num_pairs)
 
 
 def _means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over people."""
+    """Means over users."""
     return {name: value.mean() for name, value in metrics.items()}

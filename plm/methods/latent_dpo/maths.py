@@ -1,12 +1,14 @@
-"""Gaussians over the latent: densities, rewards of latents and of responses, and mixtures of people.
+"""Gaussians over the latent: densities, rewards of latents and of responses, and mixtures of users.
 
-Everything follows from one quantity, the implicit reward ``h(z) = log p(z|x) - log N(z; 0, I)`` of a person's policy
+Everything follows from one quantity, the implicit reward ``h(z) = log p(z|x) - log N(z; 0, I)`` of a user's policy
 ``p(z|x) = N(mean, exp(log_var))`` (Zhang et al., arXiv 2412.20834; the algebra below is elementary). Per dimension
 
     h(z) = a z^2 + b z + c,  a = (1 - exp(-log_var)) / 2,  b = mean exp(-log_var),
-                             c = -(log_var + mean^2 exp(-log_var)) / 2.
+                             c = -(log_var + mean^2 exp(-log_var)) / 2,
 
-Axes: Z latent width, K responses to one prompt, N latents, A people to mix.
+and its expectation under the policy is the KL to the prior, `plm.functional.kl_to_prior`.
+
+Axes: Z latent width, K responses to one prompt, N latents, A users to mix.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Gaussian(NamedTuple):
     """``(..., Z)``."""
 
     def over(self, axis: int) -> Gaussian:
-        """Room for a new axis, as for draws."""
+        """The same with a new axis, as for draws."""
         return Gaussian(self.mean.unsqueeze(axis), self.log_var.unsqueeze(axis))
 
 
@@ -57,15 +59,6 @@ def log_density(latent: Tensor, given: Gaussian) -> Tensor:
     """
     mean, log_var = given.mean[..., None, :], given.log_var[..., None, :]
     return -0.5 * (math.log(math.tau) + log_var + (latent - mean).square() * (-log_var).exp()).sum(-1)
-
-
-def kl_to_prior(given: Gaussian) -> Tensor:
-    """KL divergence to N(0, I) of each dimension: ``(..., Z)`` nats; its sum is the expectation of h under the policy.
-
-    >>> kl_to_prior(Gaussian(torch.tensor([2.0]), torch.zeros(1)))
-    tensor([2.])
-    """
-    return 0.5 * (given.log_var.exp() + given.mean.square() - 1.0 - given.log_var)
 
 
 def _quadratic(policy: Gaussian) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +169,7 @@ def _densities(latent: Tensor, responses: Gaussian) -> Tensor:
 
 
 def product_of_experts(policies: Gaussian, weights: Tensor) -> Gaussian:
-    """Mix people into the policy with the implicit reward ``sum_a w_a h_a``.
+    """Mix users into the policy with the implicit reward ``sum_a w_a h_a``.
 
     Takes policies ``(A, ..., Z)`` and weights ``(A,)``, or ``(A, ...)`` that differ by place, and gives ``(..., Z)``.
 
@@ -187,14 +180,14 @@ def product_of_experts(policies: Gaussian, weights: Tensor) -> Gaussian:
         ValueError: If the weights leave no positive precision, so that there is no such policy.
     """
     weights = weights.reshape(*weights.shape, *[1] * (policies.mean.dim() - weights.dim()))
-    own = (-policies.log_var).exp()
-    precision = 1.0 + (weights * (own - 1.0)).sum(0)
+    precisions = (-policies.log_var).exp()
+    precision = 1.0 + (weights * (precisions - 1.0)).sum(0)
     if (precision <= 0).any():
         raise ValueError(
             f"expected weights under which the mixed precision is positive, got {weights.flatten().tolist()!r} with a "
             f"precision down to {precision.min().item():.3g}; non-negative weights that sum to at most 1 always work"
         )
-    return Gaussian((weights * own * policies.mean).sum(0) / precision, -precision.log())
+    return Gaussian((weights * precisions * policies.mean).sum(0) / precision, -precision.log())
 
 
 def draw_latents(

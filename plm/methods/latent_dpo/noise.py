@@ -2,7 +2,7 @@
 
 A key is an int64. `fold` makes keys out of keys, `normals` reads a key as the start of a SplitMix64 stream (Steele, Lea
 & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). Integers wrap around alike on every device, so
-a person gets the same draws alone, in a crowd, on a CPU and on a GPU.
+a user gets the same draws alone, in a crowd, on a CPU and on a GPU.
 
 Axes: D numbers of a row, C draws per key.
 """
@@ -45,11 +45,12 @@ def fold(key: Tensor, value: Tensor | int) -> Tensor:
     return mix(mix(key + _GOLDEN) + value)
 
 
-def row_keys(values: Tensor) -> Tensor:
-    """A key for every row by its content, as float32: ``(..., D)`` -> ``(...)``."""
+def row_keys(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A key for every row by its content, as float32, where ``mask`` is True: ``(..., D)`` each -> ``(...)``."""
     bits = (values.float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: there are two zeros
     place = torch.arange(values.shape[-1], device=values.device)
-    return mix(bits + (place + 1) * _GOLDEN).sum(-1)
+    keys = mix(bits + (place + 1) * _GOLDEN)
+    return (keys if mask is None else keys * mask).sum(-1)
 
 
 def normals(key: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a preference pair teaches about latents: the rules that turn responses into a loss of a policy.
+"""Rules that turn a preference pair into a loss of a policy over latents.
 
 Rules that sample compare latents of a pool by their latent reward r, see `plm.methods.latent_dpo.maths.reward_logits`,
 and fit ``sigmoid(beta (h_i - h_j))`` to the outcome, where h is the implicit reward of the policy. The others compare
@@ -16,14 +16,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from plm.functional import bt_losses
+from plm.functional import bt_losses, kl_to_prior
 from plm.methods.latent_dpo.maths import (
     Gaussian,
     draw_latents,
     expected_bt_losses,
     expected_bt_slopes,
     implicit_rewards,
-    kl_to_prior,
     latent_rewards,
     response_rewards,
     reward_logits,
@@ -53,7 +52,6 @@ def preference_losses(
     noise: Noise | None,
     beta: float,
     evidence_ratio: float = 0.5,
-    posterior_draws: bool = True,
 ) -> Tensor:
     """Loss of each pair under one of the rules.
 
@@ -65,7 +63,6 @@ def preference_losses(
         noise: For rules that sample.
         beta: Strength of the KL term that DPO implies.
         evidence_ratio: Share of unordered pairs kept by `evidence`.
-        posterior_draws: Whether the pool holds draws of the posteriors besides those of the prior.
 
     Returns:
         ``(...)``. A tie orders nothing: it costs nothing under `evidence`, `all_pairs` and `topk`.
@@ -73,20 +70,19 @@ def preference_losses(
     if rule == "newton":
         return response_losses(beta * implicit_rewards(responses.mean, policy), None, grades)
     if rule == "closed_form":
-        at = policy.over(-2)
-        mean, variance = response_rewards(responses, at)
+        mean, variance = response_rewards(responses, policy.over(-2))
         return response_losses(beta * mean, beta**2 * variance, grades)
     assert noise is not None
     if rule == "expectation":
         drawn = draw_latents(policy.over(-2), noise.prior)
-        return beta * kl_to_prior(policy).sum(-1) - latent_rewards(drawn, responses, grades).mean(-1)
+        return beta * kl_to_prior(*policy).sum(-1) - latent_rewards(drawn, responses, grades).mean(-1)
     if rule == "direct":
         drawn = draw_latents(responses.over(-2), noise.posterior)
         fits = beta * implicit_rewards(drawn.flatten(-3, -2), policy)
         draws = fits.reshape(drawn.shape[:-1]).transpose(-1, -2)  # (..., S, K)
         return response_losses(draws, None, grades[..., None, :].expand_as(draws)).mean(-1)
     with torch.no_grad():
-        pool = draw_pool(policy if rule == "topk" else None, responses, noise, posterior_draws)
+        pool = draw_pool(policy if rule == "topk" else None, responses, noise)
         logits = reward_logits(pool, responses, grades)
     fits = beta * implicit_rewards(pool, policy)
     if rule == "soft":
@@ -105,24 +101,18 @@ def marginal_preference_losses(
     noise: Noise | None,
     beta: float,
     evidence_ratio: float = 0.5,
-    posterior_draws: bool = True,
 ) -> Tensor:
     """`preference_losses` of every latent dimension as a problem of its own, averaged over dimensions."""
     policy = policy.over(-1)  # (..., Z, 1)
     responses = Gaussian(*(value.transpose(-1, -2)[..., None] for value in responses))  # (..., Z, K, 1)
     if noise is not None:
         noise = Noise(*(value.movedim(-1, place)[..., None] for value, place in zip(noise, (-2, -3), strict=True)))
-    losses = preference_losses(
-        rule, policy, responses, grades[..., None, :], noise, beta, evidence_ratio, posterior_draws
-    )
-    return losses.mean(-1)
+    return preference_losses(rule, policy, responses, grades[..., None, :], noise, beta, evidence_ratio).mean(-1)
 
 
-def draw_pool(policy: Gaussian | None, responses: Gaussian, noise: Noise, posterior_draws: bool) -> Tensor:
-    """S draws of the prior, or of ``policy``, and S of each posterior: ``(..., N, Z)`` with N = S (1 + K), or S."""
+def draw_pool(policy: Gaussian | None, responses: Gaussian, noise: Noise) -> Tensor:
+    """S draws of the prior, or of ``policy``, and S of each posterior: ``(..., N, Z)`` with N = S (1 + K)."""
     first = noise.prior if policy is None else draw_latents(policy.over(-2), noise.prior)
-    if not posterior_draws:
-        return first
     others = draw_latents(responses.over(-2), noise.posterior).flatten(-3, -2)
     return torch.cat([first.expand(*others.shape[:-2], *first.shape[-2:]), others], -2)
 
@@ -137,9 +127,9 @@ def evidence_losses(reward: Tensor, fits: Tensor, ratio: float) -> Tensor:
     num = difference.shape[-1]
     rank = math.ceil((1.0 - ratio / 2.0) * (num * num - 1) - 1e-9) + 1
     threshold = difference.flatten(-2).kthvalue(rank).values[..., None, None]
-    kept = (difference >= threshold) & ~torch.eye(num, dtype=torch.bool, device=reward.device)
+    chosen = (difference >= threshold) & ~torch.eye(num, dtype=torch.bool, device=reward.device)
     losses = torch.nn.functional.softplus(fits[..., None, :] - fits[..., :, None])
-    return (losses * kept).sum((-2, -1)) / kept.sum((-2, -1)).clamp_min(1)
+    return (losses * chosen).sum((-2, -1)) / chosen.sum((-2, -1)).clamp_min(1)
 
 
 def all_pairs_losses(logits: Tensor, fits: Tensor) -> Tensor:

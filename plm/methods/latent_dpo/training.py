@@ -1,11 +1,11 @@
-"""Latent DPO of many people side by side, each as if trained alone.
+"""Trains many users of Latent DPO side by side, each as if alone.
 
-The loss of all is the sum of the people's own losses, never their mean, and the optimizer keeps rows apart. A person's
+The loss of all is the sum of the users' own losses, never their mean, and the optimizer keeps rows apart. A user's
 pairs, their order, draws and steps are the same to the bit whoever shares the call. Sums over a minibatch padded for
 somebody with more pairs are rounded differently: after the default's 200 steps, 2.5e-6 was the most seen among numbers
-of up to 1.6; people with as many pairs as a minibatch holds were equal to the bit.
+of up to 1.6; users with as many pairs as a minibatch holds were equal to the bit.
 
-Axes: U people, R of them that take a step, P numbers of one person.
+Axes: U users, R of them that take a step, P numbers of one user.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from plm.functional import kl_to_prior
 from plm.methods.latent_dpo.families import Family
-from plm.methods.latent_dpo.maths import Gaussian, draw_latents, implicit_rewards, kl_to_prior, latent_rewards
+from plm.methods.latent_dpo.maths import Gaussian, draw_latents, implicit_rewards, latent_rewards
 from plm.methods.latent_dpo.options import Options
-from plm.methods.latent_dpo.people import Minibatch, People
 from plm.methods.latent_dpo.rules import (
     POOLED,
     SAMPLED,
@@ -28,10 +28,12 @@ from plm.methods.latent_dpo.rules import (
     marginal_preference_losses,
     preference_losses,
 )
-from plm.optimizer import RowAdam, adam_rows, clip_norms
+from plm.methods.latent_dpo.user_pairs import Minibatch, UserPairs
+from plm.optimizer import RowAdam, adam_rows
+from plm.types import Tokens
 
 MAX_FLOATS = {"cpu": 2**23, "cuda": 2**29}
-"""About how many numbers one step may touch on a device; more people than that are taken in parts. A processor is
+"""About how many numbers one step may touch on a device; more users than that are taken in parts. A processor is
 fastest while they stay in its cache, a GPU while it is full."""
 
 BETAS = (0.9, 0.95)
@@ -41,8 +43,8 @@ NUM_REWARD_DRAWS = 8
 """Latents per prompt that `latent/reward_policy` averages."""
 
 
-def person_losses(policy: Gaussian, batch: Minibatch, options: Options) -> Tensor:
-    """Loss of each person, ``(R,)``: preference loss plus KL to the prior; of policies ``(R, B, Z)``."""
+def user_losses(policy: Gaussian, batch: Minibatch, options: Options) -> Tensor:
+    """Loss of each user, ``(R,)``: preference loss plus KL to the prior; of policies ``(R, B, Z)``."""
     losses = marginal_preference_losses if options.marginal else preference_losses
     value = losses(
         options.rule,
@@ -52,106 +54,106 @@ def person_losses(policy: Gaussian, batch: Minibatch, options: Options) -> Tenso
         batch.noise(options.num_samples) if options.rule in SAMPLED else None,
         options.beta,
         options.evidence_ratio,
-        options.posterior_draws,
     )
-    return (batch.weight * (value + options.kl_coef * kl_to_prior(policy).sum(-1))).sum(-1)
+    return (batch.weight * (value + options.kl_coef * kl_to_prior(*policy).sum(-1))).sum(-1)
 
 
 def mean_slopes(mean: Tensor, batch: Minibatch, options: Options) -> Tensor:
-    """Gradient ``(R, B, Z)`` of `person_losses` for closed forms with unit variance, in the means of the policies."""
+    """Gradient ``(R, B, Z)`` of `user_losses` for closed forms with unit variance, in the means of the policies."""
     slopes = closed_form_slopes(mean, batch.responses, batch.grades, options.beta)
     return batch.weight[..., None] * (slopes + options.kl_coef * mean)  # the KL is half the square of the mean
 
 
-def people_in_parts(people: People, family: Family, options: Options) -> list[Tensor]:
-    """Rows ``(r,)`` of people who are trained together; which are makes no difference to any of them."""
-    latent_dim, num_pairs = people.responses.shape[-1] // 2, min(options.pairs_per_step, people.slots.shape[1])
-    num_responses = people.grades.shape[-1]
+def users_in_parts(pairs: UserPairs, family: Family, options: Options) -> list[Tensor]:
+    """Split users into parts ``(r,)`` that fit into memory; who is in which part makes no difference to anybody."""
+    latent_dim, num_pairs = pairs.responses.shape[-1] // 2, min(options.pairs_per_step, pairs.slots.shape[1])
+    num_responses = pairs.grades.shape[-1]
     per_pair = 8 * num_responses * latent_dim
     if options.rule in SAMPLED:
         pool = options.num_samples * (1 + num_responses)
         per_pair += 6 * pool * latent_dim * num_responses
         if options.rule in POOLED and options.rule != "topk":
             per_pair += 4 * pool * pool * (latent_dim if options.marginal else 1)
-    if people.prompts is not None:
-        per_pair += people.prompts.shape[-1] + 4 * options.hidden_dim
-    most = MAX_FLOATS.get(people.num_pairs.device.type, MAX_FLOATS["cpu"])
+    if pairs.prompts is not None:
+        width = (pairs.prompts.input_ids if isinstance(pairs.prompts, Tokens) else pairs.prompts).shape[-1]
+        per_pair += width + 4 * options.hidden_dim
+    most = MAX_FLOATS.get(pairs.num_pairs.device.type, MAX_FLOATS["cpu"])
     size = max(1, most // (num_pairs * per_pair + 8 * family.size))
-    return list(torch.split(torch.arange(people.num_people, device=people.num_pairs.device), size))
+    return list(torch.split(torch.arange(pairs.num_users, device=pairs.num_pairs.device), size))
 
 
 class Step(NamedTuple):
-    """What people learn at one step."""
+    """Gradients and metrics of users at one step."""
 
     gradients: list[Tensor]
-    """Of each tensor of the family, ``(R, ...)``, each row that of the person's own loss."""
+    """Of each tensor of the family, ``(R, ...)``, each row that of the user's own loss."""
     metrics: dict[str, Tensor]
-    """Name -> ``(R,)``: the loss, and those of `person_metrics`."""
+    """Name -> ``(R,)``: the loss, and those of `user_metrics`."""
 
 
 def one_step(
     tensors: list[Tensor], family: Family, batch: Minibatch, options: Options, with_metrics: bool = False
 ) -> Step:
-    """Gradients of R people, whose numbers the family has split, on minibatches whose prompts are its inputs."""
+    """Gradients of R users, whose numbers the family has split, on minibatches whose prompts are its inputs."""
     with torch.enable_grad():
-        own = [value.detach().requires_grad_() for value in tensors]
-        policy, losses = family.policy(own, batch.prompts), None
+        weights = [value.detach().requires_grad_() for value in tensors]
+        policy, losses = family.policy(weights, batch.prompts), None
         if options.rule == "closed_form" and options.variance == "unit" and not options.marginal:
             mean = policy.mean.expand(*batch.weight.shape, -1)
-            gradients = torch.autograd.grad(mean, own, mean_slopes(mean.detach(), batch, options))
+            gradients = torch.autograd.grad(mean, weights, mean_slopes(mean.detach(), batch, options))
         else:
-            losses = person_losses(policy, batch, options)
-            gradients = torch.autograd.grad(losses.sum(), own)
+            losses = user_losses(policy, batch, options)
+            gradients = torch.autograd.grad(losses.sum(), weights)
     if not with_metrics:
         return Step(list(gradients), {})
     policy = Gaussian(policy.mean.detach(), policy.log_var.detach())
-    losses = person_losses(policy, batch, options) if losses is None else losses.detach()
-    return Step(list(gradients), {"loss": losses, **person_metrics(batch, policy, options)})
+    losses = user_losses(policy, batch, options) if losses is None else losses.detach()
+    return Step(list(gradients), {"loss": losses, **user_metrics(batch, policy, options)})
 
 
 def step_in_parts(
-    table: Tensor, family: Family, people: People, step: Tensor, options: Options
+    table: Tensor, family: Family, pairs: UserPairs, step: Tensor, options: Options
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient ``(R, P)`` and metrics of people ``(R, P)`` at their own steps ``(R,)``, so many at a time as fit."""
-    size, found = options.pairs_per_step, []
-    for part in people_in_parts(people, family, options):
-        batch = people.take(part).minibatch(step[part], size)
+    """Gradient ``(R, P)`` and metrics of users ``(R, P)`` at their own steps ``(R,)``, so many at a time as fit."""
+    size, steps = options.pairs_per_step, []
+    for part in users_in_parts(pairs, family, options):
+        batch = pairs.take(part).minibatch(step[part], size)
         batch = batch._replace(prompts=family.inputs(batch.prompts))
-        found.append(one_step(family.split(table[part]), family, batch, options, with_metrics=True))
-    gradient = torch.cat([family.join(part.gradients) for part in found])
-    return gradient, {name: torch.cat([part.metrics[name] for part in found]) for name in found[0].metrics}
+        steps.append(one_step(family.split(table[part]), family, batch, options, with_metrics=True))
+    gradient = torch.cat([family.join(part.gradients) for part in steps])
+    return gradient, {name: torch.cat([part.metrics[name] for part in steps]) for name in steps[0].metrics}
 
 
 @torch.no_grad()
-def whole_losses(table: Tensor, family: Family, people: People, options: Options) -> Tensor:
-    """Loss of each person over all pairs, ``(U, P)`` -> ``(U,)``, with the same draws at every call."""
+def whole_losses(table: Tensor, family: Family, pairs: UserPairs, options: Options) -> Tensor:
+    """Loss of each user over all pairs, ``(U, P)`` -> ``(U,)``, with the same draws at every call."""
     total, size = table.new_zeros(len(table)), options.pairs_per_step
-    for part in people_in_parts(people, family, options):
-        some, own = people.take(part), table[part]
-        for number in range(int(some.num_batches(size).max())):
-            batch = some.minibatch(torch.full_like(part, number), size)
-            policy = family.policy(family.split(own), family.inputs(batch.prompts))
-            present = (some.num_pairs - number * size).clamp(0, size)
-            total[part] += person_losses(policy, batch, options) * present / some.num_pairs.clamp_min(1)
+    for part in users_in_parts(pairs, family, options):
+        part_pairs, weights = pairs.take(part), family.split(table[part])
+        for number in range(int(part_pairs.num_batches(size).max())):
+            batch = part_pairs.minibatch(torch.full_like(part, number), size)
+            policy = family.policy(weights, family.inputs(batch.prompts))
+            present = (part_pairs.num_pairs - number * size).clamp(0, size)
+            total[part] += user_losses(policy, batch, options) * present / part_pairs.num_pairs.clamp_min(1)
     return total
 
 
-def num_steps(people: People, options: Options) -> Tensor:
-    """Steps of each person, ``(U,)`` int64; none without pairs."""
+def num_steps(pairs: UserPairs, options: Options) -> Tensor:
+    """Steps of each user, ``(U,)`` int64; none without pairs."""
     if options.rule == "newton":
-        return (people.num_pairs > 0).long()
+        return (pairs.num_pairs > 0).long()
     if options.num_steps == 0:
-        return people.num_batches(options.pairs_per_step)
-    return torch.where(people.num_pairs > 0, options.num_steps, 0)
+        return pairs.num_batches(options.pairs_per_step)
+    return torch.where(pairs.num_pairs > 0, options.num_steps, 0)
 
 
 def warmup_factor(taken: Tensor, wanted: Tensor, options: Options) -> Tensor:
-    """Share of the learning rate of people after so many of their steps, ``(R,)`` each -> ``(R,)``: it rises first."""
+    """Share of the learning rate of users after so many of their steps, ``(R,)`` each -> ``(R,)``: it rises first."""
     return ((taken + 1) / (options.warmup * wanted).ceil().clamp_min(1)).clamp_max(1)
 
 
 def make_optimizer(table: Tensor, options: Options, wanted: Callable[[], Tensor]) -> RowAdam:
-    """The optimizer of a table ``(U, P)`` whose people take ``wanted()`` ``(U,)`` steps."""
+    """The optimizer of a table ``(U, P)`` whose users take ``wanted()`` ``(U,)`` steps."""
 
     def rate(rows: Tensor, taken: Tensor) -> Tensor:
         return warmup_factor(taken, wanted()[rows], options)
@@ -160,19 +162,20 @@ def make_optimizer(table: Tensor, options: Options, wanted: Callable[[], Tensor]
     return RowAdam(groups, options.lr, betas=BETAS, row_rate=rate if options.warmup else None)
 
 
-def train_people(start: Tensor, family: Family, people: People, options: Options) -> Tensor:
-    """Train everybody from the same start: ``(P,)`` -> ``(U, P)``."""
-    people = people._replace(prompts=family.inputs(people.prompts))
-    found = [_train(start, family, people.take(part), options) for part in people_in_parts(people, family, options)]
-    return torch.cat(found)
+def train_users(start: Tensor, family: Family, pairs: UserPairs, options: Options) -> Tensor:
+    """Train all users from the same start: ``(P,)`` -> ``(U, P)``."""
+    pairs = pairs._replace(prompts=family.inputs(pairs.prompts))
+    return torch.cat(
+        [_train(start, family, pairs.take(part), options) for part in users_in_parts(pairs, family, options)]
+    )
 
 
-def _train(start: Tensor, family: Family, people: People, options: Options) -> Tensor:
-    """`train_people` of people who fit into memory together; their prompts are the family's inputs.
+def _train(start: Tensor, family: Family, pairs: UserPairs, options: Options) -> Tensor:
+    """`train_users` of users who fit into memory together; their prompts are the family's inputs.
 
     Everybody who is not done has taken the same number of steps, with what `make_optimizer` would do.
     """
-    table, wanted = start.repeat(people.num_people, 1), num_steps(people, options)
+    table, wanted = start.repeat(pairs.num_users, 1), num_steps(pairs, options)
     rows, rate = torch.arange(len(table), device=table.device), torch.full_like(table[:, 0], options.lr)
     values = [value.contiguous() for value in family.split(table)]
     means, squares = ([torch.zeros_like(value) for value in values] for _ in BETAS)
@@ -182,10 +185,8 @@ def _train(start: Tensor, family: Family, people: People, options: Options) -> T
             table[rows] = family.join(values)
             rows, rate = rows[going], rate[going]
             values, means, squares = ([value[going] for value in each] for each in (values, means, squares))
-        for batch in people.take(rows).minibatches(range(first, last), options.pairs_per_step):
+        for batch in pairs.take(rows).minibatches(range(first, last), options.pairs_per_step):
             gradients, taken = one_step(values, family, batch, options).gradients, batch.step.to(rate)
-            if options.clip_norm:
-                clip_norms(gradients, options.clip_norm)
             if options.warmup:
                 rate = options.lr * warmup_factor(taken, wanted[rows], options)
             adam_rows(values, gradients, means, squares, taken, rate, BETAS, options.weight_decay)
@@ -194,8 +195,8 @@ def _train(start: Tensor, family: Family, people: People, options: Options) -> T
 
 
 @torch.no_grad()
-def person_metrics(batch: Minibatch, policy: Gaussian, options: Options) -> dict[str, Tensor]:
-    """What tells whether training went well, ``(R,)`` each, in TRL's names where it has them.
+def user_metrics(batch: Minibatch, policy: Gaussian, options: Options) -> dict[str, Tensor]:
+    """Metrics of how well training went, ``(R,)`` each, in TRL's names where it has them.
 
     ``rewards/*`` are ``beta h`` at the posterior means of chosen and rejected, accuracies count margins > 0.
     ``latent/kl`` is the KL of the policies to the prior in nats, ``latent/mu_norm`` the length of their means in units
@@ -211,7 +212,7 @@ def person_metrics(batch: Minibatch, policy: Gaussian, options: Options) -> dict
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": (chosen > rejected).to(chosen),
-        "latent/kl": kl_to_prior(policy).sum(-1),
+        "latent/kl": kl_to_prior(*policy).sum(-1),
         "latent/mu_norm": policy.mean.norm(dim=-1) / policy.mean.shape[-1] ** 0.5,
         "latent/reward_policy": latent_rewards(drawn, batch.responses, batch.grades).mean(-1),
     }

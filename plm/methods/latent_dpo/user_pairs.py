@@ -1,9 +1,9 @@
-"""The pairs of many people, and the minibatch each of them learns from at a step.
+"""The pairs of many users, and the minibatch each of them learns from at a step.
 
-A person's minibatches and draws are named by the content of the person's pairs: they depend neither on who shares the
+A user's minibatches and draws are named by the content of the user's pairs: they depend neither on who shares the
 batch nor on the order of anything.
 
-Axes: U people, S pairs of one person (padded), N pairs of all people, B pairs of a minibatch, K responses of a pair, F
+Axes: U users, S pairs of one user (padded), N pairs of all users, B pairs of a minibatch, K responses of a pair, F
 width of prompt features, Z latent width.
 """
 
@@ -19,29 +19,32 @@ from plm.functional import per_user_sum, targets, unit_mean_per_user
 from plm.methods.latent_dpo.maths import Gaussian, gaussian
 from plm.methods.latent_dpo.noise import fold, normals, row_keys
 from plm.methods.latent_dpo.rules import Noise
-from plm.types import Context, PreferenceBatch
+from plm.types import Context, PreferenceBatch, Tokens, take_rows
+
+Prompts = Tensor | Tokens
+"""Features of prompts ``(..., F)``, or their tokens ``(..., T)``."""
 
 
 class Minibatch(NamedTuple):
-    """Pairs of U people, padded to B with weight zero."""
+    """Pairs of U users, padded to B with weight zero."""
 
     responses: Gaussian
     """Posteriors, ``(U, B, K, Z)``."""
     grades: Tensor
     """``(U, B, K)``."""
     weight: Tensor
-    """``(U, B)``; the loss of a person is the sum of weighted losses."""
-    prompts: Tensor | None
-    """``(U, B, F)``."""
+    """``(U, B)``; the loss of a user is the sum of weighted losses."""
+    prompts: Prompts | None
+    """``(U, B, F)``, or tokens ``(U, B, T)``."""
     key: Tensor
-    """``(U,)`` int64, what each person's draws are named by."""
+    """``(U,)`` int64, what each user's draws are named by."""
     step: Tensor
-    """``(U,)`` int64, the step of each person that these pairs are for."""
+    """``(U,)`` int64, the step of each user that these pairs are for."""
     response_key: Tensor
     """``(U, B, K)`` int64, the content of each response."""
 
     def noise(self, num_samples: int) -> Noise:
-        """Draws named by person, step and pair; those of a posterior by the response, whichever side it is on."""
+        """Draws named by user, step and pair; those of a posterior by the response, whichever side it is on."""
         latent_dim = self.responses.mean.shape[-1]
         key = fold(self.key, -1 - self.step)  # orders of passes have names >= 0
         of_response = fold(key[:, None, None], self.response_key)
@@ -53,49 +56,49 @@ class Minibatch(NamedTuple):
         return Noise(prior.to(self.responses.mean), posterior.to(self.responses.mean))
 
 
-class People(NamedTuple):
-    """Pairs of U people in one flat list, and where each person's are."""
+class UserPairs(NamedTuple):
+    """Pairs of U users in one flat list, and where each user's are."""
 
     responses: Tensor
     """``(N, K, 2Z)`` posterior means and log-variances side by side."""
     grades: Tensor
     """``(N, K)`` in [0, 1]."""
     weight: Tensor
-    """``(N,)`` of mean one for each person."""
-    prompts: Tensor | None
-    """``(N, F)``."""
+    """``(N,)`` of mean one for each user."""
+    prompts: Prompts | None
+    """``(N, F)``, or tokens ``(N, T)``."""
     slots: Tensor
-    """``(U, S)`` int64 rows of each person's pairs, ordered by content; beyond ``num_pairs`` any row."""
+    """``(U, S)`` int64 rows of each user's pairs, ordered by content; beyond ``num_pairs`` any row."""
     num_pairs: Tensor
-    """``(U,)`` int64, pairs of each person."""
+    """``(U,)`` int64, pairs of each user."""
     response_key: Tensor
     """``(N, K)`` int64, the content of each response beside its prompt."""
     key: Tensor
-    """``(U,)`` int64, what each person's draws are named by."""
+    """``(U,)`` int64, what each user's draws are named by."""
 
     @property
-    def num_people(self) -> int:
-        """Number of people, U."""
+    def num_users(self) -> int:
+        """Number of users, U."""
         return len(self.num_pairs)
 
-    def take(self, rows: Tensor) -> People:
-        """Some of the people: ``(R,)`` int64."""
+    def take(self, rows: Tensor) -> UserPairs:
+        """The pairs of some of the users: ``(R,)`` int64."""
         count = self.num_pairs[rows]
         longest = int(count.max()) if len(count) else 0
         return self._replace(slots=self.slots[rows, :longest], num_pairs=count, key=self.key[rows])
 
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Rows ``(n,)`` of all pairs of these people, and whose ``(n,)`` each is."""
+        """Rows ``(n,)`` of all pairs of these users, and the user ``(n,)`` of each."""
         is_pair = torch.arange(self.slots.shape[1], device=self.num_pairs.device) < self.num_pairs[:, None]
-        user = torch.arange(self.num_people, device=self.num_pairs.device)[:, None].expand_as(is_pair)
+        user = torch.arange(self.num_users, device=self.num_pairs.device)[:, None].expand_as(is_pair)
         return self.slots[is_pair], user[is_pair]
 
     def num_batches(self, batch_size: int) -> Tensor:
-        """Minibatches of one pass over each person's pairs, ``(U,)``."""
+        """Minibatches of one pass over each user's pairs, ``(U,)``."""
         return -(-self.num_pairs // batch_size)
 
     def order(self, step: Tensor, batch_size: int) -> Tensor:
-        """``(U, S)`` as ``slots``, in the order of the pass that each person's step ``(U,)`` is in: all differ."""
+        """``(U, S)`` as ``slots``, in the order of the pass that each user's step ``(U,)`` is in: all differ."""
         if self.slots.shape[1] <= batch_size:
             return self.slots
         number = step // self.num_batches(batch_size).clamp_min(1)
@@ -107,10 +110,10 @@ class People(NamedTuple):
         return self.slots.gather(1, shuffled.argsort(1))
 
     def minibatch(self, step: Tensor, batch_size: int, order: Tensor | None = None) -> Minibatch:
-        """Each person's pairs at the person's step ``(U,)``, at most B.
+        """Each user's pairs at the user's step ``(U,)``, at most B.
 
         Args:
-            step: Of each person.
+            step: Of each user.
             batch_size: B.
             order: What `order` says of this step, where it is known.
         """
@@ -125,14 +128,14 @@ class People(NamedTuple):
             gaussian(self.responses[rows]),
             self.grades[rows],
             self.weight[rows] * is_pair / present,
-            None if self.prompts is None else self.prompts[rows],
+            take_rows(self.prompts, rows),
             self.key,
             step,
             self.response_key[rows],
         )
 
     def minibatches(self, steps: range, batch_size: int) -> Iterator[Minibatch]:
-        """`minibatch` of everybody at each of the steps; whoever begins a pass is shuffled then, and no one else."""
+        """`minibatch` of all users at each of the steps; a user is shuffled where one of the user's passes begins."""
         num_batches = self.num_batches(batch_size).clamp_min(1)
         lengths, now = set(num_batches.tolist()), torch.full_like(self.num_pairs, steps.start)
         order = self.order(now, batch_size)
@@ -151,76 +154,71 @@ class People(NamedTuple):
             yield batch
 
 
-def make_people(
+def make_user_pairs(
     responses: Tensor,
     grades: Tensor,
     weight: Tensor,
-    prompts: Tensor | None,
+    prompts: Prompts | None,
     user: Tensor,
-    num_people: int,
+    num_users: int,
     seed: int,
-) -> People:
-    """Index a flat list of pairs by person.
+) -> UserPairs:
+    """Index a flat list of pairs by user.
 
     Args:
         responses: ``(N, K, 2Z)``.
         grades: ``(N, K)`` in [0, 1].
         weight: ``(N,)``.
-        prompts: ``(N, F)`` features, or None.
-        user: ``(N,)`` int64, whose pair it is.
-        num_people: Number of people U.
+        prompts: Of N pairs, where policies read them.
+        user: ``(N,)`` int64, the user of each pair.
+        num_users: Number of users U.
         seed: Seed of all draws.
 
     Raises:
         ValueError: If a number is not finite: it would be in every policy of who learns from it.
     """
     bad = ~responses.flatten(1).isfinite().all(1)
-    if prompts is not None:
+    if isinstance(prompts, Tensor):
         bad |= ~prompts.isfinite().all(1)
     if bad.any():
-        rows, whose = bad.nonzero()[:, 0], torch.unique(user[bad])
+        rows, users = bad.nonzero()[:, 0], torch.unique(user[bad])
         raise ValueError(
             f"expected finite latents and prompt features, got others in {len(rows)} of {len(bad)} pairs, rows "
-            f"{rows[:5].tolist()!r}, of {len(whose)} of {num_people} people, numbers {whose[:5].tolist()!r}; look at "
+            f"{rows[:5].tolist()!r}, of {len(users)} of {num_users} people, numbers {users[:5].tolist()!r}; look at "
             "the responses there, and at the checkpoint that made their latents"
         )
     response_key = row_keys(responses)
     if prompts is not None:
-        response_key = fold(row_keys(prompts)[:, None], response_key)
+        prompt_key = row_keys(*prompts[:2]) if isinstance(prompts, Tokens) else row_keys(prompts)
+        response_key = fold(prompt_key[:, None], response_key)
     pair_key = response_key.sum(1)  # the same with chosen and rejected exchanged
     order = pair_key.argsort(stable=True)
     order = order[user[order].argsort(stable=True)]
-    count = torch.bincount(user, minlength=num_people)
+    count = torch.bincount(user, minlength=num_users)
     place = torch.arange(max(int(count.max()), 1), device=user.device)
     slots = ((count.cumsum(0) - count)[:, None] + place).clamp_max(max(len(user) - 1, 0))
     slots = order[slots] if len(order) else torch.zeros_like(slots)
-    key = fold(torch.full_like(count, seed), per_user_sum(fold(pair_key, 0), user, num_people))
-    weight = unit_mean_per_user(weight, user, num_people)
-    return People(responses, grades, weight, prompts, slots, count, response_key, key)
+    key = fold(torch.full_like(count, seed), per_user_sum(fold(pair_key, 0), user, num_users))
+    weight = unit_mean_per_user(weight, user, num_users)
+    return UserPairs(responses, grades, weight, prompts, slots, count, response_key, key)
 
 
-def people_of_batch(batch: PreferenceBatch, seed: int) -> tuple[Tensor, People]:
+def pairs_of_batch(batch: PreferenceBatch, seed: int) -> tuple[Tensor, UserPairs]:
     """Rows ``(U,)`` of the seen users of a batch in the training table, and their pairs."""
     users, user = torch.unique(batch.user_index, return_inverse=True)
-    assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-    assert batch.prompt is None or isinstance(batch.prompt, Tensor)
-    responses = torch.stack([batch.chosen, batch.rejected], 1)
-    return users, make_people(
-        responses, pair_grades(batch.tie, responses), batch.weight, batch.prompt, user, len(users), seed
-    )
+    responses = torch.stack(batch.features, 1)
+    grades = pair_grades(batch.tie, responses)
+    return users, make_user_pairs(responses, grades, batch.weight, batch.prompt, user, len(users), seed)
 
 
-def people_of_context(context: Context, seed: int) -> People:
+def pairs_of_context(context: Context, seed: int) -> UserPairs:
     """The pairs of unseen users."""
     user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)
-    assert isinstance(context.chosen, Tensor) and isinstance(context.rejected, Tensor)
-    assert context.prompt is None or isinstance(context.prompt, Tensor)
     mask = context.mask
-    responses = torch.stack([context.chosen[mask], context.rejected[mask]], 1)
+    responses = torch.stack([side[mask] for side in context.features], 1)
     tie = torch.zeros_like(mask) if context.tie is None else context.tie
-    prompts = None if context.prompt is None else context.prompt[mask]
-    grades = pair_grades(tie[mask], responses)
-    return make_people(responses, grades, context.weight[mask], prompts, user[mask], context.num_users, seed)
+    prompts, grades = take_rows(context.prompt, mask), pair_grades(tie[mask], responses)
+    return make_user_pairs(responses, grades, context.weight[mask], prompts, user[mask], context.num_users, seed)
 
 
 def pair_grades(tie: Tensor, like: Tensor) -> Tensor:
