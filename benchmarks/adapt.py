@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/adapt.py [--users 10000 --pairs 10 --bases 8 --dim 64]
 
-``method.adapt`` of LoRe is timed as it is called, projection of the features included, with ``simplex: false`` (Newton
-on the log posterior) and ``simplex: true`` (interior point on the published few-shot problem). Adam runs 500 steps on
+``method.adapt`` is timed as it is called, projection of the features included, of ``LoRe`` (Newton on the log
+posterior) and of ``PublishedLoRe`` (interior point on the published few-shot problem). Adam runs 500 steps on
 the same objective for all users at once, with the published learning rate 0.1. "users worse" counts users whose
 objective is above that of Adam by more than 1e-6; "alone" is the largest difference between a user adapted alone and
 the same user in the crowd.
@@ -23,21 +23,22 @@ from rich.table import Table
 from torch import Tensor
 
 from plm.functional import PairList, bt_losses, fit_simplex_by_adam, flatten_context, per_user_sum
-from plm.methods.lore import LoRe
+from plm.methods.lore import LoRe, PublishedLoRe
 from plm.testing import PlantedData
 from plm.types import Context
 
 
-def make_method(dim: int, num_bases: int, simplex: bool) -> LoRe:
+def make_method(dim: int, num_bases: int, simplex: bool) -> LoRe | PublishedLoRe:
     """Bases of a plausible size without a fit: margins along each of them have a standard deviation of about one."""
     torch.manual_seed(0)
-    method = LoRe(num_users=20, feature_dim=dim, num_bases=num_bases, simplex=simplex, temperature=1.0)
+    method_class = PublishedLoRe if simplex else LoRe
+    method = method_class(num_users=20, feature_dim=dim, num_bases=num_bases, temperature=1.0)
     with torch.no_grad():
         method.bases.copy_(torch.randn(dim, num_bases) / 2)
     return method.eval()
 
 
-def problem(method: LoRe, context: Context) -> tuple[PairList, Tensor, Tensor]:
+def problem(method: LoRe | PublishedLoRe, context: Context) -> tuple[PairList, Tensor, Tensor]:
     """Pairs along the bases, and mean and precision of the prior that the method states."""
     difference, target, weight, user = flatten_context(context)
     columns = []
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             one = Context(*(None if value is None else value[row : row + 1] for value in context))  # type: ignore[arg-type]
             alone = max(alone, float((method.adapt(one).tensors["weights"][0] - ours[row]).abs().max()))
         table.add_row(
-            f"simplex: {str(simplex).lower()}",
+            type(method).__name__,
             f"{statistics.median(times):.3f}",
             f"{min(times):.3f}",
             f"{seconds:.1f}",

@@ -21,7 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from plm.functional import bt_losses
-from plm.methods.lore import LoRe, basis_margins
+from plm.methods.lore import PublishedLoRe
+from plm.methods.lore.maths import basis_margins
 from plm.types import PreferenceBatch
 
 TEMPERATURE = 100.0
@@ -41,17 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     user = torch.arange(options.pairs) % options.users
     chosen, rejected = torch.randn(options.pairs, options.dim), torch.randn(options.pairs, options.dim)
     difference, ones = chosen - rejected, torch.ones(options.pairs)
-    method = LoRe(options.users, options.dim, num_bases=options.bases, simplex=True, temperature=TEMPERATURE)
+    method = PublishedLoRe(options.users, options.dim, num_bases=options.bases, temperature=TEMPERATURE)
     batch = PreferenceBatch(chosen, rejected, user, ones, torch.zeros(options.pairs, dtype=torch.bool))
-    assert isinstance(method.weights, torch.nn.Parameter)
-    parameters = [method.bases, method.weights]
+    parameters = [method.bases, method.weight_logits]
 
     def dense() -> Tensor:
-        logits = difference @ (method.bases @ torch.softmax(method.weights, -1).T) / TEMPERATURE  # (pairs, users)
+        logits = difference @ (method.bases @ torch.softmax(method.weight_logits, -1).T) / TEMPERATURE  # (pairs, users)
         return bt_losses(logits.gather(1, user[:, None])[:, 0], ones).mean()
 
     def factored() -> Tensor:
-        weights = torch.softmax(method.weights, -1)[user]
+        weights = torch.softmax(method.weight_logits, -1)[user]
         return bt_losses(basis_margins(difference, method.bases, weights) / TEMPERATURE, ones).mean()
 
     steps: dict[str, Callable[[], Tensor]] = {

@@ -21,14 +21,16 @@ from rich.table import Table
 from torch import Tensor
 
 from plm.methods.vpl import VPL
+from plm.recipe.defaults import read_config, shipped
 from plm.types import Context
 
 FEATURES = 384
+PAPER = read_config(shipped("conf") / "method" / "vpl_paper.yaml")["model"]["init_args"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "default with attention": {"posterior": "attention"},
-    "paper, width 64": {"preset": "paper", "latent_dim": 64, "hidden_dim": 64},
-    "paper, width 512": {"preset": "paper"},
+    "paper, width 64": {**PAPER, "latent_dim": 64, "hidden_dim": 64},
+    "paper, width 512": PAPER,
 }
 
 

@@ -90,8 +90,8 @@ def posterior_samples(users: UserState, num_samples: int, seed: int = 0) -> User
         factor, failed = torch.linalg.cholesky_ex(spread)
         if failed.any():
             raise ValueError(
-                "choosing pairs needs a proper posterior, got a precision that is not positive definite: of LoRe with "
-                "simplex true, set model.prior_precision above 0"
+                "choosing pairs needs a proper posterior, got a precision that is not positive definite: of "
+                "PublishedLoRe, set model.prior_precision above 0"
             )
         # precision = L L', so L'^-1 noise has its inverse as covariance
         wide = noise.mT.expand(len(centre), -1, -1)

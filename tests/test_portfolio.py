@@ -162,7 +162,7 @@ def test_lore_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         json.dumps(
             {
                 "defaults": [{"backbone": "hashing"}, {"trainer": "cpu"}],
-                "model": {"class_path": "plm.methods.lore.LoRe", "init_args": {"num_bases": 3, "simplex": True}},
+                "model": {"class_path": "plm.methods.lore.PublishedLoRe", "init_args": {"num_bases": 3}},
                 "data": {"source": source, "backbone": {"init_args": {"dim": 32}}},
                 "trainer": {"max_epochs": 2, "logger": False},
             }

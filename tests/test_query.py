@@ -16,7 +16,7 @@ from plm.cli import main
 from plm.functional import win_probability
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
-from plm.methods.lore import LoRe
+from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.pal import PAL
 from plm.methods.vpl import VPL
 from plm.querying import choose_pairs, entropy, posterior_samples, sampled_chances
@@ -115,8 +115,8 @@ def test_users_without_a_posterior_are_refused() -> None:
     with pytest.raises(ValueError, match="needs users with an uncertainty"):
         posterior_samples(BradleyTerry(2, DIM).population_state(1), 3)
     with pytest.raises(ValueError, match=r"set model\.prior_precision above 0"):
-        posterior_samples(LoRe(2, DIM, num_bases=3, simplex=True).population_state(1), 3)
-    proper = LoRe(2, DIM, num_bases=3, simplex=True, prior_precision=1.0)
+        posterior_samples(PublishedLoRe(2, DIM, num_bases=3).population_state(1), 3)
+    proper = PublishedLoRe(2, DIM, num_bases=3, prior_precision=1.0)
     assert posterior_samples(proper.population_state(1), 3).tensors["weights"].shape == (3, 3)
 
 

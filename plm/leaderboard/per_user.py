@@ -29,13 +29,7 @@ _USERS = 512  # fitted at once: bounds the memory of their Hessians
 
 
 class PerUserBradleyTerry(PersonalizationMethod):
-    """A ridge logistic model per user; the population knows nothing and calls every pair even.
-
-    Args:
-        num_users: Number of seen users; linked from the data.
-        feature_dim: Width D of the features; linked from the data.
-        backbone: What makes the features; linked from the data.
-    """
+    """A ridge logistic model per user; the population knows nothing and calls every pair even."""
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("weights", "num_pairs")
@@ -72,7 +66,7 @@ class PerUserBradleyTerry(PersonalizationMethod):
         batches = list(self.train_pass())
         cross = self.reference.new_zeros(self.feature_dim, self.feature_dim, dtype=torch.float64)
         for batch in batches:
-            difference = _difference(batch).double()
+            difference = batch.difference.double()
             cross += difference.T @ difference
         cross = self.sum_over_processes(cross)
         self.components.copy_(torch.linalg.eigh(cross).eigenvectors.flip(-1)[:, : self.components.shape[1]])
@@ -90,7 +84,7 @@ class PerUserBradleyTerry(PersonalizationMethod):
         for batch in batches:
             users, user = torch.unique(batch.user_index, return_inverse=True)
             weight = unit_mean_per_user(batch.weight, user, len(users))
-            weights[users] = self._fit(_difference(batch), targets(batch.tie), weight, user, len(users), ridge)
+            weights[users] = self._fit(batch.difference, targets(batch.tie), weight, user, len(users), ridge)
         return self.sum_over_processes(weights)
 
     def _fit(
@@ -110,7 +104,7 @@ class PerUserBradleyTerry(PersonalizationMethod):
     def _val_loss(self, weights: Tensor) -> float:
         total = self.reference.new_zeros(())
         for batch in self.val_pass():
-            margin = self._margins(_difference(batch), weights[batch.user_index])
+            margin = self._margins(batch.difference, weights[batch.user_index])
             total += (batch.weight * bt_losses(margin, targets(batch.tie).to(margin))).sum()
         return float(self.sum_over_processes(total))
 
@@ -138,8 +132,3 @@ class PerUserBradleyTerry(PersonalizationMethod):
         """Zero weights."""
         zero = torch.zeros(num_users, dtype=torch.long, device=self.device)
         return UserState({"weights": self.weights.new_zeros(num_users, self.weights.shape[1])}, zero)
-
-
-def _difference(batch: PreferenceBatch) -> Tensor:
-    assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-    return batch.chosen - batch.rejected

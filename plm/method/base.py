@@ -43,7 +43,9 @@ class PersonalizationMethod(L.LightningModule, ABC):
     search_space: ClassVar[dict[str, list[Any]]] = {}
     """Argument -> values to try: the grid that ``plm leaderboard --budget`` draws from. A subclass inherits it."""
 
-    def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None, lr: float) -> None:
+    def __init__(
+        self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None = None, lr: float = 1e-3
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.num_users = num_users

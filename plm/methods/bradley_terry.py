@@ -37,13 +37,11 @@ class BradleyTerry(PersonalizationMethod):
     """One linear reward for all users, ridge-tuned on validation pairs.
 
     Args:
-        num_users: Number of seen users; linked from the data.
-        feature_dim: Width D of the features; linked from the data.
-        backbone: What makes the features; linked from the data.
         ridges: Precisions of the normal prior on the direction, tried side by side; features count in units of the
             root mean square difference of a training pair.
         anchor: Whether the prior is centred at the backbone's own reward head (times a learned scale) instead of zero.
         lr: Learning rate of Adam.
+        **options: See `PersonalizationMethod`.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
@@ -61,15 +59,17 @@ class BradleyTerry(PersonalizationMethod):
         self,
         num_users: int,
         feature_dim: int,
-        backbone: dict[str, Any] | None = None,
+        *,
         ridges: Sequence[float] = RIDGES,
         anchor: bool = False,
         lr: float = 0.1,
+        **options: Any,
     ) -> None:
-        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
+        super().__init__(num_users, feature_dim, lr=lr, **options)
         if not ridges or min(ridges) < 0:
             raise ValueError(f"model.ridges: expected numbers >= 0, at least one, got {list(ridges)!r}")
-        self.anchor = anchor
+        self.ridges: Tensor
+        self.chosen_ridge: Tensor
         self.directions = torch.nn.Parameter(torch.zeros(feature_dim, len(ridges)))
         self.reference_scale = torch.nn.Parameter(torch.zeros(len(ridges)), requires_grad=anchor)
         self.register_buffer("ridges", torch.tensor(list(ridges), dtype=torch.get_default_dtype()), persistent=False)
@@ -77,31 +77,29 @@ class BradleyTerry(PersonalizationMethod):
 
     def _directions(self) -> Tensor:
         """``(D, R)``, in units of the features."""
-        return (self.directions + self.get_buffer("reference")[:, None] * self.reference_scale) / self.feature_scale
+        return (self.directions + self.reference[:, None] * self.reference_scale) / self.feature_scale
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Sum of the candidates' losses, which do not share parameters, and the loss of the one chosen so far."""
-        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-        margins = (batch.chosen - batch.rejected) @ self._directions()
-        losses = ridge_losses(margins, self.directions, batch, self.get_buffer("ridges"), self.num_train_pairs)
-        return {"loss": losses.sum(), "nll": losses[self.get_buffer("chosen_ridge")]}
+        margins = batch.difference @ self._directions()
+        losses = ridge_losses(margins, self.directions, batch, self.ridges, self.num_train_pairs)
+        return {"loss": losses.sum(), "nll": losses[self.chosen_ridge]}
 
     @torch.no_grad()
     def refresh_users(self) -> None:
         """Pick the ridge with the lowest validation loss."""
-        total = self.reference.new_zeros(len(self.get_buffer("ridges")))
+        total = self.reference.new_zeros(len(self.ridges))
         for batch in self.val_pass():
-            assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-            margins = (batch.chosen - batch.rejected) @ self._directions()
+            margins = batch.difference @ self._directions()
             total += (batch.weight * bt_losses(margins.T, targets(batch.tie).to(margins))).sum(-1)
         total = self.sum_over_processes(total)
         if total.any():
-            self.get_buffer("chosen_ridge").copy_(total.argmin())
+            self.chosen_ridge.copy_(total.argmin())
 
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         """The same reward for everybody: ``(B, D)`` -> ``(B,)``."""
         assert isinstance(responses, Tensor)
-        return responses @ self._directions()[:, self.get_buffer("chosen_ridge")]
+        return responses @ self._directions()[:, self.chosen_ridge]
 
     def _adapt(self, context: Context) -> UserState:
         """Nothing is personal."""

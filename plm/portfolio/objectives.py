@@ -224,7 +224,7 @@ class LoReBases(RewardSource):
     Args:
         source: Pairs whose responses are the candidates; the responses to one prompt are halved between choosing and
             judging.
-        ckpt_path: Checkpoint of a method whose user weights lie on the simplex, LoRe with ``simplex: true``.
+        ckpt_path: Checkpoint of a method whose user weights lie on the simplex, such as PublishedLoRe.
         recipe: Recipe that trains one first, where ``ckpt_path`` is null.
         candidates: Responses of a slate.
         slates: Slates of each half.
@@ -273,7 +273,7 @@ class LoReBases(RewardSource):
         if "weights" not in state or weights.min() < -1e-5 or abs(weights.sum(axis=1) - 1).max() > 1e-3:
             raise ValueError(
                 f"expected a method whose user weights lie on the simplex in {self.ckpt_path!r}, got "
-                f"{type(self._method).__name__} with other states; train LoRe with model.init_args.simplex true"
+                f"{type(self._method).__name__} with other states; train a plm.methods.lore.PublishedLoRe"
             )
         weights = np.clip(weights, 0, None)
         return store.ids, weights / weights.sum(axis=1, keepdims=True)

@@ -10,12 +10,13 @@ import torch
 
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
-from plm.methods.lore import LoRe
+from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
 from plm.methods.vpl import VPL
 from plm.testing import MethodContract, PlantedData
 from tests.contract import test_latent_dpo, test_token_methods
+from tests.published import published
 
 
 class TestBradleyTerry(MethodContract):
@@ -34,30 +35,31 @@ class TestLoReGlobal(TestLoRe):
     options = {"num_bases": 1}  # noqa: RUF012
 
 
-class TestLoReSimplex(TestLoRe):
-    options = {"num_bases": 3, "simplex": True}  # noqa: RUF012
+class TestPublishedLoRe(MethodContract):
+    options: dict[str, Any] = {"num_bases": 3}  # noqa: RUF012 - read only
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return PublishedLoRe(num_users, feature_dim, **self.options)
 
 
-class TestLoReSimplexPrior(TestLoRe):
-    options = {"num_bases": 4, "simplex": True, "prior_precision": 0.5}  # noqa: RUF012
+class TestPublishedLoRePrior(TestPublishedLoRe):
+    options = {"num_bases": 4, "prior_precision": 0.5}  # noqa: RUF012
 
 
-class TestLoRePruned(TestLoRe):
-    options = {"num_bases": 6, "simplex": True, "prune_below": 0.5, "user_lr": 0.02}  # noqa: RUF012
+class TestPublishedLoRePruned(TestPublishedLoRe):
+    options = {"num_bases": 6, "prune_below": 0.5, "user_lr": 0.02}  # noqa: RUF012
 
     def test_some_basis_is_pruned_here(self) -> None:
         kept = self.fitted().population_state(1).tensors["weights"] > 0
         assert 1 <= kept.sum() < 6
 
 
-class TestLoReAdam(TestLoRe):
-    options = {"num_bases": 3, "simplex": True, "adapt_solver": "adam"}  # noqa: RUF012
+class TestPublishedLoReAdam(TestPublishedLoRe):
+    options = {"num_bases": 3, "adapt_solver": "adam"}  # noqa: RUF012
 
 
-class WithHead(TestLoRe):
+class WithHead(MethodContract):
     """The data come with a reward head, as from a reward model."""
-
-    __test__ = False
 
     def data(self) -> PlantedData:
         data = super().data()
@@ -65,25 +67,21 @@ class WithHead(TestLoRe):
         return data
 
 
-class TestLoReReference(WithHead):
-    __test__ = True
+class TestLoReReference(WithHead, TestLoRe):
     options = {"num_bases": 0}  # noqa: RUF012
 
 
-class TestLoReAlternating(WithHead):
-    __test__ = True
+class TestPublishedLoReAlternating(WithHead, TestPublishedLoRe):
     options = {  # noqa: RUF012
         "num_bases": 3,
-        "simplex": True,
         "optimization": "alternating",
         "anchor": "cosine",
         "anchor_strength": 0.1,
     }
 
 
-class TestLoReDistanceAnchor(WithHead):
-    __test__ = True
-    options = {"num_bases": 2, "simplex": True, "anchor": "l2", "anchor_strength": 0.01, "lr": 0.05}  # noqa: RUF012
+class TestPublishedLoReDistanceAnchor(WithHead, TestPublishedLoRe):
+    options = {"num_bases": 2, "anchor": "l2", "anchor_strength": 0.01, "lr": 0.05}  # noqa: RUF012
 
 
 class TestPAL(MethodContract):
@@ -141,7 +139,7 @@ class TestVPL(MethodContract):
 
 
 class TestVPLPaper(TestVPL):
-    options = {"preset": "paper", "latent_dim": 4, "hidden_dim": 8, "lr": 3e-3}  # noqa: RUF012
+    options = {**published("vpl_paper"), "latent_dim": 4, "hidden_dim": 8, "lr": 3e-3}  # noqa: RUF012
 
 
 class TestVPLBilinear(TestVPL):
@@ -193,5 +191,5 @@ def test_every_registered_method_has_a_tiny_factory(entry: Any) -> None:
 )
 def test_nan_is_no_option(method_class: type[PersonalizationMethod], name: str) -> None:
     """Comparisons with it are all false, so that ``value < 0`` would let it through."""
-    with pytest.raises(ValueError, match=rf"{name}: expected a number .*got nan"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a (finite )?number .*got nan"):
         method_class(2, 4, **{name: float("nan")})

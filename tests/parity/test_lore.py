@@ -16,7 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from plm.functional import Posterior, targets
-from plm.methods.lore import LoRe, cosine_anchor, evidence_losses, kept_bases, l2_anchor, warm_up
+from plm.methods.lore import LoRe, PublishedLoRe
+from plm.methods.lore.maths import cosine_anchor, evidence_losses, kept_bases, l2_anchor, warm_up
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import PreferenceBatch, UserState
 
@@ -40,13 +41,18 @@ def lore(num_bases: int = BASES, dim: int = DIM, **options: Any) -> LoRe:
     return LoRe(USERS, dim, num_bases=num_bases, **options).double()
 
 
-def fit(method: LoRe, data: PlantedData, folder: Path, *callbacks: L.Callback, epochs: int = 30) -> LoRe:
+def published(num_bases: int = BASES, **options: Any) -> PublishedLoRe:
+    torch.manual_seed(0)
+    return PublishedLoRe(USERS, DIM, num_bases=num_bases, **options).double()
+
+
+def fit(method: Any, data: PlantedData, folder: Path, *callbacks: L.Callback, epochs: int = 30) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quiet_trainer(folder, max_epochs=epochs, callbacks=list(callbacks), log_every_n_steps=1).fit(
             method, datamodule=data
         )
-    method.trainer = None  # type: ignore[assignment]
+    method.trainer = None
     return method
 
 
@@ -63,11 +69,11 @@ class Losses(L.Callback):
 # ---------------------------------------------------------------------- the published model
 def test_factored_step_equals_the_dense_one_forward_and_backward() -> None:
     """The published formulation makes all pairs x users logits and picks one column; so does this transcription."""
-    method, batch = lore(simplex=True, temperature=TAU), batch_of()
+    method, batch = published(temperature=TAU), batch_of()
     loss = method.loss(batch)["loss"]
     loss.backward()  # type: ignore[no-untyped-call]
 
-    bases, logits = (p.detach().clone().requires_grad_() for p in (method.bases, method.weights))
+    bases, logits = (p.detach().clone().requires_grad_() for p in (method.bases, method.weight_logits))
     difference = batch.chosen - batch.rejected  # type: ignore[operator]
     dense = difference @ (bases @ torch.softmax(logits, -1).T) / TAU  # (B, U)
     margin = dense[torch.arange(batch.num_pairs), batch.user_index]
@@ -76,38 +82,38 @@ def test_factored_step_equals_the_dense_one_forward_and_backward() -> None:
     expected = (batch.weight * losses).mean()
     expected.backward()  # type: ignore[no-untyped-call]
     assert abs(loss.item() - expected.item()) < 1e-9
-    for ours, theirs in ((method.bases, bases), (method.weights, logits)):
+    for ours, theirs in ((method.bases, bases), (method.weight_logits, logits)):
         assert ours.grad is not None and theirs.grad is not None
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-9)
 
 
 def test_gradients_are_the_closed_forms() -> None:
     """grad V = -X' [(c s) W[y]] / tau; grad omega_u = w_u (g_u - <w_u, g_u>) with g_u = -sum c s Z / tau."""
-    method, batch = lore(simplex=True, temperature=TAU), batch_of(ties=False)
+    method, batch = published(temperature=TAU), batch_of(ties=False)
     method.loss(batch)["loss"].backward()  # type: ignore[no-untyped-call]
     x, y = (batch.chosen - batch.rejected).numpy(), batch.user_index.numpy()  # type: ignore[operator]
-    v, w = method.bases.detach().numpy(), torch.softmax(method.weights, -1).detach().numpy()
+    v, w = method.bases.detach().numpy(), torch.softmax(method.weight_logits, -1).detach().numpy()
     z = x @ v
     pull = batch.weight.numpy() / len(y) * expit(-(z * w[y]).sum(1) / TAU)
     grad_v = -x.T @ (pull[:, None] * w[y]) / TAU
     g = np.zeros_like(w)
     np.add.at(g, y, -pull[:, None] * z / TAU)
-    assert method.bases.grad is not None and method.weights.grad is not None  # type: ignore[union-attr]
+    assert method.bases.grad is not None and method.weight_logits.grad is not None
     assert np.allclose(method.bases.grad.numpy(), grad_v, atol=1e-12)
-    assert np.allclose(method.weights.grad.numpy(), w * (g - (w * g).sum(1, keepdims=True)), atol=1e-12)  # type: ignore[union-attr]
+    assert np.allclose(method.weight_logits.grad.numpy(), w * (g - (w * g).sum(1, keepdims=True)), atol=1e-12)
 
 
 def test_order_of_bases_and_names_of_users_do_not_matter() -> None:
-    method, batch = lore(simplex=True), batch_of()
+    method, batch = published(), batch_of()
     before = method.loss(batch)["loss"].item()
     order, names = torch.tensor([2, 0, 1]), torch.tensor([3, 4, 0, 1, 2])
     with torch.no_grad():
         method.bases.copy_(method.bases[:, order].clone())
-        method.weights.copy_(method.weights[:, order].clone())
+        method.weight_logits.copy_(method.weight_logits[:, order].clone())
         assert method.loss(batch)["loss"].item() == pytest.approx(before, abs=1e-12)
-        renamed = torch.empty_like(method.weights)
-        renamed[names] = method.weights
-        method.weights.copy_(renamed)
+        renamed = torch.empty_like(method.weight_logits)
+        renamed[names] = method.weight_logits
+        method.weight_logits.copy_(renamed)
     assert method.loss(batch._replace(user_index=names[batch.user_index]))["loss"].item() == pytest.approx(
         before, abs=1e-12
     )
@@ -126,17 +132,17 @@ def test_a_basis_without_weight_changes_nothing() -> None:
         )
 
 
-@pytest.mark.parametrize("simplex", [True, False])
-def test_loss_and_gradient_are_finite_at_huge_margins(simplex: bool) -> None:
-    method, batch = lore(simplex=simplex, temperature=1e-4).float(), batch_of(ties=False)
+@pytest.mark.parametrize("make", [published, lore])
+def test_loss_and_gradient_are_finite_at_huge_margins(make: Any) -> None:
+    method, batch = make(temperature=1e-4).float(), batch_of(ties=False)
     with torch.no_grad():
         method.bases[:, 0] = 1.0
     batch = batch._replace(chosen=batch.chosen.float(), rejected=batch.rejected.float(), weight=batch.weight.float())  # type: ignore[union-attr]
     with torch.no_grad():
         assert method.margin(batch).abs().max() > 1e4
     loss = method.loss(batch)["loss"]
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss.isfinite() and (loss > 1e3 or not simplex)  # users who deviate at will soon fit their pairs
+    loss.backward()
+    assert loss.isfinite() and (loss > 1e3 or make is lore)  # users who deviate at will soon fit their pairs
     assert method.bases.grad is not None and method.bases.grad.isfinite().all()
 
 
@@ -167,8 +173,8 @@ def test_warm_up_values() -> None:
 def test_the_anchor_warms_up_over_the_training_steps(optimization: Any, tmp_path: Path) -> None:
     data, losses = PlantedData(USERS, feature_dim=DIM), Losses()
     data.reference_head = torch.ones(DIM)
-    method = LoRe(
-        USERS, DIM, num_bases=2, simplex=True, anchor="l2", anchor_strength=3.0, optimization=optimization, lr=1e-9
+    method = PublishedLoRe(
+        USERS, DIM, num_bases=2, anchor="l2", anchor_strength=3.0, optimization=optimization, lr=1e-9
     )
     expected = 3.0 * l2_anchor(method.bases.detach(), torch.ones(DIM)).item()
     fit(method, data, tmp_path, losses, epochs=10)
@@ -186,11 +192,11 @@ def test_pruning_keeps_the_heaviest_and_renormalises() -> None:
 
 
 def test_pruning_a_negligible_basis_changes_next_to_nothing() -> None:
-    plain, pruned = lore(simplex=True), lore(simplex=True, prune_below=0.01)
+    plain, pruned = published(), published(prune_below=0.01)
     with torch.no_grad():
         for method in (plain, pruned):
-            method.weights[:, 1] = -12.0
-            method.kept.copy_(kept_bases(torch.softmax(method.weights, -1), method.prune_below))
+            method.weight_logits[:, 1] = -12.0
+            method.kept.copy_(kept_bases(torch.softmax(method.weight_logits, -1), method.prune_below))
         index = torch.arange(USERS)
         before, after = (method.user_states(index).tensors["weights"] for method in (plain, pruned))
         assert (after[:, 1] == 0).all() and torch.allclose(after.sum(-1), torch.ones(USERS).double())
@@ -202,7 +208,7 @@ def test_pruning_a_negligible_basis_changes_next_to_nothing() -> None:
 @pytest.mark.parametrize("optimization", ["joint", "alternating"])
 def test_published_training_lowers_the_loss(optimization: Any, tmp_path: Path) -> None:
     data, losses = PlantedData(20, pairs_per_user=40, feature_dim=DIM, rank=3), Losses()
-    fit(LoRe(20, DIM, num_bases=4, simplex=True, optimization=optimization, lr=0.1), data, tmp_path, losses, epochs=60)
+    fit(PublishedLoRe(20, DIM, num_bases=4, optimization=optimization, lr=0.1), data, tmp_path, losses, epochs=60)
     assert losses.nll[-1] < 0.75 * losses.nll[0] and losses.nll[-1] < 0.5
 
 
@@ -211,12 +217,12 @@ def test_alternating_moves_weights_first_and_then_bases(tmp_path: Path) -> None:
 
     class Watch(L.Callback):
         def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
-            seen.append((module.weights.detach().clone(), module.bases.detach().clone()))
+            seen.append((module.weight_logits.detach().clone(), module.bases.detach().clone()))
 
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-            seen.append((module.weights.detach().clone(), module.bases.detach().clone()))
+            seen.append((module.weight_logits.detach().clone(), module.bases.detach().clone()))
 
-    method = LoRe(USERS, DIM, num_bases=2, simplex=True, optimization="alternating", lr=0.1, user_lr=0.3)
+    method = PublishedLoRe(USERS, DIM, num_bases=2, optimization="alternating", lr=0.1, user_lr=0.3)
     fit(method, PlantedData(USERS, feature_dim=DIM), tmp_path, Watch(), epochs=1)
     (weights_0, bases_0), (weights_1, bases_1), (weights_2, bases_2) = seen
     assert torch.equal(bases_0, bases_1) and torch.equal(weights_1, weights_2)
@@ -261,10 +267,10 @@ def test_one_basis_trains_to_the_pooled_optimum(tmp_path: Path) -> None:
 
 
 def test_simplex_with_one_basis_leaves_the_weights_without_gradient() -> None:
-    method = lore(num_bases=1, simplex=True)
-    assert not method.weights.requires_grad
+    method = published(num_bases=1)
+    assert not method.weight_logits.requires_grad
     method.loss(batch_of())["loss"].backward()  # type: ignore[no-untyped-call]
-    assert method.weights.grad is None
+    assert method.weight_logits.grad is None
     assert torch.equal(method.user_states(torch.arange(USERS)).tensors["weights"], torch.ones(USERS, 1).double())
 
 
@@ -286,16 +292,17 @@ def test_no_basis_is_the_reference_head(temperature: float | None, tmp_path: Pat
 
 # ---------------------------------------------------------------------- few-shot adaptation
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[LoRe, PlantedData]]:
-    out = {}
-    for simplex in (True, False):
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[type, tuple[Any, PlantedData]]:
+    out: dict[type, tuple[Any, PlantedData]] = {}
+    for method_class in (PublishedLoRe, LoRe):
+        options = {"prior_precision": 0.1} if method_class is PublishedLoRe else {}
         data = PlantedData(20, feature_dim=DIM, rank=3, num_unseen=4)
-        method = LoRe(20, DIM, num_bases=3, simplex=simplex, lr=0.1, prior_precision=0.1 * simplex)
-        out[simplex] = fit(method, data, tmp_path_factory.mktemp("fit"), epochs=100), data
+        method = method_class(20, DIM, num_bases=3, lr=0.1, **options)
+        out[method_class] = fit(method, data, tmp_path_factory.mktemp("fit"), epochs=100), data
     return out
 
 
-def design_of(method: LoRe, data: PlantedData, user: int) -> np.ndarray:
+def design_of(method: Any, data: PlantedData, user: int) -> np.ndarray:
     """``(S, K)`` margins of a user's support along each basis, read off the public score."""
     difference = data.context.chosen[user] - data.context.rejected[user]
     columns = []
@@ -309,9 +316,9 @@ def design_of(method: LoRe, data: PlantedData, user: int) -> np.ndarray:
     return torch.stack(columns, 1).double().numpy()
 
 
-def test_adapted_weights_are_the_posterior_mode(fitted: dict[bool, tuple[LoRe, PlantedData]]) -> None:
+def test_adapted_weights_are_the_posterior_mode(fitted: dict[type, tuple[Any, PlantedData]]) -> None:
     """Mode and precision of the logistic likelihood times the normal prior that ``population_state`` states."""
-    method, data = fitted[False]
+    method, data = fitted[LoRe]
     state, prior = method.adapt(data.context), method.population_state(1)
     mean, precision = (prior.tensors[name][0].detach().double().numpy() for name in ("weights", "precision"))
     for user in range(4):
@@ -327,9 +334,9 @@ def test_adapted_weights_are_the_posterior_mode(fitted: dict[bool, tuple[LoRe, P
         assert np.allclose(state.tensors["precision"][user].numpy(), hessian, rtol=1e-3, atol=1e-3)
 
 
-def test_adapted_simplex_weights_are_the_papers_optimum(fitted: dict[bool, tuple[LoRe, PlantedData]]) -> None:
+def test_adapted_simplex_weights_are_the_papers_optimum(fitted: dict[type, tuple[Any, PlantedData]]) -> None:
     """Paper eq 11 with the pull to the mean user, by SciPy."""
-    method, data = fitted[True]
+    method, data = fitted[PublishedLoRe]
     state, centre = method.adapt(data.context), method.population_state(1).tensors["weights"][0].detach().numpy()
     for user in range(4):
         design = design_of(method, data, user)

@@ -21,10 +21,12 @@ from plm.methods.vpl.episodes import draw_episodes, response_ids, response_nodes
 from plm.methods.vpl.networks import DECODERS, Gaussian, anneal_factor, bounded, on_sphere, pooled_attention, swap_guide
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import Context, PreferenceBatch, UserState
+from tests.published import published
 
 USERS, DIM = 5, 6
 SIZES = (1, 2, 3, 5, 8)  # pairs of each user
 SMALL: dict[str, Any] = {"latent_dim": 3, "hidden_dim": 4}
+PAPER = {**published("vpl_paper"), **SMALL}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -126,7 +128,7 @@ def scaled_pairs(method: VPL, context: Context, user: int) -> list[tuple[np.ndar
 
 
 def test_the_published_set_encoder_equals_a_loop_over_users_and_queries() -> None:
-    method = make(preset="paper")
+    method = make(**PAPER)
     for parameter in method.parameters():
         parameter.data *= 3  # so that some numbers reach the clamps
     context = context_of(batch_of(ties=False))._replace(weight=torch.ones(USERS, max(SIZES)).double())
@@ -142,7 +144,7 @@ def test_the_published_set_encoder_equals_a_loop_over_users_and_queries() -> Non
 
 def test_the_published_loss_equals_its_transcription(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One target per user, a latent on the sphere, Bradley-Terry plus annealed KL of the clamped posterior."""
-    method = make(preset="paper", kl_weight=0.7)
+    method = make(**{**PAPER, "kl_weight": 0.7})
     method.trainer = quiet_trainer(tmp_path)
     batch = batch_of(ties=False)._replace(weight=torch.ones(sum(SIZES)).double())
     assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
@@ -172,7 +174,7 @@ def test_the_published_loss_equals_its_transcription(monkeypatch: pytest.MonkeyP
 
 
 def test_the_published_latent_is_on_the_sphere_in_training_and_the_mean_in_use() -> None:
-    method = make(preset="paper")
+    method = make(**PAPER)
     users = UserState({"mean": draw(2, 3), "log_var": draw(2, 3)}, torch.ones(2).long())
     responses = draw(2, DIM, seed=1)
     scale = DIM**0.5
@@ -180,7 +182,7 @@ def test_the_published_latent_is_on_the_sphere_in_training_and_the_mean_in_use()
         published_reward(method, scale * responses[row].numpy(), users.tensors["mean"][row].numpy()) for row in (0, 1)
     ]
     np.testing.assert_allclose(method.score(responses, users).detach(), expected, atol=1e-12)
-    both = make(preset="paper", latent_map="sphere")
+    both = make(**{**PAPER, "latent_map": "sphere"})
     expected = [
         published_reward(both, scale * responses[row].numpy(), on_sphere(users.tensors["mean"][row]).numpy())
         for row in (0, 1)
@@ -549,7 +551,7 @@ def test_everything_that_does_not_fit_is_named_at_once() -> None:
     with pytest.raises(ValueError) as error:
         VPL(2, 3, latent_dim=0, kl_weight=-1.0, swap_guide=0.1, min_context=2, lr=-1.0)
     for text in (
-        "model.lr: expected a number >= 0",
+        "model.lr: expected a finite number >= 0",
         "model.latent_dim",
         "model.kl_weight",
         "model.swap_guide acts only",
@@ -559,27 +561,21 @@ def test_everything_that_does_not_fit_is_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"model\.ridge acts only with model\.decoder bilinear"):
         VPL(2, 3, decoder="film", ridge=0.1)
     with pytest.raises(ValueError, match=r"at most model\.max_context = 8, got 9"):
-        VPL(2, 3, preset="paper", min_context=9)
-    with pytest.raises(ValueError, match="expected one of default, paper, got 'papr'"):
-        VPL(2, 3, preset="papr")  # type: ignore[arg-type]
+        VPL(2, 3, **{**PAPER, "min_context": 9})
 
 
-def test_presets_hold_the_published_numbers() -> None:
-    paper = VPL(2, 3, preset="paper", latent_dim=4, hidden_dim=4).options
-    assert (paper.posterior, paper.pair_features, paper.bounds, paper.decoder) == (
-        "attention",
-        "concat",
-        "clamp",
-        "concat",
-    )
+def test_the_group_holds_the_published_numbers() -> None:
+    names = ("posterior", "pair_features", "bounds", "decoder")
+    assert [PAPER[name] for name in names] == ["attention", "concat", "clamp", "concat"]
+    paper = VPL(2, 3, **PAPER)
     assert (paper.kl_weight, paper.anneal_steps, paper.num_targets, paper.max_context) == (3e-6, 10_000, 1, 8)
-    assert VPL(2, 3, preset="paper", lr=0.5, **SMALL).lr == 0.5 and VPL(2, 3).lr == 0.005
+    assert paper.lr == 1e-4 and VPL(2, 3).lr == 0.005
 
 
 # ---------------------------------------------------------------------- what users do to it
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"preset": "paper"},
+    "paper": PAPER,
     "bilinear": {"decoder": "bilinear", "posterior": "attention", "target_rule": "rest"},
     "guided": {"pair_features": "concat", "swap_guide": 0.1, "latent_map": "sphere", "decoder": "concat"},
 }
@@ -590,7 +586,7 @@ def test_features_of_another_precision(name: str, tmp_path: Path) -> None:
     """Half-precision features are read in the precision of the method; so do fits under bfloat16 autocast work."""
     data = PlantedData(5, feature_dim=DIM)
     torch.manual_seed(0)
-    method = VPL(5, DIM, **SMALL, **VARIANTS[name])
+    method = VPL(5, DIM, **{**SMALL, **VARIANTS[name]})
     fit(method, data, tmp_path, max_epochs=4, check_val_every_n_epoch=2, precision="bf16-mixed").eval()
     batch, context = data.test_batch, data.context
     users = method.user_states(batch.user_index)
@@ -617,7 +613,7 @@ def test_small_worlds(name: str, tmp_path: Path) -> None:
     blind.val_dataloader = lambda: []  # type: ignore[method-assign]
     for data in (alone, short, tied, same, blind):
         torch.manual_seed(0)
-        method = VPL(data.num_users, DIM, **SMALL, **VARIANTS[name])
+        method = VPL(data.num_users, DIM, **{**SMALL, **VARIANTS[name]})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             quiet_trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=2).fit(method, datamodule=data)
@@ -648,9 +644,9 @@ def test_resuming_a_fit_changes_nothing(name: str, tmp_path: Path) -> None:
                 trainer.should_stop = True
 
     data, states = PlantedData(6, feature_dim=DIM), []
-    start = VPL(6, DIM, **SMALL, **VARIANTS[name]).state_dict()
+    start = VPL(6, DIM, **{**SMALL, **VARIANTS[name]}).state_dict()
     for at, path in ((-1, None), (5, None), (-1, tmp_path / "half.ckpt")):
-        method = VPL(6, DIM, **SMALL, **VARIANTS[name])
+        method = VPL(6, DIM, **{**SMALL, **VARIANTS[name]})
         method.load_state_dict(start)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

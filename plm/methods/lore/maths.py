@@ -5,10 +5,50 @@ Axes: B pairs in a batch, N pairs of several users, D feature width, K bases, U 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plm.functional import Posterior, expected_losses
+from plm.functional import Posterior, expected_losses, targets
+from plm.types import PreferenceBatch
+
+
+class ProjectedPairs(NamedTuple):
+    """B pairs as margins along each basis."""
+
+    margins: Tensor
+    """``(B, K)``."""
+    target: Tensor
+    """``(B,)`` probability that chosen wins."""
+    weight: Tensor
+    """``(B,)``."""
+    user: Tensor
+    """``(B,)`` row of the user of each pair."""
+
+
+def projected_pairs(batch: PreferenceBatch, bases: Tensor) -> ProjectedPairs:
+    """Project the pairs of a batch on bases ``(D, K)``."""
+    margins = batch.difference @ bases
+    return ProjectedPairs(margins, targets(batch.tie).to(margins), batch.weight, batch.user_index)
+
+
+def pair_counts(parts: Sequence[ProjectedPairs], num_users: int, device: torch.device) -> Tensor:
+    """Count the pairs of each user: ``(U,)`` int64."""
+    start = torch.zeros(num_users, dtype=torch.long, device=device)
+    return sum((torch.bincount(part.user, minlength=num_users) for part in parts), start)
+
+
+def effective_bases(weights: Tensor, bases: Tensor) -> float:
+    """Participation ratio of the directions in which rewards of users differ: ``(U, K)``, ``(D, K)``; 0 = they do not.
+
+    Eigenvalues of the product of both covariances are the variances along each direction.
+    """
+    spread = torch.cov(weights.T, correction=0) @ (bases.T @ bases)
+    total, squares = spread.trace(), (spread @ spread).trace()
+    return float(total**2 / squares) if squares > 0 else 0.0
 
 
 def basis_margins(difference: Tensor, bases: Tensor, weights: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 Paper: Poddar, Wan, Ivison, Gupta, Jaques, "Personalizing RLHF with Variational Preference Learning" (arXiv 2408.10075).
 Reference code: WEIRDLabUW/vpl_llm (nothing is taken from it).
-Deviations: ``preset: paper`` is the published configuration of the language-model part, on cached features. The default
-    preset keeps the model (pair encoder, set posterior, decoder, Bradley-Terry likelihood, KL) and replaces what its
-    code does not do well: the latent means the same in training and use, a swapped pair says the opposite by
-    construction, evidence adds up so that the variance falls with the number of pairs, bounds are smooth, targets
-    share no response with their context, several samples bound the likelihood of all targets of a user at once, and
-    the decoder cannot do without the latent. Every replacement is an argument of its own.
+Deviations: ``conf/method/vpl_paper.yaml`` is the published configuration of the language-model part, on cached
+    features. The defaults keep the model (pair encoder, set posterior, decoder, Bradley-Terry likelihood, KL) and
+    replace what its code does not do well: the latent means the same in training and use, a swapped pair says the
+    opposite by construction, evidence adds up so that the variance falls with the number of pairs, bounds are smooth,
+    targets share no response with their context, several samples bound the likelihood of all targets of a user at
+    once, and the decoder cannot do without the latent. Every replacement is an argument of its own.
 
 Axes: N pairs of several users, B responses or pairs, U users of a batch, C context and T target pairs, M posterior
 samples, D feature width, H hidden width, Z latent width, P prepared width.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +25,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
+from plm.messages import Problems
 from plm.method import PersonalizationMethod
 from plm.methods.vpl.episodes import TargetRule, draw_episodes, rank_within_user, response_ids, response_nodes
 from plm.methods.vpl.networks import (
@@ -41,7 +41,6 @@ from plm.methods.vpl.networks import (
     on_sphere,
     swap_guide,
 )
-from plm.methods.vpl.options import PRESETS, DecoderKind, LatentMap, Options, PairFeatures, PosteriorKind, Preset
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 LATENT_SCALES = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4)
@@ -52,6 +51,11 @@ ACTIVE_VARIANCE = 0.005
 
 SHOTS = (1, 2, 4, 8, 16, 32)
 """Where the posterior variance is reported against the number of pairs."""
+
+WARM_UP = 0.03
+"""Share of the steps in which the learning rate of the schedule ``cosine`` rises, as published."""
+
+RIDGE, BASIS_RIDGE = 0.06, 1.0
 
 
 def target_bound(margin: Tensor, target: Tensor, weight: Tensor, user: Tensor, num_users: int) -> Tensor:
@@ -75,43 +79,39 @@ def is_collapsed(report: Mapping[str, float]) -> bool:
 class VPL(PersonalizationMethod):
     """Variational preferences: an encoder reads a user's pairs into a normal posterior over a latent of the reward.
 
-    An argument that is null takes the value of the preset; the default preset's is given in brackets.
-
     Args:
-        num_users: Number of seen users; linked from the data.
-        feature_dim: Width D of the features; linked from the data.
-        backbone: What makes the features; linked from the data.
-        preset: default = ours; paper = as published.
-        latent_dim: Width Z of the latent [16; paper 512].
-        hidden_dim: Width H of encoder and decoder [64; paper 512].
+        latent_dim: Width Z of the latent.
+        hidden_dim: Width H of encoder and decoder.
         pair_features: odd_even = both responses go through one network, their difference says what, their sum how
-            strongly, so that a swapped pair has the opposite mean; concat = both side by side, as published [odd_even].
+            strongly, so that a swapped pair has the opposite mean; concat = both side by side, as published.
         posterior: product = pairs add precision to the prior; attention = self-attention over the pairs, averaged, as
-            published, which cannot tell four pairs from the same four twice [product].
+            published, which cannot tell four pairs from the same four twice.
         latent_map: same = the decoder reads samples in training and the mean in use; sphere = both projected to the
-            sphere of radius sqrt(Z); sphere_in_training = only the samples, as published [same].
-        bounds: smooth = tanh bounds; clamp = hard ones, without gradient outside, as published [smooth].
+            sphere of radius sqrt(Z); sphere_in_training = only the samples, as published.
+        bounds: smooth = tanh bounds; clamp = hard ones, without gradient outside, as published.
         decoder: film = hidden units scaled and shifted by z before the nonlinearity; bilinear = population direction
-            plus ``z @ bases @ x``; concat = a network on response and z side by side, as published [film].
-        kl_weight: Weight of the KL to the standard normal prior [0.3; paper 3e-6].
+            plus ``z @ bases @ x``; concat = a network on response and z side by side, as published.
+        kl_weight: Weight of the KL to the standard normal prior.
         free_bits: Nats of KL per latent dimension, mean over users, that cost nothing: what keeps the latent alive
-            while the decoder has not learned to use it [0.1; paper 0].
-        anneal: How the KL weight grows from a tenth to all, counted in optimizer steps [linear; paper cosine].
-        anneal_steps: Over how many steps [100; paper 10000].
-        cyclical: Whether it starts again afterwards [false; paper true].
+            while the decoder has not learned to use it.
+        anneal: How the KL weight grows from a tenth to all, counted in optimizer steps.
+        anneal_steps: Over how many steps.
+        cyclical: Whether it starts again afterwards.
         swap_guide: Weight of SPL's pull of the posterior of swapped pairs to the opposite mean (only with concat
-            pair_features; SPL uses 1e-5) [0].
-        num_samples: Posterior samples per user and step [4; paper 1].
+            pair_features; SPL uses 1e-5).
+        num_samples: Posterior samples per user and step.
         target_rule: What a target may share with its context: response = nothing, rest = responses, any = even the
-            pair, as published [response].
-        min_context: Least context pairs per user (not with target_rule response) [0; paper 2].
-        max_context: Most context pairs per user in training [64; paper 8].
-        num_targets: Most targets per user and step [32; paper 1].
-        calibrate: Whether the latent is multiplied by the number of the lowest validation loss [true; paper false].
-        ridge: Precision of the normal prior on the population's direction (bilinear) [0.06].
-        basis_ridge: Precision of the normal prior on the bases (bilinear) [1].
-        weight_decay: AdamW's [0; paper 1e-3].
-        lr: Learning rate, decaying linearly to zero; paper: cosine after 3 % warm-up [0.005; paper 1e-4].
+            pair, as published.
+        min_context: Least context pairs per user (not with target_rule response).
+        max_context: Most context pairs per user in training.
+        num_targets: Most targets per user and step.
+        calibrate: Whether the latent is multiplied by the number of the lowest validation loss.
+        ridge: Precision of the normal prior on the population's direction (only with decoder bilinear).
+        basis_ridge: Precision of the normal prior on the bases (only with decoder bilinear).
+        weight_decay: AdamW's.
+        schedule: How the learning rate decays to zero: linear, or cosine after a warm-up, as published.
+        lr: Learning rate.
+        **options: See `PersonalizationMethod`.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
@@ -127,56 +127,77 @@ class VPL(PersonalizationMethod):
         self,
         num_users: int,
         feature_dim: int,
-        backbone: dict[str, Any] | None = None,
-        preset: Preset = "default",
-        latent_dim: int | None = None,
-        hidden_dim: int | None = None,
-        pair_features: PairFeatures | None = None,
-        posterior: PosteriorKind | None = None,
-        latent_map: LatentMap | None = None,
-        bounds: Bounds | None = None,
-        decoder: DecoderKind | None = None,
-        kl_weight: float | None = None,
-        free_bits: float | None = None,
-        anneal: Anneal | None = None,
-        anneal_steps: int | None = None,
-        cyclical: bool | None = None,
-        swap_guide: float | None = None,
-        num_samples: int | None = None,
-        target_rule: TargetRule | None = None,
-        min_context: int | None = None,
-        max_context: int | None = None,
-        num_targets: int | None = None,
-        calibrate: bool | None = None,
-        ridge: float | None = None,
-        basis_ridge: float | None = None,
-        weight_decay: float | None = None,
-        lr: float | None = None,
+        *,
+        latent_dim: int = 16,
+        hidden_dim: int = 64,
+        pair_features: Literal["odd_even", "concat"] = "odd_even",
+        posterior: Literal["product", "attention"] = "product",
+        latent_map: Literal["same", "sphere", "sphere_in_training"] = "same",
+        bounds: Bounds = "smooth",
+        decoder: Literal["bilinear", "film", "concat"] = "film",
+        kl_weight: float = 0.3,
+        free_bits: float = 0.1,
+        anneal: Anneal = "linear",
+        anneal_steps: int = 100,
+        cyclical: bool = False,
+        swap_guide: float = 0.0,
+        num_samples: int = 4,
+        target_rule: TargetRule = "response",
+        min_context: int = 0,
+        max_context: int = 64,
+        num_targets: int = 32,
+        calibrate: bool = True,
+        ridge: float = RIDGE,
+        basis_ridge: float = BASIS_RIDGE,
+        weight_decay: float = 0.0,
+        schedule: Literal["linear", "cosine"] = "linear",
+        lr: float = 0.005,
+        **options: Any,
     ) -> None:
-        values = locals()
-        if preset not in PRESETS:
-            raise ValueError(f"model.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
-        given = {name: values[name] for name in Options.__dataclass_fields__ if values[name] is not None}
-        options = replace(PRESETS[preset], **given)
-        unused = [name for name in ("ridge", "basis_ridge") if name in given and options.decoder != "bilinear"]
-        problems = options.problems()
-        problems += [f"model.{name} acts only with model.decoder bilinear, got {given[name]!r}" for name in unused]
-        if problems:
-            raise ValueError("\n".join(problems))
-        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=options.lr)
-        self.preset, self.options = preset, options
-        width, odd_even = options.hidden_dim, options.pair_features == "odd_even"
-        self.encoder = PairEncoder(feature_dim, width, odd_even)
-        self.set_encoder = POSTERIORS[options.posterior](width, options.latent_dim, odd_even, options.bounds)
-        self.decoder = DECODERS[options.decoder](feature_dim, width, options.latent_dim)
+        odd_even = pair_features == "odd_even"
+        problems = Problems("model.")
+        problems.integers(1, latent_dim=latent_dim, hidden_dim=hidden_dim, anneal_steps=anneal_steps)
+        problems.integers(1, num_samples=num_samples, max_context=max_context, num_targets=num_targets)
+        problems.integers(0, min_context=min_context)
+        problems.numbers(kl_weight=kl_weight, free_bits=free_bits, swap_guide=swap_guide, ridge=ridge)
+        problems.numbers(basis_ridge=basis_ridge, weight_decay=weight_decay, lr=lr)
+        problems.say(
+            f"model.min_context: expected at most model.max_context = {max_context}, got {min_context!r}",
+            when=min_context > max_context,
+        )
+        problems.say(
+            "model.swap_guide acts only with model.pair_features concat: with odd_even a swapped pair says the "
+            f"opposite by construction; got {swap_guide!r}",
+            when=swap_guide != 0 and odd_even,
+        )
+        problems.say(
+            "model.min_context acts only with model.target_rule rest or any: with response the context of an episode "
+            f"is whatever falls on its side; got {min_context!r}",
+            when=min_context != 0 and target_rule == "response",
+        )
+        for name, value, default in (("ridge", ridge, RIDGE), ("basis_ridge", basis_ridge, BASIS_RIDGE)):
+            acts = decoder == "bilinear" or value == default
+            problems.say(f"model.{name} acts only with model.decoder bilinear, got {value!r}", when=not acts)
+        problems.check()
+        super().__init__(num_users, feature_dim, lr=lr, **options)
+        self.latent_dim, self.latent_map, self.calibrate = latent_dim, latent_map, calibrate
+        self.kl_weight, self.free_bits, self.swap_guide = kl_weight, free_bits, swap_guide
+        self.anneal, self.anneal_steps, self.cyclical = anneal, anneal_steps, cyclical
+        self.target_rule, self.min_context, self.max_context = target_rule, min_context, max_context
+        self.num_targets, self.num_samples = num_targets, num_samples
+        self.ridge, self.basis_ridge = ridge, basis_ridge
+        self.weight_decay, self.schedule = weight_decay, schedule
+        self.encoder = PairEncoder(feature_dim, hidden_dim, odd_even)
+        self.set_encoder = POSTERIORS[posterior](hidden_dim, latent_dim, odd_even, bounds)
+        self.decoder = DECODERS[decoder](feature_dim, hidden_dim, latent_dim)
         self.mean: Tensor
         self.log_var: Tensor
         self.num_pairs: Tensor
         self.latent_scale: Tensor
         self.variance: Tensor
         self.val_accuracies: Tensor
-        self.register_buffer("mean", torch.zeros(num_users, options.latent_dim))
-        self.register_buffer("log_var", torch.zeros(num_users, options.latent_dim))
+        self.register_buffer("mean", torch.zeros(num_users, latent_dim))
+        self.register_buffer("log_var", torch.zeros(num_users, latent_dim))
         self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
         self.register_buffer("latent_scale", torch.ones(()))
         self.register_buffer("variance", -torch.ones(len(SHOTS)))  # -1 = not known; nan is not equal to itself
@@ -191,8 +212,7 @@ class VPL(PersonalizationMethod):
 
     def _tokens(self, batch: PreferenceBatch | Context, rows: Tensor) -> PairTokens:
         """Tokens of the pairs at ``rows``, an index or mask."""
-        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-        chosen, rejected = self._scaled(batch.chosen[rows]), self._scaled(batch.rejected[rows])
+        chosen, rejected = (self._scaled(side[rows]) for side in batch.features)
         target = chosen.new_ones(len(chosen)) if batch.tie is None else targets(batch.tie[rows]).to(chosen)
         tokens: PairTokens = self.encoder(chosen, rejected, target)
         return tokens
@@ -204,7 +224,7 @@ class VPL(PersonalizationMethod):
 
     def _reward(self, prepared: Tensor, latent: Tensor) -> Tensor:
         """``(..., P)``, ``(..., Z)`` in use -> ``(...)``."""
-        if self.options.latent_map == "sphere":
+        if self.latent_map == "sphere":
             latent = on_sphere(latent)
         reward: Tensor = self.decoder.reward(prepared, self.latent_scale * latent)
         return reward
@@ -212,23 +232,22 @@ class VPL(PersonalizationMethod):
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Bound on the likelihood of the targets given the context, plus the annealed KL, over one episode per user."""
-        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-        options = self.options
+        sides = batch.features
         _, user = torch.unique(batch.user_index, return_inverse=True)
         num_users = int(user.max()) + 1
         context, rows = draw_episodes(
             user,
-            self._batch_nodes(batch.chosen, batch.rejected, user) if options.target_rule == "response" else None,
-            options.target_rule,
-            options.min_context,
-            options.max_context,
-            options.num_targets,
+            self._batch_nodes(*sides, user) if self.target_rule == "response" else None,
+            self.target_rule,
+            self.min_context,
+            self.max_context,
+            self.num_targets,
         )
         posterior = self._posterior(self._tokens(batch, context), batch.weight[context], user[context], num_users)
-        latent = posterior.sample(options.num_samples)
-        if options.latent_map != "same":
+        latent = posterior.sample(self.num_samples)
+        if self.latent_map != "same":
             latent = on_sphere(latent)
-        chosen, rejected = (self.decoder.prepare(self._scaled(side[rows])) for side in (batch.chosen, batch.rejected))
+        chosen, rejected = (self.decoder.prepare(self._scaled(side[rows])) for side in sides)
         latent, of_user = latent[user[rows]], user[rows]  # (T, M, Z)
         margin = self.decoder.reward(chosen[:, None], latent) - self.decoder.reward(rejected[:, None], latent)
         target, weight = targets(batch.tie[rows]).to(margin), unit_mean_per_user(batch.weight[rows], of_user, num_users)
@@ -237,15 +256,15 @@ class VPL(PersonalizationMethod):
         share = per_user_sum(batch.weight, user, num_users) * (count > 0)  # of a user in the loss
         share = share / share.sum().clamp_min(1e-12)
         nll, kl = (share * bound).sum(), (share[:, None] * posterior.kl()).sum(0)
-        anneal = anneal_factor(self.trainer.global_step, options.anneal_steps, options.anneal, options.cyclical)
-        per_target = options.kl_weight * anneal / (share * count).sum().clamp_min(1)
-        loss = nll + per_target * kl.clamp_min(options.free_bits).sum() + self._penalty()
+        anneal = anneal_factor(self.trainer.global_step, self.anneal_steps, self.anneal, self.cyclical)
+        per_target = self.kl_weight * anneal / (share * count).sum().clamp_min(1)
+        loss = nll + per_target * kl.clamp_min(self.free_bits).sum() + self._penalty()
         logged = {"nll": nll, "kl": kl.sum()}
-        if options.swap_guide:
+        if self.swap_guide:
             flipped = batch._replace(chosen=batch.rejected, rejected=batch.chosen)
             swapped = self._posterior(self._tokens(flipped, context), batch.weight[context], user[context], num_users)
             logged["swap_guide"] = swap_guide(posterior, swapped)
-            loss = loss + options.swap_guide * logged["swap_guide"]
+            loss = loss + self.swap_guide * logged["swap_guide"]
         return {"loss": loss, **logged}
 
     def _batch_nodes(self, chosen: Tensor, rejected: Tensor, user: Tensor) -> Tensor:
@@ -258,23 +277,23 @@ class VPL(PersonalizationMethod):
         """Normal priors of the bilinear decoder, divided by the number of pairs; in units of unscaled features."""
         if not isinstance(self.decoder, BilinearDecoder):
             return self.latent_scale.new_zeros(())
-        squares = self.options.ridge * self.decoder.population.square().sum()
-        squares = squares + self.options.basis_ridge * self.decoder.bases.square().sum()
+        squares = self.ridge * self.decoder.population.square().sum()
+        squares = squares + self.basis_ridge * self.decoder.bases.square().sum()
         return 0.5 * self.feature_dim * squares / self.num_train_pairs
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW; ours decays linearly to zero, the paper's warms up for 3 % of the steps and follows a cosine."""
-        optimizer = torch.optim.AdamW(self.param_groups(), weight_decay=self.options.weight_decay)
+        """AdamW, whose learning rate decays to zero as ``schedule`` says."""
+        optimizer = torch.optim.AdamW(self.param_groups(), weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             return optimizer
-        warm_up = 0.03 * steps if self.preset == "paper" else 0.0
+        warm_up = WARM_UP * steps if self.schedule == "cosine" else 0.0
 
         def factor(step: int) -> float:
             if step < warm_up:
                 return (step + 1) / (warm_up + 1)
             left = max(1.0 - (step - warm_up) / max(steps - warm_up, 1.0), 0.0)
-            return (1 - math.cos(math.pi * left)) / 2 if self.preset == "paper" else left
+            return (1 - math.cos(math.pi * left)) / 2 if self.schedule == "cosine" else left
 
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
@@ -310,11 +329,10 @@ class VPL(PersonalizationMethod):
 
         Without validation pairs -1 and -1.
         """
-        scales = self.mean.new_tensor(LATENT_SCALES if self.options.calibrate else [1.0])
+        scales = self.mean.new_tensor(LATENT_SCALES if self.calibrate else [1.0])
         sums = torch.zeros(len(scales), 4, dtype=torch.float64, device=self.device)  # loss, right, right shuffled, all
         for batch in self.val_pass():
-            assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-            chosen, rejected = (self.decoder.prepare(self._scaled(side)) for side in (batch.chosen, batch.rejected))
+            chosen, rejected = (self.decoder.prepare(self._scaled(side)) for side in batch.features)
             other = (batch.user_index + 1) % self.num_users if batch.other_index is None else batch.other_index
             target = targets(batch.tie).to(chosen)
             for row, scale in enumerate(scales):
@@ -359,7 +377,7 @@ class VPL(PersonalizationMethod):
                 f"{100 * report['val_other_accuracy']:.1f} %"
             )
             warnings.warn(
-                f"posterior collapse: {report['active_units']:.0f} of {self.options.latent_dim} latent dimensions are "
+                f"posterior collapse: {report['active_units']:.0f} of {self.latent_dim} latent dimensions are "
                 f"active, the KL is {report['kl']:.3f} nats, use multiplies the latent by "
                 f"{float(self.latent_scale):.2f}{control if known else ''}. Either users do not differ in these data, "
                 "or try a lower model.kl_weight, more model.free_bits, or another model.decoder",
@@ -379,7 +397,7 @@ class VPL(PersonalizationMethod):
 
     def population_state(self, num_users: int) -> UserState:
         """The standard normal prior."""
-        zeros = self.mean.new_zeros(num_users, self.options.latent_dim)
+        zeros = self.mean.new_zeros(num_users, self.latent_dim)
         num_pairs = torch.zeros(num_users, dtype=torch.long, device=self.device)
         return UserState({"mean": zeros, "log_var": zeros.clone()}, num_pairs)
 
