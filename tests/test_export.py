@@ -56,7 +56,7 @@ def test_export_writes_the_reward_of_a_user_and_how_to_load_it(
 ) -> None:
     torch.manual_seed(0)
     backbone = HFBackbone(str(causal_lm("gpt2")), template=template)
-    method = PAL(2, 16, backbone.spec(), num_prototypes=3, projector="mlp1-relu-dropout0", **options)
+    method = PAL(2, 16, backbone=backbone.spec(), num_prototypes=3, projector="mlp1-relu-dropout0", **options)
     method.user_ids = ["anna", "ben"]
     method.logits.data.normal_()
     method.num_pairs.fill_(3)

@@ -143,7 +143,7 @@ def test_generate_chooses_by_the_reward_of_a_method_without_a_policy(
     causal_lm: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    method, output = LoRe(2, 24, HashingBackbone(dim=24, ngrams=2).spec(), num_bases=3), tmp_path / "out.jsonl"
+    method, output = LoRe(2, 24, backbone=HashingBackbone(dim=24, ngrams=2).spec(), num_bases=3), tmp_path / "out.jsonl"
     method.user_ids = ["anna", "ben"]
     method.weights.normal_()
     method.bases.data.normal_()

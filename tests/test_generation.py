@@ -348,7 +348,7 @@ def test_the_best_of_n_by_every_reward_method(
 
 def test_empty_responses_are_never_the_best(causal_lm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """They cannot be judged, not even by a reward that likes short texts; a prompt with nothing else is named."""
-    reward = BradleyTerry(1, 24, HashingBackbone(dim=24, ngrams=2).spec())
+    reward = BradleyTerry(1, 24, backbone=HashingBackbone(dim=24, ngrams=2).spec())
     reward.encode = TextEncoder(reward, HashingBackbone(dim=24, ngrams=2).spec())
     with torch.no_grad():
         for value in reward.parameters():

@@ -42,7 +42,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def lore() -> LoRe:
     torch.manual_seed(0)
-    method = LoRe(2, 24, HashingBackbone(dim=24).spec(), num_bases=3)
+    method = LoRe(2, 24, backbone=HashingBackbone(dim=24).spec(), num_bases=3)
     method.user_ids = ["anna", "ben"]
     method.weights.normal_()
     method.bases.data.normal_()

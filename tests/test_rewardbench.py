@@ -117,7 +117,7 @@ def test_malformed_questions(tmp_path: Path) -> None:
 def judge() -> BradleyTerry:
     """A reward that counts the word good."""
     backbone = HashingBackbone(dim=64)
-    method = BradleyTerry(1, 64, backbone.spec()).eval()
+    method = BradleyTerry(1, 64, backbone=backbone.spec()).eval()
     with torch.no_grad():
         method.directions.copy_(backbone.encode(["good"]).T.expand_as(method.directions))
     method.encode = lambda prompts, texts: backbone.encode(list(texts))

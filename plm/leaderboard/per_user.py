@@ -35,7 +35,7 @@ class PerUserBradleyTerry(PersonalizationMethod):
     user_tables: tuple[str, ...] = ("weights", "num_pairs")
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None = None) -> None:
-        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=0.0)
+        super().__init__(num_users, feature_dim, backbone, lr=0.0)
         width = min(feature_dim, NUM_COMPONENTS)
         self.components: Tensor
         self.ridge: Tensor

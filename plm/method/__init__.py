@@ -5,6 +5,7 @@ Only the protocol is imported here; the other modules read language models and t
 
 from __future__ import annotations
 
-from plm.method.base import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
+from plm.method.arguments import constructor_arguments
+from plm.method.base import CHECKPOINT_KEY, PersonalizationMethod
 
 __all__ = ["CHECKPOINT_KEY", "PersonalizationMethod", "constructor_arguments"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -73,9 +72,9 @@ class PersonalizationMethod(L.LightningModule, ABC):
         With `reads_prompts` there is a third argument, ``prompt_features``: ``(B, D)`` of the prompts alone.
         """
 
-    def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **asked: Any) -> Tensor:
-        """`_score` of users who are there once: ``(B,)`` rows; for a method whose states are too large to copy."""
-        return self._score(responses, users.take(rows), **asked)
+    def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **prompts: Any) -> Tensor:
+        """Score for the user in row ``rows[i]``; overridden where states are too large to copy for each response."""
+        return self._score(responses, users.take(rows), **prompts)
 
     @abstractmethod
     def _adapt(self, context: Context) -> UserState:
@@ -165,32 +164,29 @@ class PersonalizationMethod(L.LightningModule, ABC):
         """
         if isinstance(responses, str) or (users is not None and user_id is not None):
             raise ValueError("score takes a list of texts (got one string) and either users or user_id (not both)")
-        if isinstance(responses, Tokens):
-            num_responses = responses.input_ids.shape[0]
-        else:
-            num_responses = len(responses)
+        num_responses = responses.num_rows if isinstance(responses, Tokens) else len(responses)
         if not isinstance(responses, Tensor | Tokens):
-            encoder = self.text_encoder
-            texts, asked = list(responses), [prompts] * num_responses if isinstance(prompts, str) else list(prompts)
-            if not all(isinstance(text, str) for text in texts) or len(asked) != num_responses:
-                raise ValueError(f"expected texts with one prompt each, got {len(asked)} prompts and {texts[:3]!r}")
-            responses = encoder(asked, texts)
-            prompt_features = self.encode_prompts(asked) if self.encode_prompts else None
+            encoder, texts = self.text_encoder, list(responses)
+            prompts = [prompts] * num_responses if isinstance(prompts, str) else list(prompts)
+            if not all(isinstance(text, str) for text in texts) or len(prompts) != num_responses:
+                raise ValueError(f"expected texts with one prompt each, got {len(prompts)} prompts and {texts[:3]!r}")
+            responses = encoder(prompts, texts)
+            prompt_features = self.encode_prompts(prompts) if self.encode_prompts else None
         if user_id is not None:
             ids = [user_id] * num_responses if isinstance(user_id, str) else list(user_id)
-            row_of = {one: row for row, one in enumerate(dict.fromkeys(ids))}
-            users, rows = self.known_users(list(row_of)), torch.tensor([row_of[one] for one in ids], dtype=torch.long)
+            row_of = {name: row for row, name in enumerate(dict.fromkeys(ids))}
+            users, rows = self.known_users(list(row_of)), torch.tensor([row_of[name] for name in ids], dtype=torch.long)
         if users is None:
             users, rows = self.population_state(1), torch.zeros(num_responses, dtype=torch.long)
-        known = users.num_users if rows is None else len(rows)
-        if known != num_responses:
-            raise ValueError(f"expected one user per response, got {known} for {num_responses} responses")
+        num_rows = users.num_users if rows is None else len(rows)
+        if num_rows != num_responses:
+            raise ValueError(f"expected one user per response, got {num_rows} for {num_responses} responses")
         if isinstance(responses, Tensor):
             self._check_width(responses)
-        asked_of = self._asked(prompt_features)
+        prompt_option = self._prompt_option(prompt_features)
         if rows is None:
-            return self._score(responses, users, **asked_of)
-        return self._score_rows(responses, users, rows.to(users.num_pairs.device), **asked_of)
+            return self._score(responses, users, **prompt_option)
+        return self._score_rows(responses, users, rows.to(users.num_pairs.device), **prompt_option)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -214,7 +210,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
             raise ValueError(f"{type(self).__name__} knows no user ids; load it with plm.load_method(path)")
         return self.find_users
 
-    def _asked(self, prompt_features: Tensor | Tokens | None) -> dict[str, Any]:
+    def _prompt_option(self, prompt_features: Tensor | Tokens | None) -> dict[str, Any]:
+        """The third argument of ``_score``, where it takes one."""
         return {"prompt_features": prompt_features} if self.reads_prompts else {}
 
     def _check_width(self, features: Tensor) -> None:
@@ -227,8 +224,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
     def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
         """Reward of chosen minus reward of rejected, ``(B,)``; ``users`` default to those of the batch."""
         users = self.batch_states(batch) if users is None else users
-        given = self._asked(batch.prompt)
-        return self._score(batch.chosen, users, **given) - self._score(batch.rejected, users, **given)
+        prompts = self._prompt_option(batch.prompt)
+        return self._score(batch.chosen, users, **prompts) - self._score(batch.rejected, users, **prompts)
 
     @final
     def batch_states(self, batch: PreferenceBatch) -> UserState:
@@ -330,14 +327,13 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Margins ``(B,)`` of the personal model and, outside the few-shot curve, of its two controls."""
+        states_of: Callable[[Tensor], UserState]
         if batch.context is not None and batch.context_row is not None:
-            states = self.adapt(batch.context)
-            own, other = states.take(batch.context_row), batch.other_row
-            other_states = None if other is None else states.take(other)
+            states_of, row, other_row = self.adapt(batch.context).take, batch.context_row, batch.other_row
         else:
-            own, other = self.user_states(batch.user_index), batch.other_index
-            other_states = None if other is None else self.user_states(other)
-        facts = {"margin": self.margin(batch, own)}
+            states_of, row, other_row = self.user_states, batch.user_index, batch.other_index
+        states, other_states = states_of(row), None if other_row is None else states_of(other_row)
+        facts = {"margin": self.margin(batch, states)}
         if batch.num_shots is None:
             facts["population_margin"] = self.margin(batch, self.population_state(batch.num_pairs))
         if other_states is not None:
@@ -350,23 +346,11 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the class path and the seen user ids beside the weights."""
-        cls = type(self)
-        about = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "user_ids": list(self.user_ids)}
-        checkpoint[CHECKPOINT_KEY] = about
+        class_path = f"{type(self).__module__}.{type(self).__qualname__}"
+        checkpoint[CHECKPOINT_KEY] = {"class_path": class_path, "user_ids": list(self.user_ids)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Copy rows of user tables by user id, never by position.
-
-        Raises:
-            ValueError: If the checkpoint was trained on latents of another model.
-        """
-        specs = (checkpoint.get("hyper_parameters", {}).get("backbone"), self.hparams.get("backbone"))
-        saved_content, content = ((spec or {}).get("init_args", {}).get("content") for spec in specs)
-        if None not in (saved_content, content) and saved_content != content:
-            raise ValueError(
-                f"the checkpoint was trained on latents of the model {saved_content}, the data give those of "
-                f"{content}; set data.backbone to the one it was trained with, or train again"
-            )
+        """Copy rows of user tables by user id, never by position."""
         saved: list[str] | None = checkpoint.get(CHECKPOINT_KEY, {}).get("user_ids")
         if saved is None or saved == self.user_ids or not self.user_tables:
             return
@@ -376,9 +360,9 @@ class PersonalizationMethod(L.LightningModule, ABC):
         if len(here) < self.num_users:
             missing = self.num_users - len(here)
             warnings.warn(f"{missing} of {self.num_users} users are not in the checkpoint: prior state", stacklevel=2)
-        own, saved_state = self.state_dict(), checkpoint["state_dict"]
+        state, saved_state = self.state_dict(), checkpoint["state_dict"]
         for name in self.user_tables:
-            rows = own[name].clone()
+            rows = state[name].clone()
             prior = self.prior_row(name, saved_state)
             if prior is not None:
                 rows[:] = prior.to(rows)
@@ -388,19 +372,6 @@ class PersonalizationMethod(L.LightningModule, ABC):
     def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
         """Row of a user table for a user a checkpoint does not know; None = as initialised."""
         return None
-
-
-def constructor_arguments(cls: type) -> set[str]:
-    """Names of the arguments a class takes, with those that it hands on by ``**options`` to the classes after it."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        names |= {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return names
 
 
 def _clone(value: Tensor | Tokens | None) -> Any:

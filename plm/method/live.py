@@ -158,7 +158,7 @@ class LiveMethod(NetworkMethod):
     def _score(
         self, responses: Tensor | Tokens, users: UserState, prompt_features: Tensor | Tokens | None = None
     ) -> Tensor:
-        given = self._asked(None if prompt_features is None else self.features(prompt_features))
+        given = self._prompt_option(None if prompt_features is None else self.features(prompt_features))
         return super()._score(self.features(responses), users, **given)  # type: ignore[safe-super]
 
     def _adapt(self, context: Context) -> UserState:

@@ -487,7 +487,10 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
         ({"users": "posterior", "mixing": "gumbel"}, r"model\.mixing"),
         ({"user_projector": "identity"}, r"model\.user_projector"),
         ({"head": "cosine", "num_prototypes": 0, "temperature": 0.0}, r"(?s)model\.head.*num_prototypes.*temperature"),
-        ({"dim": 0, "lr": -0.1}, r"(?s)model\.dim: expected an integer >= 1, got 0.*model\.lr: expected a number >= 0"),
+        (
+            {"dim": 0, "lr": -0.1},
+            r"(?s)model\.dim: expected an integer >= 1, got 0.*model\.lr: expected a finite number >= 0",
+        ),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

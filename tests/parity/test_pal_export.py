@@ -78,7 +78,7 @@ def pal(backbone: HFBackbone | None = None, **options: Any) -> PAL:
     torch.manual_seed(1)
     defaults: dict[str, Any] = {"num_prototypes": K, "projector": "mlp1-gelu-dropout0", "residual": "bradley_terry"}
     spec = None if backbone is None else backbone.spec()
-    method = PAL(USERS, DIM, spec, **{**defaults, **options})
+    method = PAL(USERS, DIM, backbone=spec, **{**defaults, **options})
     method.base.data.normal_()
     method.feature_scale.fill_(1.7)
     method.prior_centre.normal_()

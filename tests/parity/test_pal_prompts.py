@@ -57,7 +57,7 @@ def method(data: PreferenceDataModule, tmp_path_factory: pytest.TempPathFactory)
     made = PAL(
         data.num_users,
         data.feature_dim,
-        data.backbone_spec,
+        backbone=data.backbone_spec,
         num_prototypes=2,
         variant="B",
         head="angle",

@@ -143,6 +143,21 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         if self._trainer is not None and str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision: expected 32-true or bf16-mixed, got {self.trainer.precision!r}")
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also refuse policies over latents of another model.
+
+        Raises:
+            ValueError: If they are.
+        """
+        specs = (checkpoint.get("hyper_parameters", {}).get("backbone"), self.hparams.get("backbone"))
+        saved, content = ((spec or {}).get("init_args", {}).get("content") for spec in specs)
+        if None not in (saved, content) and saved != content:
+            raise ValueError(
+                f"the checkpoint was trained on latents of the model {saved}, the data give those of {content}; "
+                "set data.backbone to the one it was trained with, or train again"
+            )
+        super().on_load_checkpoint(checkpoint)
+
     def configure_optimizers(self) -> RowAdam:
         """AdamW, of which every user has one."""
         return make_optimizer(self.policies, self.options, lambda: self.wanted)

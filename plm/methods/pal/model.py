@@ -56,9 +56,6 @@ class PAL(GroupedMethod, Exporter):
     """Ideal points mixed from K prototypes; a reward is closeness to the user's own point.
 
     Args:
-        num_users: Number of seen users; linked from the data.
-        feature_dim: Width D of the features; linked from the data.
-        backbone: What makes the features; linked from the data.
         num_prototypes: Number of prototypes K; 1 = the same ideal point for everybody.
         variant: A = prototypes are points. B = prototypes are functions of the prompt (data.prompt_features: true).
         user_learner: How weights w and prototypes P make the ideal point, with f the projector of the items: Pw = mix,
@@ -91,6 +88,7 @@ class PAL(GroupedMethod, Exporter):
             user_projectors, prototypes, base, weights, logit_scale and temperature.
         freeze: Groups that are not trained.
         lr: Learning rate of groups without one of their own.
+        **options: See `PersonalizationMethod`.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
@@ -106,7 +104,7 @@ class PAL(GroupedMethod, Exporter):
         self,
         num_users: int,
         feature_dim: int,
-        backbone: dict[str, Any] | None = None,
+        *,
         num_prototypes: int = 8,
         variant: Variant = "A",
         user_learner: UserLearner = "f(P)w",
@@ -128,8 +126,9 @@ class PAL(GroupedMethod, Exporter):
         groups: dict[str, dict[str, float]] | None = None,
         freeze: list[str] | None = None,
         lr: float = 0.2,
+        **options: Any,
     ) -> None:
-        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
+        super().__init__(num_users, feature_dim, lr=lr, **options)
         self.num_prototypes, self.variant, self.users, self.partition = num_prototypes, variant, users, partition
         self.loss_kind, self.gamma, self.mixing, self.residual = loss, gamma, mixing, residual
         self.ridge, self.prototype_ridge, self.bound = ridge, prototype_ridge, bound
@@ -251,11 +250,11 @@ class PAL(GroupedMethod, Exporter):
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """With ``users: table`` the loss of the table's margins, else their expected loss under the posterior."""
-        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
-        if self._train_pairs is None or self._train_pairs[0] is not batch.chosen:
+        chosen, rejected = batch.features
+        if self._train_pairs is None or self._train_pairs[0] is not chosen:
             prompt = self._prompts(batch.prompt, batch.num_pairs)
-            self._train_pairs = batch.chosen, distinct_pairs(batch.chosen, batch.rejected, prompt)
-        cache, target = self._cache(self._train_pairs[1]), targets(batch.tie).to(batch.chosen)
+            self._train_pairs = chosen, distinct_pairs(chosen, rejected, prompt)
+        cache, target = self._cache(self._train_pairs[1]), targets(batch.tie).to(chosen)
         if isinstance(self.logits, torch.nn.Parameter):
             weights = self._drawn(F.embedding(batch.user_index, self.logits, sparse=True))
             losses = pair_losses(self.loss_kind, self.geometry.margins(cache, weights), target, self.gamma)
@@ -321,9 +320,8 @@ class PAL(GroupedMethod, Exporter):
 
     def _solvable(self, batch: PreferenceBatch) -> Solvable:
         """What solving for the users of a batch needs."""
-        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
         prompt = self._prompts(batch.prompt, batch.num_pairs)
-        cache = as_double(self._cache(distinct_pairs(batch.chosen, batch.rejected, prompt)))
+        cache = as_double(self._cache(distinct_pairs(*batch.features, prompt)))
         weight = batch.weight.clone()
         return Solvable(cache, targets(batch.tie).to(weight), weight, batch.user_index.clone())
 
@@ -345,8 +343,8 @@ class PAL(GroupedMethod, Exporter):
             if best is None or loss < best[0]:
                 best = loss, scale, logits, precision
         assert best is not None
-        for own, value in zip((self.prior_scale, self.logits, self.precision), best[1:], strict=True):
-            own.copy_(value)
+        for buffer, value in zip((self.prior_scale, self.logits, self.precision), best[1:], strict=True):
+            buffer.copy_(value)
 
     def _solve(
         self, train: list[Solvable], prior: Prior, start: Tensor, num_steps: int = MAX_STEPS
@@ -414,10 +412,9 @@ class PAL(GroupedMethod, Exporter):
 
     def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
         """Reward of chosen minus reward of rejected, given the prompt: ``(B,)``."""
-        assert isinstance(batch.chosen, Tensor) and isinstance(batch.rejected, Tensor)
         users = self.batch_states(batch) if users is None else users
         prompt = self._prompts(batch.prompt, batch.num_pairs)
-        cache = self._cache(distinct_pairs(batch.chosen, batch.rejected, prompt))
+        cache = self._cache(distinct_pairs(*batch.features, prompt))
         return self.geometry.margins(cache, self._served(users.tensors["weights"], users.num_pairs))
 
     def _adapt(self, context: Context) -> UserState:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch.nn import Parameter
 
+from plm.messages import Problems
 from plm.methods.pal.geometry import UserLearner
 from plm.methods.pal.heads import Head, Loss
 
@@ -41,44 +42,38 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming every key that is wrong.
     """
-    problems = [
-        f"model.{name}: expected one of {', '.join(get_args(choice))}, got {options[name]!r}"
-        for name, choice in CHOICES.items()
-        if options[name] not in get_args(choice)
-    ]
-    problems += [
-        f"model.{name}: expected an integer >= 1, got {options[name]!r}"
-        for name in ("num_prototypes", "dim")
-        if options[name] is not None and not options[name] >= 1
-    ]
-    problems += [
-        f"model.{name}: expected a number > 0, got {options[name]!r}"
-        for name in ("temperature", "gamma")
-        if options[name] is not None and not options[name] > 0
-    ]
-    problems += [
-        f"model.{name}: expected a number >= 0, got {options[name]!r}"
-        for name in ("ridge", "prototype_ridge", "bound", "lr")
-        if not (options[name] or 0.0) >= 0
-    ]
+    problems = Problems("model.")
+    problems.choices(**{name: (options[name], get_args(choice)) for name, choice in CHOICES.items()})
+    problems.integers(1, num_prototypes=options["num_prototypes"], dim=options["dim"])
+    problems.positive(temperature=options["temperature"], gamma=options["gamma"])
+    problems.numbers(**{name: options[name] for name in ("ridge", "prototype_ridge", "bound", "lr")})
     head, loss, learner = options["head"], options["loss"], options["user_learner"]
-    if options["variant"] == "B" and learner in ("Pw", "f(Pw)"):
-        problems.append(
-            f"model.user_learner: variant B mixes functions of the prompt, f(P)w or |f(P)|w, got {learner!r}"
-        )
-    if options["variant"] == "A" and options["user_projector"] is not None:
-        problems.append(f"model.user_projector: acts only with model.variant B, got {options['user_projector']!r}")
-    if options["mixing"] != "softmax" and options["users"] != "table":
-        problems.append(f"model.mixing: {options['mixing']!r} draws samples of a table; set model.users: table")
     one_sided = loss in ("hinge", "smooth_hinge")
-    if options["users"] == "posterior" and one_sided:
-        problems.append(f"model.loss: {loss!r} is no likelihood, which model.users: posterior needs; set table")
-    if head == "angle_hinge" and not one_sided:
-        problems.append(f"model.loss: head angle_hinge takes hinge or smooth_hinge, got {loss!r}")
-    if head in ("angle", "dist_logistic") and one_sided:
-        problems.append(f"model.loss: head {head} takes cross_entropy or logistic, got {loss!r}")
-    if problems:
-        raise ValueError("\n".join(problems))
+    problems.say(
+        f"model.user_learner: variant B mixes functions of the prompt, f(P)w or |f(P)|w, got {learner!r}",
+        when=options["variant"] == "B" and learner in ("Pw", "f(Pw)"),
+    )
+    problems.say(
+        f"model.user_projector: acts only with model.variant B, got {options['user_projector']!r}",
+        when=options["variant"] == "A" and options["user_projector"] is not None,
+    )
+    problems.say(
+        f"model.mixing: {options['mixing']!r} draws samples of a table; set model.users: table",
+        when=options["mixing"] != "softmax" and options["users"] != "table",
+    )
+    problems.say(
+        f"model.loss: {loss!r} is no likelihood, which model.users: posterior needs; set table",
+        when=options["users"] == "posterior" and one_sided,
+    )
+    problems.say(
+        f"model.loss: head angle_hinge takes hinge or smooth_hinge, got {loss!r}",
+        when=head == "angle_hinge" and not one_sided,
+    )
+    problems.say(
+        f"model.loss: head {head} takes cross_entropy or logistic, got {loss!r}",
+        when=head in ("angle", "dist_logistic") and one_sided,
+    )
+    problems.check()
 
 
 def configure_groups(
