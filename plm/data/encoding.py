@@ -18,7 +18,7 @@ from plm.arrays import Float32Array, IntArray
 from plm.backbones import Backbone, CausalLM, LatentBackbone, ReferenceLogps, TooLong
 from plm.data.collate import FeaturedPairs
 from plm.data.features import FeatureCache
-from plm.data.rows import SAME, FeatureRows, Rows, TokenRows
+from plm.data.rows import SAME, BatchRows, FeatureRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
 from plm.types import Tokens
@@ -126,7 +126,7 @@ def encode_pairs(
     prompts = [table.prompts[row] for row in prompt.tolist()]
     features = reader(prompts, [table.responses[row] for row in response.tolist()])
     of_items = _feature_rows(features, items, len(table.items))
-    of_prompts: Rows | None = None
+    of_prompts: BatchRows | None = None
     if prompt_features and tokens is not None and isinstance(backbone.prompt_backbone, CausalLM):
         of_prompts = tokens.prompts_alone()
     elif prompt_features:
