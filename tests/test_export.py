@@ -74,6 +74,7 @@ def test_export_writes_the_reward_of_a_user_and_how_to_load_it(
 
 
 @pytest.mark.parametrize("adapter", ["lora", "prefix"])
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT hands on a prefix so
 def test_export_writes_the_adapter_of_a_user_which_peft_loads(
     causal_lm: Callable[[str], Path], tmp_path: Path, adapter: Any
 ) -> None:

@@ -198,6 +198,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 
 @KINDS
 @pytest.mark.parametrize("case", EXPORTS)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT hands on a prefix so
 def test_an_exported_user_writes_the_same_with_peft_alone(
     causal_lm: Folder, kind: str, case: str, tmp_path: Path
 ) -> None:
@@ -228,6 +229,7 @@ def test_an_exported_user_writes_the_same_with_peft_alone(
 
 
 @KINDS
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT hands on a prefix so
 def test_training_reads_a_prefix_as_peft_does(causal_lm: Folder, kind: str, tmp_path: Path) -> None:
     """P-Tuning v2: the loss from PEFT's logits over the exported folder, and its gradient in the keys and values."""
     method = make(causal_lm(kind), adapter="prefix", num_virtual_tokens=3, beta=0.5)
