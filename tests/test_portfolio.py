@@ -115,7 +115,7 @@ def test_an_accuracy_gets_its_cell_cover_and_guarantee(
     shown = " ".join(capsys.readouterr().out.split())
     saved = json.loads((tmp_path / "runs/portfolio/version_0/portfolio.json").read_text())
     guarantee, shift = saved["guarantee"], saved["calibration"]
-    raw = RewardTable(str(tables), read_config(recipe)["rewards"]["init_args"]["objectives"])._raw[..., :3]
+    raw = RewardTable(str(tables), read_config(Path(recipe))["rewards"]["init_args"]["objectives"])._raw[..., :3]
     rewards = np.clip((raw - shift["shift"]) / shift["scale"], 0, 1)
     most = float(np.nanmax(rewards.sum(2), axis=1).mean())
     eps, delta = 0.2, math.floor(0.3 / (2 * most) * 1e4) / 1e4  # four digits, as it is between 0.1 and 1 or below
