@@ -10,13 +10,9 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
-
 import plm
 from plm.cli.options import stop
 from plm.messages import nearest
-from plm.recipe.defaults import expand
-from plm.recipe.grid import check_grid
 
 COMMON = (
     *("c", "checkpoint", "ckpt_path", "config", "data", "defaults", "early_stopping", "few_shot", "final_test"),
@@ -47,6 +43,9 @@ def check_options(args: Sequence[str], names: Collection[str]) -> None:
         first, dot, rest = option.removeprefix("--").partition(".")
         if option.startswith("--") and first.removesuffix("+") not in names:
             stop(f"no option {option!r}{nearest(option, [f'--{name}{dot}{rest}' for name in names])}")
+
+    from plm.recipe.defaults import expand  # help does not wait for a reader of YAML
+
     expand(args)
     for text in _values(args, "--select"):
         _check_select(text)
@@ -64,6 +63,11 @@ def _check_select(text: str) -> None:
     """Stop, or raise, where the text is no grid; an interpolation is resolved later."""
     if "${" in text:
         return
+
+    import yaml
+
+    from plm.recipe.grid import check_grid
+
     try:
         grid = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -135,7 +139,9 @@ def show_help(usage: str, about: str, rows: Sequence[tuple[str, str]], ending: s
     formatter.add_text(textwrap.fill(about, _WIDTH, break_on_hyphens=False))
     formatter.start_section("options")
     for name, text in rows:
-        formatter.add_argument(argparse.Action([name], dest="", nargs=0, help=text.replace("%", "%%")))
+        formatter.add_argument(
+            argparse.Action([name], dest="", nargs=0, help=text.replace("%", "%%").replace("``", ""))
+        )
     formatter.end_section()
     formatter.add_text(ending)
     print(formatter.format_help(), end="")
