@@ -114,7 +114,7 @@ ARROWS: dict[str, set[str]] = {
 """Module or package -> what it may import besides itself; the longest matching name counts."""
 
 FLOORS: dict[str, list[set[str]]] = {
-    "plm.method": [{"base"}, {"abilities", "network"}, {"live", "policy"}],
+    "plm.method": [{"arguments", "base"}, {"abilities", "network"}, {"live", "policy"}],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
     "plm.audit": [{"check"}, {"report"}],
     "plm.recipe": [
