@@ -1,4 +1,4 @@
-"""RewardFeatures: rewards of a response as its features, so that methods on features know users by them.
+"""RewardFeatures: rewards of a response as its features, so that methods on features can learn users from them.
 
 Axes: N responses, R objectives.
 """
@@ -53,7 +53,7 @@ class RewardFeatures(Backbone):
         return {"engine": "plm.RewardFeatures", "content": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
     def render(self, prompt: str, response: str) -> str:
-        """Both, as `encode` takes them apart again."""
+        """Join prompt and response so that `encode` can take them apart again."""
         return json.dumps([prompt, response])
 
     def encode(self, texts: Sequence[str]) -> Tensor:
@@ -71,22 +71,22 @@ class RewardFeatures(Backbone):
 def raw_objectives(
     rewards: Mapping[str, Reward], objectives: Mapping[str, str], prompts: Sequence[str], responses: Sequence[str]
 ) -> Float64Array:
-    """Objectives ``(N, R)`` of N responses before calibration; a reward that two objectives use is asked once.
+    """Objectives ``(N, R)`` of N responses before calibration; a reward that two objectives use is called once.
 
     Raises:
-        ValueError: If a reward gives what is no finite number.
+        ValueError: If a score is no finite number.
     """
     scores = {}
-    for name in {one.removeprefix("-"): None for one in objectives.values()}:
+    for name in {signed.removeprefix("-"): None for signed in objectives.values()}:
         scores[name] = rewards[name].score(prompts, responses)
         if scores[name].shape != (len(responses),) or not np.isfinite(scores[name]).all():
             raise ValueError(f"expected a finite score of each of {len(responses)} responses from the reward {name!r}")
-    columns = [(-1 if one.startswith("-") else 1) * scores[one.removeprefix("-")] for one in objectives.values()]
+    columns = [(-1 if name.startswith("-") else 1) * scores[name.removeprefix("-")] for name in objectives.values()]
     return np.stack(columns, axis=1)
 
 
 def reward_spec(reward: Reward) -> dict[str, Any]:
-    """A reward as ``{class_path, init_args}``; it keeps each constructor argument under its own name.
+    """Describe a reward as ``{class_path, init_args}``; a reward keeps each constructor argument under its own name.
 
     >>> from plm.data.rewards import Length
     >>> reward_spec(Length(target=9))
@@ -99,20 +99,19 @@ def reward_spec(reward: Reward) -> dict[str, Any]:
 
 
 def _built(spec: Mapping[str, Any]) -> Reward:
-    """The reward of a `reward_spec`.
+    """Make the reward that a `reward_spec` describes.
 
     Raises:
         ValueError: If its class cannot be imported or is no reward.
     """
     module, _, name = str(spec["class_path"]).rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        reward_class = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"expected the class of a reward, got {spec['class_path']!r}: {error}; install the package that holds it"
         ) from error
-    if not (inspect.isclass(found) and issubclass(found, Reward)):
+    if not (inspect.isclass(reward_class) and issubclass(reward_class, Reward)):
         raise ValueError(f"expected the class of a reward, got {spec['class_path']!r}, which is no Reward")
-    made = found(**spec.get("init_args", {}))
-    assert isinstance(made, Reward)
-    return made
+    reward: Reward = reward_class(**spec.get("init_args", {}))
+    return reward

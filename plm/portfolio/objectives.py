@@ -89,7 +89,7 @@ class RewardSource(ABC):
 
     @abstractmethod
     def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
-        """How the portfolio serves users: those of the source, unless others are given."""
+        """Describe how the portfolio serves users: those of the source, unless others are given."""
 
 
 class RewardTable(RewardSource):
@@ -153,7 +153,7 @@ class RewardTable(RewardSource):
         return table[count > 1]
 
     def _meant(self, column: str, present: Iterable[str]) -> str:
-        """The near name of a column, written as the recipe has it, with the minus of an objective."""
+        """Advise a near name of a column, written as in the recipe, with the minus of an objective."""
         written = next((name for name in self.objectives.values() if name.removeprefix("-") == column), column)
         return nearest(written, signed_like(written, present))
 
@@ -165,13 +165,13 @@ class RewardTable(RewardSource):
         return Split(fitted.clipped(table[train]), fitted.clipped(table[test]), fitted)
 
     def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
-        """Features are the calibrated objectives themselves; no user is known but those given."""
+        """Take calibrated objectives as features; no user is known but those given."""
         ids, weights = ([], np.zeros((0, num_objectives))) if users is None else users
         return Deployment(torch.eye(num_objectives), None, ids, weights)
 
 
 def _columns(file: str, prompt: str, columns: list[str]) -> tuple[npt.NDArray[np.str_], Float64Array]:
-    """Prompts ``(N,)`` as texts and columns of numbers ``(N, R)`` of one file; nan where a number is missing.
+    """Read prompts ``(N,)`` as texts and columns of numbers ``(N, R)`` of one file; nan where a number is missing.
 
     Raises:
         ValueError: If a column holds something else, or not one finite number.
@@ -188,21 +188,21 @@ def _columns(file: str, prompt: str, columns: list[str]) -> tuple[npt.NDArray[np
                 f"{file}: expected numbers in the column {column!r}, got {short((wrong or cells)[0])}; correct "
                 "rewards.objectives"
             )
-    return np.array([str(one) for one in read[prompt]]), numbers
+    return np.array([str(cell) for cell in read[prompt]]), numbers
 
 
 def signed_like(name: str, valid: Iterable[str]) -> list[str]:
-    """Valid names with the minus that ``name`` has, or without.
+    """Give valid names the minus that ``name`` has, or none.
 
     >>> signed_like("-sentimnt", ["sentiment", "length"])
     ['-sentiment', '-length']
     """
     sign = "-" if name.startswith("-") else ""
-    return [sign + one for one in valid]
+    return [sign + name for name in valid]
 
 
 def calibration(table: Float64Array, names: list[str]) -> Calibration:
-    """Shift and scale by which the 1 % and 99 % quantiles of each objective, ``(X, C, R)``, become 0 and 1.
+    """Find shift and scale by which the 1 % and 99 % quantiles of each objective, ``(X, C, R)``, become 0 and 1.
 
     Raises:
         ValueError: If an objective is the same for nearly all responses.
@@ -247,7 +247,7 @@ class LoReBases(RewardSource):
 
     @property
     def names(self) -> list[str]:
-        """One per basis."""
+        """Numbers of the bases."""
         return [f"basis {index + 1}" for index in range(self._bases.shape[1])]
 
     def prepare(self, folder: Path) -> None:
@@ -282,11 +282,11 @@ class LoReBases(RewardSource):
     def _bases(self) -> Tensor:
         """``(D, R)`` read off the method by scoring unit features for users of one basis each."""
         width, num = self._method.feature_dim, self._users[1].shape[1]
-        known = self._method.population_state(1).tensors
+        population = self._method.population_state(1).tensors
 
         def scores(features: Tensor, basis: int) -> Tensor:
             rows = len(features)
-            tensors = {name: value.repeat(rows, *[1] * (value.dim() - 1)) for name, value in known.items()}
+            tensors = {name: value.repeat(rows, *[1] * (value.dim() - 1)) for name, value in population.items()}
             tensors["weights"] = torch.eye(num)[basis].repeat(rows, 1)
             return self._method.score(features, UserState(tensors, torch.zeros(rows, dtype=torch.long)))
 
@@ -335,7 +335,7 @@ class LoReBases(RewardSource):
         return Split(train / scale, test / scale, Calibration([0.0] * num_objectives, [scale] * num_objectives))
 
     def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
-        """Everything the scorer has: its backbone, its bases, its users unless others are given."""
+        """Serve by the scorer's backbone and bases, and its users unless others are given."""
         ids, weights = self._users if users is None else users
         return Deployment(self._bases, self._method.hparams.get("backbone"), ids, weights)
 
@@ -398,7 +398,7 @@ def finite_weights(value: Any, num: int | None) -> Float64Array:
 
 
 def halves(num: int, rng: np.random.Generator | None) -> tuple[IntArray, IntArray]:
-    """Two random halves of ``num`` rows, or all rows twice."""
+    """Draw two random halves of ``num`` rows, or return all rows twice."""
     if rng is None:
         return np.arange(num), np.arange(num)
     order = rng.permutation(num)

@@ -28,7 +28,7 @@ from plm.types import Tokens, UserState
 
 Decoding = Literal["own", "merged", "logits"]
 
-_PLACES = 1024  # whose scores over the vocabulary are in memory at once
+_PLACES = 1024  # places whose scores over the vocabulary are in memory at once
 
 
 class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
@@ -155,9 +155,9 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
         return out
 
     def log_ratios(self, tokens: Tokens, member: int) -> Tensor:
-        """How much likelier a member finds B responses than the language model as it is, ``(B,)`` nats."""
-        own = self.member_logps(tokens, torch.full((tokens.num_rows,), member))
-        return own - self.unaligned_logps(tokens)
+        """Log-likelihood ratio ``(B,)`` of B responses, a member against the language model as it is, in nats."""
+        member_logps = self.member_logps(tokens, torch.full((tokens.num_rows,), member))
+        return member_logps - self.unaligned_logps(tokens)
 
     @torch.no_grad()
     def unaligned_logps(self, tokens: Tokens) -> Tensor:
@@ -174,7 +174,7 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
                 read, token, row = self.policy.completions(tokens)
                 hidden.append(read)
         parts = [
-            mixed_logits([self.policy.logits(one[at]) for one in hidden], shares[row[at]])
+            mixed_logits([self.policy.logits(states[at]) for states in hidden], shares[row[at]])
             .log_softmax(-1)
             .gather(1, token[at, None])[:, 0]
             for at in torch.split(torch.arange(len(row), device=row.device), _PLACES)

@@ -103,7 +103,7 @@ class SampledRewards(RewardSource):
         """All prompts with their responses, and objectives before calibration."""
         source = SampledPairs(self.path, self.rewards, num_people=1, test_share=self.test_share, seed=self.seed)
         names = list(self.rewards)
-        signed = [(-1.0 if one.startswith("-") else 1.0, one.removeprefix("-")) for one in self.objectives.values()]
+        signed = [(-1.0 if name.startswith("-") else 1.0, name.removeprefix("-")) for name in self.objectives.values()]
         scores = np.stack([sign * source.pool.scores[..., names.index(name)] for sign, name in signed], axis=-1)
         return replace(source.pool, scores=scores)
 
@@ -156,12 +156,12 @@ class SampledRewards(RewardSource):
     def features(self, num_objectives: int) -> RewardFeatures:
         """The calibrated objectives of any response."""
         objectives = dict(list(self.objectives.items())[:num_objectives])
-        used = {one.removeprefix("-") for one in objectives.values()}
+        used = {name.removeprefix("-") for name in objectives.values()}
         specs = {name: reward_spec(reward) for name, reward in self.rewards.items() if name in used}
         return RewardFeatures(specs, objectives, *self._calibration(num_objectives))
 
     def deployment(self, num_objectives: int, users: Users | None = None) -> Deployment:
-        """Features are the calibrated objectives; users are the people, unless others are given."""
+        """Take calibrated objectives as features, and the people as users unless others are given."""
         ids, weights = self._people(num_objectives) if users is None else users
         scaled = self.sharpness * torch.eye(num_objectives)
         return Deployment(scaled, self.features(num_objectives).spec(), ids, weights)

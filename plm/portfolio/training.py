@@ -78,7 +78,7 @@ class WeightedPairs(PairSource):
 def weighted_pairs(pool: CandidatePool, weights: Float64Array) -> PairTable:
     """Pair the best with the worst candidate of each prompt by each weight vector, ``(V, R)``; a tie gives no pair.
 
-    Users are named by the row of their weights; one who finds all candidates of every prompt alike is left out.
+    Users are named by the row of their weights; a user who finds all candidates of every prompt alike is left out.
 
     Args:
         pool: Candidates with their objectives.
@@ -105,14 +105,14 @@ def weighted_pairs(pool: CandidatePool, weights: Float64Array) -> PairTable:
 def train_adapters(
     pool: CandidatePool, weights: Float64Array, backbone: CausalLM, fit: LoRADPOFit, cache_dir: str
 ) -> Tensor:
-    """An adapter for each weight vector, rows over one frozen network: ``(V, R)`` -> ``(V, P)``.
+    """Train an adapter for each weight vector, rows over one frozen network: ``(V, R)`` -> ``(V, P)``.
 
     Weights by which all candidates of every prompt are worth the same have no pairs; nothing is better for them than
     the unaligned policy, and their adapter is one that changes nothing.
 
     Args:
-        pool: What the simulated users compare.
-        weights: What they like.
+        pool: Candidates that the simulated users compare.
+        weights: Of the simulated users.
         backbone: The language model.
         fit: How they are trained.
         cache_dir: Folder of the cache of reference log-probabilities.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plm.backbones import Backbone, Policy
 from plm.functional import PairList, flatten_context
+from plm.messages import Problems
 from plm.method.abilities import Writer
 from plm.methods.palm.routing import RoutedMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -35,20 +36,21 @@ class WritingPortfolio(RoutedMethod, Writer):
 
     @staticmethod
     def check_users(sharpness: float, prior_precision: float) -> None:
-        """Refuse what no user could be inferred with.
+        """Check the options by which users are inferred.
 
         Raises:
             ValueError: If one of them is out of range.
         """
+        problems = Problems()
         if not 0 < sharpness < math.inf:
-            raise ValueError(f"sharpness: expected a finite number of nats > 0, got {sharpness!r}")
-        if not 0 <= prior_precision < math.inf:
-            raise ValueError(f"prior_precision: expected a finite number >= 0, got {prior_precision!r}")
+            problems.add("sharpness", "a finite number of nats > 0", sharpness)
+        problems.numbers(prior_precision=prior_precision)
+        problems.check()
 
     # ------------------------------------------------------------------ members
     @abstractmethod
     def add(self, rows: Tensor) -> Tensor:
-        """Add members, each told by a row of its own, ``(m, P)``; returns their numbers ``(m,)``."""
+        """Add members, each described by a row ``(m, P)``; returns their numbers ``(m,)``."""
 
     @abstractmethod
     def keep(self, members: Sequence[int]) -> None:
@@ -61,7 +63,7 @@ class WritingPortfolio(RoutedMethod, Writer):
 
     @abstractmethod
     def log_ratios(self, tokens: Tokens, member: int) -> Tensor:
-        """How much likelier a member finds B responses than the unaligned policy does, ``(B,)`` nats."""
+        """Log-likelihood ratio ``(B,)`` of B responses, a member against the unaligned policy, in nats."""
 
     # ------------------------------------------------------------------ users
     def read(self, responses: Tensor | Tokens) -> Tensor:

@@ -102,7 +102,7 @@ class PALM(RoutedMethod):
         Args:
             portfolio: Members and solved weights.
             users: ``(U, R)`` weights of the seen users, as given or inferred elsewhere; their mean becomes the centre.
-            objectives: ``(D, R)`` directions whose product with features are the objectives; the own ones by default.
+            objectives: ``(D, R)`` directions whose product with features are the objectives; default: those learned.
         """
         super().install(portfolio, users)
         if objectives is not None:
@@ -117,7 +117,7 @@ class PALM(RoutedMethod):
         return self.objectives / self.feature_scale
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Bradley-Terry loss of the user's own mix, plus the normal priors of objectives and weights."""
+        """Bradley-Terry loss of each user's mix of objectives, plus the normal priors of objectives and weights."""
         projected = batch.difference @ self._objectives()
         weights = torch.softmax(self.logits, -1)
         margin = (projected * weights[batch.user_index]).sum(-1)
@@ -159,9 +159,9 @@ class PALM(RoutedMethod):
         The worse of two has reward 0 in each objective, and one common scale brings the largest differences to 1: a
         scale of its own for each objective would change what the users' weights mean.
         """
-        own = rewards[:: max(1, math.ceil(len(rewards) / _POOL_PAIRS))]
-        shared = own.new_zeros(self.trainer.world_size, _POOL_PAIRS, *own.shape[1:])
-        shared[self.trainer.global_rank, : len(own)] = own
+        local = rewards[:: max(1, math.ceil(len(rewards) / _POOL_PAIRS))]
+        shared = local.new_zeros(self.trainer.world_size, _POOL_PAIRS, *local.shape[1:])
+        shared[self.trainer.global_rank, : len(local)] = local
         pool: Float64Array = self.sum_over_processes(shared).flatten(0, 1).double().cpu().numpy()
         pool = pool - pool.min(1, keepdims=True)
         pool = pool[pool.max((1, 2)) > 0]
@@ -175,7 +175,7 @@ class PALM(RoutedMethod):
         return ((responses @ self._objectives()) * self.member_weights[users.tensors["member"]]).sum(-1)
 
     def _adapt(self, context: Context) -> UserState:
-        """LoRe's few-shot problem (eq 11) with the objectives fixed; then routed. No pairs: the cold-start member."""
+        """Solve LoRe's few-shot problem (eq 11) with the objectives fixed, then route; without pairs, to cold start."""
         with torch.no_grad():
             difference, target, weight, user = flatten_context(context)
             projected = difference @ self._objectives()

@@ -108,15 +108,15 @@ def _witnesses(grid: Sequence[Weights], eps: float | Fraction, delta: float | Fr
         tight = _tighten(box)
         if tight is None:
             continue
-        meeting = [one for one in cells if _meet(one, tight)]
-        if any(_inside(tight, one) for one in meeting):
+        meeting = [near for near in cells if _meet(near, tight)]
+        if any(_inside(tight, near) for near in meeting):
             continue
         cut = _best_cut(tight, meeting)
         if cut is None:
             witness = _midpoint(tight)
             yield witness
             added = cell(witness, eps, delta)
-            stack = [(one, [*there, added]) for one, there in [*stack, (tight, meeting)]]
+            stack = [(rest, [*near, added]) for rest, near in [*stack, (tight, meeting)]]
             continue
         axis, at = cut
         low, high = tight[axis]
@@ -132,9 +132,9 @@ def _tighten(box: Box) -> Box | None:
     return tuple((max(a, 1 - (high - b)), min(b, 1 - (low - a))) for a, b in box)
 
 
-def _meet(one: Box, two: Box) -> bool:
+def _meet(first: Box, second: Box) -> bool:
     """Whether two closed boxes meet."""
-    return all(a <= d and c <= b for (a, b), (c, d) in zip(one, two, strict=True))
+    return all(a <= d and c <= b for (a, b), (c, d) in zip(first, second, strict=True))
 
 
 def _inside(inner: Box, outer: Box) -> bool:
@@ -144,17 +144,17 @@ def _inside(inner: Box, outer: Box) -> bool:
 def _best_cut(box: Box, cells: list[Box]) -> tuple[int, Fraction] | None:
     """Axis and place of the most even cut by a face of the cell that overlaps the box most; None if no face cuts."""
 
-    def overlap(one: Box) -> float:
+    def overlap(near: Box) -> float:
         share = 1.0
-        for (a, b), (c, d) in zip(box, one, strict=True):
+        for (a, b), (c, d) in zip(box, near, strict=True):
             if a < b:
                 share *= float((min(b, d) - max(a, c)) / (b - a))
         return share
 
-    for one in sorted(cells, key=overlap, reverse=True):
+    for near in sorted(cells, key=overlap, reverse=True):
         cuts = [
             (abs(at - (a + b) / 2) / (b - a), axis, at)
-            for axis, ((a, b), ends) in enumerate(zip(box, one, strict=True))
+            for axis, ((a, b), ends) in enumerate(zip(box, near, strict=True))
             for at in ends
             if a < at < b
         ]

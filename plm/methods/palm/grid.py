@@ -89,13 +89,13 @@ def two_sided_levels(
 # ---------------------------------------------------------------------- grids
 def lifted_grid(levels: Sequence[Fraction], num_objectives: int) -> list[Weights]:
     """Weights whose largest coordinate is scaled to one: the others take all levels, then the row is normalised."""
-    found: dict[Weights, None] = {}
+    grid: dict[Weights, None] = {}
     for place in range(num_objectives):
         for others in itertools.product(levels, repeat=num_objectives - 1):
             lifted = (*others[:place], Fraction(1), *others[place:])
             total = sum(lifted)
-            found[tuple(value / total for value in lifted)] = None
-    return list(found)
+            grid[tuple(value / total for value in lifted)] = None
+    return list(grid)
 
 
 def combined_grid(eps: float | Fraction, delta: float | Fraction, num_objectives: int) -> list[Weights]:
@@ -126,14 +126,14 @@ def direct_grid(levels: Sequence[Fraction], num_objectives: int) -> list[Weights
 
     A heuristic of few weights, which `plm.methods.palm.cover.certified_cover` checks and repairs.
     """
-    found: dict[Weights, None] = {}
+    grid: dict[Weights, None] = {}
     for place in range(num_objectives):
         for others in itertools.product(levels, repeat=num_objectives - 1):
             rest = 1 - sum(others, Fraction(0))
             if rest >= 0:
                 weights = (*others[:place], rest, *others[place:])
-                found[weights] = None
-    return list(found)
+                grid[weights] = None
+    return list(grid)
 
 
 # ---------------------------------------------------------------------- baselines

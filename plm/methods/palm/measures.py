@@ -1,10 +1,11 @@
-"""Who uses which member, how evenly, and how different the members are.
+"""Which members users are routed to, how evenly, and how much the members differ.
 
 Axes: U users, M members, X prompts, C candidates, R objectives.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -47,10 +48,7 @@ def disagreement(policies: Float64Array) -> float:
     For members that pick one candidate it is the share of prompts on which two of them answer differently; members that
     draw at random from the same probabilities have 0.
     """
-    num = len(policies)
-    if num < 2:
+    if len(policies) < 2:
         return 0.0
-    distances = [
-        0.5 * np.abs(policies[one] - policies[two]).sum(1).mean() for one in range(num) for two in range(one + 1, num)
-    ]
+    distances = [0.5 * np.abs(first - second).sum(1).mean() for first, second in itertools.combinations(policies, 2)]
     return float(np.mean(distances))

@@ -58,16 +58,16 @@ class Oracle(ABC):
     """
 
     error: float = 0.0
-    """Bound on ``J*_w - J_w(p)`` of its own answer p, additive."""
+    """Additive bound on ``J*_w - J_w(p)`` of its answer p."""
 
     def __init__(self, num_objectives: int) -> None:
         self.num_objectives = num_objectives
-        self._asked = np.zeros((0, num_objectives))
+        self._solved_weights = np.zeros((0, num_objectives))
 
     @property
     def num_calls(self) -> int:
-        """Weight vectors that it has been asked for, each counted once: what is solved need not be made again."""
-        return len(self._asked)
+        """Weight vectors solved so far, each counted once: a solved one need not be made again."""
+        return len(self._solved_weights)
 
     @property
     @abstractmethod
@@ -90,7 +90,7 @@ class Oracle(ABC):
             ValueError: If a row is not on the simplex.
         """
         check_simplex(weights, self.num_objectives)
-        self._asked = np.concatenate([self._asked, unsolved(weights, self._asked)])
+        self._solved_weights = np.concatenate([self._solved_weights, unsolved(weights, self._solved_weights)])
         return self._solve(weights)
 
 
@@ -149,7 +149,7 @@ class BestOfN(Oracle):
         return self.measured(weights)
 
     def measured(self, weights: Float64Array) -> PolicySet:
-        """The policies that ``solve`` makes for ``(V, R)``, on these prompts; not counted as calls: it judges."""
+        """The policies that ``solve`` makes for ``(V, R)``, on these prompts; not counted as calls."""
         return PolicySet.cat([self._solve_few(part) for part in self._parts(weights)])
 
     def _solve_few(self, weights: Float64Array) -> PolicySet:
@@ -180,27 +180,27 @@ def unsolved(weights: Float64Array, solved: Float64Array) -> Float64Array:
     >>> unsolved(np.array([[1.0, 0.0], [0.3, 0.7], [0.1 + 0.2, 0.7]]), np.array([[1.0, 0.0]])).tolist()
     [[0.3, 0.7]]
     """
-    known = np.concatenate([solved, weights])
+    distinct = np.concatenate([solved, weights])
     count = len(solved)
     for row in weights:
-        if not (np.abs(known[:count] - row).max(1) < _SAME).any():
-            known[count] = row
+        if not (np.abs(distinct[:count] - row).max(1) < _SAME).any():
+            distinct[count] = row
             count += 1
-    new: Float64Array = known[len(solved) : count]
+    new: Float64Array = distinct[len(solved) : count]
     return new
 
 
 def check_simplex(weights: Float64Array, num_objectives: int) -> None:
-    """Refuse what is not a list of points of the simplex.
+    """Check that weights are points of the simplex.
 
     Raises:
         ValueError: Naming the first bad row.
     """
     if weights.ndim != 2 or weights.shape[1] != num_objectives:
         raise ValueError(f"expected weights (V, {num_objectives}), got the shape {weights.shape}")
-    fine = np.isfinite(weights).all(1) & (weights.min(1) >= -1e-9) & (np.abs(weights.sum(1) - 1) <= 1e-6)
-    if not fine.all():
-        row = int(np.argmin(fine))
+    is_valid = np.isfinite(weights).all(1) & (weights.min(1) >= -1e-9) & (np.abs(weights.sum(1) - 1) <= 1e-6)
+    if not is_valid.all():
+        row = int(np.argmin(is_valid))
         raise ValueError(
             f"expected non-negative weights that sum to 1, got {weights[row].tolist()!r} in row {row}; "
             "divide each row by its sum"

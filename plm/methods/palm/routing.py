@@ -1,4 +1,4 @@
-"""RoutedMethod: what every portfolio that serves users shares: members, who is routed where, and what is certified.
+"""RoutedMethod: what every portfolio that serves users shares: members, routing, and certificates.
 
 Axes: U users, R objectives, M members, F planes of the upper bound.
 """
@@ -52,7 +52,7 @@ class RoutedMethod(PersonalizationMethod):
     num_pairs: Tensor
 
     def add_portfolio(self) -> None:
-        """Make the tables of one member and of users about whom nothing is known."""
+        """Make the tables of one member and of users who have no pairs yet."""
         uniform, eye = torch.full((1, self.num_objectives), 1.0 / self.num_objectives), torch.eye(self.num_objectives)
         self.register_buffer("centre", uniform[0].clone())
         self.register_buffer("weights", uniform.repeat(self.num_users, 1))
@@ -91,7 +91,7 @@ class RoutedMethod(PersonalizationMethod):
 
     @property
     def cold_start(self) -> int:
-        """The member for a stranger: the one whose worst regret is smallest if it serves everybody."""
+        """The member of an unknown user: the one whose worst regret is smallest if it serves everybody."""
         return int(self._single_regret().argmin())
 
     def _single_regret(self) -> Tensor:

@@ -117,9 +117,9 @@ def _bisected(
     low, high, best = 0, len(values) - 1, list[int]()
     while low <= high:
         middle = (low + high) // 2
-        found = cover(losses <= values[middle])
-        if len(found) <= size:
-            best, high = found, middle - 1
+        rows = cover(losses <= values[middle])
+        if len(rows) <= size:
+            best, high = rows, middle - 1
         else:
             low = middle + 1
     return best
