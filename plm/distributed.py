@@ -1,4 +1,4 @@
-"""What processes of one fit tell each other besides what Lightning's strategies do: sums, and gradients.
+"""What processes of one fit exchange besides what Lightning's strategies do: sums, and gradients.
 
 With a single process, or outside of a fit, all of it does nothing.
 
@@ -83,17 +83,18 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float, algor
         limit: Longest norm of all gradients together, or greatest value.
         algorithm: ``norm`` or ``value``, as of ``trainer.gradient_clip_algorithm``.
     """
-    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    sharded, whole = [_local(one) for one in found if _is_sharded(one)], [one for one in found if not _is_sharded(one)]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sharded = [_local(gradient) for gradient in gradients if _is_sharded(gradient)]
+    whole = [gradient for gradient in gradients if not _is_sharded(gradient)]
     if algorithm == "value":
         for gradient in sharded + whole:
             gradient.clamp_(-limit, limit)
         return
-    if not found:
+    if not gradients:
         return
-    zero = torch.zeros((), device=found[0].device)
-    own = sum((gradient.float().square().sum() for gradient in sharded), zero)
-    norm = (summed(own) + sum((gradient.float().square().sum() for gradient in whole), zero)).sqrt()
+    zero = torch.zeros((), device=gradients[0].device)
+    local = sum((gradient.float().square().sum() for gradient in sharded), zero)
+    norm = (summed(local) + sum((gradient.float().square().sum() for gradient in whole), zero)).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in sharded + whole:
         gradient.mul_(factor.to(gradient.dtype))
@@ -102,8 +103,8 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], limit: float, algor
 def _mean_of_rows(gradient: Tensor) -> Tensor:
     """Mean over the processes of a coalesced gradient ``(U, ...)`` with R rows, of which processes have different."""
     rows, values = gradient.indices()[0], gradient.values()
-    found_rows, found = gathered_rows(rows), gathered_rows(values)
-    mean = torch.sparse_coo_tensor(found_rows[None], found / world_size(), gradient.shape, check_invariants=False)
+    all_rows, all_values = gathered_rows(rows), gathered_rows(values)
+    mean = torch.sparse_coo_tensor(all_rows[None], all_values / world_size(), gradient.shape, check_invariants=False)
     return mean.coalesce()
 
 

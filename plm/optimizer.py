@@ -81,12 +81,12 @@ class RowAdam(torch.optim.Optimizer):
         if not len(rows):
             return
         whole = len(rows) == len(parameter)  # rows are sorted and distinct: nothing to gather and scatter
-        value, mean, square, step = own = [tensor if whole else tensor[rows] for tensor in tensors]
+        value, mean, square, step = row_tensors = [tensor if whole else tensor[rows] for tensor in tensors]
         rate = group["lr"] * (torch.ones_like(step) if self.row_rate is None else self.row_rate(rows, step))
         adam_rows([value], [gradient], [mean], [square], step, rate, *settings)
         step += 1
         if not whole:
-            for tensor, moved in zip(tensors, own, strict=True):
+            for tensor, moved in zip(tensors, row_tensors, strict=True):
                 tensor[rows] = moved
 
 
@@ -114,7 +114,7 @@ def adam_rows(
         weight_decay: Decoupled.
         eps: Added to the root of the second moment.
     """
-    if all(torch.equal(one, one[:1].expand_as(one)) for one in (taken, rate)):  # as a rule
+    if all(torch.equal(numbers, numbers[:1].expand_as(numbers)) for numbers in (taken, rate)):  # as a rule
         steps = list(taken[:1].repeat(len(values)).unbind())
         _fused(values, gradients, means, squares, steps, float(rate[0]), betas, weight_decay, eps)
         return
@@ -158,7 +158,7 @@ def _by_row(
     weight_decay: float,
     eps: float,
 ) -> None:
-    """The same of rows at steps ``(R,)``, this one included, and with rates ``(R,)`` of their own."""
+    """One step of rows at steps ``(R,)``, this one included, and with rates ``(R,)`` of their own."""
     step, rate = _column(step, value).double(), _column(rate, value)  # 1 - 0.999 needs digits
     corrections = [(1 - beta**step).to(value) for beta in betas]
     mean.lerp_(gradient, 1 - betas[0])
@@ -183,7 +183,7 @@ def clip_rows(parameter: Tensor, limit: float, algorithm: str = "norm") -> None:
     """Bound a gradient: of a table with a sparse gradient ``(U, K)``, that of each row by itself.
 
     Args:
-        parameter: Whose gradient.
+        parameter: The parameter that has the gradient.
         limit: Longest norm, or greatest value.
         algorithm: ``norm`` or ``value``, as of ``trainer.gradient_clip_algorithm``.
     """

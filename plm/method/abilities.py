@@ -1,4 +1,4 @@
-"""What some methods can do besides scoring: base classes that a method names among its own.
+"""Abilities of some methods besides scoring: base classes that a method names among its bases.
 
 An ability is a fact about a class. Asking for it, by ``isinstance``, reads nothing and loads nothing.
 """
@@ -45,13 +45,13 @@ class LatentWriter(Writer):
 
     @abstractmethod
     def latent_states(self, users: UserState, rows: Tensor, prompts: Sequence[str], keys: Tensor) -> UserState:
-        """What ``writing`` takes in the place of users: B states.
+        """B states that ``writing`` takes in the place of users.
 
         Args:
             users: States, each once.
             rows: ``(B,)`` row of each text's user.
             prompts: Of each text.
-            keys: ``(B,)`` what is random comes from.
+            keys: ``(B,)`` seeds of what is random in each text.
         """
 
 

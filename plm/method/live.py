@@ -23,7 +23,7 @@ MAX_FLOATS = 2**28
 
 
 class LiveMethod(NetworkMethod):
-    """What turns a method on features into one on a live backbone, as a mixin before the class of that method.
+    """A mixin that turns a method on features into one on a live backbone; it stands before the class of that method.
 
     Wherever the method takes features it takes tokens, too. The feature of a text is the last hidden state at its last
     token, which is what a `plm.backbones.HFBackbone` caches of a causal language model with ``pooling: last``. A text
@@ -69,7 +69,7 @@ class LiveMethod(NetworkMethod):
             policy.network.base_model.requires_grad_(True)
 
     def backbone_parameters(self) -> list[torch.nn.Parameter]:
-        """What of the language model is trained; nothing before it is loaded."""
+        """Parameters of the language model that are trained; none before it is loaded."""
         if "policy" not in self._modules:
             return []
         return [p for p in self.policy.parameters() if p.requires_grad] if self.adapter is None else [self.adapter]
@@ -137,8 +137,8 @@ class LiveMethod(NetworkMethod):
             return out
 
         chosen, rejected = self._sides(_rows(context.chosen, mask), _rows(context.rejected, mask))
-        asked = context.prompt if self.reads_prompts else None
-        prompt = None if asked is None else padded(self.features(_rows(asked, mask)))
+        prompts = context.prompt if self.reads_prompts else None
+        prompt = None if prompts is None else padded(self.features(_rows(prompts, mask)))
         return context._replace(chosen=padded(chosen), rejected=padded(rejected), prompt=prompt)
 
     def _sides(self, chosen: Tensor | Tokens, rejected: Tensor | Tokens) -> tuple[Tensor, Tensor]:
@@ -169,12 +169,12 @@ class LiveMethod(NetworkMethod):
         return super().margin(self.featured(batch), users)
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """As of every method; each text is read once for all margins."""
+        """Compute margins as every method does, but read each text only once."""
         return super().evaluate(self.featured(batch))
 
     # ------------------------------------------------------------------ Lightning
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Forget what has been read: the versions of sharded weights do not tell that they change."""
+        """Forget what has been read: the versions of sharded weights do not show that they change."""
         if self.backbone_parameters():
             self._read.clear()
 

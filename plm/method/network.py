@@ -1,4 +1,4 @@
-"""NetworkMethod: what every method that owns the network of a language model shares: loading, checkpoints, processes.
+"""NetworkMethod: what methods with a language model of their own share: loading, checkpoints, processes.
 
 Axes: B texts, T tokens.
 """
@@ -84,7 +84,7 @@ class NetworkMethod(PersonalizationMethod):
             self.policy.shard(self.device_mesh.device_type)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Everything but the frozen weights, which the backbone brings."""
+        """Leave out the frozen weights, which the backbone brings."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for name in self._frozen:
@@ -108,11 +108,11 @@ class NetworkMethod(PersonalizationMethod):
         Raises:
             ValueError: If they do.
         """
-        saved, own = checkpoint.get(CHECKPOINT_KEY, {}).get("base_model"), self.causal_lm.fingerprint()
-        if saved not in (None, own):
+        saved, current = checkpoint.get(CHECKPOINT_KEY, {}).get("base_model"), self.causal_lm.fingerprint()
+        if saved not in (None, current):
             raise ValueError(
                 f"the checkpoint was trained over another language model ({saved}) than {self.causal_lm.model!r} is "
-                f"now ({own}): weights, config or tokenizer differ; set data.backbone.init_args.model to that model"
+                f"now ({current}): weights, config or tokenizer differ; set data.backbone.init_args.model to that model"
             )
         super().on_load_checkpoint(checkpoint)
 
@@ -199,7 +199,7 @@ class NetworkMethod(PersonalizationMethod):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning does, and under a sharding strategy, too."""
+        """Clip as Lightning does, and under a sharding strategy, too."""
         if self.device_mesh is None or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:

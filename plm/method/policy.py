@@ -1,4 +1,4 @@
-"""PolicyMethod: what every method that writes text shares. No preference maths lives here.
+"""PolicyMethod: what methods that write text share. No preference maths lives here.
 
 Axes: B texts, T tokens, G groups of texts, P numbers of one adapter, V vocabulary.
 """
@@ -79,15 +79,15 @@ class PolicyMethod(NetworkMethod, Writer):
             hidden, token, row = self.policy.completions(tokens, prefix)
             return response_logps(self.policy.token_logps(hidden, token)[0], row, tokens.num_rows)
 
-    def count_tokens(self, *read: Tokens) -> Tensor:
+    def count_tokens(self, *texts: Tokens) -> Tensor:
         """``()`` how many tokens training has read so far, on all processes, with those of one more batch."""
-        new = torch.stack([tokens.attention_mask.sum() for tokens in read]).sum()
+        new = torch.stack([tokens.attention_mask.sum() for tokens in texts]).sum()
         self.num_tokens += int(summed(new))
         return torch.tensor(float(self.num_tokens), device=new.device)
 
     # ------------------------------------------------------------------ Lightning
     def on_train_start(self) -> None:
-        """The network has no dropout and no feature scale to measure."""
+        """Go on where a resumed fit stopped; a policy has no feature scale to measure."""
         self.go_on()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -95,19 +95,21 @@ class PolicyMethod(NetworkMethod, Writer):
         optimizer = torch.optim.AdamW(self.param_groups(), lr=self.lr, weight_decay=self.weight_decay)
         return self.with_schedule(optimizer)
 
-    def with_schedule(self, optimizer: torch.optim.Optimizer, *own: bool) -> OptimizerLRScheduler:
+    def with_schedule(
+        self, optimizer: torch.optim.Optimizer, has_schedule: Sequence[bool] | None = None
+    ) -> OptimizerLRScheduler:
         """An optimizer whose learning rate warms up and falls over the steps of the fit.
 
         Args:
             optimizer: The optimizer.
-            *own: For every parameter group, whether the optimizer itself takes care of it; default: of none.
+            has_schedule: For every parameter group, whether the optimizer has a schedule of its own; None = none has.
         """
         total = self.num_steps
         factors = [
             (lambda step: 1.0)
-            if mine
+            if is_constant
             else (lambda step: float(rate_factor(self.schedule, self.warmup, torch.tensor(step), torch.tensor(total))))
-            for mine in own or [False] * len(optimizer.param_groups)
+            for is_constant in has_schedule or [False] * len(optimizer.param_groups)
         ]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -2,7 +2,7 @@
 
 Paper: Ouyang et al. 2022, arXiv 2203.02155, section 3.5: the first stage before preferences are learned.
 Deviations: as a preference model, the reward of a response is its log-probability, so that its accuracy stands beside
-that of the other methods; it knows no user.
+that of the other methods; users have no state.
 
 Axes: B texts, T tokens, V vocabulary.
 """
@@ -51,7 +51,7 @@ class SFT(PolicyMethod, Exporter):
         super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, **options)
         self.save_to = save_to
         self._nats = torch.zeros(2, dtype=torch.float64)
-        """Of the preferred responses evaluated so far, and how many tokens they have."""
+        """Nats of the preferred responses evaluated so far, and how many tokens they have."""
 
     def build(self, policy: Policy) -> None:
         """Train every weight."""
@@ -76,23 +76,23 @@ class SFT(PolicyMethod, Exporter):
         return out
 
     def user_states(self, user_index: Tensor) -> UserState:
-        """Nothing is known about anybody."""
+        """States without tensors: the policy is the same for everybody."""
         return self.population_state(len(user_index))
 
     def population_state(self, num_users: int) -> UserState:
-        """Nothing."""
+        """States without tensors."""
         return UserState({}, torch.zeros(num_users, dtype=torch.long, device=self.device))
 
     def _adapt(self, context: Context) -> UserState:
-        """Nothing is learned from pairs."""
+        """States without tensors: nothing is learned from pairs."""
         return UserState({}, context.mask.sum(-1))
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Margins ``(B,)``, the same for every user, so computed once; keeps what ``report`` tells."""
+        """Margins ``(B,)``, the same for every user, so computed once; count nats for ``report``."""
         chosen, rejected = batch.tokens
-        nobody = self.population_state(batch.num_pairs)
-        logps = self._score(chosen, nobody)
-        margin = logps - self._score(rejected, nobody)
+        users = self.population_state(batch.num_pairs)
+        logps = self._score(chosen, users)
+        margin = logps - self._score(rejected, users)
         num_tokens = chosen.completion_mask.sum()
         self._nats += torch.stack([-logps.sum().double(), num_tokens.double()]).cpu()
         facts = {"margin": margin}

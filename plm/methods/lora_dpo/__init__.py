@@ -5,6 +5,10 @@ Deviations: the reference is the network without adapters; many users' adapters 
 both responses of a pair share one reading of the prompt; a policy basis carries LoRe (arXiv 2504.14439, section 3) to
 generation: shared adapters, mixed per user by simplex weights.
 
+Each level adds one thing: `NetworkMethod` loads, shards and checkpoints a language model; `PolicyMethod` writes with it
+and trains it, with AdamW and a schedule; `AdaptedPolicy` keeps the adapters of users, writes with them and exports
+them; `LoRADPO` learns them from pairs.
+
 Axes: U users, B pairs, G groups of B / G pairs, P numbers of one adapter, K bases, T tokens, V vocabulary.
 """
 
@@ -90,7 +94,7 @@ class LoRADPO(AdaptedPolicy):
         problems.check()
 
     def build(self, policy: Policy) -> None:
-        """Also what reads pairs."""
+        """Add what reads pairs."""
         super().build(policy)
         self._reader = PairReader(
             policy,
@@ -103,7 +107,7 @@ class LoRADPO(AdaptedPolicy):
 
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Mean over pairs, or, of users' own adapters, the sum over users of their means."""
+        """Take the mean over pairs or, where users have adapters of their own, the sum over users of their means."""
         (chosen, rejected), user = batch.tokens, batch.user_index
         facts: list[TokenFacts] = []
         if self.mode == "basis":
@@ -124,9 +128,9 @@ class LoRADPO(AdaptedPolicy):
 
     # ------------------------------------------------------------------ users
     def _adapt(self, context: Context) -> UserState:
-        """Train fresh adapters, all users at once; of a basis, fit weights to the bases' log-ratios.
+        """Train a fresh adapter for each user, all at once; in mode basis, fit weights to the bases' log-ratios.
 
-        Who has no pairs is the population.
+        A user without pairs gets the population state.
         """
         counts = context.mask.sum(-1)
         if self.mode == "shared":
@@ -159,15 +163,15 @@ class LoRADPO(AdaptedPolicy):
             weight_decay=self.weight_decay,
         )
 
-    def _losses(self, own: Owned, support: Support) -> Tensor:
+    def _losses(self, adapters: Owned, support: Support) -> Tensor:
         """Losses ``(B,)`` of the pairs of unseen users, read with their adapters."""
-        owned = self.owned(own.table, support.user)
+        owned = self.owned(adapters.table, support.user)
         pairs, _ = self._reader.pairs(owned, support.chosen, support.rejected, support.user, with_facts=False)
         return labelled_losses(pairs, support.tie, self.options)
 
     # ------------------------------------------------------------------ rewards
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
-        """``beta`` times the log-ratio of the user's policy to the reference."""
+        """Reward of each response: ``beta`` times the log-ratio of the user's policy to the reference."""
         assert isinstance(responses, Tokens)
         if self.mode == "basis":
             rewards = self._reader.base_rewards(self.bases, responses)
@@ -186,26 +190,26 @@ class LoRADPO(AdaptedPolicy):
 
     @torch.no_grad()
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Margins as of every method, with one reading of the reference and no copy of an adapter for every pair."""
+        """Compute margins as every method does, but read the reference once and copy no adapter for every pair."""
         sides = [self._reader.with_reference(side) for side in batch.tokens]
         if batch.context is not None and batch.context_row is not None:
-            users, own, other = self.adapt(batch.context), batch.context_row, batch.other_row
+            users, rows, other_rows = self.adapt(batch.context), batch.context_row, batch.other_row
         else:
-            users, own, other = self.seen(), batch.user_index, batch.other_index
-        known: Tensor | None = None  # the same for all users
+            users, rows, other_rows = self.seen(), batch.user_index, batch.other_index
+        common: Tensor | None = None  # the same for all users: (B, K) under each basis, or (B,)
         if self.mode == "basis":
-            known = self._base_margins(*sides)
+            common = self._base_margins(*sides)
         elif self.mode == "shared":
-            known = self._margins(None, own, *sides)
+            common = self._margins(None, rows, *sides)
 
         def margin(users: UserState, row: Tensor) -> Tensor:
-            if known is None:
+            if common is None:
                 return self._margins(users.tensors["adapter"], row, *sides)
-            return (known * users.tensors["weights"][row].to(known)).sum(-1) if self.mode == "basis" else known
+            return (common * users.tensors["weights"][row].to(common)).sum(-1) if self.mode == "basis" else common
 
-        facts = {"margin": margin(users, own)}
+        facts = {"margin": margin(users, rows)}
         if batch.num_shots is None:
-            facts["population_margin"] = margin(self.population_state(1), torch.zeros_like(own))
-        if other is not None:
-            facts["other_margin"] = margin(users, other)
+            facts["population_margin"] = margin(self.population_state(1), torch.zeros_like(rows))
+        if other_rows is not None:
+            facts["other_margin"] = margin(users, other_rows)
         return facts

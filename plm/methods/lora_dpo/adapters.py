@@ -1,4 +1,4 @@
-"""Who reads with which adapter.
+"""Which text is read with which adapter.
 
 Axes: U users, B texts, G groups of B / G texts, P numbers of one adapter.
 """
@@ -22,11 +22,11 @@ class Owned(NamedTuple):
     """``(B,)`` int64 row of each text; None = all read with the only row."""
 
     def take(self, rows: Tensor) -> Owned:
-        """Those of some texts, ``(n,)`` int64."""
+        """The adapters of some of the texts, ``(n,)`` int64."""
         return self if self.row is None else Owned(self.table, self.row[rows])
 
     def twice(self) -> Owned:
-        """Those of the same texts side by side with as many others of the same owners."""
+        """The adapters of the texts, followed by as many other texts of the same owners."""
         return self if self.row is None else Owned(self.table, torch.cat([self.row, self.row]))
 
     def groups(self) -> Tensor:

@@ -65,13 +65,13 @@ def train_rows(
     lr: float,
     weight_decay: float,
 ) -> Tensor:
-    """Full-batch steps of one adapter for each user: ``(U, P)``; who has no pairs keeps the fresh one.
+    """Full-batch steps of one adapter for each user: ``(U, P)``; a user without pairs keeps the fresh one.
 
     Args:
-        fresh: ``(P,)`` where everybody starts.
+        fresh: ``(P,)`` the adapter that all users start from.
         support: Pairs of U users.
         num_users: U.
-        losses: Of the pairs, ``(B,)``, read with such adapters.
+        losses: Gives the losses ``(B,)`` of the pairs, read with such adapters.
         num_steps: Steps.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.

@@ -122,7 +122,7 @@ def _margin(pairs: PairLogps, options: LossOptions) -> Tensor:
 
 
 def _mean_margin(pairs: PairLogps, options: LossOptions) -> Tensor:
-    """The same with each reward divided by the length of its response: ``(B,)``."""
+    """Margin of the rewards per token of each response: ``(B,)``."""
     chosen, rejected = _rewards(pairs, options)
     return chosen / pairs.chosen_length.clamp_min(1) - rejected / pairs.rejected_length.clamp_min(1)
 

@@ -1,4 +1,4 @@
-"""What is logged of a batch of pairs, under the names of TRL's DPOTrainer.
+"""Metrics logged for a batch of pairs, under the names of TRL's DPOTrainer.
 
 Axes: B pairs.
 """

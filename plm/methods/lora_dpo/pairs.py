@@ -1,4 +1,4 @@
-"""What the losses read of a batch: log-probabilities of both responses of every pair, under policy and reference.
+"""Log-probabilities of both responses of every pair, under policy and reference: what losses are computed from.
 
 Axes: B pairs; n tokens of B responses, as `plm.functional.SequenceLogps` lists them.
 """
@@ -91,7 +91,7 @@ def _place_in_row(response: SequenceLogps) -> Tensor:
 def wpo_weights(
     chosen: SequenceLogps, rejected: SequenceLogps, chosen_log_sum_sq: Tensor, rejected_log_sum_sq: Tensor
 ) -> Tensor:
-    """How likely the policy itself would write the pair: ``(B,)``, without gradient.
+    """Weigh each pair by how likely the policy itself would write it: ``(B,)``, without gradient.
 
     WPO (Zhou et al., arXiv 2406.11827, eq 2 with sampled alignment): the geometric mean over a response's tokens of
     ``p(token) / sum_v p(v)^2``, multiplied over both responses. It is 1 for a uniform policy.
@@ -99,7 +99,7 @@ def wpo_weights(
     Args:
         chosen: The preferred responses under the policy.
         rejected: The other responses.
-        chosen_log_sum_sq: ``(n,)`` of `plm.methods.lora_dpo.metrics.TokenFacts` for the tokens of ``chosen``.
+        chosen_log_sum_sq: ``(n,)`` of `plm.backbones.TokenFacts` for the tokens of ``chosen``.
         rejected_log_sum_sq: The same for ``rejected``.
     """
     log_weight = torch.zeros_like(chosen.total)

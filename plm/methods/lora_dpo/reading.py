@@ -53,7 +53,7 @@ class PairReader:
 
     def steering(self, owned: Sequence[Owned], num_rows: int) -> tuple[list[Tensor], Prefix | None]:
         """What a forward pass of ``num_rows`` texts takes: adapters, or a prefix."""
-        flat = [one.groups() for one in owned]
+        flat = [adapters.groups() for adapters in owned]
         return (flat, None) if self.shape is None or not flat else ([], self.shape.prefix(flat[0], num_rows))
 
     # ------------------------------------------------------------------ pairs
@@ -63,7 +63,7 @@ class PairReader:
         """Both responses of B pairs, chosen and rejected, as ``policy`` reads them with the sum of adapters."""
         num_pairs, num_chosen = chosen.num_rows, int(chosen.completion_mask.sum())
         if not self.share_prompts:
-            owned = [one.twice() for one in owned]
+            owned = [adapters.twice() for adapters in owned]
         adapters, prefix = self.steering(owned, num_pairs if self.share_prompts else 2 * num_pairs)
         with policy.adapted(*adapters):
             if self.share_prompts:
@@ -74,8 +74,8 @@ class PairReader:
         total, length, _, _ = response_logps(logps, row, 2 * num_pairs)
 
         def side(pairs: slice, tokens: slice) -> Side:
-            own = SequenceLogps(total[pairs], length[pairs], logps[tokens], row[tokens] - pairs.start)
-            return Side(own, None if facts is None else TokenFacts(*(fact[tokens] for fact in facts)))
+            sums = SequenceLogps(total[pairs], length[pairs], logps[tokens], row[tokens] - pairs.start)
+            return Side(sums, None if facts is None else TokenFacts(*(fact[tokens] for fact in facts)))
 
         return (
             side(slice(0, num_pairs), slice(0, num_chosen)),
@@ -87,41 +87,42 @@ class PairReader:
         """Log-probabilities of B pairs under the reference: brought by the data, or read."""
         if self.options.ld_alpha is None and chosen.ref_logps is not None and rejected.ref_logps is not None:
             return chosen.ref_logps, rejected.ref_logps
-        one, two = self.sides(self.reference(), (), chosen, rejected)
-        return pair_totals(one.logps, two.logps, self.options.ld_alpha)
+        first, second = self.sides(self.reference(), (), chosen, rejected)
+        return pair_totals(first.logps, second.logps, self.options.ld_alpha)
 
     def pairs(
         self, owned: Sequence[Owned], chosen: Tokens, rejected: Tokens, group: Tensor | None, *, with_facts: bool
     ) -> tuple[PairLogps, list[TokenFacts]]:
         """Log-probabilities of B pairs under policy and reference, and facts about both sides where asked for."""
         reference = self.reference_totals(chosen, rejected)
-        one, two = self.sides(self.policy, owned, chosen, rejected, with_facts=with_facts or self.options.use_weighting)
+        with_facts |= self.options.use_weighting
+        first, second = self.sides(self.policy, owned, chosen, rejected, with_facts=with_facts)
         weight = None
-        if one.facts is not None and two.facts is not None and self.options.use_weighting:
-            weight = wpo_weights(one.logps, two.logps, one.facts.log_sum_sq, two.facts.log_sum_sq)
+        if first.facts is not None and second.facts is not None and self.options.use_weighting:
+            weight = wpo_weights(first.logps, second.logps, first.facts.log_sum_sq, second.facts.log_sum_sq)
         logps = PairLogps(
-            *pair_totals(one.logps, two.logps, self.options.ld_alpha),
+            *pair_totals(first.logps, second.logps, self.options.ld_alpha),
             *reference,
-            one.logps.length,
-            two.logps.length,
-            chosen_nll=-one.logps.total,
-            rejected_nll=-two.logps.total,
+            first.logps.length,
+            second.logps.length,
+            chosen_nll=-first.logps.total,
+            rejected_nll=-second.logps.total,
             group=group,
             wpo_weight=weight,
         )
-        return logps, [side.facts for side in (one, two) if side.facts is not None]
+        return logps, [side.facts for side in (first, second) if side.facts is not None]
 
     def mixed_pairs(self, bases: Tensor, weights: Tensor, chosen: Tokens, rejected: Tokens, group: Tensor) -> PairLogps:
-        """The same under the mixture of ``bases`` ``(K, P)`` by weights ``(B, K)``, which mixes log-probabilities."""
+        """Log-probabilities of B pairs under ``bases`` ``(K, P)``, mixed by weights ``(B, K)``."""
         reference = self.reference_totals(chosen, rejected)
         totals = []
         for base in torch.split(bases, 1):
-            one, two = self.sides(self.policy, [Owned(base)], chosen, rejected)
-            summed = pair_totals(one.logps, two.logps, self.options.ld_alpha)
-            totals.append(torch.stack([*summed, -one.logps.total, -two.logps.total]))
-        first, second, chosen_nll, rejected_nll = (torch.stack(totals, -1) * weights).sum(-1).unbind(0)
-        lengths = one.logps.length, two.logps.length
-        return PairLogps(first, second, *reference, *lengths, chosen_nll, rejected_nll, group)
+            first, second = self.sides(self.policy, [Owned(base)], chosen, rejected)
+            summed = pair_totals(first.logps, second.logps, self.options.ld_alpha)
+            totals.append(torch.stack([*summed, -first.logps.total, -second.logps.total]))
+        mixed_chosen, mixed_rejected, chosen_nll, rejected_nll = (torch.stack(totals, -1) * weights).sum(-1).unbind(0)
+        lengths = first.logps.length, second.logps.length
+        return PairLogps(mixed_chosen, mixed_rejected, *reference, *lengths, chosen_nll, rejected_nll, group)
 
     # ------------------------------------------------------------------ single responses
     @torch.no_grad()
@@ -147,7 +148,7 @@ class PairReader:
     def _totals(self, policy: Policy, owned: Sequence[Owned], tokens: Tokens) -> Tensor:
         out = torch.zeros(tokens.num_rows, device=tokens.input_ids.device)
         for rows in self.chunks(tokens):
-            adapters, prefix = self.steering([one.take(rows) for one in owned], len(rows))
+            adapters, prefix = self.steering([adapters.take(rows) for adapters in owned], len(rows))
             with policy.adapted(*adapters):
                 hidden, token, row = policy.completions(tokens.take(rows).trimmed(), prefix)
                 out[rows] = response_logps(policy.token_logps(hidden, token)[0], row, len(rows)).total

@@ -1,4 +1,4 @@
-"""What users of a language model own: one adapter for all, one each, or weights on shared ones; how they are kept.
+"""Adapters of users over one frozen language model: how they are kept, trained, written with and exported.
 
 Axes: U users, B texts, P numbers of one adapter, K bases.
 """
@@ -94,7 +94,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
     num_pairs: Tensor
 
     def build(self, policy: Policy) -> None:
-        """Tables of adapters: of everybody, of each seen user, or of the bases."""
+        """Add the adapters: that of everybody, one for each seen user, or the bases."""
         self._untrained: list[Policy] = []  # a list, so that it is no submodule
         if self.adapter == "full":
             policy.network.requires_grad_(True)
@@ -121,7 +121,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         return self.mode in ("per_user", "shared_and_user")
 
     def owned(self, table: Tensor | None, row: Tensor) -> list[Owned]:
-        """What B texts read with: the shared adapter, that of the user at ``(B,)`` of ``(U, P)``, or both; no basis."""
+        """Adapters that B texts are read with: the shared one, that of the user at ``(B,)`` of ``(U, P)``, or both."""
         everybody = [Owned(self.shared)] if self.mode != "per_user" and self.adapter != "full" else []
         return everybody if table is None else [*everybody, Owned(table.to(self.device), row)]
 
@@ -158,7 +158,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         super().on_train_start()
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group for users' tables; weights of a basis move a hundred times as fast as adapters."""
+        """Give users' tables a group of their own; weights of a basis move a hundred times as fast as adapters."""
         tables = [getattr(self, name) for name in self.user_tables[:1]]
         rest = [p for p in self.parameters() if p.requires_grad and not any(p is table for table in tables)]
         options = {"lr": 100 * self.lr, "weight_decay": 0.0} if self.mode == "basis" else {"lr": self.lr}
@@ -166,14 +166,14 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW; on users' tables in the lazy form, and of users' own adapters with a schedule for each."""
+        """Use AdamW; users' tables take its lazy form, and users' own adapters a schedule each."""
         if not self.user_tables:
             return super().configure_optimizers()
         groups = [{"weight_decay": self.weight_decay, **group} for group in self.param_groups()]
         if not self.personal:
             return self.with_schedule(RowAdam(groups, lr=self.lr))
-        by_row = [group["params"][0] is self.adapters for group in groups]
-        return self.with_schedule(RowAdam(groups, lr=self.lr, row_rate=self._row_rate()), *by_row)
+        has_schedule = [group["params"][0] is self.adapters for group in groups]
+        return self.with_schedule(RowAdam(groups, lr=self.lr, row_rate=self._row_rate()), has_schedule)
 
     def _row_rate(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The schedule over each user's own steps, as many as batches of an epoch hold pairs of the user."""
@@ -209,7 +209,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
     # ------------------------------------------------------------------ users
     @torch.no_grad()
     def refresh_users(self) -> None:
-        """The mean of the adapters of all users with pairs, each counting the same; every process has all of them.
+        """Set the population to the mean adapter of all users with pairs, each counting the same, on every process.
 
         It is what users have in common: where all want the same, it is what each of them has, and nothing is gained by
         an adapter of one's own. The untrained network, in comparison, would make a gain of all that anybody learns.
@@ -242,13 +242,13 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         return UserState(tensors, torch.zeros(num_users, dtype=torch.long, device=self.device))
 
     def prior_row(self, name: str, state_dict: Any) -> Tensor | None:
-        """The mean adapter; of a basis, equal weights."""
+        """The mean adapter; in mode basis, equal weights."""
         return cast(Tensor, state_dict["population"]) if name == "adapters" else None
 
     # ------------------------------------------------------------------ text
     @torch.no_grad()
     def writing(self, users: UserState, prompts: Sequence[str]) -> Writing | MixedWriting:
-        """A batch of texts, one for each row of ``users``."""
+        """A batch of texts to be written, one for each row of ``users``."""
         if self.adapter == "full":
             return self.policy.write()
         if self.mode == "basis" and self.decoding == "logits":
@@ -263,7 +263,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         """Adapters ``(1, P)`` or ``(B, P)`` that together steer the policy of B users."""
         if self.mode != "basis":
             row = torch.arange(users.num_users, device=self.device)
-            return [one.table.detach() for one in self.owned(users.tensors.get("adapter"), row)]
+            return [adapters.table.detach() for adapters in self.owned(users.tensors.get("adapter"), row)]
         assert isinstance(self.shape, LoRA)
         weights = users.tensors["weights"].to(self.device)
         bases = self.bases.detach()
