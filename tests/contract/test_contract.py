@@ -16,7 +16,7 @@ from plm.methods.palm import PALM
 from plm.methods.vpl import VPL
 from plm.testing import MethodContract, PlantedData
 from tests.contract import test_latent_dpo, test_token_methods
-from tests.published import published
+from tests.groups import method_options
 
 
 class TestBradleyTerry(MethodContract):
@@ -139,7 +139,7 @@ class TestVPL(MethodContract):
 
 
 class TestVPLPaper(TestVPL):
-    options = {**published("vpl_paper"), "latent_dim": 4, "hidden_dim": 8, "lr": 3e-3}  # noqa: RUF012
+    options = {**method_options("vpl_paper"), "latent_dim": 4, "hidden_dim": 8, "lr": 3e-3}  # noqa: RUF012
 
 
 class TestVPLBilinear(TestVPL):

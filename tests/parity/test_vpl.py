@@ -21,12 +21,12 @@ from plm.methods.vpl.episodes import draw_episodes, response_ids, response_nodes
 from plm.methods.vpl.networks import DECODERS, Gaussian, anneal_factor, bounded, on_sphere, pooled_attention, swap_guide
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import Context, PreferenceBatch, UserState
-from tests.published import published
+from tests.groups import method_options
 
 USERS, DIM = 5, 6
 SIZES = (1, 2, 3, 5, 8)  # pairs of each user
 SMALL: dict[str, Any] = {"latent_dim": 3, "hidden_dim": 4}
-PAPER = {**published("vpl_paper"), **SMALL}
+PAPER = {**method_options("vpl_paper"), **SMALL}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

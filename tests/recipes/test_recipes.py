@@ -16,7 +16,7 @@ from plm.testing import saved, tiny_causal_lm
 ROOT = Path(__file__).parents[2]
 RECIPES = [
     path for path in sorted((ROOT / "recipes").glob("*.yaml")) if not path.stem.startswith("palm_")
-]  # recipes of plm portfolio: tests/test_portfolio.py
+]  # recipes of plm portfolio: tests/portfolio/test_portfolio.py
 GROUPS = sorted((ROOT / "conf").glob("*/*.yaml"))
 STAND_IN = {
     "data.source": {

@@ -19,7 +19,7 @@ from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.surface import MARGIN, clustered, probe_surface, wilson
 from plm.recipe.read import build_source, merged_recipe
 
-CONF = sorted((Path(__file__).parents[1] / "conf" / "data").glob("*.yaml"))
+CONF = sorted((Path(__file__).parents[2] / "conf" / "data").glob("*.yaml"))
 CLEAN = SyntheticPairs(num_users=30, pairs_per_user=40).load()
 
 

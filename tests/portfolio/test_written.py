@@ -26,7 +26,7 @@ from plm.testing import saved, tiny_causal_lm
 from plm.types import UserState
 from plm.users import UserStore
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OBJECTIVES = {"small": "case", "tall": "-case", "brief": "-words"}
 MODEL = ["--policies.backbone.class_path", "plm.backbones.CausalLM", "--policies.backbone.init_args.model"]
 

@@ -11,7 +11,7 @@ import pytest
 from plm.cli import main
 from plm.leaderboard.dashboard import SECTIONS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_metric_is_one_that_a_run_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

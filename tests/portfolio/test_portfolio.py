@@ -22,7 +22,7 @@ from plm.portfolio.objectives import RewardTable, read_weights
 from plm.portfolio.study import estimate
 from plm.recipe.defaults import read_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("palm_*.yaml"))
 FEW = ["--seeds", "2", "--sizes", "[1, 3]", "--size", "3", "--num_users", "50"]
 

@@ -304,7 +304,7 @@ def test_a_killed_command_is_resumed_by_ckpt_path(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     dying = write_recipe(folder, "dying.yaml", {"class_path": f"{__name__}.Die", "init_args": {"step": 11}})
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "plm", "fit", "--config", dying]
     killed = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
