@@ -99,11 +99,11 @@ class PersonalizationMethod(L.LightningModule, ABC):
         """
 
     def report(self) -> dict[str, float]:
-        """Numbers about the fitted method for ``metrics.json``, such as signs of collapse; nan = not known."""
+        """Return numbers about the fitted method for ``metrics.json``, such as signs of collapse; nan = unknown."""
         return {}
 
     def read_tokens(self, tokens: Tokens) -> Tensor | Tokens:
-        """What is kept of texts that are scored or learned from after training: the tokens, or what they became."""
+        """Turn the tokens of texts into what scoring and adapting read; by default they read tokens."""
         return tokens
 
     @property
@@ -190,7 +190,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """What turns texts into what the method reads.
+        """The encoder of texts into what the method reads.
 
         Raises:
             ValueError: If the method was not loaded by ``load_method``.
@@ -276,7 +276,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
         self.go_on()
 
     def go_on(self) -> None:
-        """Tell the loader how far a resumed fit has come in its epoch; called when training starts.
+        """Let the loader skip what a resumed fit has read of its epoch; called when training starts.
 
         Lightning does so itself only where nobody has asked for the length of the fit before, as schedules do.
         """
@@ -375,5 +375,5 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
 
 def _clone(value: Tensor | Tokens | None) -> Any:
-    """A copy that autograd may record."""
+    """Copy a value so that autograd may record it."""
     return value.map(torch.clone) if isinstance(value, Tokens) else None if value is None else value.clone()

@@ -558,8 +558,6 @@ def test_everything_that_does_not_fit_is_named_at_once() -> None:
         "model.min_context acts only",
     ):
         assert text in str(error.value)
-    with pytest.raises(ValueError, match=r"model\.ridge acts only with model\.decoder bilinear"):
-        VPL(2, 3, decoder="film", ridge=0.1)
     with pytest.raises(ValueError, match=r"at most model\.max_context = 8, got 9"):
         VPL(2, 3, **{**PAPER, "min_context": 9})
 

@@ -119,13 +119,13 @@ class LoRe(PersonalizationMethod):
         return torch.cat([self.log_population_spread.exp()[None], others])
 
     def _pairs(
-        self, projected: Tensor, scale: Tensor, target: Tensor, weight: Tensor, user: Tensor, num: int
+        self, projected: Tensor, scale: Tensor, target: Tensor, weight: Tensor, user: Tensor, num_users: int
     ) -> PairList:
-        """The few-weights problem in units of the prior: ``projected`` ``(N, K)`` are margins along each basis."""
-        return PairList(projected * (self._spread() * scale), projected[:, 0], target, weight, user, num)
+        """Pairs of a fit in units of the prior, from the margins along each basis ``(N, K)``."""
+        return PairList(projected * (self._spread() * scale), projected[:, 0], target, weight, user, num_users)
 
     def _state(self, posterior: Posterior, scale: Tensor, num_pairs: Tensor) -> UserState:
-        """Deviations in units of the prior -> weights and their precision."""
+        """Turn deviations in units of the prior into weights and their precision."""
         unit = self._spread() * scale
         precision = posterior.precision / unit[:, None] / unit
         return UserState({"weights": self._population(1) + posterior.mean * unit, "precision": precision}, num_pairs)
@@ -145,7 +145,7 @@ class LoRe(PersonalizationMethod):
             )
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """The evidence bound plus the priors of the bases; of one basis its Bradley-Terry loss."""
+        """Return the evidence bound plus the priors of the bases; with one basis, its Bradley-Terry loss."""
         pairs = projected_pairs(batch, self._bases())
         if self._is_personal:
             nll = self._evidence(batch, pairs.margins, pairs.target)
@@ -225,19 +225,19 @@ class LoRe(PersonalizationMethod):
     def _solve(self, train: list[ProjectedPairs], scale: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(U, K)`` and precision ``(U, K, K)`` of all seen users; every process adds its own users."""
         weights, precision = torch.zeros_like(self.weights), torch.zeros_like(self.precision)
-        known = torch.zeros(self.num_users, device=self.device)
+        has_pairs = torch.zeros(self.num_users, device=self.device)
         for projected, target, weight, index in train:
             users, user = torch.unique(index, return_inverse=True)
             weight = unit_mean_per_user(weight, user, len(users))
             posterior = fit_gaussian(self._pairs(projected, scale, target, weight, user, len(users)))
             state = self._state(posterior, scale, self.num_pairs[users])
             weights[users], precision[users] = state.tensors["weights"], state.tensors["precision"]
-            known[users] = 1.0
-        weights, precision, known = (self.sum_over_processes(value) for value in (weights, precision, known))
+            has_pairs[users] = 1.0
+        weights, precision, has_pairs = (self.sum_over_processes(value) for value in (weights, precision, has_pairs))
         prior = self.population_state(self.num_users)
-        missing = known == 0
-        weights = torch.where(missing[:, None], prior.tensors["weights"], weights)
-        return weights, torch.where(missing[:, None, None], prior.tensors["precision"], precision)
+        without_pairs = has_pairs == 0
+        weights = torch.where(without_pairs[:, None], prior.tensors["weights"], weights)
+        return weights, torch.where(without_pairs[:, None, None], prior.tensors["precision"], precision)
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:

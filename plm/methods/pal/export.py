@@ -17,7 +17,7 @@ from plm.methods.pal.projectors import Projectors
 
 
 def check_weights(weights: Tensor, num_prototypes: int) -> None:
-    """Refuse what is no mixture.
+    """Refuse weights that are no mixture.
 
     Raises:
         ValueError: If the weights are no point of the simplex.
@@ -54,15 +54,15 @@ def head_parts(
     }
     if geometry.user_projectors is None or prompt is not None:
         point, size = _fixed_point(geometry, weights, None if prompt is None else prompt / feature_scale)
-        options["width"], own = len(point), {"point": point, "size": size, "weights": weights[:0]}
+        options["width"], fixed = len(point), {"point": point, "size": size, "weights": weights[:0]}
     else:
         options["num_prototypes"] = geometry.num_prototypes
         options["unit_prototypes"] = geometry.user_learner == "|f(P)|w"
-        own = {"point": weights[:0], "size": weights.new_zeros(()), "weights": weights}
+        fixed = {"point": weights[:0], "size": weights.new_zeros(()), "weights": weights}
         for copy in range(geometry.num_prototypes):
             layers, options["prompt_projector"] = mlp_parts(geometry.user_projectors, copy)
-            own |= {f"prompt_projectors.{copy}.layers.{name}": value for name, value in layers.items()}
-    return HeadParts(options, {name: value.detach().cpu().clone() for name, value in (tensors | own).items()})
+            fixed |= {f"prompt_projectors.{copy}.layers.{name}": value for name, value in layers.items()}
+    return HeadParts(options, {name: value.detach().cpu().clone() for name, value in (tensors | fixed).items()})
 
 
 def _fixed_point(geometry: Geometry, weights: Tensor, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,13 +89,13 @@ def mlp_parts(net: Projectors, copy: int) -> tuple[dict[str, Tensor], dict[str, 
         if layer < spec.num_hidden and spec.batchnorm:
             width = weight.shape[-1]
             norm = net.norms[layer].state_dict()
-            own = slice(copy * width, (copy + 1) * width)
-            state |= {f"{place}.{name}": value[own] if value.dim() else value for name, value in norm.items()}
+            rows = slice(copy * width, (copy + 1) * width)
+            state |= {f"{place}.{name}": value[rows] if value.dim() else value for name, value in norm.items()}
             place += 1
         place += layer < spec.num_hidden  # the activation has no state
     widths = [net.weights[0].shape[1], *(weight.shape[2] for weight in net.weights)]
-    built = {
+    arguments = {
         "widths": widths,
         **{name: getattr(spec, name) for name in ("activation", "batchnorm", "bias", "residual")},
     }
-    return state, built
+    return state, arguments

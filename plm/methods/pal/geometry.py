@@ -65,7 +65,7 @@ Cache = InnerProducts | Points
 
 
 def as_double(cache: Cache) -> Cache:
-    """In float64, for the solvers."""
+    """Convert to float64, for the solvers."""
     return type(cache)(*(value.double() for value in cache))
 
 

@@ -54,7 +54,7 @@ class LivePAL(LiveMethod, PAL):
         self.weighting, self.alignment = weighting, alignment
 
     def _members(self) -> dict[str, list[torch.nn.Parameter]]:
-        """Also what of the backbone is trained."""
+        """Add the trained part of the backbone."""
         return {**super()._members(), "backbone": self.backbone_parameters()}
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -65,8 +65,7 @@ class LivePAL(LiveMethod, PAL):
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Weighted mean over pairs of the weighted mean over tokens."""
-        assert isinstance(batch.chosen, Tokens) and isinstance(batch.rejected, Tokens)
-        both = Tokens.cat([batch.chosen, batch.rejected])
+        both = Tokens.cat(batch.tokens)
         num_pairs, length = batch.num_pairs, both.input_ids.shape[1]
         # a row that has ended repeats its last state
         hidden = self.hidden(both)  # (2B, T, D)

@@ -158,14 +158,11 @@ class PAL(GroupedMethod, Exporter):
         self.prior_centre: Tensor
         self.prior_scale: Tensor
         self.trained_on_prompts: Tensor
-        for name, value in {
-            "precision": torch.eye(num_prototypes).repeat(num_users, 1, 1),
-            "num_pairs": torch.zeros(num_users, dtype=torch.long),
-            "prior_centre": torch.zeros(num_prototypes),
-            "prior_scale": torch.ones(()),
-            "trained_on_prompts": torch.tensor(False),
-        }.items():
-            self.register_buffer(name, value)
+        self.register_buffer("precision", torch.eye(num_prototypes).repeat(num_users, 1, 1))
+        self.register_buffer("num_pairs", torch.zeros(num_users, dtype=torch.long))
+        self.register_buffer("prior_centre", torch.zeros(num_prototypes))
+        self.register_buffer("prior_scale", torch.ones(()))
+        self.register_buffer("trained_on_prompts", torch.tensor(False))
         self._train_pairs: tuple[Tensor, Distinct] | None = None
         self.group_options = configure_groups(self._members(), lr, groups or {}, freeze or [])
 
@@ -206,7 +203,7 @@ class PAL(GroupedMethod, Exporter):
 
     @property
     def reads_prompts(self) -> bool:
-        """Variant B that was trained with prompts does."""
+        """Whether this is variant B, trained with prompts."""
         return bool(self.trained_on_prompts)
 
     def _prompts(self, prompt: Tensor | Tokens | None, num_rows: int) -> Tensor | None:
@@ -228,7 +225,7 @@ class PAL(GroupedMethod, Exporter):
         return prompt
 
     def _cache(self, pairs: Distinct) -> Cache:
-        """What margins need of pairs whose features come in their own units and precision."""
+        """Compute what margins need of pairs, from features in their own units and precision."""
         scale, responses = self.feature_scale, pairs.responses.to(self.feature_scale.dtype)
         prompts = None if pairs.prompts is None else pairs.prompts.to(scale.dtype) / scale
         scaled = pairs._replace(responses=responses / scale, prompts=prompts)
@@ -236,7 +233,7 @@ class PAL(GroupedMethod, Exporter):
 
     @property
     def _prior(self) -> Prior:
-        """Of users nobody has seen."""
+        """The prior of users without pairs."""
         return Prior(self.prior_centre, self.prior_scale)
 
     def _weights(self, logits: Tensor) -> Tensor:
@@ -249,7 +246,7 @@ class PAL(GroupedMethod, Exporter):
 
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """With ``users: table`` the loss of the table's margins, else their expected loss under the posterior."""
+        """Return the loss of the table's margins with ``users: table``, else the expected loss under the posterior."""
         chosen, rejected = batch.features
         if self._train_pairs is None or self._train_pairs[0] is not chosen:
             prompt = self._prompts(batch.prompt, batch.num_pairs)
@@ -319,7 +316,7 @@ class PAL(GroupedMethod, Exporter):
         self.train(was_training)
 
     def _solvable(self, batch: PreferenceBatch) -> Solvable:
-        """What solving for the users of a batch needs."""
+        """Prepare the pairs of a batch for the solver."""
         prompt = self._prompts(batch.prompt, batch.num_pairs)
         cache = as_double(self._cache(distinct_pairs(*batch.features, prompt)))
         weight = batch.weight.clone()
@@ -351,10 +348,10 @@ class PAL(GroupedMethod, Exporter):
     ) -> tuple[Tensor, Tensor]:
         """`solve_table` over all processes, each of which adds its own users; the prior for users without pairs."""
         solved = solve_table(self._logit_margins, train, prior, start, num_steps)
-        logits, precision, known = (self.sum_over_processes(value) for value in solved)
-        missing = known[:, None] == 0
+        logits, precision, has_pairs = (self.sum_over_processes(value) for value in solved)
+        without_pairs = has_pairs[:, None] == 0
         eye = torch.eye(self.num_prototypes, device=self.device) / prior.scale**2
-        return torch.where(missing, prior.centre, logits), torch.where(missing[..., None], eye, precision)
+        return torch.where(without_pairs, prior.centre, logits), torch.where(without_pairs[..., None], eye, precision)
 
     # ------------------------------------------------------------------ use
     def _served(self, weights: Tensor, num_pairs: Tensor) -> Tensor:
@@ -388,11 +385,11 @@ class PAL(GroupedMethod, Exporter):
         return eye / state_dict["prior_scale"].cpu().square() if name == "precision" else None
 
     def report(self) -> dict[str, float]:
-        """How seen users use the prototypes, see `prototype_usage`, and ``kl``, what their pairs say in nats."""
-        known = (self.num_pairs > 0).nonzero()[:, 0]
+        """Measure the use of the prototypes, see `prototype_usage`, and ``kl``, what the pairs of users say in nats."""
+        users = (self.num_pairs > 0).nonzero()[:, 0]
         with torch.no_grad():
-            weights = self._served(self._weights(self.logits[known]), self.num_pairs[known])
-            kl = mean_kl(self.logits[known] - self.prior_centre, self.precision[known], self.prior_scale)
+            weights = self._served(self._weights(self.logits[users]), self.num_pairs[users])
+            kl = mean_kl(self.logits[users] - self.prior_centre, self.precision[users], self.prior_scale)
         return {"kl": kl, **prototype_usage(weights)}
 
     def _score(

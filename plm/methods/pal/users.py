@@ -34,11 +34,11 @@ class Prior(NamedTuple):
 
 def table_prior(logits: Tensor, num_pairs: Tensor, default: Prior) -> Prior:
     """Centre and spread of the rows ``(U, K)`` of users who have pairs."""
-    known = logits[num_pairs > 0]
-    if not len(known):
+    rows = logits[num_pairs > 0]
+    if not len(rows):
         return default
-    centre = known.mean(0)
-    return Prior(centre, (known - centre).square().mean().sqrt().clamp_min(LEAST_SPREAD))
+    centre = rows.mean(0)
+    return Prior(centre, (rows - centre).square().mean().sqrt().clamp_min(LEAST_SPREAD))
 
 
 class Solvable(NamedTuple):
@@ -132,10 +132,10 @@ def solve_table(
         not are zero.
     """
     num_users, num_prototypes = start.shape
-    logits, known = torch.zeros_like(start), start.new_zeros(num_users)
+    logits, has_pairs = torch.zeros_like(start), start.new_zeros(num_users)
     precision = start.new_zeros(num_users, num_prototypes, num_prototypes)
     for pairs in batches:
         users, row = torch.unique(pairs.row, return_inverse=True)
         logits[users], precision[users] = solve_logits(margins, pairs._replace(row=row), prior, start[users], num_steps)
-        known[users] = 1.0
-    return logits, precision, known
+        has_pairs[users] = 1.0
+    return logits, precision, has_pairs

@@ -56,6 +56,7 @@ WARM_UP = 0.03
 """Share of the steps in which the learning rate of the schedule ``cosine`` rises, as published."""
 
 RIDGE, BASIS_RIDGE = 0.06, 1.0
+"""Precisions of the normal priors on the population's direction and on the bases of the bilinear decoder."""
 
 
 def target_bound(margin: Tensor, target: Tensor, weight: Tensor, user: Tensor, num_users: int) -> Tensor:
@@ -106,8 +107,6 @@ class VPL(PersonalizationMethod):
         max_context: Most context pairs per user in training.
         num_targets: Most targets per user and step.
         calibrate: Whether the latent is multiplied by the number of the lowest validation loss.
-        ridge: Precision of the normal prior on the population's direction (only with decoder bilinear).
-        basis_ridge: Precision of the normal prior on the bases (only with decoder bilinear).
         weight_decay: AdamW's.
         schedule: How the learning rate decays to zero: linear, or cosine after a warm-up, as published.
         lr: Learning rate.
@@ -147,8 +146,6 @@ class VPL(PersonalizationMethod):
         max_context: int = 64,
         num_targets: int = 32,
         calibrate: bool = True,
-        ridge: float = RIDGE,
-        basis_ridge: float = BASIS_RIDGE,
         weight_decay: float = 0.0,
         schedule: Literal["linear", "cosine"] = "linear",
         lr: float = 0.005,
@@ -159,8 +156,8 @@ class VPL(PersonalizationMethod):
         problems.integers(1, latent_dim=latent_dim, hidden_dim=hidden_dim, anneal_steps=anneal_steps)
         problems.integers(1, num_samples=num_samples, max_context=max_context, num_targets=num_targets)
         problems.integers(0, min_context=min_context)
-        problems.numbers(kl_weight=kl_weight, free_bits=free_bits, swap_guide=swap_guide, ridge=ridge)
-        problems.numbers(basis_ridge=basis_ridge, weight_decay=weight_decay, lr=lr)
+        problems.numbers(kl_weight=kl_weight, free_bits=free_bits, swap_guide=swap_guide)
+        problems.numbers(weight_decay=weight_decay, lr=lr)
         problems.say(
             f"model.min_context: expected at most model.max_context = {max_context}, got {min_context!r}",
             when=min_context > max_context,
@@ -175,9 +172,6 @@ class VPL(PersonalizationMethod):
             f"is whatever falls on its side; got {min_context!r}",
             when=min_context != 0 and target_rule == "response",
         )
-        for name, value, default in (("ridge", ridge, RIDGE), ("basis_ridge", basis_ridge, BASIS_RIDGE)):
-            acts = decoder == "bilinear" or value == default
-            problems.say(f"model.{name} acts only with model.decoder bilinear, got {value!r}", when=not acts)
         problems.check()
         super().__init__(num_users, feature_dim, lr=lr, **options)
         self.latent_dim, self.latent_map, self.calibrate = latent_dim, latent_map, calibrate
@@ -185,7 +179,6 @@ class VPL(PersonalizationMethod):
         self.anneal, self.anneal_steps, self.cyclical = anneal, anneal_steps, cyclical
         self.target_rule, self.min_context, self.max_context = target_rule, min_context, max_context
         self.num_targets, self.num_samples = num_targets, num_samples
-        self.ridge, self.basis_ridge = ridge, basis_ridge
         self.weight_decay, self.schedule = weight_decay, schedule
         self.encoder = PairEncoder(feature_dim, hidden_dim, odd_even)
         self.set_encoder = POSTERIORS[posterior](hidden_dim, latent_dim, odd_even, bounds)
@@ -231,7 +224,7 @@ class VPL(PersonalizationMethod):
 
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Bound on the likelihood of the targets given the context, plus the annealed KL, over one episode per user."""
+        """Return the bound on the likelihood of the targets plus the annealed KL, over one episode per user."""
         sides = batch.features
         _, user = torch.unique(batch.user_index, return_inverse=True)
         num_users = int(user.max()) + 1
@@ -277,8 +270,8 @@ class VPL(PersonalizationMethod):
         """Normal priors of the bilinear decoder, divided by the number of pairs; in units of unscaled features."""
         if not isinstance(self.decoder, BilinearDecoder):
             return self.latent_scale.new_zeros(())
-        squares = self.ridge * self.decoder.population.square().sum()
-        squares = squares + self.basis_ridge * self.decoder.bases.square().sum()
+        squares = RIDGE * self.decoder.population.square().sum()
+        squares = squares + BASIS_RIDGE * self.decoder.bases.square().sum()
         return 0.5 * self.feature_dim * squares / self.num_train_pairs
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -337,15 +330,15 @@ class VPL(PersonalizationMethod):
             target = targets(batch.tie).to(chosen)
             for row, scale in enumerate(scales):
                 self.latent_scale.copy_(scale)
-                own, shuffled = (
+                margin, shuffled = (
                     self._reward(chosen, self.mean[index]) - self._reward(rejected, self.mean[index])
                     for index in (batch.user_index, other)
                 )
-                columns = [bt_losses(own, target), own > 0, shuffled > 0, torch.ones_like(own)]
+                columns = [bt_losses(margin, target), margin > 0, shuffled > 0, torch.ones_like(margin)]
                 sums[row] += torch.stack([(batch.weight * column).sum().double() for column in columns])
         sums = self.sum_over_processes(sums)
-        one = int((scales == 1).nonzero()[0, 0])
-        best = int(sums[:, 0].argmin()) if sums[0, 3] > 0 else one
+        unscaled = int((scales == 1).nonzero()[0, 0])
+        best = int(sums[:, 0].argmin()) if sums[0, 3] > 0 else unscaled
         self.latent_scale.copy_(scales[best])
         _, right, right_shuffled, total = sums[best].tolist()
         return (right / total, right_shuffled / total) if total else (-1.0, -1.0)
@@ -371,7 +364,6 @@ class VPL(PersonalizationMethod):
         super().on_train_end()
         report = self.report()
         if self.num_users > 1 and is_collapsed(report) and self.trainer.is_global_zero:
-            known = not math.isnan(report["val_accuracy"])
             control = (
                 f", and another user's latent changes validation accuracy from {100 * report['val_accuracy']:.1f} % to "
                 f"{100 * report['val_other_accuracy']:.1f} %"
@@ -379,7 +371,8 @@ class VPL(PersonalizationMethod):
             warnings.warn(
                 f"posterior collapse: {report['active_units']:.0f} of {self.latent_dim} latent dimensions are "
                 f"active, the KL is {report['kl']:.3f} nats, use multiplies the latent by "
-                f"{float(self.latent_scale):.2f}{control if known else ''}. Either users do not differ in these data, "
+                f"{float(self.latent_scale):.2f}{'' if math.isnan(report['val_accuracy']) else control}. Either users "
+                "do not differ in these data, "
                 "or try a lower model.kl_weight, more model.free_bits, or another model.decoder",
                 stacklevel=2,
             )

@@ -31,8 +31,8 @@ class LiveVPL(LiveMethod, VPL):
     def param_groups(self) -> list[dict[str, Any]]:
         """The backbone at ``backbone_lr``, all else at ``lr``."""
         backbone = self.backbone_parameters()
-        known = {id(parameter) for parameter in backbone}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        in_backbone = {id(parameter) for parameter in backbone}
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_backbone]
         groups: list[dict[str, Any]] = [{"params": rest, "lr": self.lr}]
         return [*groups, {"params": backbone, "lr": self.backbone_lr}] if backbone else groups
 
@@ -51,7 +51,7 @@ class LiveVPL(LiveMethod, VPL):
         super().on_train_start()
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """As of `VPL`, on the features of now."""
+        """Return the loss of `VPL` on the present features."""
         return super().loss(self.featured(batch))
 
     def _batch_nodes(self, chosen: Tensor, rejected: Tensor, user: Tensor) -> Tensor:

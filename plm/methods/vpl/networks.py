@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SLOPE = 0.2
-"""Of LeakyReLU, as published."""
+"""Slope of LeakyReLU, as published."""
 
 Bounds = Literal["smooth", "clamp"]
 Anneal = Literal["none", "linear", "cosine", "logistic"]
@@ -83,10 +83,10 @@ def anneal_factor(step: int, num_steps: int, shape: Anneal, cyclical: bool) -> f
     return 0.1 + 0.9 * progress
 
 
-def swap_guide(own: Gaussian, swapped: Gaussian) -> Tensor:
-    """What SPL asks of the posterior of swapped pairs: opposite mean, same spread; 0 at best, 1.1 at worst, ``()``."""
-    mean = 0.5 * (1 + F.cosine_similarity(own.mean, swapped.mean, dim=-1))
-    spread = 0.5 * (1 - F.cosine_similarity(own.log_var, swapped.log_var, dim=-1))
+def swap_guide(posterior: Gaussian, swapped: Gaussian) -> Tensor:
+    """Measure how far swapped pairs are from opposite mean and equal spread (SPL): 0 at best, 1.1 at worst, ``()``."""
+    mean = 0.5 * (1 + F.cosine_similarity(posterior.mean, swapped.mean, dim=-1))
+    spread = 0.5 * (1 - F.cosine_similarity(posterior.log_var, swapped.log_var, dim=-1))
     return (mean + 0.1 * spread).mean()
 
 
@@ -194,8 +194,8 @@ class AttentionPosterior(nn.Module):
         limits = (1.0, -1.0, 1.0) if self.bounds == "clamp" else (3.0, -6.0, 2.0)
         mean = bounded(self.mean(direction), -limits[0], limits[0], self.bounds)
         log_var = bounded(self.log_var(strength), *limits[1:], self.bounds)
-        some = (count > 0)[:, None]
-        return Gaussian(mean * some, log_var * some)
+        has_pairs = (count > 0)[:, None]
+        return Gaussian(mean * has_pairs, log_var * has_pairs)
 
 
 def pooled_attention(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
