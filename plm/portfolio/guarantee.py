@@ -1,4 +1,4 @@
-"""What PALM's theorem says of an accuracy: the cell it needs, a cover by such cells, and the loss that follows."""
+"""PALM's theorem for an accuracy: the cell it needs, a cover by such cells, and the loss that follows."""
 
 from __future__ import annotations
 

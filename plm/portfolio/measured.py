@@ -132,7 +132,7 @@ def written(
 class MixedPolicies(PolicyOracle):
     """Mixtures of single-objective policies: no training for a weight vector, whatever their number.
 
-    The portfolio's ``decoding`` says of what: ``merged`` of their weight changes, ``logits`` of their distributions.
+    By the portfolio's ``decoding`` these are mixtures of weight changes (merged) or of distributions (logits).
 
     Args:
         portfolio: Takes the members.

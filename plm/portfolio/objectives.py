@@ -101,7 +101,7 @@ class RewardTable(RewardSource):
     Args:
         path: Parquet file; a relative path is also looked up in the folder named by PLM_DATA.
         objectives: Name of an objective -> its column; ``-column`` where less is better.
-        prompt: Column that says to which prompt a response belongs.
+        prompt: Column of the prompt that a response belongs to.
     """
 
     def __init__(self, path: str, objectives: dict[str, str], prompt: str = "prompt_id") -> None:

@@ -1,4 +1,4 @@
-"""PolicyPortfolio: a portfolio whose members are policies of one language model, told apart by low-rank adapters.
+"""PolicyPortfolio: a portfolio whose members are policies of one language model, distinguished by low-rank adapters.
 
 Papers: arXiv 2604.04144 (PALM); Rame et al. 2023, arXiv 2306.04488 (soups); Shi et al. 2024, arXiv 2406.18853 (mixtures
 of next-token distributions). Reference code: none is used.
@@ -32,7 +32,7 @@ _PLACES = 1024  # places whose scores over the vocabulary are in memory at once
 
 
 class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
-    """Few policies of one language model that serve everybody, told apart by low-rank adapters.
+    """Few policies of one language model that serve everybody, distinguished by low-rank adapters.
 
     K adapters are kept, and M members, each a row of shares over the adapters.
 
@@ -42,7 +42,8 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
         backbone: The `CausalLM`, as ``{class_path, init_args}``.
         objectives: A backbone whose features are the objectives of a response, as ``{class_path, init_args}``.
         decoding: How a member writes: ``own``, with the adapter of its largest share; ``merged``, with its mixture of
-            weight changes, exact as a matrix; ``logits``, by its mixture of next-token distributions, K times as dear.
+            weight changes, exact as a matrix; ``logits``, by its mixture of next-token distributions, which takes K
+            times as long.
         rank: Rank of an adapter.
         alpha: An adapter's term is scaled by ``alpha / rank``.
         target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.

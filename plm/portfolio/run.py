@@ -52,8 +52,8 @@ class PortfolioRun:
         search: corner = call the oracle where the certificate is worst; lazy = only at weights of a grid that are not
             served yet; grid = at all weights of a grid.
         delta: Loss that anybody may have, in units of a calibrated reward: where the corner and lazy searches stop.
-        eps: Share of the best value that anybody may lose besides ``delta``. Above 0 the run also says which cell this
-            accuracy needs, how many weights are proved to cover the simplex, and what is lost at most with them.
+        eps: Share of the best value that anybody may lose besides ``delta``. Above 0 the run also prints the cell that
+            this accuracy needs, how many weights are proved to cover the simplex, and the most that is lost with them.
         cell: Relative and absolute slack of the cells of the grid that the lazy and grid searches visit.
         max_calls: Most oracle calls of the corner search.
         solver: greedy = greedy covers and exchanges; milp = exact covers by integer programming.

@@ -53,7 +53,7 @@ class PolicySet(NamedTuple):
 class Oracle(ABC):
     """Makes a policy for any weight vector and measures it.
 
-    An oracle that trains or mixes language models is a subclass that returns measured rewards and costs, and says in
+    An oracle that trains or mixes language models is a subclass that returns measured rewards and costs, and states in
     ``error`` how far its answer may be from the best policy; `plm.methods.palm.search` adds that to its certificates.
     """
 
