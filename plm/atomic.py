@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 
 @contextmanager
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
@@ -58,6 +60,24 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def only_writer(lock: Path, message: str) -> Iterator[None]:
+    """Hold a lock file, so that no second process writes the same thing; given back however the block ends.
+
+    Raises:
+        ValueError: With the message, if another process holds it.
+    """
+    held = FileLock(lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ValueError(message) from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def write_text(path: str | Path, text: str) -> None:

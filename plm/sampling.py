@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from plm.atomic import write_text
+from plm.atomic import only_writer, write_text
 from plm.backbones import Policy
 from plm.generation import sample
 from plm.recipe.prompts import Prompt
@@ -51,7 +48,8 @@ def write_samples(
     drawn = {name: value for name, value in settings.items() if name != "batch_tokens"}
     model = {f"policy {name}": value for name, value in policy.backbone.key().items()}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(output):
+    busy = f"another plm sample is writing {output}; wait for it, or share the work by --shard"
+    with only_writer(output.with_name(f".{output.name}.lock"), busy):
         done = _prepare(output, {**model, "num_samples": num_samples, **drawn})
         missing = [prompt for prompt in prompts if prompt.text not in done]
         step = max(1, CHUNK // num_samples)
@@ -88,20 +86,6 @@ def share(prompts: list[Prompt], output: Path, shard: str) -> tuple[list[Prompt]
     if count == 1:
         return prompts, output
     return prompts[index - 1 :: count], output.with_name(f"{output.stem}-{index}of{count}{output.suffix}")
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Hold the file, so that no second process writes to it."""
-    lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another plm sample is writing {output}; wait for it, or share the work by --shard") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _prepare(output: Path, metadata: dict[str, Any]) -> set[str]:

@@ -10,17 +10,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 import plm
+from plm.atomic import only_writer, write_csv, write_json
 from plm.atomic import replace as move
-from plm.atomic import write_csv, write_json
 from plm.data import surface
 from plm.data.datamodule import PreferenceDataModule
 from plm.evaluation import USER_COLUMNS, summarize, user_rows
@@ -106,7 +104,8 @@ def run_board(plan: Plan, console: Console) -> tuple[Leaderboard, list[Path]]:
         left_out["oracle"] = f"{data.source.name} has no planted utilities"
     root = plan.folder / "cells"
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root, plan.folder):
+    busy = f"another plm leaderboard is writing {plan.folder}; wait for it, or choose another --output"
+    with only_writer(root / ".lock", busy):
         clean(root)
         on_progress = _Progress(console)
         _warn_of_grids(entries, plan.budget, console)
@@ -128,22 +127,6 @@ def run_board(plan: Plan, console: Console) -> tuple[Leaderboard, list[Path]]:
         board = Leaderboard(title, rows, REFERENCE_ROW, data.summary(), metadata, left_out)
         files = write(board, all_figures(board), plan.folder)
     return board, files
-
-
-@contextmanager
-def _alone(root: Path, folder: Path) -> Iterator[None]:
-    """Hold the folder of cells, so that no second leaderboard writes there; given back however this one ends."""
-    lock = FileLock(root / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"another plm leaderboard is writing {folder}; wait for it, or choose another --output"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _fitted_baselines(plan: Plan) -> list[Entry]:
