@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the table below as imports that a type checker follows; a t
     from plm.methods.latent_dpo import LatentDPO as LatentDPO
     from plm.methods.lora_dpo import LoRADPO as LoRADPO
     from plm.methods.lore import LoRe as LoRe
+    from plm.methods.lore import PublishedLoRe as PublishedLoRe
     from plm.methods.pal import PAL as PAL
     from plm.methods.palm import PALM as PALM
     from plm.methods.sft import SFT as SFT
@@ -43,6 +44,7 @@ _MODULE_OF = {
     "PersonalizationMethod": "plm.method",
     "PreferenceBatch": "plm.types",
     "PreferenceDataModule": "plm.data.datamodule",
+    "PublishedLoRe": "plm.methods.lore",
     "SFT": "plm.methods.sft",
     "Tokens": "plm.types",
     "UserState": "plm.types",

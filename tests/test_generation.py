@@ -270,7 +270,7 @@ def test_a_loaded_policy_writes_for_users_by_id(causal_lm: Folder) -> None:
 def test_the_best_of_n_is_each_users_favourite(causal_lm: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """A feature method: one pool for all users, encoded once, against the argmax of ``score`` user by user."""
     policy = policy_of(causal_lm)
-    reward = Direction(3, 24, HashingBackbone(dim=24, ngrams=2).spec())
+    reward = Direction(3, 24, backbone=HashingBackbone(dim=24, ngrams=2).spec())
     reward.encode = TextEncoder(reward, HashingBackbone(dim=24, ngrams=2).spec())
     prompts = [prompt for prompt in PROMPTS[:3] for _ in range(3)]
     users = reward.user_states(torch.tensor([0, 1, 2] * 3))

@@ -224,7 +224,7 @@ def test_the_recipe_wins_over_the_checkpoint_and_another_method_is_refused(
     assert saved["model"]["init_args"]["lr"] == 0.75 and "seen" in json.loads(
         Path("runs/plm/version_1/metrics.json").read_text()
     )
-    assert "holds tests.test_cli.MeanMethod, the recipe asks for tests.test_cli.OtherMethod" in error(
+    assert "holds tests.cli.test_cli.MeanMethod, the recipe asks for tests.cli.test_cli.OtherMethod" in error(
         *test, checkpoint, "--model", f"{__name__}.OtherMethod"
     )
     assert "does not fit the recipe: " in error(*test, checkpoint, "--data.backbone.dim", "16")

@@ -28,7 +28,7 @@ def test_asking_for_an_ability_reads_nothing(ability: type, tmp_path: Path, monk
         "class_path": "plm.methods.clap.latents.ClapLatents",
         "init_args": {"checkpoint": str(tmp_path / "gone.ckpt")},
     }
-    method = LatentDPO(1, 32, spec, preset="newton")
+    method = LatentDPO(1, 32, spec, family="vector", rule="newton")
 
     def read(*_: object) -> None:
         raise AssertionError("a backbone was made")
@@ -43,7 +43,11 @@ def test_asking_for_an_ability_reads_nothing(ability: type, tmp_path: Path, monk
 
 def test_a_writer_with_a_network_is_a_writer() -> None:
     """Torch keeps modules where a static look at attributes misses them; the class is asked, not the attribute."""
-    method = LoRADPO(1, 16, {"class_path": "plm.backbones.CausalLM", "init_args": {"model": "/nowhere"}})
+    method = LoRADPO(
+        num_users=1,
+        feature_dim=16,
+        backbone={"class_path": "plm.backbones.CausalLM", "init_args": {"model": "/nowhere"}},
+    )
     assert isinstance(method, abilities.Writer) and not hasattr(method, "policy")
     method.policy = Policy.__new__(Policy)
     assert isinstance(method, abilities.Writer)
