@@ -79,12 +79,12 @@ class LoRA:
         return self.alpha / self.rank
 
     def start(self, seed: int) -> Tensor:
-        """``(P,)`` a fresh adapter that changes nothing: A uniform as in PEFT, B zero.
+        """``(P,)`` a fresh adapter on the CPU that changes nothing: A uniform as in PEFT, B zero.
 
         Every user starts from the same draw, so that an adapter does not depend on who is trained beside it.
         """
         generator = torch.Generator().manual_seed(seed)
-        flat = torch.zeros(self.num_parameters)
+        flat = torch.zeros(self.num_parameters, device=generator.device)  # also in the context of another device
         for place in self.places:
             bound = 1 / math.sqrt(place.width_in)  # kaiming_uniform with a = sqrt(5)
             size = self.rank * place.width_in

@@ -43,8 +43,9 @@ class PrefixShape:
         self.num_parameters = 2 * len(cache.layers) * heads * num_virtual_tokens * width
 
     def start(self, seed: int) -> Tensor:
-        """``(P,)`` small random keys and values."""
-        return 0.02 * torch.randn(self.num_parameters, generator=torch.Generator().manual_seed(seed))
+        """``(P,)`` small random keys and values on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        return 0.02 * torch.randn(self.num_parameters, generator=generator, device=generator.device)
 
     def prefix(self, flat: Tensor, num_rows: int) -> Prefix:
         """Flat prefixes ``(G, P)`` of G equal groups of B texts as keys and values ``(B, H, p, d)`` per layer."""

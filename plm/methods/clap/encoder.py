@@ -62,7 +62,8 @@ class PosteriorEncoder(nn.Module):
         if not train_embeddings:
             embeddings.to(policy.dtype)
         width = embeddings.weight.shape[1]
-        noise = torch.randn(num_queries, width, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(num_queries, width, generator=generator, device=generator.device)
         spread, centre = (value.detach().cpu() for value in torch.std_mean(embeddings.weight.float(), 0))
         self.queries = nn.Parameter(centre + spread * noise)
         self.head = nn.Linear(width, 2 * latent_dim // num_queries)
