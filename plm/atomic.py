@@ -21,18 +21,30 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a new file that takes the place of ``path`` when the block ends without an error.
 
     A reader sees the file before or all of the new one, never a part. The folder is made where it is missing; a block
-    that fails leaves the former file as it was.
+    that fails leaves the former file as it was. A link is followed, permissions are kept, and what is no file, such as
+    a pipe or ``/dev/stdout``, is written to as it is.
 
     Args:
         path: The file.
         mode: ``wb`` for bytes, ``w`` for UTF-8 text whose line ends are left alone.
+
+    Raises:
+        ValueError: If the path is a folder.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise ValueError(f"expected the name of a file, got the folder {str(path)!r}")
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if path.exists() and not path.is_file():
+        with path.open(mode, **text) as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with temporary.open(mode, **text) as file:
+            if path.exists():
+                os.chmod(temporary, path.stat().st_mode & 0o7777)
             yield file
         replace(temporary, path)
     except BaseException:
@@ -41,13 +53,14 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file or folder to ``target`` and make the rename durable.
+    """Rename a file, or a folder with all that is in it, to ``target``, and make content and rename durable.
 
     Raises:
         OSError: As `os.replace`; a folder does not replace one that holds something.
     """
-    if source.is_file():
-        _to_disk(source)
+    for path in [source, *source.rglob("*")]:
+        if path.is_file():
+            _to_disk(path)
     os.replace(source, target)
     if os.name == "posix":  # elsewhere a folder cannot be opened
         _to_disk(target.parent)

@@ -97,6 +97,7 @@ def _prepare(output: Path, metadata: dict[str, Any]) -> set[str]:
     settings = output.with_name(f".{output.name}.settings.json")
     if not output.exists():
         write_text(settings, json.dumps(metadata))
+        write_text(output, "")
         return set()
     if not settings.is_file():
         raise ValueError(f"{output} exists and was not written by plm sample; choose another --output or remove it")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from plm.atomic import whole_file, write_text
+from plm.atomic import replace, whole_file, write_text
 from plm.types import UserState
 
 _INDEX = "index.json"
@@ -103,7 +103,9 @@ class UserStore:
         tensors = {f"state.{key}": value for key, value in self._state.tensors.items()}
         tensors["num_pairs"] = self._state.num_pairs
         # safetensors refuses views that share memory, hence the clones
-        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, path / name)
+        temporary = path / f"users-{uuid.uuid4().hex[:12]}.part"
+        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, temporary)
+        replace(temporary, path / name)
         index = {"format": _FORMAT, "shared_hash": self.shared_hash, "tensors": name, "user_ids": self.ids}
         write_text(path / _INDEX, json.dumps(index))
         for old in path.glob("users-*"):  # the former rows, and what a killed writer left behind
