@@ -466,3 +466,7 @@ def test_report_counts_the_directions_in_which_users_differ() -> None:
     method.weights.data = method.weights[:1].expand(USERS, -1).clone()
     assert method.report()["effective_bases"] == 0.0
     assert lore(1).report() == {}
+
+
+def test_one_base_is_no_direction_in_which_users_differ() -> None:
+    assert PublishedLoRe(3, 4, num_bases=1).report() == {}

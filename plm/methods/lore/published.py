@@ -182,7 +182,9 @@ class PublishedLoRe(PersonalizationMethod):
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:
-        """``effective_bases``: in how many directions the rewards of seen users differ."""
+        """``effective_bases``: in how many directions the rewards of seen users differ; nothing of one base."""
+        if self.num_bases == 1:
+            return {}
         weights = self._renormalised(torch.softmax(self.weight_logits, -1))
         return {"effective_bases": effective_bases(weights.double(), self._bases().double())}
 
