@@ -654,3 +654,9 @@ def test_resuming_a_fit_changes_nothing(name: str, tmp_path: Path) -> None:
     full, half, resumed = states
     assert all(torch.equal(full[key], value) for key, value in resumed.items())
     assert not all(torch.equal(full[key], value) for key, value in half.items())
+
+
+def test_a_misspelt_choice_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'film'") as error:
+        VPL(3, 8, decoder="flm", schedule="cosin", target_rule="respons")  # type: ignore[arg-type]
+    assert all(name in str(error.value) for name in ("model.decoder", "model.schedule", "model.target_rule"))

@@ -78,7 +78,8 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         for name, number in {"rank": rank, "num_virtual_tokens": num_virtual_tokens, "num_bases": num_bases}.items():
             if number < 1:
                 problems.add(name, "at least 1", number)
-        if mode not in (modes := MODES[adapter]):
+        problems.choices(adapter=(adapter, tuple(MODES)))
+        if mode not in (modes := MODES.get(adapter, (mode,))):
             problems.add("mode", f"{' or '.join(modes)} with model.adapter {adapter!r}", mode)
         problems.say(
             "model.gradient_checkpointing: expected false with model.adapter 'prefix', whose keys and values a block "

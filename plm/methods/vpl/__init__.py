@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -171,6 +171,16 @@ class VPL(PersonalizationMethod):
             "model.min_context acts only with model.target_rule rest or any: with response the context of an episode "
             f"is whatever falls on its side; got {min_context!r}",
             when=min_context != 0 and target_rule == "response",
+        )
+        problems.choices(
+            pair_features=(pair_features, ("odd_even", "concat")),
+            posterior=(posterior, tuple(POSTERIORS)),
+            latent_map=(latent_map, ("same", "sphere", "sphere_in_training")),
+            bounds=(bounds, get_args(Bounds)),
+            decoder=(decoder, tuple(DECODERS)),
+            anneal=(anneal, get_args(Anneal)),
+            target_rule=(target_rule, get_args(TargetRule)),
+            schedule=(schedule, ("linear", "cosine")),
         )
         problems.check()
         super().__init__(num_users, feature_dim, lr=lr, **options)
