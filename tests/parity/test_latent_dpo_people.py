@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from plm.functional import bt_losses
+from plm.method import constructor_arguments
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.latent_dpo.maths import Gaussian, expected_bt_losses, gaussian, response_rewards
 from plm.methods.latent_dpo.options import Options
@@ -476,3 +477,10 @@ def test_a_number_that_is_not_finite_is_named(options: dict[str, Any], where: st
     getattr(data.train_batch, where)[13, 1] = torch.inf
     with pytest.raises(ValueError, match=r"in 1 of 33 pairs, rows \[13\], of 1 of 3 people, numbers \[1\]"):
         fit(data, tmp_path, epochs=1, **options)
+
+
+def test_every_option_is_known_and_kept_in_checkpoints() -> None:
+    """Also those that were left out: a checkpoint must not depend on the defaults of the version that reads it."""
+    method = LatentDPO(3, 8, family="vector", num_steps=7)
+    assert method.hparams["num_steps"] == 7 and method.hparams["kl_coef"] == 0.01
+    assert {"num_steps", "kl_coef", "lr", "seed", "backbone"} <= constructor_arguments(LatentDPO)

@@ -16,6 +16,7 @@ one user.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -59,6 +60,7 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "latents"
     user_tables: tuple[str, ...] = ("policies", "steps", "num_pairs")
+    options_class: ClassVar[type[Options]] = Options
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
             problems.say(f"expected {expected}, got {feature_dim!r}")
         problems.check()
         super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=settings.lr)
+        self.hparams.update(asdict(settings))  # a checkpoint names them all, whatever later defaults are
         self.options, self.prompt_dim, self.seed = settings, prompt_dim, seed
         self.family = self._family()
         self.automatic_optimization = False
