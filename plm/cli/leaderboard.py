@@ -21,9 +21,10 @@ def run(args: list[str]) -> None:
 
     from plm.evaluation import print_parts
     from plm.leaderboard.board import Plan, run_board
-    from plm.leaderboard.entries import find_group, of_methods, of_recipes, shared_part
+    from plm.leaderboard.entries import of_methods, of_recipes, shared_part
     from plm.leaderboard.report import terminal
     from plm.leaderboard.wandb import publish
+    from plm.recipe.defaults import find_config
 
     console = Console()
     overrides = [part for key, value in options.set for part in (f"--{key}", value)]
@@ -34,7 +35,7 @@ def run(args: list[str]) -> None:
         shared = [*shared_part(options.recipes[0], folder / "shared"), *overrides]
     else:
         folder = Path(options.output or f"runs/leaderboard/{Path(options.data).stem}")
-        files = [find_group(path) for path in (options.trainer, options.data, options.backbone)]
+        files = [find_config(path) for path in (options.trainer, options.data, options.backbone)]
         shared = [*(part for file in files for part in ("--config", str(file))), *overrides]
         entries, left_out = of_methods(options.methods, shared)
     plan = Plan(

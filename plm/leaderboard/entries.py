@@ -24,9 +24,9 @@ from plm.atomic import write_text
 from plm.data.datamodule import PreferenceDataModule
 from plm.leaderboard.cells import Cell, make_cell, output_to, run_cells
 from plm.leaderboard.results import Kind
-from plm.messages import closest, nearest
+from plm.messages import nearest
 from plm.method import PersonalizationMethod, constructor_arguments
-from plm.recipe.defaults import expand, read_config, shipped
+from plm.recipe.defaults import expand, read_config
 from plm.recipe.fit import RecipeReader, run_recipe
 
 _OF_A_METHOD = ("model", "select", "defaults")
@@ -58,23 +58,6 @@ class Entry:
     def cell(self, root: Path, seed: int, extra: Sequence[str] = ()) -> Cell:
         """The cell of a seed."""
         return make_cell(root, self.name, seed, [*self.args, *extra], self.identity, self.split_hash)
-
-
-def find_group(path: str) -> Path:
-    """Find a file of ``conf``: the one in this folder, or else the one shipped with plm.
-
-    Raises:
-        ValueError: If there is neither.
-    """
-    here, inside = Path(path), shipped("conf") / Path(path).relative_to("conf") if path.startswith("conf/") else None
-    if here.is_file():
-        return here
-    if inside is not None and inside.is_file():
-        return inside
-    names = [f"conf/{file.parent.name}/{file.name}" for file in shipped("conf").glob("*/*.yaml")]
-    named = {Path(name).stem: name for name in names}
-    near = closest(path, names) or named.get(closest(Path(path).stem, named) or "", "")
-    raise ValueError(f"no config file {path!r}{nearest(near, names)}")
 
 
 def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry], dict[str, str]]:
@@ -140,13 +123,15 @@ def of_recipes(paths: Sequence[str], more: Sequence[str]) -> list[Entry]:
 
 
 def shared_part(recipe: str, folder: Path) -> list[str]:
-    """What the baselines take from a recipe: its configs without the method, written into a folder."""
+    """What the baselines take from a recipe: its configs without the method, written into a folder.
+
+    They are named by their content, so that a second leaderboard in this folder never rewrites those of a running one.
+    """
     args = []
-    files = [Path(arg) for arg in expand(["--config", recipe]) if arg != "--config"]
-    for number, file in enumerate(files):
-        shared = {key: value for key, value in read_config(file).items() if key not in _OF_A_METHOD}
-        path = folder / f"{number}-{file.stem}.yaml"
-        write_text(path, yaml.safe_dump(shared))
+    for file in (Path(arg) for arg in expand(["--config", recipe]) if arg != "--config"):
+        text = yaml.safe_dump({key: value for key, value in read_config(file).items() if key not in _OF_A_METHOD})
+        path = folder / f"{file.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.yaml"
+        write_text(path, text)
         args += ["--config", str(path)]
     return args
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from plm.messages import nearest
+from plm.messages import closest, nearest
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -40,8 +40,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-def find_recipe(path: str) -> Path:
-    """Find a recipe: the file itself, or the shipped one of that name, as ``recipes/quickstart.yaml`` from anywhere.
+def find_config(path: str) -> Path:
+    """Find a recipe or a group: the file itself, or the shipped one of that name, from anywhere.
+
+    Shipped are ``recipes/quickstart.yaml`` and its like, and the groups, such as ``conf/method/vpl_paper.yaml``.
 
     Raises:
         ValueError: If there is neither.
@@ -50,9 +52,14 @@ def find_recipe(path: str) -> Path:
     if file.is_file():
         return file
     recipes = {f"recipes/{recipe.name}": recipe for recipe in sorted(shipped("recipes").glob("*.yaml"))}
-    if path in recipes:
-        return recipes[path]
-    raise ValueError(f"no config file {path!r}{nearest(path, recipes)} (shipped: {', '.join(recipes) or 'none'})")
+    groups = {f"conf/{group.parent.name}/{group.name}": group for group in sorted(shipped("conf").glob("*/*.yaml"))}
+    known = recipes | groups
+    if path in known:
+        return known[path]
+    by_stem = {Path(name).stem: name for name in known}
+    near = closest(path, known) or by_stem.get(closest(file.stem, by_stem) or "")
+    advice = f"; did you mean {near!r}?" if near else ""
+    raise ValueError(f"no config file {path!r}{advice} (shipped: {', '.join(recipes) or 'none'})")
 
 
 def group_files(recipe: Path, defaults: Any) -> list[Path]:
@@ -91,7 +98,7 @@ def expand(args: Sequence[str]) -> list[str]:
     """Put the group files of every ``--config`` before it, which gives arguments that LightningCLI understands.
 
     Raises:
-        ValueError: See `find_recipe`, `read_config` and `group_files`.
+        ValueError: See `find_config`, `read_config` and `group_files`.
     """
     out: list[str] = []
     rest: Iterator[str] = iter(args)
@@ -103,7 +110,7 @@ def expand(args: Sequence[str]) -> list[str]:
         path = value if equals else next(rest, None)
         if path is None:
             raise ValueError(f"{option} needs the path of a config file")
-        recipe = find_recipe(path)
+        recipe = find_config(path)
         groups = group_files(recipe, read_config(recipe).get("defaults") or [])
         nested = [str(file) for file in groups if "defaults" in read_config(file)]
         if nested:

@@ -346,3 +346,13 @@ def test_processes_give_the_same_numbers(board: dict[str, Any], place: Path) -> 
     for row in apart["rows"]:
         (here,) = [one for one in board["rows"] if one["name"] == row["name"]]
         assert row["numbers"]["unseen"]["accuracy"] == pytest.approx(here["numbers"]["unseen"]["accuracy"], abs=1e-6)
+
+
+def test_what_rows_share_is_never_rewritten_with_something_else(tmp_path: Path) -> None:
+    """A second leaderboard in the same folder is refused, but only after it has written what its rows would share."""
+    texts = ["data: {batch_size: 4}\n", "data: {batch_size: 8}\n"]
+    paths = []
+    for text in texts:
+        (tmp_path / "board.yaml").write_text(text + "model: {class_path: LoRe}\n")
+        paths.append(Path(entries.shared_part(str(tmp_path / "board.yaml"), tmp_path / "shared")[1]))
+    assert [path.read_text() for path in paths] == ["data:\n  batch_size: 4\n", "data:\n  batch_size: 8\n"]

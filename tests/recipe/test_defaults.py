@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from plm.messages import nearest
-from plm.recipe.defaults import expand, shipped
+from plm.recipe.defaults import expand, find_config, shipped
 
 
 @pytest.fixture
@@ -79,3 +79,11 @@ def test_groups_have_no_defaults_of_their_own(project: Path) -> None:
 def test_nearest_suggests_only_what_is_near() -> None:
     assert nearest("num_base", ["lr", "num_bases"]) == "; did you mean 'num_bases'?"
     assert nearest("zzz", ["lr", "num_bases"]) == ""
+
+
+def test_groups_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed plm reads conf/method/vpl_paper.yaml by that name, as it does its recipes."""
+    monkeypatch.chdir(tmp_path)
+    assert find_config("conf/method/vpl_paper.yaml") == shipped("conf") / "method/vpl_paper.yaml"
+    with pytest.raises(ValueError, match=r"did you mean 'conf/method/vpl_paper\.yaml'"):
+        find_config("vpl_papr.yaml")
