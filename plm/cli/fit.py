@@ -29,7 +29,12 @@ _OPTIONS = {
     "--help all": "every option, those of Lightning too",
 }
 _ONLY_FIT = ("--trainer.max_epochs N", "--select GRID", "--final_test BOOL")
-NAMES = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
+NAMES = {
+    "fit": ("final_test", "select"),
+    "validate": ("verbose",),
+    "test": ("verbose",),
+    "predict": ("return_predictions",),
+}
 """First parts of options that one verb alone has."""
 
 

@@ -15,10 +15,10 @@ from plm.cli.options import stop
 from plm.messages import nearest
 
 COMMON = (
-    *("c", "checkpoint", "ckpt_path", "config", "data", "defaults", "early_stopping", "few_shot", "final_test"),
-    *("h", "help", "metrics", "model", "print_config", "seed_everything", "select", "trainer", "weights_only"),
+    *("c", "checkpoint", "ckpt_path", "config", "data", "defaults", "early_stopping", "few_shot"),
+    *("h", "help", "metrics", "model", "print_config", "seed_everything", "trainer", "user_states", "weights_only"),
 )
-"""First parts of the options of ``plm fit`` and its siblings."""
+"""First parts of the options that ``plm fit`` and its siblings share."""
 _WIDTH = 110
 
 
