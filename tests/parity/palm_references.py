@@ -6,12 +6,13 @@ Axes: U users, R objectives, M members, Q policies.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import linprog
 
 from plm.arrays import Float64Array
-from plm.methods.palm.grid import as_array, combined_levels
+from plm.methods.palm.grid import Weights, as_array, check_cell, combined_levels
 from plm.methods.palm.search import Kind, Worst
 
 
@@ -76,3 +77,9 @@ def best_of_n_cost(num_candidates: int, beta: float) -> float:
     Source: arXiv 2401.01879, an upper bound.
     """
     return beta * (math.log(num_candidates) - (num_candidates - 1) / num_candidates)
+
+
+def in_cell(weights: Weights, user: Weights, eps: float | Fraction, delta: float | Fraction) -> bool:
+    """Whether ``weights`` serve ``user``."""
+    eps, delta = check_cell(eps, delta)
+    return all(abs(w - v) <= eps * v + delta for w, v in zip(weights, user, strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from plm.methods.palm.bounds import Slack
-from plm.methods.palm.cover import cell, certified_cover, in_cell, repaired, uncovered
+from plm.methods.palm.cover import cell, certified_cover, repaired, uncovered
 from plm.methods.palm.grid import (
     Weights,
     as_array,
@@ -25,7 +25,7 @@ from plm.methods.palm.grid import (
     rational,
     two_sided_levels,
 )
-from tests.parity.palm_references import route_to_grid
+from tests.parity.palm_references import in_cell, route_to_grid
 
 EPS, DELTA = Fraction(2, 5), Fraction(1, 80)
 PUBLISHED = [0, 0.167, 0.219, 0.282, 0.354, 0.434, 0.5, 0.566, 0.646, 0.718, 0.781, 0.833, 1]

@@ -29,12 +29,6 @@ def cell(weights: Weights, eps: float | Fraction, delta: float | Fraction) -> Bo
     )
 
 
-def in_cell(weights: Weights, user: Weights, eps: float | Fraction, delta: float | Fraction) -> bool:
-    """Whether ``weights`` serve ``user``."""
-    eps, delta = check_cell(eps, delta)
-    return all(abs(w - v) <= eps * v + delta for w, v in zip(weights, user, strict=True))
-
-
 def uncovered(grid: Sequence[Weights], eps: float | Fraction, delta: float | Fraction) -> Weights | None:
     """A user whom no cell holds, or None, which proves that the cells cover the whole simplex.
 
