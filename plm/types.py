@@ -74,6 +74,20 @@ def take_rows(values: Tensor | Tokens | None, rows: Tensor) -> Tensor | Tokens |
     return values.take(rows) if isinstance(values, Tokens) else None if values is None else values[rows]
 
 
+def _features(chosen: Tensor | Tokens, rejected: Tensor | Tokens) -> tuple[Tensor, Tensor]:
+    """Both sides of pairs as features, or an error that says what to set."""
+    if isinstance(chosen, Tensor) and isinstance(rejected, Tensor):
+        return chosen, rejected
+    raise ValueError("expected pairs of features, got tokens; set data.backbone to one that gives features")
+
+
+def _tokens(chosen: Tensor | Tokens, rejected: Tensor | Tokens) -> tuple[Tokens, Tokens]:
+    """Both sides of pairs as tokens, or an error that says what to set."""
+    if isinstance(chosen, Tokens) and isinstance(rejected, Tokens):
+        return chosen, rejected
+    raise ValueError("expected pairs of tokens, got features; set data.backbone to a plm.backbones.CausalLM")
+
+
 class Context(NamedTuple):
     """The pairs from which unseen users are adapted, padded to the longest user."""
 
@@ -102,9 +116,7 @@ class Context(NamedTuple):
         Raises:
             ValueError: If the pairs hold tokens.
         """
-        if isinstance(self.chosen, Tensor) and isinstance(self.rejected, Tensor):
-            return self.chosen, self.rejected
-        raise ValueError("expected pairs of features, got tokens; set data.backbone to one that gives features")
+        return _features(self.chosen, self.rejected)
 
     @property
     def tokens(self) -> tuple[Tokens, Tokens]:
@@ -113,9 +125,7 @@ class Context(NamedTuple):
         Raises:
             ValueError: If the pairs hold features.
         """
-        if isinstance(self.chosen, Tokens) and isinstance(self.rejected, Tokens):
-            return self.chosen, self.rejected
-        raise ValueError("expected pairs of tokens, got features; set data.backbone to a plm.backbones.CausalLM")
+        return _tokens(self.chosen, self.rejected)
 
     @property
     def difference(self) -> Tensor:
@@ -209,9 +219,7 @@ class PreferenceBatch(NamedTuple):
         Raises:
             ValueError: If the pairs hold tokens.
         """
-        if isinstance(self.chosen, Tensor) and isinstance(self.rejected, Tensor):
-            return self.chosen, self.rejected
-        raise ValueError("expected pairs of features, got tokens; set data.backbone to one that gives features")
+        return _features(self.chosen, self.rejected)
 
     @property
     def tokens(self) -> tuple[Tokens, Tokens]:
@@ -220,9 +228,7 @@ class PreferenceBatch(NamedTuple):
         Raises:
             ValueError: If the pairs hold features.
         """
-        if isinstance(self.chosen, Tokens) and isinstance(self.rejected, Tokens):
-            return self.chosen, self.rejected
-        raise ValueError("expected pairs of tokens, got features; set data.backbone to a plm.backbones.CausalLM")
+        return _tokens(self.chosen, self.rejected)
 
     @property
     def difference(self) -> Tensor:
