@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,20 +297,17 @@ def test_a_process_that_dies_leaves_its_reason(tmp_path: Path, monkeypatch: pyte
 
 def test_a_run_ends_with_the_process_that_started_it() -> None:
     """The parent is killed without a chance to say so; its run must not go on beside those of the next command."""
-    run = (
-        "import time; from plm.leaderboard.cells import end_with_parent; end_with_parent(0.05); print('up', flush=True)"
-    )
-    parent = f"import subprocess, sys; one = subprocess.Popen([sys.executable, '-c', {run + '; time.sleep(300)'!r}])"
+    run = "import time; from plm.leaderboard.cells import end_with_parent; end_with_parent(0.05)"
+    run += "; print('up', flush=True); time.sleep(60); print('went on')"
+    parent = f"import subprocess, sys; one = subprocess.Popen([sys.executable, '-c', {run!r}])"
     started = subprocess.Popen(
         [sys.executable, "-c", f"{parent}; print(one.pid, flush=True); one.wait()"], stdout=subprocess.PIPE, text=True
     )
     assert started.stdout is not None
     assert {started.stdout.readline(), started.stdout.readline()} >= {"up\n"}
-    killed = time.monotonic()
     started.kill()
     started.wait()
-    assert started.stdout.read() == "", "the pipe is at its end once the run has let go of it"
-    assert time.monotonic() - killed < 60, "it ended before its five minutes of sleep"
+    assert started.stdout.read() == "", "the run ended before it had more to print"
 
 
 def test_the_hash_follows_the_source_of_a_method(tmp_path: Path) -> None:
