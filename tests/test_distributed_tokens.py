@@ -68,7 +68,8 @@ class Losses(L.Callback):
     ) -> None:
         self.values.append(trainer.callback_metrics["train/loss"].item())
         mean = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")
-        assert mean.item() * trainer.accumulate_grad_batches == pytest.approx(self.values[-1], rel=1e-6)
+        if trainer.accumulate_grad_batches == 1:  # else batches weigh by their pairs or tokens
+            assert mean.item() == pytest.approx(self.values[-1], rel=1e-6)
 
 
 @cache
@@ -254,10 +255,13 @@ def test_two_processes_end_as_one(name: str, strategy: str) -> None:
 
 
 @SLOW
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_accumulated_gradients(strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [("sft", "ddp"), ("sft", "fsdp2"), ("shared", "ddp"), ("shared", "fsdp2"), ("basis", "ddp")],
+)
+def test_accumulated_gradients(name: str, strategy: str) -> None:
     options = {"accumulate_grad_batches": 2}
-    assert_equivalent(fit("shared", strategy, **options), fit("shared", "one", **options))
+    assert_equivalent(fit(name, strategy, **options), fit(name, "one", **options))
 
 
 @SLOW

@@ -55,6 +55,8 @@ class PersonalizationMethod(L.LightningModule, ABC):
         self.encode_prompts: Callable[[Sequence[str]], Tensor | Tokens | None] | None = None
         self.find_users: KnownUsers | None = None
         self.num_train_pairs = 1
+        self._counts: list[Tensor] = []
+        """Of the batches read so far of an accumulated step, how many terms their losses are the mean of."""
         self.reference: Tensor
         self.feature_scale: Tensor
         self.register_buffer("reference", torch.zeros(feature_dim))
@@ -63,7 +65,11 @@ class PersonalizationMethod(L.LightningModule, ABC):
     # ------------------------------------------------------------------ what a method writes
     @abstractmethod
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Return ``"loss"`` (a scalar to minimise) plus scalars to log."""
+        """Return ``"loss"`` (a scalar to minimise) plus scalars to log.
+
+        ``"count"`` is not logged: ``()`` of how many terms, on all processes, the loss is the mean, where these are not
+        the pairs. Batches of an accumulated step weigh by it, so that the step is that of one batch.
+        """
 
     @abstractmethod
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
@@ -305,10 +311,37 @@ class PersonalizationMethod(L.LightningModule, ABC):
         return total
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Log every scalar of ``loss`` under ``train/`` and return the loss."""
+        """Log every scalar of ``loss`` under ``train/`` and return the loss.
+
+        Of an accumulated step, the loss is multiplied by the terms it is the mean of, in units of the first batch's.
+        """
         out = self.loss(batch)
-        self.log_dict({f"train/{key}": value.detach() for key, value in out.items()}, batch_size=batch.num_pairs)
-        return out["loss"]
+        count = out.pop("count", None)
+        self.log_dict({f"train/{key}": value for key, value in self.logged(out).items()}, batch_size=batch.num_pairs)
+        if self.trainer.accumulate_grad_batches == 1:
+            return out["loss"]
+        if count is None:
+            count = self.sum_over_processes(batch.weight.new_tensor(float(batch.num_pairs)))
+        self._counts.append(count)
+        return out["loss"] * (count / _unit(self._counts))
+
+    def logged(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is logged of the scalars of ``loss``."""
+        return {key: value.detach() for key, value in scalars.items()}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients of an accumulated step by all its terms; Lightning divides by the batches of a full one.
+
+        The last step of an epoch may have fewer batches.
+        """
+        if not self._counts:
+            return
+        total = torch.stack(self._counts).sum()
+        factor = self.trainer.accumulate_grad_batches * torch.where(total > 0, _unit(self._counts) / total, 0.0)
+        self._counts.clear()
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.dtype))
 
     def on_validation_epoch_start(self) -> None:
         """Refresh before the validation of a fit."""
@@ -372,6 +405,11 @@ class PersonalizationMethod(L.LightningModule, ABC):
     def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
         """Row of a user table for a user a checkpoint does not know; None = as initialised."""
         return None
+
+
+def _unit(counts: list[Tensor]) -> Tensor:
+    """What counts of an accumulated step are measured in: the first, or one where it is none."""
+    return torch.where(counts[0] > 0, counts[0], 1.0)
 
 
 def _clone(value: Tensor | Tokens | None) -> Any:

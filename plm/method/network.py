@@ -14,7 +14,7 @@ from torch import Tensor
 from plm.backbones import Backbone, CausalLM, Policy
 from plm.distributed import average_gradients, clip_gradients, summed, world_size
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
-from plm.types import PreferenceBatch, Tokens
+from plm.types import Tokens
 
 
 class NetworkMethod(PersonalizationMethod):
@@ -180,18 +180,16 @@ class NetworkMethod(PersonalizationMethod):
         if self._trains_tables and isinstance(strategy.model, torch.nn.parallel.DistributedDataParallel):
             strategy.model = self
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Log every scalar of ``loss`` under ``train/``, as the mean over the processes, and return the loss."""
-        out = self.loss(batch)
-        means = summed(torch.stack([value.detach().float() for value in out.values()])) / world_size()
-        scalars = {f"train/{key}": value for key, value in zip(out, means, strict=True)}
-        self.log_dict(scalars, batch_size=batch.num_pairs)
-        return out["loss"]
+    def logged(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of every scalar over the processes."""
+        means = summed(torch.stack([value.detach().float() for value in scalars.values()])) / world_size()
+        return dict(zip(scalars, means, strict=True))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Average the gradients that nobody else does: what is not sharded by a sharding strategy, or is sparse."""
         if self.device_mesh is not None or self._trains_tables:
             average_gradients(self.parameters())
+        super().on_before_optimizer_step(optimizer)
 
     def configure_gradient_clipping(
         self,

@@ -64,7 +64,7 @@ class SFT(PolicyMethod, Exporter):
         weight = pair_weights(batch.weight)[logps.row]
         total = summed(weight.sum()) / world_size()  # so that the mean over processes is the mean over all tokens
         loss = -(weight * logps.token).sum() / total.clamp(min=torch.finfo(weight.dtype).tiny)
-        return {"loss": loss, "num_tokens": self.count_tokens(chosen)}
+        return {"loss": loss, "num_tokens": self.count_tokens(chosen), "count": total * world_size()}
 
     @torch.no_grad()
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from plm.backbones import Policy
 from plm.checkpoint import read_checkpoint
+from plm.distributed import summed, world_size
 from plm.functional import response_logps
 from plm.method.policy import PolicyMethod
 from plm.methods.clap.adapter import LatentAdapter, Placement, SteeredTexts, SteeredWriting
@@ -233,7 +234,9 @@ class CLaP(PolicyMethod):
             contrast = groups.padded(terms.contrast.loss).sum(-1) / groups.mask.sum(-1)
             loss = loss + self.contrast_weight * contrast.mean()
             out |= {"contrast": contrast.mean(), "contrastive_accuracy": terms.contrast.correct.float().mean()}
-        return {"loss": loss, **out}
+        count = summed(loss.new_tensor(float(len(groups.mask))))
+        share = len(groups.mask) * world_size() / count  # so that the mean over processes is the mean over all prompts
+        return {"loss": loss * share, **{key: value * share for key, value in out.items()}, "count": count}
 
     def _terms(
         self, groups: PromptGroups, generator: torch.Generator | None, num_negatives: int | None, skip: nn.Module | None

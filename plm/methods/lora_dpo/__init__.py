@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plm.backbones import Policy, PrefixShape, TokenFacts
-from plm.distributed import pair_weights, world_size
+from plm.distributed import pair_weights, summed, world_size
 from plm.messages import Problems
 from plm.methods.lora_dpo.adapters import Owned
 from plm.methods.lora_dpo.adapting import Support, fit_weights, train_rows, user_shares
@@ -106,6 +106,23 @@ class LoRADPO(AdaptedPolicy):
         )
 
     # ------------------------------------------------------------------ training
+    def setup(self, stage: str) -> None:
+        """Also refuse to spread over batches what looks at all pairs of a step.
+
+        Raises:
+            ValueError: For such a loss, with accumulated gradients.
+        """
+        super().setup(stage)
+        names, accumulated = self.options.loss_type, self.trainer.accumulate_grad_batches
+        by_tokens = "sft" in names and (len(names) > 1 or self.mode == "basis")
+        if stage == "fit" and accumulated > 1 and (by_tokens or {"aot", "aot_unpaired"} & {*names}):
+            raise ValueError(
+                f"trainer.accumulate_grad_batches: expected 1 with model.loss_type {[*names]} in mode {self.mode!r}, "
+                f"got {accumulated}: aot and aot_unpaired sort all pairs of a step, and sft beside other losses or in mode "
+                "basis averages over other tokens than they do; set data.batch_size to the pairs of a step, and "
+                "model.gradient_checkpointing to true if they do not fit"
+            )
+
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Take the mean over pairs or, where users have adapters of their own, the sum over users of their means."""
         (chosen, rejected), user = batch.tokens, batch.user_index
@@ -115,6 +132,11 @@ class LoRADPO(AdaptedPolicy):
         else:
             owned, group = (self.owned(self.adapters, user), user) if self.personal else (self.owned(None, user), None)
             pairs, facts = self._reader.pairs(owned, chosen, rejected, group, with_facts=True)
+        count = batch.weight.new_zeros(2)
+        if pairs.group is None and "sft" in self.options.loss_type:
+            length = torch.where(batch.tie, (pairs.chosen_length + pairs.rejected_length) / 2, pairs.chosen_length)
+            count = summed(torch.stack([length.sum(), torch.ones_like(length).sum()]))  # of tokens, of pairs
+            pairs = pairs._replace(mean_length=count[0] / count[1])
         losses = labelled_losses(pairs, batch.tie, self.options)
         if self.personal:
             shares = user_shares(pair_weights(batch.weight), user, self.num_users, everywhere=True)
@@ -122,6 +144,8 @@ class LoRADPO(AdaptedPolicy):
         else:
             loss = (batch.weight * losses).mean()
         out = {"loss": loss, **reward_metrics(pairs, self.options.beta)}
+        if self.options.loss_type == ("sft",) and pairs.mean_length is not None:
+            out["count"] = count[0]
         if facts:
             out |= token_metrics(facts[0], facts[1], self.count_tokens(chosen, rejected))
         return out

@@ -2,8 +2,7 @@
 
 Every loss is one number per pair, ``(B,)``, whose mean over the batch is what the paper minimises, so that callers may
 weigh pairs and sum them by user. Four of them are not functions of the pair alone: aot and aot_unpaired compare sorted
-batches and sft averages over tokens, all within the groups of `PairLogps.group`, of one batch where batches are
-accumulated; bco_pair reads a running mean.
+batches and sft averages over tokens, all within the groups of `PairLogps.group`; bco_pair reads a running mean.
 
 Notation: w and l are the chosen and the rejected response, u = log t = log policy(y) - log reference(y), and the reward
 is beta * f'(t), with f of the divergence that ties policy to reference; the usual one, reverse KL, gives beta * u.
@@ -241,7 +240,8 @@ def sft(pairs: PairLogps, options: LossOptions) -> Tensor:
     nll = -pairs.chosen if pairs.chosen_nll is None else pairs.chosen_nll
     length = pairs.chosen_length.to(nll)
     if pairs.group is None:
-        return nll / length.mean().clamp_min(torch.finfo(nll.dtype).tiny)
+        mean = length.mean() if pairs.mean_length is None else pairs.mean_length.to(nll)
+        return nll / mean.clamp_min(torch.finfo(nll.dtype).tiny)
     same = (pairs.group[:, None] == pairs.group).to(nll)  # (B, B)
     mean_length = same @ length / same.sum(-1)
     return nll / mean_length.clamp_min(torch.finfo(nll.dtype).tiny)

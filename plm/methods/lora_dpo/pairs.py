@@ -34,6 +34,8 @@ class PairLogps(NamedTuple):
     """``(B,)`` of the other response, for sft on pairs labelled as ties."""
     group: Tensor | None = None
     """``(B,)`` int64, equal for pairs of one user: aot sorts and sft averages within a group; None = one group."""
+    mean_length: Tensor | None = None
+    """``()`` tokens of a preferred response in the mean over all processes, for sft of one group; None = of these."""
     reward_shift: Tensor | None = None
     """``()`` or ``(B,)`` delta of bco_pair, the caller's running mean of both rewards; None = 0, as in TRL."""
     wpo_weight: Tensor | None = None
