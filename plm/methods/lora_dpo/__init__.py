@@ -118,8 +118,8 @@ class LoRADPO(AdaptedPolicy):
         if stage == "fit" and accumulated > 1 and (by_tokens or {"aot", "aot_unpaired"} & {*names}):
             raise ValueError(
                 f"trainer.accumulate_grad_batches: expected 1 with model.loss_type {[*names]} in mode {self.mode!r}, "
-                f"got {accumulated}: aot and aot_unpaired sort all pairs of a step, and sft beside other losses or in mode "
-                "basis averages over other tokens than they do; set data.batch_size to the pairs of a step, and "
+                f"got {accumulated}: aot and aot_unpaired sort all pairs of a step, and sft beside other losses or in "
+                "mode basis averages over other tokens than they do; set data.batch_size to the pairs of a step, and "
                 "model.gradient_checkpointing to true if they do not fit"
             )
 
