@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def causal_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a random language model of one kind, gpt2 or llama, whose tokens are printable characters."""
+    """Folder of a random language model of one of ``KINDS``, whose tokens are printable characters."""
     folders: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
@@ -25,6 +26,42 @@ def causal_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return folders[kind]
 
     return folder
+
+
+WINDOW = 16
+"""What layers of some ``KINDS`` look at, in tokens."""
+_HEADS = {"head_dim": 8}
+_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA = {**_HEADS, **_MIXED, "query_pre_attn_scalar": 8}
+_EXPERTS = {**_HEADS, "num_experts_per_tok": 2}
+_VISION = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+_IMAGES = {"mm_tokens_per_image": 4, "boi_token_index": 95, "eoi_token_index": 96, "image_token_index": 97}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", _HEADS),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
+    "phi3": ("Phi3Config", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "gpt_oss": ("GptOssConfig", {**_EXPERTS, **_MIXED, "num_local_experts": 4, "rope_parameters": None}),
+    "gemma2": ("Gemma2Config", {**_GEMMA, "final_logit_softcapping": None}),
+    "gemma3_text": ("Gemma3TextConfig", _GEMMA),
+    "gemma3": ("Gemma3Config", _GEMMA),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **_HEADS,
+            "intermediate_size_mlp": 32,
+            "num_local_experts": 2,
+            "attention_chunk_size": WINDOW,
+            "no_rope_layers": [1, 0],
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+    ),
+}
+"""Config class and what differs from `write_causal_lm`'s sizes; ``gpt2`` is another one."""
 
 
 def write_causal_lm(kind: str, folder: Path) -> None:
@@ -44,16 +81,14 @@ def write_causal_lm(kind: str, folder: Path) -> None:
         config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **size)
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
         return
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        **size,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    name, more = KINDS[kind]
+    text = {**size, **layers, "num_key_value_heads": 1, "max_position_embeddings": 64, "pad_token_id": 0, **more}
+    if kind == "gemma3":
+        vision = {"hidden_size": 16, "intermediate_size": 32, **_VISION}
+        text = {"text_config": text, "vision_config": vision, "initializer_range": 0.2, **_IMAGES}
+    config = getattr(transformers, name)(**text)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

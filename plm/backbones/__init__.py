@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plm.backbones.attention import Prefix
 from plm.backbones.backbone import Backbone, Key, device
 from plm.backbones.causal_lm import CausalLM, Completion, TooLong, completion_tokens
 from plm.backbones.fresh import FreshCausalLM
@@ -11,8 +12,8 @@ from plm.backbones.huggingface import HFBackbone
 from plm.backbones.latents import LatentBackbone
 from plm.backbones.lora import LoRA
 from plm.backbones.mixing import MixedWriting, mixed_logits
-from plm.backbones.pieces import KeyValueMaker, first_layers
-from plm.backbones.policy import Completions, Policy, Prefix, TextWriter, Writing
+from plm.backbones.pieces import KeyValueMaker, first_layers, word_moments
+from plm.backbones.policy import Completions, Policy, TextWriter, Writing
 from plm.backbones.prefix import PrefixShape
 from plm.backbones.reading import Reading, SplitTexts, split_texts
 from plm.backbones.reference import ReferenceLogps
@@ -48,4 +49,5 @@ __all__ = [
     "mixed_logits",
     "split_texts",
     "token_facts",
+    "word_moments",
 ]

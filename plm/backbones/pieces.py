@@ -6,22 +6,24 @@ Axes: B texts, T tokens, L layers, H key heads, p virtual tokens, d key width, D
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from plm.backbones.policy import Policy, Prefix
+    from plm.backbones.attention import Prefix
+    from plm.backbones.policy import Policy
 
 
 def first_layers(policy: Policy, num_layers: int) -> Any:
-    """A copy, in float32, of the network's embeddings, first layers and final norm, called as ``base_model`` is.
+    """A copy, in float32, of the network's embeddings, first layers and final norm, called as `Policy.decoder` is.
 
     Raises:
         ValueError: If the network has fewer layers, or quantized ones.
     """
-    base, config = policy.network.base_model, copy.deepcopy(policy.network.config)
+    base, config = policy.decoder, copy.deepcopy(policy.decoder.config)
     if not 1 <= num_layers <= config.num_hidden_layers:
         raise ValueError(
             f"model.encoder_layers: expected 1 to {config.num_hidden_layers}, the layers of "
@@ -38,6 +40,13 @@ def first_layers(policy: Policy, num_layers: int) -> Any:
     weights = base.state_dict()
     part.load_state_dict({name: weights[name] for name in part.state_dict()})
     return part.float().requires_grad_(True)
+
+
+def word_moments(embeddings: Any) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean ``(D,)`` of the vectors of words, on the CPU, as they enter the first layer."""
+    scale = float(getattr(embeddings, "embed_scale", 1.0))  # of Gemma
+    spread, centre = torch.std_mean(embeddings.weight.detach().float(), 0)
+    return scale * spread.cpu(), scale * centre.cpu()
 
 
 class KeyValueMaker(nn.Module):
@@ -57,7 +66,7 @@ class KeyValueMaker(nn.Module):
     def __init__(self, policy: Policy, train_maps: bool) -> None:
         super().__init__()
         network = policy.network
-        base = network.base_model
+        base = policy.decoder
         name = type(network).__name__
         refusal = f"{name} makes keys and values in a way that is not known here; take a model like GPT-2 or Llama"
         try:
@@ -73,6 +82,9 @@ class KeyValueMaker(nn.Module):
         if train_maps:
             self.float()
         self._rotary = [base.rotary_emb] if hasattr(base, "rotary_emb") else []  # a list: no module of this one
+        self._turns: list[tuple[str, ...]] = [()] * len(layers)  # what the rotary module is told of each layer
+        if self._rotary and "layer_type" in inspect.signature(base.rotary_emb.forward).parameters:
+            self._turns = [(kind,) for kind in base.config.layer_types]
         self._check(policy, refusal)
 
     @property
@@ -91,14 +103,17 @@ class KeyValueMaker(nn.Module):
             ``(B, H, p, d)`` keys and values of every layer, in float32 or what the maps compute in.
         """
         position = start[:, None] + torch.arange(hidden.shape[2], device=hidden.device)
-        turn = None
-        if self._rotary:
-            turn = tuple(part.float()[:, None] for part in self._rotary[0](hidden.float(), position))
+        turns = {
+            told: tuple(part.float()[:, None] for part in rotary(hidden.float(), position, *told))
+            for rotary in self._rotary
+            for told in set(self._turns)
+        }
         pairs = []
         for layer in range(self.num_layers):
             normed = self.norms[layer](hidden[:, layer].float())
             key, value = (self._heads(maps[layer], normed) for maps in (self.keys, self.values))
             key = self.key_norms[layer](key)
+            turn = turns.get(self._turns[layer])
             pairs.append((key if turn is None else _turned(key, *turn).to(key.dtype), value))
         return pairs
 
@@ -111,7 +126,7 @@ class KeyValueMaker(nn.Module):
     def _check(self, policy: Policy, refusal: str) -> None:
         """Raise unless the network's own hidden states give the keys and values that it caches."""
         ids = torch.tensor([[1, 2, 3]], device=policy.device)
-        out = policy.network.base_model(input_ids=ids, use_cache=True, output_hidden_states=True)
+        out = policy.decoder(input_ids=ids, use_cache=True, output_hidden_states=True)
         hidden = torch.stack(out.hidden_states[: self.num_layers], 1)  # (1, L, 3, D)
         pairs = self(hidden, torch.zeros(1, dtype=torch.long, device=policy.device))
         tolerance = 1e-4 if policy.dtype == torch.float32 else 5e-2

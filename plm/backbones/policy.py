@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from plm.atomic import replace
+from plm.backbones.attention import Prefix, attention_bias, attention_window, filled_cache
 from plm.backbones.causal_lm import CausalLM
 from plm.backbones.head import TokenFacts, token_logps
 from plm.backbones.lora import LoRA
 from plm.distributed import is_first
 from plm.types import Tokens
-
-Prefix = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values ``(B, H, p, d)`` of p virtual tokens before a text, one pair per layer."""
 
 
 class TextWriter(Protocol):
@@ -63,6 +61,7 @@ class Policy(nn.Module):
         self.backbone = backbone
         network: Any = backbone.load()
         self.network = network
+        self.window = attention_window(network.config)
         self.lora: LoRA | None = None
         if gradient_checkpointing:
             options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
@@ -79,6 +78,30 @@ class Policy(nn.Module):
             if getattr(module, "gradient_checkpointing", False):  # blocks that are run again only when they train
                 module.training = mode
         return self
+
+    @property
+    def decoder(self) -> Any:
+        """What reads token ids: the network below its output embedding, without what it has for images."""
+        decoder = self.network.get_decoder()
+        return self.network.model if decoder is self.network else decoder  # Llama 4 finds no base model of its own
+
+    @property
+    def width(self) -> int:
+        """Width D of the hidden states."""
+        return int(self.decoder.config.hidden_size)
+
+    def check_room(self, num_more: int) -> None:
+        """Check that every layer looks at all of the longest text and at ``num_more`` tokens that are no words.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self.window is not None and self.backbone.max_tokens + num_more > self.window:
+            raise ValueError(
+                f"data.backbone.init_args.max_length: expected at most {self.window - num_more}, as layers of "
+                f"{type(self.network).__name__} look at no more than {self.window} tokens and {num_more} are the "
+                f"method's own, got texts of up to {self.backbone.max_tokens}"
+            )
 
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         return (nullcontext(), nullcontext()) if self.lora is None else self.lora.checkpoint_contexts()
@@ -105,7 +128,7 @@ class Policy(nn.Module):
                 f"{self.backbone.quantization} weights cannot be shared out over processes; set "
                 "data.backbone.init_args.quantization to null, or train with strategy ddp"
             )
-        base, kinds = self.network.base_model, set(self.network._no_split_modules or [])
+        base, kinds = self.decoder, set(self.network._no_split_modules or [])
         mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
         whole = set(self.network.get_output_embeddings().parameters())
         self._sharded = [module for module in base.modules() if type(module).__name__ in kinds and module is not base]
@@ -180,15 +203,30 @@ class Policy(nn.Module):
         position = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return self._run(tokens.input_ids, mask, position, prefix)
 
-    def _run(self, ids: Tensor, mask: Tensor, position: Tensor, prefix: Prefix | None) -> Tensor:
-        cache = None
+    def _run(self, ids: Tensor, attended: Tensor, position: Tensor, prefix: Prefix | None) -> Tensor:
+        cache, mask = None, attended.long()
         if prefix is not None:
-            cache, length = filled_cache(self.network.config, prefix), prefix[0][0].shape[2]
-            mask = torch.cat([mask.new_ones(len(mask), length), mask], 1)
+            cache, length = filled_cache(prefix), prefix[0][0].shape[2]
+            mask = self.mask(torch.cat([attended.new_ones(len(attended), length), attended], 1), ids.shape[1])
             position = position + length
-        return self.network.base_model(  # type: ignore[no-any-return]
-            input_ids=ids, attention_mask=mask.long(), position_ids=position, cache=cache, use_cache=False
+        return self.decoder(  # type: ignore[no-any-return]
+            input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=False
         ).last_hidden_state
+
+    def mask(self, attended: Tensor, num_now: int, bias: Tensor | None = None) -> Tensor:
+        """Mask for reading beside virtual tokens, see `check_room`.
+
+        Networks with windows count them in columns, with the padding between virtual tokens and a text; their mask
+        is written out instead, unless the kernel takes none and leaves padding out.
+
+        Args:
+            attended: ``(B, S + T)`` bool, True = no padding.
+            num_now: T, the tokens that are read now.
+            bias: ``(S + T,)`` added to attention scores.
+        """
+        if bias is None and (self.window is None or "flash" in self.decoder.config._attn_implementation):
+            return attended.long()
+        return attention_bias(attended, num_now, self.dtype, bias)
 
     def completions(self, tokens: Tokens, prefix: Prefix | None = None) -> Completions:
         """Response tokens of every text with the hidden states that predict them."""
@@ -200,29 +238,30 @@ class Policy(nn.Module):
         """As `completions`, for both responses of B pairs; the prompt of a pair is read once.
 
         A pair is one text, prompt, chosen, rejected, in which no response sees the other and both stand at the places
-        they have alone. Rows 0..B-1 of the result are chosen, B..2B-1 rejected.
+        they have alone. Rows 0..B-1 of the result are chosen, B..2B-1 rejected. Where such a text is longer than a
+        window of the network's attention, which takes no mask of ours, both responses are read apart instead.
         """
         if not self._shares:
             self._check_sharing()
+        if self.window is not None:
+            length = chosen.attention_mask.sum(-1) + rejected.completion_mask.sum(-1)
+            virtual = 0 if prefix is None else prefix[0][0].shape[2]
+            if int(length.max()) + virtual > self.window:
+                first, second = (self.completions(side, prefix) for side in (chosen, rejected))
+                second = second._replace(row=second.row + chosen.num_rows)
+                return Completions(*map(torch.cat, zip(first, second, strict=True)))
         return self._shared(chosen, rejected, prefix)
 
     def _shared(self, chosen: Tokens, rejected: Tokens, prefix: Prefix | None) -> Completions:
         packed, mask, position, source, column, row = pack_pairs(chosen, rejected)
-        window = getattr(self.network.config, "sliding_window", None)
-        if window is not None and packed.shape[1] > window:
-            raise ValueError(
-                f"expected at most {window} tokens of a prompt and both responses, the window of "
-                f"{type(self.network).__name__}'s attention, got {packed.shape[1]}; set model.share_prompts to "
-                "false, or data.backbone.init_args.max_length lower"
-            )
         cache = None
         if prefix is not None:
-            cache, length = filled_cache(self.network.config, prefix), prefix[0][0].shape[2]
+            cache, length = filled_cache(prefix), prefix[0][0].shape[2]
             mask = torch.cat([mask.new_ones(*mask.shape[:2], length), mask], 2)
             position = position + length
         bias = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
         bias.masked_fill_(~mask, torch.finfo(self.dtype).min)
-        hidden = self.network.base_model(
+        hidden = self.decoder(
             input_ids=packed,
             attention_mask=bias[:, None],
             position_ids=position,
@@ -235,7 +274,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _check_sharing(self) -> None:
         """Raise unless the network reads a small pair in one text as it reads its responses apart."""
-        kernel = self.network.config._attn_implementation
+        kernel = self.decoder.config._attn_implementation
         row = torch.arange(1, 7, device=self.device)[None]
         response = row > 3
         first = Tokens(row, torch.ones_like(response), response)
@@ -280,7 +319,7 @@ class Policy(nn.Module):
     def _check_head(self) -> None:
         ids = torch.tensor([[1, 2, 3]], device=self.device)
         whole = self.network(input_ids=ids, use_cache=False).logits.float()
-        hidden = self.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         embedded = self.network.get_output_embeddings()(hidden).float()
         tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
         if (whole - embedded).abs().max() > tolerance * whole.abs().max().clamp(min=1):
@@ -316,12 +355,12 @@ class Writing:
         """Read the prompts, padded on the left; logits ``(B, V)`` of the first token."""
         from transformers import DynamicCache
 
-        network, mask = self.policy.network, prompts.attention_mask
+        mask = prompts.attention_mask
         position = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if self.prefix is None:
-            self._cache = DynamicCache(config=network.config)
+            self._cache = DynamicCache(config=self.policy.network.config)
         else:
-            self._cache, self._offset = filled_cache(network.config, self.prefix), self.prefix[0][0].shape[2]
+            self._cache, self._offset = filled_cache(self.prefix), self.prefix[0][0].shape[2]
         self._mask = torch.cat([mask.new_ones(len(mask), self._offset), mask], 1)
         return self._next(prompts.input_ids, position + self._offset)
 
@@ -340,25 +379,16 @@ class Writing:
         self._mask = self._mask[rows]
 
     def _next(self, ids: Tensor, position: Tensor) -> Tensor:
+        mask = self._mask.long() if self.prefix is None else self.policy.mask(self._mask, ids.shape[1])
         with self.policy.adapted(*self.adapters):
-            hidden = self.policy.network.base_model(
+            hidden = self.policy.decoder(
                 input_ids=ids,
-                attention_mask=self._mask.long(),
+                attention_mask=mask,
                 position_ids=position,
                 cache=self._cache,
                 use_cache=True,
             ).last_hidden_state
             return self.policy.logits(hidden[:, -1]).float()
-
-
-def filled_cache(config: Any, prefix: Prefix) -> Any:
-    """A key/value cache that holds ``prefix``."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=config)
-    for layer, (key, value) in enumerate(prefix):
-        cache.update(key, value, layer)
-    return cache
 
 
 def pack_pairs(chosen: Tokens, rejected: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plm.backbones.policy import Policy, Prefix
+from plm.backbones.attention import Prefix
+from plm.backbones.policy import Policy
 
 
 class PrefixShape:
@@ -23,15 +24,16 @@ class PrefixShape:
         num_virtual_tokens: How many virtual tokens.
 
     Raises:
-        ValueError: If there are none, or the network keeps keys of different shapes.
+        ValueError: If there are none, the network keeps keys of different shapes, or layers do not see all of a text.
     """
 
     def __init__(self, policy: Policy, num_virtual_tokens: int) -> None:
         if num_virtual_tokens < 1:
             raise ValueError(f"model.num_virtual_tokens: expected at least 1, got {num_virtual_tokens!r}")
+        policy.check_room(num_virtual_tokens)
         ids = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
         with torch.no_grad():
-            cache = policy.network.base_model(input_ids=ids, use_cache=True).cache
+            cache = policy.decoder(input_ids=ids, use_cache=True).cache
         shapes = {tuple(layer.keys.shape[1::2]) for layer in cache.layers}
         if len(shapes) > 1:
             raise ValueError(

@@ -13,7 +13,8 @@ from torch import Tensor
 from plm.types import Tokens
 
 if TYPE_CHECKING:
-    from plm.backbones.policy import Policy, Prefix
+    from plm.backbones.attention import Prefix
+    from plm.backbones.policy import Policy
 
 
 class Reading:
@@ -31,7 +32,7 @@ class Reading:
         from transformers import DynamicCache
 
         self.policy = policy
-        self._cache: Any = DynamicCache(config=policy.network.config)
+        self._cache: Any = DynamicCache()  # keeps all keys, for masks of our own
         self._mask = torch.zeros(num_rows, 0, dtype=torch.bool, device=policy.device)
         self._bias: Tensor | None = None  # (S,) added to the attention scores of what was read
         self.position = torch.zeros(num_rows, dtype=torch.long, device=policy.device)
@@ -57,7 +58,7 @@ class Reading:
     def read(self, ids: Tensor, attended: Tensor) -> Tensor:
         """Read more token ids ``(B, T)``, those ``attended`` being no padding -> last hidden states ``(B, T, D)``."""
         if not ids.shape[1]:
-            return torch.zeros(*ids.shape, self.policy.network.config.hidden_size, device=ids.device)
+            return torch.zeros(*ids.shape, self.policy.width, device=ids.device)
         num_before = self._mask.shape[1]
         count = attended.long().cumsum(-1)
         position = (self.position[:, None] + count - 1).clamp(min=0)
@@ -65,8 +66,8 @@ class Reading:
         self._check_room(num_before + ids.shape[1])
         self._extend_bias(ids.shape[1], None)
         self._mask = torch.cat([self._mask, attended], 1)
-        mask = self._mask.long() if self._bias is None else self._biased_mask(num_before)
-        return self.policy.network.base_model(  # type: ignore[no-any-return]
+        mask = self.policy.mask(self._mask, ids.shape[1], self._bias)
+        return self.policy.decoder(  # type: ignore[no-any-return]
             input_ids=ids, attention_mask=mask, position_ids=position, cache=self._cache, use_cache=True
         ).last_hidden_state
 
@@ -81,8 +82,8 @@ class Reading:
 
     def _check_room(self, width: int) -> None:
         """Raise if the text is longer than the model's learned positions."""
-        limit = int(self.policy.network.config.max_position_embeddings)
-        learned = hasattr(self.policy.network.base_model, "wpe")
+        limit = int(self.policy.decoder.config.max_position_embeddings)
+        learned = hasattr(self.policy.decoder, "wpe")
         if learned and width > limit and (longest := int(self.position.max())) > limit:
             raise ValueError(
                 f"expected texts that are at most {limit} tokens long together with virtual tokens, got {longest}; "
@@ -95,14 +96,6 @@ class Reading:
         before = torch.zeros(self._mask.shape[1], device=self._mask.device) if self._bias is None else self._bias
         more = before.new_zeros(size) if log_gate is None else log_gate.expand(size)
         self._bias = torch.cat([before, more])
-
-    def _biased_mask(self, num_before: int) -> Tensor:
-        """Term ``(B, 1, T, S + T)`` added to attention scores: the bias, or nearly minus infinity."""
-        assert self._bias is not None
-        column = torch.arange(self._mask.shape[1], device=self._mask.device)
-        seen = self._mask[:, None, :] & (column[None, :] <= column[num_before:, None])
-        least = torch.finfo(self.policy.dtype).min
-        return torch.where(seen, self._bias.to(self.policy.dtype), least)[:, None]
 
 
 class SplitTexts(NamedTuple):

@@ -66,7 +66,7 @@ class LiveMethod(NetworkMethod):
             lora = policy.add_lora(self.rank, self.alpha, self.target_modules)
             self.adapter = torch.nn.Parameter(lora.start(int(torch.randint(2**31, ())))[None])
         elif self.train_backbone == "full":
-            policy.network.base_model.requires_grad_(True)
+            policy.decoder.requires_grad_(True)
 
     def backbone_parameters(self) -> list[torch.nn.Parameter]:
         """Parameters of the language model that are trained; none before it is loaded."""

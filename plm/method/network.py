@@ -79,7 +79,7 @@ class NetworkMethod(PersonalizationMethod):
         self._frozen = frozenset(name for name, value in named if not value.requires_grad and name not in before)
         self._frozen |= {name for name, _ in self.policy.named_buffers(prefix="policy")}
         if self.compile_network:
-            self.policy.network.base_model.compile(dynamic=True)  # the network around it is never called
+            self.policy.decoder.compile(dynamic=True)  # the network around it is never called
         if self.device_mesh is not None:
             self.policy.shard(self.device_mesh.device_type)
 

@@ -165,7 +165,7 @@ class CLaP(PolicyMethod):
                 gated=self.gated,
                 train_maps=self.trains_policy,
             )
-            width = int(policy.network.config.hidden_size)
+            width = policy.width
             skip = (nn.Linear(self.latent_dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
             self.skip = nn.Sequential(*skip) if self.has_skip else None
         policy.network.requires_grad_(self.trains_policy)

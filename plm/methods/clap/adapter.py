@@ -49,8 +49,9 @@ class LatentAdapter(nn.Module):
         train_maps: bool,
     ) -> None:
         super().__init__()
+        policy.check_room(num_virtual_tokens)
         self.maker = KeyValueMaker(policy, train_maps)
-        width = int(policy.network.config.hidden_size)
+        width = policy.width
         hidden = width if width <= WIDE else math.isqrt(width)
         self.num_virtual_tokens, self.placement = num_virtual_tokens, placement
         self.maps = nn.ModuleList(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from plm.backbones import Policy, first_layers
+from plm.backbones import Policy, first_layers, word_moments
 from plm.methods.clap.losses import LOG_VAR_BOUNDS
 from plm.types import Tokens
 
@@ -57,6 +57,7 @@ class PosteriorEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.reads_prompt, self.fix_entropy = reads_prompt, fix_entropy
+        policy.check_room(num_queries)
         self.network = first_layers(policy, num_layers)
         embeddings = self.network.get_input_embeddings().requires_grad_(train_embeddings)
         if not train_embeddings:
@@ -64,7 +65,7 @@ class PosteriorEncoder(nn.Module):
         width = embeddings.weight.shape[1]
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(num_queries, width, generator=generator, device=generator.device)
-        spread, centre = (value.detach().cpu() for value in torch.std_mean(embeddings.weight.float(), 0))
+        spread, centre = word_moments(embeddings)
         self.queries = nn.Parameter(centre + spread * noise)
         self.head = nn.Linear(width, 2 * latent_dim // num_queries)
         nn.init.zeros_(self.head.weight)
