@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -92,7 +91,7 @@ class PretendTensor(torch.Tensor):
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check an operation as a GPU would, and carry it out on the CPU."""
     name = str(func)
-    leaves = tree_leaves((args, kwargs))
+    leaves = list(_leaves((args, tuple(kwargs.values()))))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     here = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
     target = kwargs.get("device")
@@ -107,8 +106,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
-    cpu_args, cpu_kwargs = tree_map(_on_cpu, (args, kwargs))
-    out = func(*cpu_args, **cpu_kwargs)
+    out = func(*_each(_on_cpu, args), **{key: _each(_on_cpu, value) for key, value in kwargs.items()})
     if not func._schema.returns:
         return None
     if func._schema.is_mutable and name.split(".")[1].endswith("_") and tensors:
@@ -120,7 +118,23 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return value
         return inputs[id(value)] if id(value) in inputs else PretendTensor(value) if on_device else value
 
-    return tree_map(wrapped, out)
+    return _each(wrapped, out)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The values in nested lists and tuples, the only containers that operations of torch take and return."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to every leaf, as ``torch.utils._pytree`` does in more time."""
+    if isinstance(value, list | tuple):
+        return type(value)([_each(function, part) for part in value])
+    return function(value)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -82,7 +82,9 @@ class TestOfPrompts(TestLatentDPO):
 
 
 class TestLinear(TestOfPrompts):
-    # 200 steps of Adam at this rate: its division by small second moments carries the rounding of batched products on,
-    # 1.1e-5 on some processors
+    # Adam's division by small second moments carries the rounding of batched products on, 1.1e-5 on some processors
     company_tolerance = 5e-5
-    options = {"family": "linear", "variance": "fixed_entropy", "rule": "topk", "num_samples": 4, "lr": 0.05}  # noqa: RUF012
+    options = {  # noqa: RUF012
+        **{"family": "linear", "variance": "fixed_entropy", "rule": "topk", "num_samples": 4},
+        **{"lr": 0.05, "num_steps": 40},
+    }
