@@ -10,7 +10,7 @@ from plm.backbones.hashing import HashingBackbone
 from plm.backbones.head import TokenFacts, token_facts
 from plm.backbones.huggingface import HFBackbone
 from plm.backbones.latents import LatentBackbone
-from plm.backbones.lora import LoRA
+from plm.backbones.lora import LoRA, TargetModules
 from plm.backbones.mixing import MixedWriting, mixed_logits
 from plm.backbones.pieces import KeyValueMaker, first_layers, word_moments
 from plm.backbones.policy import Completions, Policy, TextWriter, Writing
@@ -38,6 +38,7 @@ __all__ = [
     "Reading",
     "ReferenceLogps",
     "SplitTexts",
+    "TargetModules",
     "TextWriter",
     "TokenFacts",
     "TooLong",

@@ -1,4 +1,4 @@
-"""What a network's layers can look at: windows, masks of keys, and caches that hold virtual tokens.
+"""Which part of a network reads text, and what its layers can look at: windows, masks, caches with virtual tokens.
 
 Axes: B texts, S tokens read before, T tokens read now, H key heads, p virtual tokens, d key width.
 """
@@ -16,6 +16,12 @@ _WINDOWS = ("window", "window_size", "chunk_size", "local_attention")
 
 Prefix = Sequence[tuple[Tensor, Tensor]]
 """Keys and values ``(B, H, p, d)`` of p virtual tokens before a text, one pair per layer."""
+
+
+def decoder_of(network: Any) -> Any:
+    """What reads token ids: the network below its output embedding, without what it has for images."""
+    decoder = network.get_decoder()
+    return network.model if decoder is network else decoder  # Llama 4 finds no base model of its own
 
 
 def attention_window(config: Any) -> int | None:

@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from plm.backbones.attention import decoder_of
+
+TargetModules: TypeAlias = Sequence[str] | Literal["all-linear"] | None
+ALL_LINEAR = "all-linear"
+_QUERIES_AND_VALUES = (("q_proj", "v_proj"), ("qkv_proj",), ("query_key_value",), ("c_attn",))
+"""Names of the maps of queries and values, or of the one map that makes keys as well."""
 
 
 class Place(NamedTuple):
@@ -41,42 +50,59 @@ class LoRA:
         network: The frozen network of transformers; hooks are registered on it.
         rank: r.
         alpha: The scale is ``alpha / rank``.
-        target_modules: Last parts of the names of the linear maps; None = what PEFT adapts in this architecture. The
-            output embedding is none of them: it reads single tokens, outside of a call of the network.
+        target_modules: Last parts of the names of the linear maps of the part that reads text; ``all-linear``, all of
+            them; None, see `default_targets`. The output embedding is none of them: it reads single tokens, outside of
+            a call of the network.
+        use_rslora: The scale is ``alpha / sqrt(rank)`` instead (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732).
+        dropout: Share of the inputs of A that are set to zero while `is_training`.
 
     Raises:
         ValueError: If the network has no such linear map.
     """
 
-    def __init__(self, network: Any, rank: int, alpha: float, target_modules: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        network: Any,
+        rank: int,
+        alpha: float,
+        target_modules: TargetModules = None,
+        *,
+        use_rslora: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         if rank < 1:
             raise ValueError(f"expected rank to be at least 1, got {rank!r}")
-        self.rank, self.alpha = rank, alpha
-        self.target_modules = list(target_modules) if target_modules is not None else default_targets(network)
-        self.places: list[Place] = []
-        self._active: tuple[Sequence[Tensor], ...] = ()
-        head, start = network.get_output_embeddings(), 0
-        for name, module in network.named_modules():
-            sizes = _sizes(module)
-            if sizes is None or module is head or name.rpartition(".")[2] not in self.target_modules:
-                continue
-            place = Place(name, *sizes, start, type(module).__name__ == "Conv1D")
-            module.register_forward_hook(self._hook(len(self.places)))
-            self.places.append(place)
-            start += rank * (sizes[0] + sizes[1])
-        adapted = {place.name.rpartition(".")[2] for place in self.places}
-        if not adapted or (target_modules is not None and adapted != set(target_modules)):
+        self.rank, self.alpha, self.use_rslora, self.dropout = rank, alpha, use_rslora, dropout
+        self.is_training = False
+        maps = _linear_maps(network)
+        names = sorted({name.rpartition(".")[2] for name in maps})
+        if target_modules is None:
+            self.target_modules = default_targets(network, names)
+        else:
+            self.target_modules = names if target_modules == ALL_LINEAR else list(target_modules)
+        if not self.target_modules or not set(self.target_modules) <= set(names):
             raise ValueError(
                 f"model.target_modules: expected names of linear maps of {type(network).__name__}, got "
-                f"{self.target_modules!r}; it has {_linear_maps(network)}: name some of them, or set null for PEFT's "
+                f"{self.target_modules!r}; it has {names}: name some of them, set {ALL_LINEAR} for all, or null for a "
                 "default"
             )
+        self.places: list[Place] = []
+        self._active: tuple[Sequence[Tensor], ...] = ()
+        start = 0
+        for name, module in maps.items():
+            if name.rpartition(".")[2] not in self.target_modules:
+                continue
+            place = Place(name, *_sizes(module), start, type(module).__name__ == "Conv1D")
+            module.register_forward_hook(self._hook(len(self.places)))
+            self.places.append(place)
+            start += rank * (place.width_in + place.width_out)
         self.num_parameters = start
+        self._pattern = _pattern(network, [place.name for place in self.places], self.target_modules)
 
     @property
     def scale(self) -> float:
         """Factor of the low-rank term."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def start(self, seed: int) -> Tensor:
         """``(P,)`` a fresh adapter on the CPU that changes nothing: A uniform as in PEFT, B zero.
@@ -134,6 +160,8 @@ class LoRA:
     def _added(self, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """``output + scale * B A x``: ``(B, T, out)``, ``(B, T, in)``, A ``(G, r, in)``, B ``(G, out, r)``."""
         groups, dtype = len(a), output.dtype
+        if self.is_training and self.dropout:
+            x = F.dropout(x, self.dropout)
         low = torch.bmm(x.reshape(groups, -1, x.shape[-1]), a.to(x.dtype).transpose(1, 2))  # (G, B / G * T, r)
         whole = output.reshape(groups, -1, output.shape[-1])
         added = torch.baddbmm(whole, low.to(dtype), b.to(dtype).transpose(1, 2), alpha=self.scale)
@@ -193,11 +221,14 @@ class LoRA:
         for index, place in enumerate(self.places):
             tensors[f"base_model.model.{place.name}.lora_A.weight"] = torch.cat([m[2 * index] for m in matrices])
             tensors[f"base_model.model.{place.name}.lora_B.weight"] = torch.cat([m[2 * index + 1] for m in matrices], 1)
+        rank = self.rank * len(adapters)
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=self.rank * len(adapters),
-            lora_alpha=cast(Any, self.alpha * len(adapters)),  # fractions are fine
-            target_modules=self.target_modules,
+            r=rank,
+            lora_alpha=cast(Any, self.scale * (math.sqrt(rank) if self.use_rslora else rank)),  # fractions are fine
+            use_rslora=self.use_rslora,
+            lora_dropout=self.dropout,
+            target_modules=self._pattern,
             fan_in_fan_out=any(place.is_conv for place in self.places),
             base_model_name_or_path=base,
             inference_mode=True,
@@ -216,10 +247,12 @@ class LoRA:
             tensors = load_file(Path(folder) / "adapter_model.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"expected a PEFT folder, got {str(folder)!r}: {error}") from error
-        if (config.get("r"), float(config.get("lora_alpha", 0))) != (self.rank, float(self.alpha)):
+        rank = config.get("r")
+        alpha = float(config.get("lora_alpha", 0)) * (math.sqrt(self.rank) if config.get("use_rslora") else 1)
+        if rank != self.rank or not math.isclose(alpha, self.scale * self.rank):
             raise ValueError(
-                f"expected an adapter of rank {self.rank} and alpha {self.alpha}, got {config.get('r')} and "
-                f"{config.get('lora_alpha')} in {str(folder)!r}"
+                f"expected an adapter of rank {self.rank} and alpha {self.scale * self.rank:g}, got {rank} and "
+                f"{alpha:g} in {str(folder)!r}"
             )
         flat = torch.zeros(self.num_parameters)
         names = [f"base_model.model.{place.name}.lora_{letter}.weight" for place in self.places for letter in "AB"]
@@ -237,34 +270,56 @@ class LoRA:
         return flat
 
 
-def default_targets(network: Any) -> list[str]:
-    """What PEFT adapts in the architecture of a network.
+def default_targets(network: Any, names: Sequence[str]) -> list[str]:
+    """What PEFT adapts in the architecture of a network; where it has no default, the maps of queries and values.
+
+    Args:
+        network: The network.
+        names: Last parts of the names of its linear maps.
 
     Raises:
-        ValueError: If PEFT knows no default for it.
+        ValueError: If neither is known.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
-    kind = network.config.model_type
-    if kind not in TARGETS:
-        raise ValueError(
-            f"model.target_modules: PEFT has no default for {kind!r}, got null; name linear maps to adapt, of "
-            f"{_linear_maps(network)}"
-        )
-    return list(TARGETS[kind])
+    kind = decoder_of(network).config.model_type
+    for targets in (TARGETS.get(kind), *_QUERIES_AND_VALUES):
+        if isinstance(targets, list | tuple) and set(targets) <= set(names):
+            return list(targets)
+    raise ValueError(
+        f"model.target_modules: no default is known for {kind!r}, got null; name linear maps to adapt, of "
+        f"{list(names)}, or set {ALL_LINEAR}"
+    )
 
 
-def _linear_maps(network: Any) -> list[str]:
-    """Last parts of the names of the linear maps that can be adapted."""
-    head = network.get_output_embeddings()
-    maps = [name for name, module in network.named_modules() if _sizes(module) is not None and module is not head]
-    return sorted({name.rpartition(".")[2] for name in maps})
+def _linear_maps(network: Any) -> dict[str, Any]:
+    """The linear maps that can be adapted by their names: those that read text, without the output embedding."""
+    head, inside = network.get_output_embeddings(), set(decoder_of(network).modules())
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if module in inside and module is not head and _is_linear(module)
+    }
 
 
-def _sizes(module: torch.nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear map, quantised or not; None for any other module."""
+def _pattern(network: Any, adapted: Sequence[str], targets: Sequence[str]) -> list[str] | str:
+    """What PEFT calls the maps: their last names; where other modules have the same, an expression for whole names."""
+    everywhere = [name for name, _ in network.named_modules() if name.rpartition(".")[2] in targets]
+    if everywhere == list(adapted):
+        return list(targets)
+    (prefix,) = (name for name, module in network.named_modules() if module is decoder_of(network))
+    return rf"{re.escape(prefix)}\..*\.({'|'.join(map(re.escape, targets))})"
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear map whose output is a tensor, which is not so of Llama 4's routers."""
+    if type(module).__name__.endswith("Router"):
+        return False
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """Input and output width of a linear map, quantised or not."""
     if isinstance(module, torch.nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D":  # GPT-2: weight (in, out)
-        return int(module.weight.shape[0]), int(module.weight.shape[1])  # type: ignore[index]
-    return None
+    return int(module.weight.shape[0]), int(module.weight.shape[1])  # Conv1D of GPT-2: weight (in, out)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from plm.atomic import replace
-from plm.backbones.attention import Prefix, attention_bias, attention_window, filled_cache
+from plm.backbones.attention import Prefix, attention_bias, attention_window, decoder_of, filled_cache
 from plm.backbones.causal_lm import CausalLM
 from plm.backbones.head import TokenFacts, token_logps
-from plm.backbones.lora import LoRA
+from plm.backbones.lora import LoRA, TargetModules
 from plm.distributed import is_first
 from plm.types import Tokens
 
@@ -74,6 +74,8 @@ class Policy(nn.Module):
         """Set the mode, but leave the network in eval mode, so that policy and reference are one network."""
         super().train(mode)
         self.network.eval()
+        if self.lora is not None:
+            self.lora.is_training = mode
         for module in self.network.modules():
             if getattr(module, "gradient_checkpointing", False):  # blocks that are run again only when they train
                 module.training = mode
@@ -82,8 +84,7 @@ class Policy(nn.Module):
     @property
     def decoder(self) -> Any:
         """What reads token ids: the network below its output embedding, without what it has for images."""
-        decoder = self.network.get_decoder()
-        return self.network.model if decoder is self.network else decoder  # Llama 4 finds no base model of its own
+        return decoder_of(self.network)
 
     @property
     def width(self) -> int:
@@ -106,9 +107,12 @@ class Policy(nn.Module):
     def _checkpoint_contexts(self) -> tuple[Any, Any]:
         return (nullcontext(), nullcontext()) if self.lora is None else self.lora.checkpoint_contexts()
 
-    def add_lora(self, rank: int, alpha: float, target_modules: Sequence[str] | None) -> LoRA:
+    def add_lora(
+        self, rank: int, alpha: float, target_modules: TargetModules, *, use_rslora: bool = False, dropout: float = 0.0
+    ) -> LoRA:
         """Make the network adaptable; see `LoRA`."""
-        self.lora = LoRA(self.network, rank, alpha, target_modules)
+        self.lora = LoRA(self.network, rank, alpha, target_modules, use_rslora=use_rslora, dropout=dropout)
+        self.lora.is_training = self.training
         return self.lora
 
     def shard(self, device_type: str) -> None:

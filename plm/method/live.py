@@ -5,13 +5,13 @@ Axes: B texts, T tokens, D width, U users, S support pairs of one user (padded),
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from plm.backbones import Policy
+from plm.backbones import Policy, TargetModules
 from plm.messages import Problems
 from plm.method.network import NetworkMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -33,7 +33,8 @@ class LiveMethod(NetworkMethod):
         train_backbone: What of the language model is trained: none, one low-rank adapter, or all weights.
         rank: Rank of the adapter.
         alpha: The adapter's term is scaled by ``alpha / rank``.
-        target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
+        target_modules: Linear maps that are adapted; ``all-linear``; null = what PEFT adapts in this architecture, else
+            the maps of queries and values.
         backbone_lr: Learning rate of the language model; null = 2e-4 for an adapter, 1e-5 for all weights.
         **options: Arguments of `NetworkMethod` and of the class that comes next.
     """
@@ -44,7 +45,7 @@ class LiveMethod(NetworkMethod):
         train_backbone: TrainBackbone = "lora",
         rank: int = 8,
         alpha: float = 16.0,
-        target_modules: Sequence[str] | None = None,
+        target_modules: TargetModules = None,
         backbone_lr: float | None = None,
         **options: Any,
     ) -> None:

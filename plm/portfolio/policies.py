@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from plm.backbones import Backbone, Completion, LoRA, MixedWriting, Policy, TextWriter, mixed_logits
+from plm.backbones import Backbone, Completion, LoRA, MixedWriting, Policy, TargetModules, TextWriter, mixed_logits
 from plm.functional import response_logps
 from plm.method.abilities import Exporter
 from plm.method.policy import PolicyMethod
@@ -46,7 +46,7 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
             times as long.
         rank: Rank of an adapter.
         alpha: An adapter's term is scaled by ``alpha / rank``.
-        target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
+        target_modules: Linear maps that are adapted, see `LoRA`.
         sharpness: Nats by which the best value of an objective raises the log-odds that a user chooses a response over
             one of the worst; for users who are inferred from pairs.
         prior_precision: Pull of a new user's weights to the mean user, in nats per pair.
@@ -67,7 +67,7 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
         decoding: Decoding = "own",
         rank: int = 8,
         alpha: float = 16.0,
-        target_modules: Sequence[str] | None = None,
+        target_modules: TargetModules = None,
         sharpness: float = 8.0,
         prior_precision: float = 0.1,
         batch_tokens: int = 16384,

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from plm.backbones import CausalLM, Policy, PrefixShape, completion_tokens
@@ -105,9 +107,74 @@ def test_the_window_is_known_by_whatever_name(causal_lm: Folder) -> None:
     assert attention_window(Qwen2Config(sliding_window=100, use_sliding_window=False)) is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *[(kind, {"target_modules": None}) for kind in ["gpt2", *KINDS]],
+        *[(kind, {"target_modules": "all-linear"}) for kind in ["gpt2", "phi3", "qwen3_moe", "gemma3", "llama4"]],
+        ("llama", {"target_modules": None, "use_rslora": True}),
+    ],
+)
+def test_adapters_of_every_make_load_in_peft_with_equal_logits(
+    causal_lm: Folder, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    """Nobody names a map; the sum of two adapters is exported, and of networks with eyes the part for text alone."""
+    policy = policy_of(causal_lm(kind))
+    lora = policy.add_lora(4, 8, **options)
+    random = torch.Generator().manual_seed(0)
+    adapters = [lora.start(0) + 0.1 * torch.randn(lora.num_parameters, generator=random) for _ in range(2)]
+    lora.save(adapters, tmp_path, str(causal_lm(kind)))
+    ids = torch.tensor([[5, 30, 42, 7]])
+    with torch.no_grad(), policy.adapted(*[adapter[None] for adapter in adapters]):
+        ours = policy.network(input_ids=ids).logits
+        plain = Policy(policy.backbone).network(input_ids=ids).logits
+    base = transformers.AutoModelForCausalLM.from_pretrained(causal_lm(kind))
+    assert not any("vision" in place.name for place in lora.places)
+    peft_model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert peft_model.base_model.targeted_module_names == [place.name for place in lora.places]
+    with torch.no_grad():
+        torch.testing.assert_close(peft_model(input_ids=ids).logits, ours, atol=1e-5, rtol=1e-5)
+    assert (ours - plain).abs().max() > 1e-3
+    lora.save(adapters[:1], tmp_path, str(causal_lm(kind)))
+    assert torch.equal(lora.read(tmp_path), adapters[0])
+    other = policy_of(causal_lm(kind)).add_lora(4, 8, options["target_modules"], use_rslora=not lora.use_rslora)
+    with pytest.raises(ValueError, match="expected an adapter of rank 4 and alpha"):
+        other.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "qwen3_moe", "olmo2"])
+def test_all_linear_means_what_it_means_in_peft(causal_lm: Folder, kind: str) -> None:
+    lora = policy_of(causal_lm(kind)).add_lora(2, 4, "all-linear")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(causal_lm(kind)), config)
+    assert model.base_model.targeted_module_names == [place.name for place in lora.places]
+
+
+def test_dropout_is_that_of_peft_and_of_training_alone(causal_lm: Folder, tmp_path: Path) -> None:
+    """With the same seed, over a batch whose texts all read with one adapter."""
+    policy = policy_of(causal_lm("llama"))
+    lora = policy.add_lora(4, 8, None, use_rslora=True, dropout=0.3)
+    adapter = lora.start(0) + 0.1 * torch.randn(lora.num_parameters, generator=torch.Generator().manual_seed(0))
+    lora.save([adapter], tmp_path, str(causal_lm("llama")))
+    base = transformers.AutoModelForCausalLM.from_pretrained(causal_lm("llama"))
+    model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    ids = torch.tensor([[5, 30, 42, 7], [9, 9, 3, 60]])
+    logits = {}
+    for mode in (True, False):
+        policy.train(mode)
+        model.train(mode)
+        with torch.no_grad(), policy.adapted(adapter[None]):
+            torch.manual_seed(3)
+            logits[mode] = policy.network(input_ids=ids).logits
+            torch.manual_seed(3)
+            torch.testing.assert_close(logits[mode], model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert (logits[True] - logits[False]).abs().max() > 1e-2
+    with policy.adapted():
+        torch.testing.assert_close(policy.train().network(input_ids=ids).logits, policy.eval().network(ids).logits)
+
+
 @pytest.mark.parametrize("kind", ["gemma3_text", "gemma3", "mistral", "qwen3"])
-@pytest.mark.parametrize("placement", ["prefix", "suffix"])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("placement", "gated"), [("prefix", False), ("suffix", False), ("suffix", True)])
 def test_texts_are_read_and_written_from_latents(causal_lm: Folder, kind: str, placement: Any, gated: bool) -> None:
     """Read in parts, batched and shared, as one text after another; written as read; trained as far as the encoder."""
     lm = CausalLM(str(causal_lm(kind)), max_length=WINDOW - 4)

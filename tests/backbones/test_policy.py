@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from plm.backbones import Backbone, CausalLM, LoRA, Policy, ReferenceLogps, TooLong, completion_tokens
+from plm.backbones.lora import default_targets
 from plm.functional import sequence_logps
 from plm.types import Tokens
 
@@ -213,7 +214,7 @@ def test_peft_reads_what_we_write_and_we_read_it_back(causal_lm: Folder, kind: s
         assert torch.allclose(peft(input_ids=read.input_ids).logits, ours, atol=1e-6)
     assert torch.equal(policy.lora.read(tmp_path), adapter[0])
     other = policy_of(causal_lm, kind).add_lora(2, 8, None)
-    with pytest.raises(ValueError, match="expected an adapter of rank 2 and alpha 8, got 4"):
+    with pytest.raises(ValueError, match="expected an adapter of rank 2 and alpha 8, got 4 and 8"):
         other.read(tmp_path)
 
 
@@ -223,11 +224,9 @@ def test_a_network_without_the_linear_maps_is_refused(causal_lm: Folder) -> None
     for odd in ("lm_head", "c_atn"):  # the output embedding is read apart; a typo beside a name that is right
         with pytest.raises(ValueError, match=rf"got \['c_attn', '{odd}'\]; it has \['c_attn', 'c_fc', 'c_proj'\]"):
             policy_of(causal_lm, "gpt2").add_lora(4, 8, ["c_attn", odd])
-    network = SimpleNamespace(config=SimpleNamespace(model_type="new"), named_modules=list, get_output_embeddings=list)
-    with pytest.raises(
-        ValueError, match=r"model\.target_modules: PEFT has no default for 'new', got null; name linear"
-    ):
-        LoRA(network, 4, 8)
+    network = SimpleNamespace(get_decoder=lambda: SimpleNamespace(config=SimpleNamespace(model_type="new")))
+    with pytest.raises(ValueError, match=r"model\.target_modules: no default is known for 'new', .* of \['dense'\]"):
+        default_targets(network, ["dense"])
 
 
 @KINDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -333,10 +334,20 @@ def test_a_network_that_cannot_share_prompts_says_so(causal_lm: Folder) -> None:
     method.policy._head_is_whole = True
     with pytest.raises(ValueError, match=r"attention 'sdpa' cannot read both .*; set model.share_prompts to false"):
         method.loss(batch_of(method, [0] * 4))
-    narrow = make(causal_lm("llama"))
-    narrow.policy.network.config.sliding_window = 12
-    with pytest.raises(ValueError, match=r"expected at most 12 tokens .* got \d\d; set model.share_prompts to false"):
-        narrow.loss(batch_of(narrow, [0] * 4))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
+def test_pairs_longer_than_the_window_are_read_apart(causal_lm: Folder, kind: str) -> None:
+    losses = []
+    for share_prompts in (False, True):
+        method = make(causal_lm(kind), share_prompts=share_prompts)
+        assert method.policy.window is not None
+        torch.manual_seed(0)
+        method.shared.data += 0.1 * torch.randn_like(method.shared)
+        batch = batch_of(method, [0] * 4)
+        assert batch.chosen.attention_mask.sum(-1).max() > method.policy.window
+        losses.append(float(method.loss(batch)["loss"].detach()))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and abs(losses[0] - math.log(2)) > 1e-3
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.backbones import LoRA, MixedWriting, Policy, PrefixShape, Writing
+from plm.backbones import LoRA, MixedWriting, Policy, PrefixShape, TargetModules, Writing
 from plm.distributed import summed
 from plm.messages import Problems
 from plm.method.abilities import Exporter
@@ -41,7 +41,10 @@ class AdaptedPolicy(PolicyMethod, Exporter):
             the network, in mode shared only.
         rank: Rank of an adapter.
         alpha: An adapter's term is scaled by ``alpha / rank``.
-        target_modules: Linear maps that are adapted; null = what PEFT adapts in this architecture.
+        use_rslora: It is scaled by ``alpha / sqrt(rank)`` instead (rsLoRA, arXiv 2312.03732).
+        dropout: Share of an adapter's inputs that are set to zero in training, not where unseen users are adapted.
+        target_modules: Linear maps that are adapted; ``all-linear``; null = what PEFT adapts in this architecture, else
+            the maps of queries and values.
         num_virtual_tokens: Virtual tokens of a prefix.
         num_bases: Shared adapters of mode basis.
         decoding: How a basis writes: ``logits``, the mixture of the policies' next-token distributions; ``merged``, one
@@ -60,7 +63,9 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         adapter: Adapter = "lora",
         rank: int = 8,
         alpha: float = 16.0,
-        target_modules: Sequence[str] | None = None,
+        use_rslora: bool = False,
+        dropout: float = 0.0,
+        target_modules: TargetModules = None,
         num_virtual_tokens: int = 4,
         num_bases: int = 4,
         decoding: Decoding = "logits",
@@ -70,6 +75,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         super().__init__(**options)
         self.mode, self.adapter, self.decoding, self.seed = mode, adapter, decoding, seed
         self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
+        self.use_rslora, self.dropout = use_rslora, dropout
         self.num_virtual_tokens, self.num_bases = num_virtual_tokens, num_bases
         if mode != "shared":
             self.user_tables = ("weight_logits" if mode == "basis" else "adapters", "num_pairs")
@@ -78,6 +84,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         for name, number in {"rank": rank, "num_virtual_tokens": num_virtual_tokens, "num_bases": num_bases}.items():
             if number < 1:
                 problems.add(name, "at least 1", number)
+        problems.shares(dropout=dropout)
         problems.choices(adapter=(adapter, tuple(MODES)))
         if mode not in (modes := MODES.get(adapter, (mode,))):
             problems.add("mode", f"{' or '.join(modes)} with model.adapter {adapter!r}", mode)
@@ -103,7 +110,9 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         if self.adapter == "prefix":
             self.shape = PrefixShape(policy, self.num_virtual_tokens)
         else:
-            self.shape = policy.add_lora(self.rank, self.alpha, self.target_modules)
+            self.shape = policy.add_lora(
+                self.rank, self.alpha, self.target_modules, use_rslora=self.use_rslora, dropout=self.dropout
+            )
         fresh = self.shape.start(self.seed)
         self.register_buffer("fresh", fresh, persistent=False)
         if self.mode in ("shared", "shared_and_user"):
