@@ -135,7 +135,8 @@ def sample(
                 logits = logits[places]
             written = _write(writing, logits, keys, warp, ends, min_new_tokens, max_new_tokens)
             for (row, _), ids in zip(batch, written, strict=True):
-                out[row].append(Sample(policy.backbone.response_text(Completion(read[row], ids)), tuple(ids)))
+                words = ids[:-1] if ids[-1] in policy.end_tokens else ids
+                out[row].append(Sample(policy.backbone.response_text(Completion(read[row], words)), tuple(ids)))
             if progress is not None:
                 progress(len(batch))
     finally:

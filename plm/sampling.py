@@ -12,7 +12,7 @@ from typing import Any
 from plm.atomic import only_writer, write_text
 from plm.backbones import Policy
 from plm.generation import sample
-from plm.recipe.prompts import Prompt
+from plm.recipe.prompts import Prompt, prompt_of
 
 CHUNK = 1024
 """Responses written between two visits to the file: what a kill costs at most."""
@@ -61,7 +61,7 @@ def write_samples(
                 texts = [prompt.text for prompt in part]
                 samples = sample(policy, texts, num_samples=num_samples, progress=on_progress, **settings)
                 for prompt, row in zip(part, samples, strict=True):
-                    record = {**prompt.record, "prompt": prompt.text, "responses": [one.text for one in row]}
+                    record = {**prompt.record, "prompt": prompt.value, "responses": [one.text for one in row]}
                     file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -111,4 +111,4 @@ def _prepare(output: Path, metadata: dict[str, Any]) -> set[str]:
         content = file.read()
         whole = content.rfind(b"\n") + 1
         file.truncate(whole)
-    return {str(json.loads(line)["prompt"]) for line in content[:whole].splitlines()}
+    return {prompt_of(json.loads(line)).text for line in content[:whole].splitlines()}

@@ -6,7 +6,10 @@ Axes: T tokens.
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,6 +17,9 @@ import torch
 from plm.backbones.backbone import Key, chat_messages, choose, plain_text
 from plm.backbones.huggingface import FIXED_DATE, HFBackbone
 from plm.types import Tokens
+
+_PROBE = "Yes"
+"""A reply in which the chat template is asked how it closes one."""
 
 
 class Completion(NamedTuple):
@@ -46,14 +52,17 @@ class CausalLM(HFBackbone):
     Args:
         model: Folder of a model, or its id on the Hugging Face hub.
         revision: Branch, tag or commit of a model on the hub.
-        template: ``chat`` renders prompt and response with the tokenizer's chat template; ``plain`` joins them as they
-            stand, so that a response of running text begins with its own space.
+        template: ``chat`` renders prompt and response with the tokenizer's chat template, whose closing token then ends
+            writing, too; ``plain`` joins them as they stand, so that a response of running text begins with its own
+            space.
         max_length: Most tokens of prompt and response together; default: what the model can read.
         max_prompt_length: Most tokens of a prompt; default: as many as leave room for one token of a response.
-        append_eos: Whether a response is closed by the end token; not for responses cut out of a longer text.
+        append_eos: Whether a response is closed by the end token; not for responses cut out of a longer text. A chat
+            template closes replies itself.
         dtype: Precision of the frozen weights; trained weights stay in float32 under a mixed-precision trainer.
         quantization: ``4bit`` loads the frozen weights with bitsandbytes (NF4), on a GPU.
         attention: Attention kernel; ``auto`` is what transformers picks.
+        chat_template_kwargs: What the chat template is told besides the messages, such as ``enable_thinking: false``.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "tokens"
@@ -69,6 +78,7 @@ class CausalLM(HFBackbone):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         quantization: Literal["4bit"] | None = None,
         attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         choose("template", template, ("chat", "plain"))
         choose("attention", attention, ("auto", "eager", "sdpa", "flash_attention_2"))
@@ -76,15 +86,22 @@ class CausalLM(HFBackbone):
             raise ValueError(f"expected quantization to be 4bit or null, got {quantization!r}")
         if max_prompt_length is not None and max_prompt_length < 1:
             raise ValueError(f"expected max_prompt_length to be at least 1, got {max_prompt_length!r}")
+        if template == "chat" and not append_eos:
+            raise ValueError("expected append_eos to be true with template 'chat', which closes replies, got false")
+        if template != "chat" and chat_template_kwargs:
+            raise ValueError(f"expected no chat_template_kwargs with template {template!r}, got {chat_template_kwargs}")
         super().__init__(model, revision, kind="causal_lm", template=template, max_length=max_length, dtype=dtype)
         self.max_prompt_length = max_prompt_length
         self.append_eos = append_eos
         self.quantization = quantization
         self.attention = attention
+        self.chat_template_kwargs = chat_template_kwargs
 
     def key(self) -> Key:
         """Identity of what is cached with it: the model and everything that decides the tokens of a text."""
         cut: Key = {"max_prompt_length": self.max_prompt_length, "append_eos": self.append_eos}
+        if self.chat_template_kwargs:
+            cut["chat_template_kwargs"] = json.dumps(self.chat_template_kwargs, sort_keys=True)
         return {**super().key(), **cut, "quantization": self.quantization}
 
     # ------------------------------------------------------------------ texts
@@ -194,9 +211,27 @@ class CausalLM(HFBackbone):
         template = FIXED_DATE + self.tokenizer.chat_template
         return str(
             self.tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=template, add_generation_prompt=response is None
+                messages,
+                tokenize=False,
+                chat_template=template,
+                add_generation_prompt=response is None,
+                **(self.chat_template_kwargs or {}),
             )
         )
+
+    @cached_property
+    def closing_token(self) -> int | None:
+        """Id of the token that closes a reply in the chat template; None where it is ordinary text, or plain.
+
+        It is the first special token after the content of a reply.
+        """
+        if self.template != "chat":
+            return None
+        whole = self._chat("A question?", _PROBE)
+        tail = self._ids(whole[whole.rfind(_PROBE) + len(_PROBE) :], False) if _PROBE in whole else []
+        special = set(self.tokenizer.all_special_ids)
+        added = [token for token, entry in self.tokenizer.added_tokens_decoder.items() if entry.content.strip()]
+        return next((token for ids in (special, added) for token in tail if token in ids), None)
 
     def _in_range(self, ids: list[int]) -> list[int]:
         size = int(self._config.get_text_config().vocab_size)
@@ -213,7 +248,12 @@ class CausalLM(HFBackbone):
         Raises:
             ValueError: If there is no such model, or no chat template where one is needed.
         """
-        _ = self.tokenizer  # read now: what is wrong with it is not the fault of the first text
+        if self.tokenizer.chat_template is not None and self.template == "plain":
+            warnings.warn(
+                f"{self.model!r} has a chat template, and template='plain' joins prompts and responses as they stand; "
+                "set template='chat' (data.backbone.init_args.template) unless the texts are no conversations",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------------ the network
     def load(self) -> torch.nn.Module:

@@ -169,6 +169,8 @@ class Policy(nn.Module):
             return
         folder = Path(folder)
         part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        ends = self.end_tokens
+        self.network.generation_config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
         self.network.save_pretrained(str(part), state_dict=state)
         self.backbone.tokenizer.save_pretrained(str(part))
         if folder.exists():
@@ -195,9 +197,10 @@ class Policy(nn.Module):
 
     @property
     def end_tokens(self) -> list[int]:
-        """Ids that end a text: the tokenizer's, and what else the model's generation config names."""
+        """Ids that end a text: the tokenizer's, the chat template's, and what the model's generation config names."""
         named = self.network.generation_config.eos_token_id
-        ids = [self.backbone.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+        lm = self.backbone
+        ids = [lm.tokenizer.eos_token_id, lm.closing_token, *(named if isinstance(named, list) else [named])]
         return sorted({int(token) for token in ids if token is not None})
 
     # ------------------------------------------------------------------ reading

@@ -100,7 +100,7 @@ def run(args: list[str]) -> None:
     rows = [
         {
             **prompt.record,
-            "prompt": prompt.text,
+            "prompt": prompt.value,
             "user_id": user,
             "user_known": bool(options.mix) or (user is not None and user in store),
             **columns,
@@ -110,7 +110,7 @@ def run(args: list[str]) -> None:
     if options.output:
         write_rows(rows, options.output)
     else:
-        sys.stdout.write("\n".join(map(_readable, rows)))
+        sys.stdout.write("\n".join(_readable(prompt.text, row) for prompt, row in zip(prompts, rows, strict=True)))
 
 
 def mix_weights(mix: list[str]) -> dict[str, float]:
@@ -133,10 +133,10 @@ def mix_weights(mix: list[str]) -> dict[str, float]:
     return weights
 
 
-def _readable(row: dict[str, Any]) -> str:
+def _readable(prompt: str, row: dict[str, Any]) -> str:
     """Prompt and texts for the terminal."""
-    prompt = row["prompt"] if len(row["prompt"]) <= _SHOWN else "..." + row["prompt"][-_SHOWN:]
+    shown = prompt if len(prompt) <= _SHOWN else "..." + prompt[-_SHOWN:]
     writer = row["user_id"] or "population"
     rewards = [f" ({reward:.3f})" for reward in row.get("rewards", [])] or [""] * len(row["responses"])
     texts = [f"[{writer}]{reward} {text.strip()}\n" for text, reward in zip(row["responses"], rewards, strict=True)]
-    return f"{prompt}\n{''.join(texts)}"
+    return f"{shown}\n{''.join(texts)}"

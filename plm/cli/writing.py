@@ -28,7 +28,7 @@ def policy_of(options: argparse.Namespace) -> Policy:
         dtype=options.dtype,
         max_prompt_length=options.max_prompt_length,
     )
-    backbone.tokenizer  # noqa: B018 - what is wrong with the template shows before the weights are read
+    backbone.prepare([])  # what is wrong with the template shows before the weights are read
     return Policy(backbone).to(device())
 
 

@@ -93,6 +93,12 @@ def to_prompt(value: Any) -> str:
     return str(value) if messages is None else canonical_messages(messages)
 
 
+def from_prompt(prompt: str) -> str | list[dict[str, str]]:
+    """A prompt as files of JSON hold it: text, or the list of its chat messages, the inverse of `to_prompt`."""
+    messages = _messages(prompt)
+    return prompt if messages is None else messages
+
+
 def to_response(value: Any) -> Response:
     """Convert a response to text, also where it comes as the last of its chat messages."""
     messages = _messages(value)

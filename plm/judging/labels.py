@@ -8,7 +8,7 @@ from typing import Any
 
 from plm.data.schema import PairTable
 from plm.data.sources.sampled import SampledPairs
-from plm.data.values import ROW_SPLITS
+from plm.data.values import ROW_SPLITS, from_prompt
 
 
 def users_as_rewards(ckpt_path: str, users: Sequence[str] | None) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def pair_rows(table: PairTable) -> Iterator[dict[str, Any]]:
     for row in range(table.num_pairs):
         yield {
             "user_id": table.user_ids[table.user[row]],
-            "prompt": table.prompts[table.prompt[row]],
+            "prompt": from_prompt(table.prompts[table.prompt[row]]),
             "chosen": responses[table.chosen[row]],
             "rejected": responses[table.rejected[row]],
             "chosen_score": float(table.chosen_score[row]),
@@ -46,7 +46,7 @@ def score_rows(source: SampledPairs) -> Iterator[dict[str, Any]]:
         scores = pool.scores[row, columns]
         assert all(map(math.isfinite, scores.flat))
         yield {
-            "prompt": prompt,
+            "prompt": from_prompt(prompt),
             "responses": [pool.responses[pool.candidates[row, column]] for column in columns],
             "scores": {name: scores[:, place].tolist() for place, name in enumerate(source.rewards)},
             "split": ROW_SPLITS[2] if pool.test[row] else ROW_SPLITS[0],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plm.data.files import FORMATS, read_rows
-from plm.data.values import ROW_SPLITS, parsed, to_id, to_prompt
+from plm.data.values import ROW_SPLITS, from_prompt, parsed, to_id, to_prompt
 from plm.messages import missing_key
 from plm.recipe.read import build_source, merged_recipe
 
@@ -20,6 +20,11 @@ class Prompt(NamedTuple):
     """Plain, or chat messages as canonical JSON."""
     record: dict[str, Any]
     """The row as it was read."""
+
+    @property
+    def value(self) -> str | list[dict[str, str]]:
+        """The prompt as files of JSON hold it: text, or the list of its messages."""
+        return from_prompt(self.text)
 
 
 def read_prompts(path: str, *, per_user: bool = False) -> list[Prompt]:
@@ -41,7 +46,7 @@ def read_prompts(path: str, *, per_user: bool = False) -> list[Prompt]:
     if not file.name.endswith(FORMATS):
         lines = file.read_text(encoding="utf-8").splitlines()
         return _distinct([Prompt(line, {"prompt": line}) for line in lines if line.strip()], path, per_user)
-    return _distinct(read_rows(file, _prompt, '{"prompt": ...}'), path, per_user)
+    return _distinct(read_rows(file, prompt_of, '{"prompt": ...}'), path, per_user)
 
 
 def with_users(
@@ -74,8 +79,12 @@ def with_users(
         raise ValueError(f"user_id of a row of {path}: {error}") from error
 
 
-def _prompt(record: dict[str, Any]) -> Prompt:
-    """Check one row."""
+def prompt_of(record: dict[str, Any]) -> Prompt:
+    """The prompt of one row.
+
+    Raises:
+        ValueError: If it has none.
+    """
     if "prompt" not in record:
         raise ValueError(missing_key("prompt", record))
     return Prompt(parsed("prompt", record["prompt"], _prompt_text), record)
