@@ -24,8 +24,8 @@ from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
 from plm.testing import MethodContract
 from plm.testing.contract import quiet_trainer
-from plm.testing.pretend_device import NAME, PretendTensor, counted_waits, pretend_device, pretend_trainer_options
 from plm.types import Context, Tokens
+from tests.device.pretend_device import NAME, PretendTensor, counted_waits, pretend_device, pretend_trainer_options
 
 
 @pytest.fixture(autouse=True)
