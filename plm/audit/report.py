@@ -104,7 +104,7 @@ def plots(report: DataReport) -> dict[str, bytes]:
     figure = Figure(figsize=(7, 2.8), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     per_user = report.pairs_per_user[report.pairs_per_user > 0]
-    edges = np.unique(np.geomspace(1, max(per_user.max(), 2) + 1, 31).round())
+    edges = np.unique(np.geomspace(1, max(int(per_user.max()), 2) + 1, 31).round())
     axes.hist(per_user, bins=edges.tolist(), color=_BAR)
     axes.set(xscale="log", xlabel="pairs of a user", ylabel="users", title="Pairs per user")
     if report.num_weights:
