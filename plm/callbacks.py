@@ -266,11 +266,10 @@ class SaveUserStates(L.Callback):
             with torch.no_grad():
                 method = cast(Any, pl_module)
                 states = method.user_states(torch.arange(method.num_users, device=pl_module.device))
-                store = UserStore(shared_hash(best, method.user_tables), method.user_ids, states.detach().to("cpu"))
+                UserStore.begin(store_path(path), shared_hash(best, method.user_tables), method.user_ids, states)
         finally:
             pl_module.load_state_dict(last, strict=pl_module.strict_loading)
             pl_module.train(was_training)
-        store.save(store_path(path))
 
 
 # ---------------------------------------------------------------------- shared by the callbacks

@@ -61,39 +61,29 @@ def find_class(class_path: str) -> type[PersonalizationMethod]:
 
 
 class KnownUsers:
-    """The users a loaded method knows: those of the store beside its checkpoint, else those it was trained on.
+    """The users a loaded method knows: those of its store, which are read when they are asked for.
 
-    The store holds the trained users too, so a user deleted from it is unknown from then on.
+    The trained users are in the store too. Who is not there is unknown, also where the checkpoint was trained on them:
+    a deleted user stays unknown to every copy of the checkpoint.
 
     Args:
         method: The loaded method.
-        path: Folder of its `UserStore`; need not exist.
+        place: File or URL of its `UserStore`; need not exist.
 
     Raises:
         ValueError: If the store belongs to other shared weights.
     """
 
-    def __init__(self, method: PersonalizationMethod, path: Path) -> None:
+    def __init__(self, method: PersonalizationMethod, place: str | Path) -> None:
         self.method = method
-        weights_hash = shared_hash(method.state_dict(), method.user_tables)
-        if path.exists():
-            self.store = UserStore.load(path)
-        else:
-            with torch.no_grad():
-                states = method.user_states(torch.arange(len(method.user_ids), device=method.device))
-            self.store = UserStore(weights_hash, method.user_ids, states.detach().to("cpu"))
-        if self.store.shared_hash != weights_hash:
-            raise ValueError(
-                f"the user store {str(path)!r} belongs to other shared weights than its checkpoint; "
-                "adapt its users again, or remove the folder"
-            )
+        self.store = UserStore(place, shared_hash(method.state_dict(), method.user_tables))
 
     def lookup(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
         """States of B users, the population state where the user is unknown, and ``(B,)`` bool, True = known."""
         stored, known = self.store.get(user_ids)
         with torch.no_grad():
             population = self.method.population_state(len(user_ids))
-        if not len(self.store):
+        if not known.any():
             return population, known
 
         def pick(state: Tensor, default: Tensor) -> Tensor:
@@ -162,22 +152,32 @@ class TextEncoder:
         return self.method.read_tokens(read) if isinstance(read, Tokens) else read
 
 
-def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> PersonalizationMethod:
+def store_users(method: PersonalizationMethod, path: str | Path) -> None:
+    """Write the users a method was trained on to the store beside its checkpoint, as a fit does for its best one."""
+    with torch.no_grad():
+        states = method.user_states(torch.arange(len(method.user_ids), device=method.device))
+    UserStore.begin(store_path(path), shared_hash(method.state_dict(), method.user_tables), method.user_ids, states)
+
+
+def load_method(
+    path: str | Path, map_location: str | torch.device = "cpu", users: str | Path | None = None
+) -> PersonalizationMethod:
     """Load a trained method, of plm or of any installed package.
 
     The checkpoint is read with ``weights_only=True``; all that runs by its word is the import of the class it names.
-    The users adapted later are found in the store beside it, ``<stem>.users/``.
+    Its users are those of the store beside it, ``<stem>.users.db``; without a store it knows nobody.
 
     Args:
         path: A checkpoint written by ``plm fit``.
         map_location: Device of the loaded weights.
+        users: Another place of the store: a file, or ``postgresql+psycopg://...``.
 
     Returns:
         The method in eval mode, able to score texts: ``load_method(path).score(texts, user_id="anna")``.
 
     Raises:
         ValueError: If the file is not such a checkpoint, its class is missing, its weights do not fit the class, or the
-            store beside it belongs to other weights.
+            store belongs to other weights.
     """
     checkpoint = read_checkpoint(path, map_location)
     metadata = checkpoint[CHECKPOINT_KEY]
@@ -203,7 +203,7 @@ def load_method(path: str | Path, map_location: str | torch.device = "cpu") -> P
     method.to(map_location).eval().requires_grad_(False)
     encoder = TextEncoder(method, checkpoint.get("hyper_parameters", {}).get("backbone"))
     method.encode, method.encode_prompts = encoder, encoder.prompts
-    method.find_users = KnownUsers(method, store_path(path))
+    method.find_users = KnownUsers(method, store_path(path) if users is None else users)
     return method
 
 

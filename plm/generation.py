@@ -15,7 +15,6 @@ from torch import Tensor
 
 from plm.backbones import Completion, Policy, TextWriter, Warpers, completion_tokens
 from plm.functional import sequence_logps
-from plm.messages import nearest
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable, Writer
 from plm.types import Tokens, UserState, take_rows
@@ -234,7 +233,7 @@ def mixture(method: PersonalizationMethod, weights: Mapping[str, float]) -> User
         raise ValueError(f"users of {type(method).__name__} cannot be mixed; name users by --user")
     for user in weights:
         if user not in method.known_users.store:
-            raise ValueError(f"--mix: no user {user!r}{nearest(user, method.known_users.store.ids)}")
+            raise ValueError(f"--mix: no user {user!r}")
     if sum(weights.values()) <= 0:
         parts = " ".join(f"{user}={weight:g}" for user, weight in weights.items())
         raise ValueError(f"--mix: expected weights with a positive sum, got {parts!r}")

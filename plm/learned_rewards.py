@@ -20,7 +20,6 @@ from plm.backbones import device
 from plm.backbones.classifier import Classifier
 from plm.checkpoint import load_method
 from plm.data.rewards import Reward
-from plm.messages import nearest
 from plm.method import PersonalizationMethod
 
 _SCORED = 1024  # responses that are in memory at once
@@ -55,9 +54,8 @@ class MethodReward(Reward):
         """
         path = Path(self.ckpt_path)
         method = _loaded(self.ckpt_path, path.stat().st_mtime_ns if path.exists() else 0)
-        store = method.known_users.store
-        if self.user is not None and self.user not in store:
-            raise ValueError(f"no user {self.user!r}{nearest(self.user, store.ids)} beside {self.ckpt_path!r}")
+        if self.user is not None and self.user not in method.known_users.store:
+            raise ValueError(f"no user {self.user!r} beside {self.ckpt_path!r}; run plm adapt first")
         return method
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Float64Array:

@@ -21,7 +21,6 @@ import torch
 from plm.arrays import Float64Array
 from plm.data.sources.corpus import PARQUET, corpus_files, local_files, read_rows
 from plm.data.values import to_prompt
-from plm.messages import nearest
 from plm.method import PersonalizationMethod
 
 REPO = "allenai/reward-bench-2"
@@ -168,9 +167,8 @@ def rewards_of(method: PersonalizationMethod, user_id: str | None) -> Callable[[
     """
     if user_id is not None:
         if user_id not in method.known_users.store:
-            near = nearest(user_id, method.known_users.store.ids)
             raise ValueError(
-                f"no user {user_id!r}{near} beside the checkpoint; run plm adapt first, or leave --user out for the "
+                f"no user {user_id!r} beside the checkpoint; run plm adapt first, or leave --user out for the "
                 "population"
             )
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +109,31 @@ def steered() -> Callable[[int], CLaP]:
         return method
 
     return make
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL server of its own, reached by a socket: its URL, with ``{}`` where the name of a database stands."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'plm[postgres]'")
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    found = shutil.which("initdb") or next((str(folder / "initdb") for folder in binaries[::-1]), None)
+    if found is None:
+        pytest.skip("no PostgreSQL server is installed: apt-get install postgresql")
+    as_user = []
+    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # not below tmp_path: a socket's path is short
+    if os.getuid() == 0:  # the server refuses to run as root
+        if shutil.which("runuser") is None or subprocess.run(["id", "postgres"], capture_output=True).returncode:
+            pytest.skip("a PostgreSQL server does not run as root, and there is no account postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+    bin_folder, data = Path(found).parent, folder / "data"
+
+    def call(*command: str | Path) -> None:
+        subprocess.run([*as_user, *map(str, command)], check=True, capture_output=True, cwd="/")
+
+    call(bin_folder / "initdb", "-D", data, "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync")
+    options = f"-k {folder} -c listen_addresses= -c max_connections=200"
+    call(bin_folder / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start")
+    yield f"postgresql+psycopg://postgres@/{{}}?host={folder}"
+    call(bin_folder / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+    shutil.rmtree(folder)

@@ -271,9 +271,8 @@ def test_user_states_stand_beside_the_best_checkpoint(tested: tuple[L.Trainer, d
     path = run.checkpoint_callback.best_model_path
     checkpoint = torch.load(path, weights_only=True)
     assert Path(path).is_relative_to(run_dir(run) / "checkpoints")
-    store = UserStore.load(store_path(path))
+    store = UserStore(store_path(path), shared_hash(checkpoint["state_dict"], TinyMethod.user_tables))
     assert store.ids == [f"user-{row}" for row in range(SEEN)]
-    assert store.shared_hash == shared_hash(checkpoint["state_dict"], TinyMethod.user_tables)
     state, known = store.get(["user-3"])
     assert known.all()
     torch.testing.assert_close(state.tensors["own"][0], checkpoint["state_dict"]["own"][3], rtol=0, atol=0)
@@ -285,7 +284,7 @@ def test_user_states_are_those_of_the_best_weights_and_the_model_keeps_its_own(t
     method = TinyMethod()
     run.fit(method, Planted())
     saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]["own"]
-    state, _ = UserStore.load(store_path(best.best_model_path)).get(method.user_ids)
+    state, _ = UserStore(store_path(best.best_model_path)).get(method.user_ids)
     torch.testing.assert_close(state.tensors["own"], saved, rtol=0, atol=0)
     assert not torch.equal(method.own, saved)
     assert method.training

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from plm.backbones import HashingBackbone
-from plm.checkpoint import find_class, load_method
+from plm.checkpoint import find_class, load_method, store_users
 from plm.method import PersonalizationMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
-from plm.users import UserStore, shared_hash, store_path
+from plm.users import store_path
 
 DIM = 16
 TEXTS = ["a long walk", "tea and toast", "no", "Ein Satz über nichts"]
@@ -67,6 +67,7 @@ def save(method: PersonalizationMethod, path: Path, change: dict[str, Any] | Non
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=path.parent)
     trainer.strategy.connect(method)
     trainer.save_checkpoint(path)
+    store_users(method, path)
     if change:
         torch.save({**torch.load(path, weights_only=True), **change}, path)
     return path
@@ -94,7 +95,6 @@ def test_adapted_users_are_found_and_unknown_ones_get_the_population(method: Tab
     store = load_method(path).find_users.store  # type: ignore[union-attr]
     store.add(["dora", "ben"], UserState({"rows": torch.ones(2, DIM)}, torch.tensor([2, 2])))
     store.delete(["cleo"])
-    store.save(store_path(path))
     loaded = load_method(path)
     features = HashingBackbone(dim=DIM).encode(TEXTS)
     population = method.score(features)
@@ -107,16 +107,14 @@ def test_adapted_users_are_found_and_unknown_ones_get_the_population(method: Tab
 
 def test_a_store_of_other_weights_is_refused(method: TableMethod, tmp_path: Path) -> None:
     path = save(method, tmp_path / "m.ckpt")
-    own = shared_hash(method.state_dict(), method.user_tables)
-    state = method.user_states(torch.arange(3)).detach()
-    UserStore(own, method.user_ids, state).save(store_path(path))
-    load_method(path)
+    before = store_path(path).rename(tmp_path / "before.db")
     with torch.no_grad():
         method.rows += 1  # user rows do not count
-    load_method(save(method, path))
+    load_method(save(method, path), users=before)
     with torch.no_grad():
         method.direction += 1
     save(method, path)
+    before.rename(store_path(path))
     with pytest.raises(ValueError, match="belongs to other shared weights"):
         load_method(path)
 

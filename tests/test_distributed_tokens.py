@@ -317,7 +317,7 @@ def test_trainer_groups_of_several_devices(group: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr and "Warning" not in done.stderr
     (run,) = tmp_path.glob("runs/plm/*")
-    assert (run / "checkpoints" / "best.users").is_dir()
+    assert (run / "checkpoints" / "best.users.db").is_file()
     best = str(run / "checkpoints" / "best.ckpt")
     command = [sys.executable, "-m", "plm", "test", "--config", recipe, "--ckpt_path", best]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)

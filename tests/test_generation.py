@@ -253,17 +253,17 @@ def test_a_loaded_policy_writes_for_users_by_id(causal_lm: Folder) -> None:
     with saved(method) as path:
         assert not any(name.startswith("policy.") for name in torch.load(path, weights_only=True)["state_dict"])
         loaded = load_method(path)
-    assert isinstance(loaded, AdaptedPolicy)
-    settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 2.0}
-    expected = sample(method, PROMPTS[:2], method.user_states(torch.tensor([1, 2])), **settings)
-    assert sample(loaded, PROMPTS[:2], user_id=["ben", "cleo"], **settings) == expected
-    both = [*PROMPTS[:2], *PROMPTS[:2]]
-    with pytest.warns(UserWarning, match="unknown users are treated as the population: 'zoe'"):
-        out = sample(loaded, both, user_id=["ben", "cleo", "zoe", "zoe"], **settings)
-    assert out == expected + sample(method.policy, PROMPTS[:2], **settings)
-    score = loaded.score([" you", " me"], user_id="anna", prompts=["hello", "a"])
-    tokens = method.causal_lm.represent(["hello", "a"], [" you", " me"])
-    assert torch.allclose(score, method.score(tokens, method.user_states(torch.tensor([0, 0]))), atol=1e-5)
+        assert isinstance(loaded, AdaptedPolicy)
+        settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 2.0}
+        expected = sample(method, PROMPTS[:2], method.user_states(torch.tensor([1, 2])), **settings)
+        assert sample(loaded, PROMPTS[:2], user_id=["ben", "cleo"], **settings) == expected
+        both = [*PROMPTS[:2], *PROMPTS[:2]]
+        with pytest.warns(UserWarning, match="unknown users are treated as the population: 'zoe'"):
+            out = sample(loaded, both, user_id=["ben", "cleo", "zoe", "zoe"], **settings)
+        assert out == expected + sample(method.policy, PROMPTS[:2], **settings)
+        score = loaded.score([" you", " me"], user_id="anna", prompts=["hello", "a"])
+        tokens = method.causal_lm.represent(["hello", "a"], [" you", " me"])
+        assert torch.allclose(score, method.score(tokens, method.user_states(torch.tensor([0, 0]))), atol=1e-5)
 
 
 # ---------------------------------------------------------------------- choosing

@@ -121,14 +121,14 @@ def judge() -> BradleyTerry:
     with torch.no_grad():
         method.directions.copy_(backbone.encode(["good"]).T.expand_as(method.directions))
     method.encode = lambda prompts, texts: backbone.encode(list(texts))
-    method.find_users = KnownUsers(method, Path("none"))
+    method.find_users = KnownUsers(method, "none.db")
     return method
 
 
 def test_the_command_scores_a_method(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("plm.checkpoint.load_method", lambda path: judge())
+    monkeypatch.setattr("plm.checkpoint.load_method", lambda path, users: judge())
     out = file.parent / "scores.json"
     assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--questions", str(file), "--output", str(out)]) == 0
     saved = json.loads(out.read_text())

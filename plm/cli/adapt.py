@@ -14,11 +14,12 @@ def run(args: list[str]) -> None:
     parser = OptionParser(
         prog="plm adapt",
         description="Learn users of a checkpoint from their pairs. The checkpoint stays as it is: the users go to the "
-        "store beside it, <stem>.users/. A user who is already there is learned anew from these pairs alone.",
+        "store beside it. A user who is already there is learned anew from these pairs alone.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
     parser.add_shared("--columns")
+    parser.add_shared("--users")
     options = parser.parse(args)
 
     from rich.console import Console
@@ -28,14 +29,13 @@ def run(args: list[str]) -> None:
     from plm.checkpoint import load_method
     from plm.data.schema import read_pairs
     from plm.evaluation import print_parts
-    from plm.users import store_path
 
-    method = load_method(options.ckpt_path)
-    user_ids, states = adapt_users(method, read_pairs(options.pairs, dict(options.columns)))
+    method = load_method(options.ckpt_path, users=options.users)
     store = method.known_users.store
-    num_known = sum(user_id in store for user_id in user_ids)
-    store.add(user_ids, states)
-    store.save(store_path(options.ckpt_path))
+    since = store.num_erasures
+    user_ids, states = adapt_users(method, read_pairs(options.pairs, dict(options.columns)))
+    num_known = int(store.get(user_ids)[1].sum())
+    num_written = len(store.add(user_ids, states, since=since))
     pairs = states.num_pairs.float()
     summary = Table("users", "new", "learned anew", "pairs per user (median, most)", "in the store")
     summary.add_row(
@@ -47,4 +47,6 @@ def run(args: list[str]) -> None:
     )
     console = Console()
     print_parts(summary, console=console)
-    console.print(f"written to {store_path(options.ckpt_path)}", soft_wrap=True, highlight=False)
+    if num_written < len(user_ids):
+        console.print(f"{len(user_ids) - num_written} of them were deleted meanwhile and are left out", soft_wrap=True)
+    console.print(f"written to {store.place}", soft_wrap=True, highlight=False)

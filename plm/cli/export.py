@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from plm.cli.options import OptionParser
-from plm.messages import nearest
 
 _SCORES = "score with plm score, or plm generate --policy MODEL --best_of N"
 
@@ -25,6 +24,7 @@ def run(args: list[str]) -> None:
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--user", help="whose model; default: the population's")
+    parser.add_shared("--users")
     parser.add_shared("--output", required=True, metavar="DIR", help="folder to write, new or empty")
     options = parser.parse(args)
     folder = Path(options.output)
@@ -34,7 +34,7 @@ def run(args: list[str]) -> None:
     from plm.checkpoint import load_method
     from plm.method.abilities import Exporter, Writer
 
-    method = load_method(options.ckpt_path)
+    method = load_method(options.ckpt_path, users=options.users)
     if not isinstance(method, Exporter):
         instead = "write with plm generate" if isinstance(method, Writer) and method.can_write else _SCORES
         raise ValueError(
@@ -43,8 +43,8 @@ def run(args: list[str]) -> None:
     user, known = method.known_users.lookup([options.user])
     if options.user is not None and not known.all():
         raise ValueError(
-            f"no user {options.user!r}{nearest(options.user, method.known_users.store.ids)} beside "
-            f"{options.ckpt_path!r}; run plm adapt first, or leave --user out for the population"
+            f"no user {options.user!r} beside {options.ckpt_path!r}; run plm adapt first, or leave --user out for the "
+            "population"
         )
     method.export(folder, user)
     print(f"written to {folder}")

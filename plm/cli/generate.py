@@ -32,6 +32,7 @@ def run(args: list[str]) -> None:
     parser.add_shared(
         "--user", nargs="+", help="each writes on every prompt; default: the rows' user_id, or the population"
     )
+    parser.add_shared("--users")
     parser.add_argument(
         "--mix",
         nargs="+",
@@ -67,7 +68,7 @@ def run(args: list[str]) -> None:
     writers = [" ".join(options.mix)] if options.mix else options.user
     prompts, users = with_users(read_prompts(options.prompts, per_user=writers is None), writers, options.prompts)
     texts = [prompt.text for prompt in prompts]
-    method = load_method(options.ckpt_path, device())
+    method = load_method(options.ckpt_path, device(), options.users)
     settings = settings_of(options)
     if options.best_of is not None:
         with progress_bar("writing", options.best_of * len(set(texts))) as on_progress:
@@ -95,17 +96,17 @@ def run(args: list[str]) -> None:
             f"{type(method).__name__} has no policy that writes: give --policy MODEL --best_of N, and the texts are "
             "chosen by its reward"
         )
-    store = method.known_users.store
     user_ids: list[str | None] = [None] * len(prompts) if users is None else [*users]
+    known = method.known_users.store.get(user_ids)[1].tolist()
     rows = [
         {
             **prompt.record,
             "prompt": prompt.value,
             "user_id": user,
-            "user_known": bool(options.mix) or (user is not None and user in store),
+            "user_known": bool(options.mix) or is_known,
             **columns,
         }
-        for prompt, user, columns in zip(prompts, user_ids, responses, strict=True)
+        for prompt, user, is_known, columns in zip(prompts, user_ids, known, responses, strict=True)
     ]
     if options.output:
         write_rows(rows, options.output)

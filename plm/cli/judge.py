@@ -25,6 +25,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--prompts", required=True)
     parser.add_shared("--rewards", required=True)
     parser.add_shared("--user", nargs="+", help="default: the people who are users of the checkpoint")
+    parser.add_shared("--users")
     parser.add_argument("--num_prompts", type=integer(1), metavar="N", help="the first N prompts (default: all)")
     parser.add_shared("--num_samples", default=4, help="texts of each policy on each prompt (default 4)")
     parser.add_shared(
@@ -48,7 +49,7 @@ def run(args: list[str]) -> None:
 
     tastes = read_tastes(options.rewards, [])
     prompts = held_out_prompts(options.prompts)[: options.num_prompts]
-    method = load_method(options.ckpt_path, device())
+    method = load_method(options.ckpt_path, device(), options.users)
     users = users_to_judge(method, tastes, options.user, options.ckpt_path) if isinstance(method, Writer) else []
     with progress_bar("writing", (2 + len(users)) * len(prompts) * options.num_samples) as on_progress:
         result = judge_users(

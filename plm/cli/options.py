@@ -67,6 +67,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "--rewards": {"metavar": "YAML", "help": REWARDS},
     "--seed": {"type": int, "default": 0, "metavar": "N"},
     "--user": {"metavar": "ID"},
+    "--users": {
+        "metavar": "PLACE",
+        "help": "where the users are: a file or postgresql+psycopg://... (default: <stem>.users.db of the checkpoint)",
+    },
 }
 """Options for the same thing have the same name in every command; what a command adds is said where it is made."""
 

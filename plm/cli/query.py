@@ -25,6 +25,7 @@ def run(args: list[str]) -> None:
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--user", required=True, help="whom to ask")
+    parser.add_shared("--users")
     parser.add_argument("--pool", required=True, metavar="FILE", help=f"pairs to choose from: {ROWS}")
     parser.add_argument("--num_pairs", type=integer(1), default=5, metavar="N", help="pairs to choose (default 5)")
     parser.add_argument(
@@ -39,7 +40,7 @@ def run(args: list[str]) -> None:
     from plm.querying import choose_queries, read_pool
 
     pool, num_rows = read_pool(options.pool)
-    method = load_method(options.ckpt_path)
+    method = load_method(options.ckpt_path, users=options.users)
     state, known = method.known_users.lookup([options.user])
     queries = choose_queries(method, state, pool, options.num_pairs, num_draws=options.num_draws, seed=options.seed)
     output_rows = [

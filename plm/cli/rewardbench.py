@@ -19,6 +19,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--ckpt_path", required=True)
     parser.add_argument("--questions", metavar="FILE", help="the benchmark: Parquet or JSONL; default: download it")
     parser.add_shared("--user", help="score as this user; default: the population")
+    parser.add_shared("--users")
     parser.add_shared("--output", help="JSON file of the scores and of every answer's reward")
     options = parser.parse(args)
 
@@ -31,7 +32,7 @@ def run(args: list[str]) -> None:
     from plm.rewardbench import answer, read_questions, rewards_of, summarise
 
     questions = read_questions(options.questions)
-    answered = answer(questions, rewards_of(load_method(options.ckpt_path), options.user))
+    answered = answer(questions, rewards_of(load_method(options.ckpt_path, users=options.users), options.user))
     scores = summarise(answered)
     table = Table("subset", "prompts", "score", box=SIMPLE_HEAD)
     for subset, score in scores.items():

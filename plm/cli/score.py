@@ -26,6 +26,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--ckpt_path", required=True)
     parser.add_argument("--responses", required=True, metavar="FILE", help=f"responses to score: {ROWS}")
     parser.add_shared("--user", help="user of the rows without a user_id")
+    parser.add_shared("--users")
     parser.add_argument(
         "--reference", metavar="FILE", help="responses to compare with, a few hundred, in the same formats"
     )
@@ -37,7 +38,7 @@ def run(args: list[str]) -> None:
     from plm.scoring import read_responses, score_responses
 
     rows = read_responses(options.responses, options.user)
-    method = load_method(options.ckpt_path)
+    method = load_method(options.ckpt_path, users=options.users)
     scores = score_responses(method, rows, read_responses(options.reference) if options.reference else None)
     known = scores.is_known.tolist()
     output_rows = [

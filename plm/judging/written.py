@@ -14,7 +14,6 @@ from plm.backbones import Backbone, CausalLM, Policy, device
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import Sample, sample, sample_logps
 from plm.judging.compare import compare_policies, distinct
-from plm.messages import nearest
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
 
@@ -129,7 +128,7 @@ def users_to_judge(
     Raises:
         ValueError: If one is unknown, or nobody is named and no person is a user.
     """
-    known = method.known_users.store.ids
+    known = method.known_users.store
     if names is None:
         users = [person for person in tastes.weights if person in known]
         if not users:
@@ -140,7 +139,7 @@ def users_to_judge(
         return users
     for name in names:
         if name not in known:
-            raise ValueError(f"no user {name!r}{nearest(name, known)} beside {path!r}; run plm adapt first")
+            raise ValueError(f"no user {name!r} beside {path!r}; run plm adapt first")
     return list(dict.fromkeys(names))
 
 

@@ -267,8 +267,8 @@ class LoReBases(RewardSource):
     @cached_property
     def _users(self) -> tuple[list[str], Float64Array]:
         """Ids and weights of all users beside the checkpoint."""
-        store = self._method.known_users.store
-        state = store.get(store.ids)[0].tensors
+        ids = self._method.known_users.store.ids
+        state = self._method.known_users.store.get(ids)[0].tensors
         weights = state["weights"].double().numpy() if "weights" in state else np.zeros((1, 1))
         if "weights" not in state or weights.min() < -1e-5 or abs(weights.sum(axis=1) - 1).max() > 1e-3:
             raise ValueError(
@@ -276,7 +276,7 @@ class LoReBases(RewardSource):
                 f"{type(self._method).__name__} with other states; train a plm.methods.lore.PublishedLoRe"
             )
         weights = np.clip(weights, 0, None)
-        return store.ids, weights / weights.sum(axis=1, keepdims=True)
+        return ids, weights / weights.sum(axis=1, keepdims=True)
 
     @cached_property
     def _bases(self) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from plm.arrays import Float64Array
 from plm.atomic import write_csv, write_json
-from plm.checkpoint import KnownUsers
+from plm.checkpoint import store_users
 from plm.judging import report as judge_report
 from plm.messages import Problems
 from plm.methods.palm import MAX_OBJECTIVES, PALM
@@ -32,7 +32,6 @@ from plm.portfolio.sampled import SampledRewards
 from plm.portfolio.study import StudyRow, run_search, run_study
 from plm.portfolio.writing import WritingPortfolio
 from plm.portfolio.written import Finished, WrittenMembers, inferred
-from plm.users import store_path
 
 _SWEEP_STEPS = 10  # an edge of the lattice of weights in sweep.csv
 
@@ -296,8 +295,7 @@ def save(method: PALM | WritingPortfolio, path: Path) -> None:
         trainer.save_checkpoint(path, weights_only=True)
     finally:
         log.setLevel(level)
-    beside = store_path(path)
-    KnownUsers(method, beside).store.save(beside)
+    store_users(method, path)
 
 
 @contextmanager

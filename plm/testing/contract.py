@@ -19,7 +19,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from plm.checkpoint import load_method
+from plm.checkpoint import load_method, store_users
 from plm.method import PersonalizationMethod
 from plm.testing.planted import PlantedData, TinyBackbone
 from plm.types import Context, Tokens, UserState
@@ -44,7 +44,7 @@ def quiet_trainer(folder: str | Path, **options: Any) -> L.Trainer:
 
 @contextmanager
 def saved(method: PersonalizationMethod, change: Callable[[dict[str, Any]], None] | None = None) -> Iterator[Path]:
-    """The checkpoint of a method in a folder that lasts as long as the block.
+    """The checkpoint of a method and its users in a folder that lasts as long as the block.
 
     Args:
         method: The method.
@@ -61,6 +61,7 @@ def saved(method: PersonalizationMethod, change: Callable[[dict[str, Any]], None
         if change is not None:
             change(checkpoint)
         torch.save(checkpoint, path)
+        store_users(method, path)
         yield path
 
 
@@ -332,10 +333,10 @@ class MethodContract(ABC):
         method, data = self.fitted(), self.data()
         state = method.adapt(data.context)
         ids = data.all_user_ids[data.num_users :]
-        store = UserStore(shared_hash(method.state_dict(), method.user_tables), ids, state)
         with tempfile.TemporaryDirectory() as folder:
-            store.save(folder)
-            found, known = UserStore.load(folder).get(ids[::-1])
+            weights_hash = shared_hash(method.state_dict(), method.user_tables)
+            UserStore(Path(folder) / "users.db", weights_hash).add(ids, state)
+            found, known = UserStore(Path(folder) / "users.db").get(ids[::-1])
         assert known.all(), "stored users were not found"
         backwards = torch.arange(len(ids)).flip(0)
         assert_same(found, state.take(backwards))

@@ -152,7 +152,7 @@ def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["seen"]["num_users"] == 16 and numbers["unseen"]["num_users"] == 4
     splits = json.loads((run / "splits.json").read_text())
-    assert UserStore.load(store_path(checkpoint)).ids == splits["users"]["seen"]
+    assert UserStore(store_path(checkpoint)).ids == splits["users"]["seen"]
 
     # adapt: pairs whose mean difference is known
     pairs = [
@@ -418,10 +418,9 @@ def test_score_reads_what_the_data_read_and_refuses_rewards_that_are_nan(
     assert "bad.parquet:row 1: response: empty text" in capsys.readouterr().err
     assert "expected a file ending in .jsonl, .jsonl.gz, .csv" in error(*score, "recipe.yaml")
 
-    store = UserStore.load(store_path(checkpoint))
+    store = UserStore(store_path(checkpoint))
     state, _ = store.get(store.ids[:1])
     store.add(["damaged"], UserState({"shift": torch.full_like(state.tensors["shift"], torch.nan)}, state.num_pairs))
-    store.save(store_path(checkpoint))
     message = error(*score, "rows.csv", "--user", "damaged")
     assert "got nan for 1 of 2 rows, the first 'beta' for user 'damaged'" in message
 
@@ -465,7 +464,7 @@ def test_a_fit_that_few_steps_end_is_validated_and_saved(folder: Path) -> None:
     steps = ["--trainer.max_epochs", "300", "--trainer.max_steps", "3"]
     checkpoint = fit(*steps) / "checkpoints" / "best.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
-    assert len(UserStore.load(store_path(checkpoint))) == 16
+    assert len(UserStore(store_path(checkpoint))) == 16
     with pytest.warns(
         UserWarning, match=r"ended before its first validation; .*trainer\.check_val_every_n_epoch"
     ) as warned:

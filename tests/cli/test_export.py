@@ -120,7 +120,7 @@ def test_what_cannot_be_exported_gets_one_message(
     assert f"CLaP {nothing}; write with plm generate" in error(writes)
     pal = PAL(2, 4)
     pal.user_ids = ["anna", "ben"]
-    assert "no user 'ana'; did you mean 'anna'?" in error(pal, "--user", "ana")
+    assert "no user 'ana' beside" in error(pal, "--user", "ana")
     assert "expected features of a Hugging Face model, got none" in error(pal, "--user", "anna")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
@@ -153,7 +153,7 @@ def test_an_id_is_a_name_and_never_a_path_or_a_number(
         before = {found for found in path.parent.rglob("*") if found.is_file()}
         assert main(["adapt", "--ckpt_path", str(path), "--pairs", str(pairs)]) == 0
         new = {found for found in path.parent.rglob("*") if found.is_file()} - before
-        assert {found.parent for found in new} == {path.with_suffix(".users")}
+        assert all(found.parent == path.parent and found.name.startswith("method.users.db") for found in new)
         capsys.readouterr()
         assert main(["users", "list", "--ckpt_path", str(path)]) == 0
         listed = dict(line.split("\t") for line in capsys.readouterr().out.splitlines())

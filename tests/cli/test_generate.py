@@ -191,11 +191,11 @@ def test_users_of_a_policy_are_adapted_from_their_pairs(causal_lm: Folder, tmp_p
     ]
     with saved(adapted(causal_lm)) as path:
         assert main(["adapt", "--ckpt_path", str(path), "--pairs", jsonl(tmp_path / "pairs.jsonl", pairs)]) == 0
-        store = UserStore.load(store_path(path))
-    assert store.ids[:3] == ["anna", "ben", "cleo"] and sorted(store.ids[3:]) == ["dora", "emil"]
-    state, known = store.get(["dora", "emil"])
-    assert known.all() and state.num_pairs.tolist() == [2, 1]
-    assert state.tensors["adapter"][:, 0].tolist() == [11.0, 4.0]  # characters and the end token of each response
+        store = UserStore(store_path(path))
+        assert store.ids[:3] == ["anna", "ben", "cleo"] and sorted(store.ids[3:]) == ["dora", "emil"]
+        state, known = store.get(["dora", "emil"])
+        assert known.all() and state.num_pairs.tolist() == [2, 1]
+        assert state.tensors["adapter"][:, 0].tolist() == [11.0, 4.0]  # characters and the end token of each response
 
 
 # ---------------------------------------------------------------------- sample

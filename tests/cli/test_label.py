@@ -116,7 +116,7 @@ def test_users_of_a_checkpoint_compare(
         assert {row["user_id"] for row in rows_of(output)} == {"population"}
         capsys.readouterr()
         assert main([*command, "--ckpt_path", str(path), "--user", "ana"]) == 1
-        assert "no user 'ana'; did you mean 'anna'? beside" in capsys.readouterr().err
+        assert "no user 'ana' beside" in capsys.readouterr().err
         for extra, message in (
             ([], "give either --rewards or --ckpt_path"),
             (["--rewards", "{}", "--ckpt_path", str(path)], "give either --rewards or --ckpt_path"),

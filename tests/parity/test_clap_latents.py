@@ -188,7 +188,7 @@ def test_texts_that_do_not_fit_are_left_out_and_refused(checkpoint: Path, tmp_pa
     with saved(method) as learned:
         with pytest.warns(UserWarning, match="2 of 5 pairs are left out"):
             run(["--ckpt_path", str(learned), "--pairs", str(file)])
-        assert UserStore.load(store_path(learned)).ids == ["anna", "carl"]
+        assert UserStore(store_path(learned)).ids == ["anna", "carl"]
         loaded = load_method(learned)
         with pytest.raises(ValueError, match=r"^row 2 of 2: expected a prompt that leaves room .* shorten it"):
             loaded.score([" a", " b"], user_id="anna", prompts=["hi", long])

@@ -133,7 +133,7 @@ def test_the_commands_write_and_judge(checkpoint: Path, tmp_path: Path, capsys: 
     assert all(row["user_id"] == "ben=0.25 anna=0.5" and row["user_known"] for row in written)
     capsys.readouterr()
     for extra, message, status in (
-        (["--mix", "bn=1"], "--mix: no user 'bn'; did you mean 'ben'?", 1),
+        (["--mix", "bn=1"], "--mix: no user 'bn'\n", 1),
         (["--mix", "ben"], "--mix: expected ID=WEIGHT with a number, got 'ben'", 1),
         (["--mix", "ben=1", "--user", "anna"], "leave out --user", 2),
         (["--mix", "ben=nan"], "with a finite number, got 'ben=nan'", 1),

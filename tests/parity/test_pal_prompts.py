@@ -158,7 +158,7 @@ def test_adapt_score_and_query_read_prompts(
     ]
     ckpt = ["--ckpt_path", str(checkpoint)]
     assert main(["adapt", *ckpt, "--pairs", write(tmp_path / "pairs.jsonl", pairs)]) == 0
-    state, known = UserStore.load(store_path(checkpoint)).get(column(rows, "user_id"))
+    state, known = UserStore(store_path(checkpoint)).get(column(rows, "user_id"))
     assert known.all()
     expected = method.adapt(batch.context).take(batch.context_row)
     assert_same(state, expected, 1e-5)  # users share a padded batch in another order

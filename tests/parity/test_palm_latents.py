@@ -128,12 +128,12 @@ def test_a_portfolio_of_latents_is_chosen_saved_and_found_again(
         assert path.stat().st_size < 20_000
         assert {name for name in read_checkpoint(path)["state_dict"] if "policy" in name or "people" in name} == set()
         again = load_method(path)
-    assert isinstance(again, LatentPortfolio) and torch.equal(again.points, made.points)
-    users = made.user_states(torch.tensor([0, 1, 0]))
-    assert sample(again, PROMPTS, users, **SETTINGS) == sample(made, PROMPTS, users, **SETTINGS)
-    score = again.score(["a b"], user_id="u0", prompts="ab")
-    mix = made.member_weights[int(users.tensors["member"][0])]
-    assert score.tolist() == pytest.approx([float(mix[0] * 2 / 8 + mix[1] * 6 / 8)])
+        assert isinstance(again, LatentPortfolio) and torch.equal(again.points, made.points)
+        users = made.user_states(torch.tensor([0, 1, 0]))
+        assert sample(again, PROMPTS, users, **SETTINGS) == sample(made, PROMPTS, users, **SETTINGS)
+        score = again.score(["a b"], user_id="u0", prompts="ab")
+        mix = made.member_weights[int(users.tensors["member"][0])]
+        assert score.tolist() == pytest.approx([float(mix[0] * 2 / 8 + mix[1] * 6 / 8)])
 
 
 def test_a_portfolio_finds_a_latent_model_that_was_moved(clap: Path, tmp_path: Path) -> None:

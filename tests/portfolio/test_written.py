@@ -156,7 +156,7 @@ def test_latents_are_members_too(
         method = load_method(folder / "portfolio.ckpt")
         assert isinstance(method, LatentPortfolio) and method.points.shape[1] == 4
         assert (folder / "portfolio.ckpt").stat().st_size < 30_000
-        assert UserStore.load(folder / "portfolio.users").ids == ["anna", "ben", "cem"]
+        assert UserStore(folder / "portfolio.users.db").ids == ["anna", "ben", "cem"]
         known = json.loads((folder / "portfolio.json").read_text())
         assert known["policies"]["oracle"] == "latent_dpo" and "(latent_dpo)" in known["certificate_says"]
         (tmp_path / "p.txt").write_text("p0\np3\n")

@@ -1,0 +1,437 @@
+"""The store of user states: what is known about each user, kept beside a checkpoint instead of inside it.
+
+A user is a row. Adding, exporting or deleting one never touches the shared weights or another row, every change is one
+durable transaction, and nothing is kept in memory: what another process adds or deletes is seen at the next look-up.
+
+Axes: U users, B looked-up users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+import torch
+from torch import Tensor
+
+from plm.atomic import whole_file
+from plm.types import UserState
+from plm.users.database import ERASURES, FACTS, PAIRS, SCHEMA, USERS, Database, among, upsert
+from plm.users.folder import read_folder
+from plm.users.rows import from_rows, header_of, to_rows
+
+MAX_ID = 512
+"""Characters of a user id, at most."""
+_AT_ONCE = 10_000
+"""Rows in memory while all users are read or written."""
+
+
+def shared_hash(state_dict: Mapping[str, Tensor], user_tables: Iterable[str] = ()) -> str:
+    """SHA-256 of a method's shared part: every tensor of its state dict but the tables with one row per seen user.
+
+    Args:
+        state_dict: Name -> tensor, as ``method.state_dict()`` or a checkpoint's ``"state_dict"``.
+        user_tables: Names left out, ``method.user_tables``.
+
+    Returns:
+        64 hexadecimal digits; equal for equal names, dtypes, shapes and bits.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(set(state_dict) - set(user_tables)):
+        value = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def store_path(checkpoint: str | Path) -> Path:
+    """Where the users of a checkpoint live: ``runs/best.ckpt`` -> ``runs/best.users.db``."""
+    return Path(checkpoint).with_suffix(".users.db")
+
+
+class StoredUser(NamedTuple):
+    """What is known of a user besides the state."""
+
+    user_id: str
+    num_pairs: int
+    """Pairs that the state was fitted on."""
+    version: int
+    """1 when the user was added, one more with every change."""
+    created: float
+    """When the user was added, in seconds since 1970."""
+    updated: float
+    """When the state was written."""
+
+
+class Receipt(NamedTuple):
+    """What the log of erasures says of one; the id does not stand in it."""
+
+    receipt: str
+    """HMAC-SHA256 of the id, under a key of the store, in hexadecimal digits."""
+    erased: str
+    """When, as an ISO date in UTC."""
+    was_stored: bool
+    """Whether there was a row to delete."""
+    is_wiped: bool
+    """Whether the bytes are gone from the files too; else the database removes them later."""
+
+
+class UserStore:
+    """Maps a user id to a row of named tensors, in a database.
+
+    It may be used by threads and processes at once: each call is a transaction of its own. A reader sees the last
+    commit and never fails while others write.
+
+    Args:
+        place: File of a SQLite database, which is made by the first change, or ``postgresql+psycopg://...``.
+        shared_hash: Hash of the shared part that the states must belong to, see `shared_hash`; None = take what is
+            there.
+
+    Raises:
+        ValueError: If the place is no store, is damaged or cannot be reached; by every method if the states there
+            belong to other shared weights.
+    """
+
+    def __init__(self, place: str | Path, shared_hash: str | None = None) -> None:
+        self._database = Database(place)
+        self.shared_hash = shared_hash
+        self.place = self._database.name
+        if self._database.path is not None:
+            self._import(self._database.path.with_suffix(""))
+        with self._reading():
+            pass  # a store that cannot be read is reported now
+
+    @classmethod
+    def begin(cls, place: str | Path, shared_hash: str, user_ids: Sequence[str], state: UserState) -> UserStore:
+        """Write the trained users of a new checkpoint; users of other weights at the same place are removed."""
+        store = cls(place)
+        with store._database.writing(shared_hash) as connection:
+            if store._facts(connection)["shared_hash"] != shared_hash:
+                for table in (USERS, PAIRS):
+                    connection.execute(sa.delete(table))
+                _set(connection, layout="", shared_hash=shared_hash)
+            store.shared_hash = shared_hash
+            store._write(connection, user_ids, state)
+        return store
+
+    # ------------------------------------------------------------------ reading
+    @property
+    def exists(self) -> bool:
+        """Whether a user was ever stored."""
+        return self._database.exists
+
+    @property
+    def ids(self) -> list[str]:
+        """User ids in the order in which they were added."""
+        return [user.user_id for user in self]
+
+    def __iter__(self) -> Iterator[StoredUser]:
+        """All users in the order in which they were added, read in parts."""
+        columns = (USERS.c.number, *(USERS.c[name] for name in StoredUser._fields))
+        last = -1
+        while True:
+            page = sa.select(*columns).where(USERS.c.number > last).order_by(USERS.c.number).limit(_AT_ONCE)
+            with self._reading() as connection:
+                rows = [] if connection is None else connection.execute(page).all()
+            yield from (StoredUser(*row[1:]) for row in rows)
+            if len(rows) < _AT_ONCE:
+                return
+            last = rows[-1].number
+
+    def __len__(self) -> int:
+        """Number of users."""
+        with self._reading() as connection:
+            if connection is None:
+                return 0
+            return int(connection.execute(sa.select(sa.func.count()).select_from(USERS)).scalar_one())
+
+    def __contains__(self, user_id: object) -> bool:
+        """Whether the user has a row."""
+        return isinstance(user_id, str) and self.find(user_id) is not None
+
+    def find(self, user_id: str) -> StoredUser | None:
+        """What is known of a user besides the state; None if the user is unknown."""
+        columns = [USERS.c[name] for name in StoredUser._fields]
+        with self._reading() as connection:
+            if connection is None or problem_of_id(user_id):
+                return None
+            row = connection.execute(sa.select(*columns).where(USERS.c.user_id == user_id)).first()
+        return None if row is None else StoredUser(*row)
+
+    def get(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
+        """Look users up; only their rows are read.
+
+        Args:
+            user_ids: B ids, known or not, repeated or not; None is a user without an id, unknown.
+
+        Returns:
+            States with leading axis B, and ``(B,)`` bool, True = known; the rows of unknown users hold zeros. Where
+            nobody is known there are no tensors.
+        """
+        asked = list(dict.fromkeys(user_id for user_id in user_ids if user_id is not None))
+        wanted = [user_id for user_id in asked if not problem_of_id(user_id)]
+        found: dict[str | None, tuple[bytes, int]] = {}
+        with self._reading() as connection:
+            if connection is not None:
+                query = sa.select(USERS.c.user_id, USERS.c.state, USERS.c.num_pairs)
+                query = query.where(among(connection, USERS.c.user_id, wanted))
+                for user_id, state, num_pairs in connection.execute(query):
+                    found[user_id] = state, num_pairs
+        place = {user_id: row for row, user_id in enumerate(found)}
+        row_of = torch.tensor([place.get(user_id, -1) for user_id in user_ids], dtype=torch.long)
+        known = row_of >= 0
+        read = from_rows([state for state, _ in found.values()]) if found else {}
+        counts = torch.tensor([count for _, count in found.values()], dtype=torch.long)
+
+        def gather(values: Tensor) -> Tensor:
+            out = values.new_zeros((len(row_of), *values.shape[1:]))
+            out[known] = values[row_of[known]]
+            return out
+
+        return UserState({name: gather(values) for name, values in read.items()}, gather(counts)), known
+
+    def pairs(self, user_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """The pairs that were kept with the states of users, the oldest first; users without any are left out."""
+        possible = [user_id for user_id in user_ids if not problem_of_id(user_id)]
+        query = sa.select(PAIRS.c.user_id, PAIRS.c.pair).order_by(PAIRS.c.user_id, PAIRS.c.place)
+        kept: dict[str, list[dict[str, Any]]] = {}
+        with self._reading() as connection:
+            if connection is not None:
+                for user_id, pair in connection.execute(query.where(among(connection, PAIRS.c.user_id, possible))):
+                    kept.setdefault(user_id, []).append(json.loads(pair))
+        return kept
+
+    @property
+    def num_erasures(self) -> int:
+        """How many erasures the log holds, see ``add``."""
+        with self._reading() as connection:
+            if connection is None:
+                return 0
+            return int(connection.execute(sa.select(sa.func.max(ERASURES.c.number))).scalar() or 0)
+
+    # ------------------------------------------------------------------ changes
+    def add(
+        self,
+        user_ids: Sequence[str],
+        state: UserState,
+        *,
+        pairs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+        since: int | None = None,
+        versions: Mapping[str, int] | None = None,
+    ) -> list[str]:
+        """Write one row per user: a known user's row is replaced, a new user's appended.
+
+        Args:
+            user_ids: U distinct ids.
+            state: Their states, of the same method as those already stored.
+            pairs: The pairs that states were fitted on, to keep: they replace those that were kept before, which
+                without this argument are removed.
+            since: `num_erasures` before the states were fitted: a user who was erased meanwhile stays erased.
+            versions: Version of a user whose state the new one was made from, 0 = no row; the user is left out if
+                somebody else has written meanwhile.
+
+        Returns:
+            The ids that were written.
+
+        Raises:
+            ValueError: If ids and states do not fit each other or the rows already there; then nothing is written.
+        """
+        if len(set(user_ids)) != len(user_ids) or len(user_ids) != state.num_users:
+            raise ValueError(
+                f"expected one state per distinct user id, got {len(user_ids)} ids ({len(set(user_ids))} distinct) "
+                f"and {state.num_users} states"
+            )
+        for user_id in user_ids:
+            if problem := problem_of_id(user_id):
+                raise ValueError(f"expected the id of a user, got {user_id!r}, {problem}")
+        with self._database.writing(self._expected_hash()) as connection:
+            outdated = self._outdated(connection, user_ids, since, versions or {})
+            rows = [row for row, user_id in enumerate(user_ids) if user_id not in outdated]
+            written = [user_ids[row] for row in rows]
+            self._write(connection, written, state.take(torch.tensor(rows, dtype=torch.long)), pairs or {})
+        return written
+
+    def delete(self, user_ids: Sequence[str]) -> list[Receipt]:
+        """Remove users with all that is known of them, and note each in the log of erasures.
+
+        An id without a row is noted too, so that a state that is being fitted at this moment is not stored; what a
+        killed deletion left in the files is removed.
+
+        Returns:
+            A receipt for each id.
+        """
+        user_ids = list(dict.fromkeys(user_ids))
+        now = time.time()
+        possible = [user_id for user_id in user_ids if not problem_of_id(user_id)]
+        stored: set[str] = set()
+        receipts = dict.fromkeys(user_ids, "")
+        if self.exists or self.shared_hash is not None:
+            with self._database.writing(self._expected_hash()) as connection:
+                secret = self._facts(connection)["secret"]
+                known = among(connection, USERS.c.user_id, possible)
+                stored = set(connection.execute(sa.select(USERS.c.user_id).where(known)).scalars())
+                connection.execute(sa.delete(USERS).where(known))
+                connection.execute(sa.delete(PAIRS).where(among(connection, PAIRS.c.user_id, possible)))
+                receipts = {user_id: _receipt(secret, user_id) for user_id in user_ids}
+                log = [{"receipt": receipt, "erased": now} for receipt in receipts.values()]
+                connection.execute(sa.insert(ERASURES), log)
+        is_wiped = self._database.wipe()
+        date = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
+        return [Receipt(receipts[user_id], date, user_id in stored, is_wiped) for user_id in user_ids]
+
+    def export(self, path: str | Path, user_ids: Sequence[str] | None = None) -> None:
+        """Write users as readable JSONL: one object per user with pair count, tensors and the pairs that were kept.
+
+        Args:
+            path: The file, which is replaced when all is written.
+            user_ids: Whom; None = everybody.
+
+        Raises:
+            ValueError: If an id is not stored.
+        """
+        ids = self.ids if user_ids is None else list(dict.fromkeys(user_ids))
+        with whole_file(path, "w") as file:
+            for start in range(0, len(ids), _AT_ONCE):
+                page = ids[start : start + _AT_ONCE]
+                state, known = self.get(page)
+                unknown = [user_id for user_id, is_known in zip(page, known.tolist(), strict=True) if not is_known]
+                if unknown and user_ids is not None:
+                    raise ValueError(f"expected ids of stored users, got unknown {unknown[:5]!r}")
+                rows = {name: value.tolist() for name, value in state.tensors.items()}
+                kept = self.pairs(page)
+                for row, (user_id, num_pairs) in enumerate(zip(page, state.num_pairs.tolist(), strict=True)):
+                    if user_id in unknown:  # deleted since the ids were read
+                        continue
+                    tensors = {name: values[row] for name, values in rows.items()}
+                    record = {"user_id": user_id, "num_pairs": num_pairs, "state": tensors}
+                    if user_id in kept:
+                        record["pairs"] = kept[user_id]
+                    file.write(json.dumps(record) + "\n")
+
+    # ------------------------------------------------------------------ inside a transaction
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection | None]:
+        """A transaction that reads; None where nothing has been stored yet."""
+        if not self.exists:
+            yield None
+            return
+        with self._database.reading() as connection:
+            self._facts(connection)
+            yield connection
+
+    def _facts(self, connection: sa.Connection) -> dict[str, str]:
+        """The facts of the store, after a check that it is one and belongs to the weights."""
+        facts: dict[str, str] = {name: value for name, value in connection.execute(sa.select(FACTS))}
+        if int(facts["schema"]) > SCHEMA:
+            raise ValueError(f"user store {self.place!r} has format {facts['schema']}, expected {SCHEMA}; update plm")
+        if self.shared_hash not in (None, facts["shared_hash"]):
+            raise ValueError(
+                f"the user store {self.place!r} belongs to other shared weights than its checkpoint; adapt its users "
+                "again, or remove it"
+            )
+        return facts
+
+    def _expected_hash(self) -> str:
+        """Hash of the weights that users belong to, for a store that does not exist yet."""
+        if self.shared_hash is None:
+            if not self.exists:
+                raise ValueError(f"no users are stored in {self.place!r}; give the hash of the weights they belong to")
+            with self._reading() as connection:
+                assert connection is not None
+                return self._facts(connection)["shared_hash"]
+        return self.shared_hash
+
+    def _outdated(
+        self, connection: sa.Connection, user_ids: Sequence[str], since: int | None, versions: Mapping[str, int]
+    ) -> set[str]:
+        """Users who were erased after erasure ``since``, or whose row has another version than the one given."""
+        outdated: set[str] = set()
+        if since is not None:
+            secret = self._facts(connection)["secret"]
+            erased = sa.select(ERASURES.c.receipt).where(ERASURES.c.number > since)
+            receipts = set(connection.execute(erased).scalars())
+            outdated |= {user_id for user_id in user_ids if receipts and _receipt(secret, user_id) in receipts}
+        for user_id, version in versions.items():
+            row = sa.select(USERS.c.version).where(USERS.c.user_id == user_id)
+            if (connection.execute(row).scalar() or 0) != version:
+                outdated.add(user_id)
+        return outdated
+
+    def _write(
+        self,
+        connection: sa.Connection,
+        user_ids: Sequence[str],
+        state: UserState,
+        pairs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    ) -> None:
+        """Write the rows of users and the pairs that are kept of them."""
+        state, now = state.detach().to("cpu"), time.time()
+        layout = header_of(state.tensors)[8:].decode().strip()
+        here = self._facts(connection).get("layout")
+        if here and here != layout:
+            raise ValueError(f"expected user states with rows of {here}, got {layout}; they belong to another method")
+        _set(connection, layout=layout)
+        encoded = to_rows(state.tensors, len(user_ids))
+        statement = upsert(connection, USERS, "user_id", counts="version")
+        for start in range(0, len(user_ids), _AT_ONCE):
+            page = user_ids[start : start + _AT_ONCE]
+            rows = [
+                {
+                    "user_id": user_id,
+                    "state": encoded[row],
+                    "num_pairs": int(state.num_pairs[row]),
+                    "version": 1,
+                    "created": now,
+                    "updated": now,
+                }
+                for row, user_id in enumerate(page, start)
+            ]
+            connection.execute(statement, rows)
+            connection.execute(sa.delete(PAIRS).where(among(connection, PAIRS.c.user_id, page)))
+        kept = [
+            {"user_id": user_id, "place": place, "pair": json.dumps(pair)}
+            for user_id in user_ids
+            for place, pair in enumerate((pairs or {}).get(user_id, ()))
+        ]
+        if kept:
+            connection.execute(sa.insert(PAIRS), kept)
+
+    def _import(self, folder: Path) -> None:
+        """Take over the users of a folder that an earlier version of plm wrote, once, and remove it."""
+        former = read_folder(folder)
+        if former is None:
+            return
+        with self._database.writing(former.shared_hash) as connection:
+            if "imported" not in self._facts(connection):
+                self._write(connection, former.user_ids, former.state)
+                _set(connection, imported=folder.name)
+        shutil.rmtree(folder)
+
+
+def problem_of_id(user_id: str) -> str:
+    """What keeps a text from being the id of a user, or an empty string."""
+    if not 1 <= len(user_id) <= MAX_ID:
+        return f"which is not 1 to {MAX_ID} characters long"
+    if "\0" in user_id or any("\ud800" <= character <= "\udfff" for character in user_id):
+        return "which holds a character that cannot be stored"
+    return ""
+
+
+def _receipt(secret: str, user_id: str) -> str:
+    """HMAC-SHA256 of an id, whatever characters it holds."""
+    return hmac.new(bytes.fromhex(secret), user_id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def _set(connection: sa.Connection, **facts: str) -> None:
+    """Write facts of the store."""
+    rows = [{"name": name, "value": value} for name, value in facts.items()]
+    connection.execute(upsert(connection, FACTS, "name"), rows)
