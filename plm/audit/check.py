@@ -15,7 +15,7 @@ import numpy as np
 from plm.arrays import IntArray
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable
-from plm.data.splits import SEEN, TEST, TRAIN, GroupBy, split_pairs
+from plm.data.splits import SEEN, TEST, TRAIN, split_pairs
 from plm.data.surface import MARGIN, MIN_PAIRS, Probe, Share, probe_surface
 
 Level = Literal["problem", "warning", "info"]
@@ -80,38 +80,30 @@ def check_pairs(
     table: PairTable,
     name: str,
     *,
-    group_by: GroupBy = "auto",
-    unseen_users: float = 0.2,
-    val_rows: float = 0.15,
-    test_rows: float = 0.3,
-    seed: int = 0,
     num_weights: int | None = None,
     checked_on: Literal["corpus", "schema"] = "corpus",
+    **split: Any,
 ) -> DataReport:
     """Check a table and the split that the data module would draw.
 
     Args:
         table: Validated pairs.
         name: Where they come from.
-        group_by: As in the data module.
-        unseen_users: As in the data module.
-        val_rows: As in the data module.
-        test_rows: As in the data module.
-        seed: Of the split.
         num_weights: Weights K that a method would fit per user, such as LoRe's ``num_bases``.
         checked_on: As `plm.data.sources.PairSource.checked_on`.
+        **split: How the data module would split, see `split_pairs`.
     """
     findings = [*_rows(table), *_labels(table)]
     if checked_on == "schema":
         text = "this source was tested on small files with the columns of the corpus, not yet on the corpus: compare"
         findings.insert(0, Finding("warning", "source", f"{text} the counts with those of the paper"))
-    stage, user_split, found = _split(table, group_by, unseen_users, val_rows, test_rows, seed)
+    stage, user_split, found = _split(table, split)
     leaks = leakage(table, table.row_split if (table.row_split >= 0).any() else stage)
     findings += [*found, *_leak_findings(leaks, int((stage == TEST).sum()))]
     training = np.bincount(table.user[stage == TRAIN], minlength=table.num_users)
     training = training if len(user_split) else np.full(table.num_users, -1, dtype=np.int64)
     findings += _sizes(table, training, user_split, num_weights)
-    probe = probe_surface(table, seed)
+    probe = probe_surface(table, split.get("seed", 0))
     findings += _surface(table, probe)
     order = ("problem", "warning", "info")
     counts = {
@@ -142,9 +134,8 @@ def check_pairs(
 def leakage(table: PairTable, stage: IntArray) -> list[Leak]:
     """What test pairs share with the pairs of the other stages, from the whole pair down to a response."""
     test, rest = np.flatnonzero(stage == TEST), np.flatnonzero((stage >= 0) & (stage != TEST))
-    low, high = np.minimum(table.chosen, table.rejected), np.maximum(table.chosen, table.rejected)
     items = np.stack([table.chosen, table.rejected])
-    units: dict[str, IntArray] = {"pair": (low * len(table.items) + high)[None]}
+    units: dict[str, IntArray] = {"pair": table.comparison[None]}
     if (table.dialogue >= 0).any():
         units["dialogue"] = np.where(table.dialogue >= 0, table.dialogue, -1)[None]
         if (table.turn >= 0).any():
@@ -173,11 +164,9 @@ def _shared(unit: IntArray, owner: IntArray, test: IntArray, rest: IntArray) -> 
 def conflicts(table: PairTable) -> IntArray:
     """First row of every comparison that its user answered both ways."""
     rows = np.flatnonzero(~table.tie)
-    chosen, rejected = table.chosen[rows], table.rejected[rows]
-    low, high = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
-    first, number = number_pairs(table.user[rows], low * len(table.items) + high)
+    first, number = number_pairs(table.user[rows], table.comparison[rows])
     count = np.bincount(number)
-    forward = np.bincount(number, weights=chosen == low)
+    forward = np.bincount(number, weights=(table.chosen < table.rejected)[rows])
     contradictory: IntArray = rows[first[(forward > 0) & (forward < count)]]
     return contradictory
 
@@ -185,12 +174,10 @@ def conflicts(table: PairTable) -> IntArray:
 def agreement(table: PairTable) -> tuple[int, float]:
     """Pairs judged by several users, and the best accuracy on them of a model that does not know the user."""
     rows = np.flatnonzero(~table.tie)
-    low = np.minimum(table.chosen, table.rejected)[rows]
-    _, number = number_pairs(low, np.maximum(table.chosen, table.rejected)[rows])
+    _, number = np.unique(table.comparison[rows], return_inverse=True)
     count = np.bincount(number)
-    majority = np.maximum(
-        forward := np.bincount(number, weights=table.chosen[rows] == low, minlength=len(count)), count - forward
-    )
+    forward = np.bincount(number, weights=(table.chosen < table.rejected)[rows])
+    majority = np.maximum(forward, count - forward)
     several = count > 1
     return int(count[several].sum()), float(majority[several].sum() / max(count[several].sum(), 1))
 
@@ -252,16 +239,12 @@ def _labels(table: PairTable) -> Iterator[Finding]:
         )
 
 
-def _split(
-    table: PairTable, group_by: GroupBy, unseen_users: float, val_rows: float, test_rows: float, seed: int
-) -> tuple[IntArray, IntArray, list[Finding]]:
+def _split(table: PairTable, options: dict[str, Any]) -> tuple[IntArray, IntArray, list[Finding]]:
     """Stage of the pairs and split of the users; the corpus's own where the data module would refuse."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            splits = split_pairs(
-                table, group_by=group_by, unseen_users=unseen_users, val_rows=val_rows, test_rows=test_rows, seed=seed
-            )
+            splits = split_pairs(table, **options)
         except ValueError as error:
             return table.row_split, np.zeros(0, dtype=np.int64), [Finding("problem", "split", str(error))]
     found = [Finding("warning", "split", str(warning.message)) for warning in caught]

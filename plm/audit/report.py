@@ -13,6 +13,7 @@ from rich.table import Table
 from plm.atomic import write_json, write_text
 from plm.audit.check import DataReport, percent
 from plm.evaluation import Section, TableRow, html_page, markdown_table, png
+from plm.evaluation.figures import HARMED, HELPED, INK, blank
 
 _COLOUR = {"problem": "red", "warning": "yellow", "info": "dim"}
 _VERDICT = {
@@ -20,7 +21,6 @@ _VERDICT = {
     "warning": "Nothing is wrong for sure, but look at the warnings.",
     "info": "Nothing suspicious was found.",
 }
-_INK, _BAR, _MARK = "#22262B", "#3C8D6E", "#C2524B"
 
 
 def show(report: DataReport, console: Console) -> None:
@@ -98,29 +98,27 @@ def page(report: DataReport) -> str:
 
 def plots(report: DataReport) -> dict[str, bytes]:
     """PNG pictures by title: pairs per user, and the probes against chance."""
-    from matplotlib.figure import Figure
-
     pictures = {}
-    figure = Figure(figsize=(7, 2.8), dpi=110, layout="constrained")
+    figure = blank(7, 2.8)
     axes = figure.add_subplot()
     per_user = report.pairs_per_user[report.pairs_per_user > 0]
     edges = np.unique(np.geomspace(1, max(int(per_user.max()), 2) + 1, 31).round())
-    axes.hist(per_user, bins=edges.tolist(), color=_BAR)
+    axes.hist(per_user, bins=edges.tolist(), color=HELPED)
     axes.set(xscale="log", xlabel="pairs of a user", ylabel="users", title="Pairs per user")
     if report.num_weights:
-        axes.axvline(report.num_weights, color=_MARK, label=f"{report.num_weights} weights to fit")
+        axes.axvline(report.num_weights, color=HARMED, label=f"{report.num_weights} weights to fit")
         axes.legend(frameon=False)
     pictures["pairs per user"] = png(figure)
     if report.probe is not None:
         probe = report.probe
-        figure = Figure(figsize=(7, 2.2), dpi=110, layout="constrained")
+        figure = blank(7, 2.2)
         axes = figure.add_subplot()
         named = {"length and format": probe.surface, "length": probe.length, "longer is chosen": probe.longer}
         shares = {name: share for name, share in named.items() if share is not None}
         values = [share.value for share in shares.values()]
         error = [[s.value - s.low for s in shares.values()], [s.high - s.value for s in shares.values()]]
-        axes.barh(list(shares), values, xerr=error, color=_MARK if probe.is_leak else _BAR, ecolor=_INK, height=0.55)
-        axes.axvline(0.5, color=_INK, linestyle=":", linewidth=1)
+        axes.barh(list(shares), values, xerr=error, color=HARMED if probe.is_leak else HELPED, ecolor=INK, height=0.55)
+        axes.axvline(0.5, color=INK, linestyle=":", linewidth=1)
         axes.set(xlim=(0, 1.02), xlabel="held-out accuracy", title="What the surface reveals about the labels")
         pictures["surface probe"] = png(figure)
     return pictures

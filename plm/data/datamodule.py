@@ -39,9 +39,9 @@ from plm.data.splits import (
     GroupBy,
     Splits,
     nested_supports,
-    other_users,
     shuffled_users,
     split_pairs,
+    user_circle,
     write_splits,
 )
 from plm.data.token_batches import TokenBatches
@@ -366,7 +366,7 @@ class PreferenceDataModule(L.LightningDataModule):
         table, keys = self.table, content_keys(self.table)
         rows = self._rows(SEEN if name == "seen" else UNSEEN, stage)
         users = self._users(SEEN) if name == "seen" else np.unique(table.user[rows])
-        circle = users[other_users(keys.user[users], self.split_seed)[0]]
+        circle = users[user_circle(keys.user[users], self.split_seed)]
         support = None
         if name != "seen":
             pool = self._rows(UNSEEN, TRAIN)

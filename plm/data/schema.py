@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ class PairTable:
         """Number of distinct users."""
         return len(self.user_ids)
 
+    @property
+    def comparison(self) -> IntArray:
+        """``(N,)`` number of the two items of a pair, whichever of them was chosen."""
+        return np.minimum(self.chosen, self.rejected) * len(self.items) + np.maximum(self.chosen, self.rejected)
+
     def texts(self) -> list[tuple[str, str]]:
         """(prompt, response) of every item, in the order of ``items``."""
         return [(self.prompts[prompt], self.responses[response]) for prompt, response in self.items.tolist()]
@@ -125,6 +130,7 @@ def pair_table(
     prompt: IntArray,
     chosen: IntArray,
     rejected: IntArray,
+    dropped: Mapping[str, int] | None = None,
     **optional: Any,
 ) -> PairTable:
     """Build a table from codes: sort the users, number the items, fill in what is not given.
@@ -137,6 +143,7 @@ def pair_table(
         prompt: ``(N,)`` row of ``prompts``.
         chosen: ``(N,)`` row of ``responses``.
         rejected: ``(N,)`` row of ``responses``.
+        dropped: Why rows of the corpus are not here -> how many; a reason without any is left out.
         **optional: Other fields of ``PairTable``.
 
     Returns:
@@ -174,6 +181,7 @@ def pair_table(
         prompt=prompt,
         chosen=codes[:num_pairs],
         rejected=codes[num_pairs:],
+        dropped={why: count for why, count in (dropped or {}).items() if count},
         **{**defaults, **optional},
     )
 
@@ -206,7 +214,7 @@ def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | Non
     lines = [np.stack([np.full(len(raw.lines), i), raw.lines], axis=1) for i, raw in enumerate(raws)]
     where = np.concatenate(lines).astype(np.int64) if lines else np.zeros((0, 2), dtype=np.int64)
     checker = _Checker(where, problems)
-    table = _validate({name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL)}, checker, files)
+    table = _validate({name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL)}, checker, files, {})
     if problems:
         raise ValueError(_report(files, sorted(set(problems))))  # pairs of one line may share one problem
     assert table is not None
@@ -231,11 +239,11 @@ def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, i
     where = np.stack([np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))], axis=1)
     problems: list[tuple[int, int, str]] = []
     columns = {name: factorise(row.get(name) for row in rows) for name in (*REQUIRED, *OPTIONAL)}
-    table = _validate({**columns}, _Checker(where, problems), [origin])
+    table = _validate({**columns}, _Checker(where, problems), [origin], dropped or {})
     if problems:
         raise ValueError(_report([origin], sorted(problems)))
     assert table is not None
-    return replace(table, dropped={**(dropped or {}), **table.dropped})
+    return table
 
 
 class _Checker:
@@ -267,11 +275,14 @@ class _Checker:
         return converted
 
 
-def _validate(columns: dict[str, Column | None], checker: _Checker, files: list[str]) -> PairTable | None:
+def _validate(
+    columns: dict[str, Column | None], checker: _Checker, files: list[str], dropped: Mapping[str, int]
+) -> PairTable | None:
     """Validated table; None when the checker found problems."""
     num_pairs = len(checker.where)
     if not num_pairs or any(columns[name] is None for name in REQUIRED):
-        return None if checker.problems else pair_table([], [], [], **{n: np.zeros(0, np.int64) for n in _CODES})
+        nothing: dict[str, Any] = dict.fromkeys(_CODES, np.zeros(0, np.int64))
+        return None if checker.problems else pair_table([], [], [], **nothing)
     text_of = {"user_id": to_id, "prompt": to_prompt, "chosen": to_response, "rejected": to_response}
     required = {name: column for name in REQUIRED if (column := columns[name]) is not None}
     distinct = {name: checker.convert(name, column, text_of[name], nullable=False) for name, column in required.items()}
@@ -313,7 +324,7 @@ def _validate(columns: dict[str, Column | None], checker: _Checker, files: list[
         checker.add(first, lambda row: f"user_split: user {users[user[row]]!r} is both seen and unseen")
     if checker.problems:
         return None
-    keep, dropped = _filter(np.stack([user, prompt, sides["chosen"], sides["rejected"]], 1), optional)
+    keep, left_out = _filter(np.stack([user, prompt, sides["chosen"], sides["rejected"]], 1), optional)
     row_optional = {k: v if k == "dialogues" else v[keep] for k, v in optional.items()}
     codes_of = {"user": user, "prompt": prompt, **sides}
     return pair_table(
@@ -324,7 +335,7 @@ def _validate(columns: dict[str, Column | None], checker: _Checker, files: list[
         **row_optional,
         files=files,
         where=checker.where[keep],
-        dropped=dropped,
+        dropped={**dropped, **left_out},
     )
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.atomic import write_text
@@ -168,20 +170,14 @@ def nested_supports(
     return supports
 
 
-def other_users(keys: KeyArray, seed: int = 0) -> tuple[IntArray, IntArray]:
-    """Give every user another one: neighbours on a circle in random order.
+def user_circle(keys: KeyArray, seed: int = 0) -> IntArray:
+    """Put users on a circle in random order, ``(U,)``: the next one of each is its other user.
 
     Args:
         keys: ``(U,)`` content hashes of the users.
         seed: Another seed gives another circle.
-
-    Returns:
-        The circle ``(U,)`` and, per user, the next on it ``(U,)``: never the user itself unless U is 1.
     """
-    circle = np.argsort(mix(keys, seed_key(seed)), kind="stable").astype(np.int64)
-    other = np.empty_like(circle)
-    other[circle] = np.roll(circle, -1)
-    return circle, other
+    return np.argsort(mix(keys, seed_key(seed)), kind="stable").astype(np.int64)
 
 
 def shuffled_users(table: PairTable, splits: Splits, seed: int = 0) -> IntArray:
@@ -248,8 +244,7 @@ def _units(table: PairTable, level: str) -> tuple[IntArray, IntArray]:
         return rows, np.where(table.dialogue >= 0, table.dialogue, len(table.dialogues) + table.prompt)
     if level == "prompt":
         return rows, table.prompt
-    item = np.sort(np.stack([table.chosen, table.rejected]), axis=0)
-    return rows, item[0] * len(table.items) + item[1]
+    return rows, table.comparison
 
 
 def _both_sides(table: PairTable, stage: IntArray, level: str) -> BoolArray:
@@ -388,17 +383,8 @@ def _components(table: PairTable, keys: Keys, rows: IntArray) -> tuple[IntArray,
     sides = table.items[np.stack([table.chosen, table.rejected])[:, rows], 1]
     first, node = number_pairs(np.concatenate([user, user]), sides.ravel())
     left, right = node.reshape(2, -1)
-    label = np.arange(len(first))
-    while True:  # hook both ends to the smaller label, then jump pointers
-        low = np.minimum(label[left], label[right])
-        new = label.copy()
-        for end in (left, right, label[left], label[right]):
-            np.minimum.at(new, end, low)
-        new = new[new]
-        if (new == label).all():
-            break
-        label = new
-    _, group = np.unique(label[left], return_inverse=True)
+    edges = coo_array((np.ones(len(left)), (left, right)), shape=(len(first), len(first)))
+    group = connected_components(edges, directed=False)[1][left].astype(np.int64)
     smallest = np.full(int(group.max()) + 1, np.iinfo(np.uint64).max, dtype=np.uint64)
     for side in sides:
         np.minimum.at(smallest, group, keys.response[side])

@@ -21,7 +21,7 @@ from plm.data.collate import (
 from plm.data.keys import content_keys
 from plm.data.rows import FeatureRows
 from plm.data.schema import PairTable, pair_table
-from plm.data.splits import other_users
+from plm.data.splits import user_circle
 from plm.types import PreferenceBatch
 
 NUM_USERS, PAIRS = 6, 10
@@ -73,7 +73,7 @@ def evaluation(
     rows = np.flatnonzero(query & (seen if draws is None else ~seen))
     pool = np.flatnonzero(~query & ~seen)
     users = np.arange(3) if draws is None else np.arange(3, 6)
-    circle = users[other_users(keys.user[users])[0]]
+    circle = users[user_circle(keys.user[users])]
     support = None if draws is None else SupportDraws(pool, keys.pair[pool], draws, 0)
     weight = split_weights(table, rows, True)
     return EvalBatches(data, rows, weight, circle, support, few_shot, place(**where))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plm.data.schema import NUM_SHOWN, PairTable, read_pairs
+from plm.data.schema import NUM_SHOWN, PairTable, make_pairs, read_pairs
 from plm.data.values import canonical_messages, plain_prompt
 
 ROWS = [
@@ -268,3 +268,8 @@ def test_malformed_ratings_are_named_with_their_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(good | {"ratings": [1]}) + "\n")
     with pytest.raises(ValueError, match="1: ratings: expected a number for each"):
         read_pairs([path])
+
+
+def test_reasons_that_left_out_nothing_are_not_counted() -> None:
+    row = {"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b"}
+    assert make_pairs([row], "here", {"empty": 0, "few_pairs": 2}).dropped == {"few_pairs": 2}

@@ -22,9 +22,9 @@ from plm.data.splits import (
     VAL,
     check_leakage,
     nested_supports,
-    other_users,
     shuffled_users,
     split_pairs,
+    user_circle,
 )
 
 Array = Any
@@ -220,12 +220,11 @@ def test_supports_are_nested_and_seeded() -> None:
     )
 
 
-def test_other_users_are_a_derangement_on_one_circle() -> None:
+def test_every_user_stands_once_on_the_circle_and_its_order_is_drawn() -> None:
     keys = content_keys(table_of(num_users=50)).user
-    circle, other = other_users(keys)
-    assert sorted(circle.tolist()) == sorted(other.tolist()) == list(range(50))
-    assert (other != np.arange(50)).all()
-    assert (other_users(keys, seed=1)[1] != other).any()
+    circle = user_circle(keys)
+    assert sorted(circle.tolist()) == list(range(50))
+    assert (np.diff(circle) != 1).any() and (user_circle(keys, seed=1) != circle).any()
 
 
 def test_shuffling_keeps_the_counts_of_every_user() -> None:

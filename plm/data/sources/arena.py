@@ -49,15 +49,11 @@ class ArenaPairs(PairSource):
         language: Language of the dialogues as the corpus names it; null = all.
     """
 
+    name = "chatbot-arena"
     checked_on = "schema"
 
     def __init__(self, path: str | None = None, min_pairs: int = 5, language: str | None = "English") -> None:
         self.path, self.min_pairs, self.language = path, min_pairs, language
-
-    @property
-    def name(self) -> str:
-        """The corpus."""
-        return "chatbot-arena"
 
     def load(self) -> PairTable:
         """Read the comparisons and keep judges with enough of them."""
@@ -68,4 +64,4 @@ class ArenaPairs(PairSource):
         kept = of_active_users(pairs, self.min_pairs)
         counts = Counter(why for why in outcomes if isinstance(why, str))
         counts |= Counter(other_language=len(rows) - len(spoken), few_comparisons=len(pairs) - len(kept))
-        return make_pairs(kept, self.name, {**dropped, **{why: n for why, n in counts.items() if n}})
+        return make_pairs(kept, self.name, {**dropped, **counts})

@@ -78,15 +78,11 @@ class CommunityAlignmentPairs(PairSource):
         language: Language of the dialogues as the corpus names it, such as ``en``; null = all.
     """
 
+    name = "community-alignment"
     checked_on = "schema"
 
     def __init__(self, path: str | None = None, min_pairs: int = 30, language: str | None = None) -> None:
         self.path, self.min_pairs, self.language = path, min_pairs, language
-
-    @property
-    def name(self) -> str:
-        """The corpus."""
-        return "community-alignment"
 
     def load(self) -> PairTable:
         """Read the dialogues and keep annotators with enough pairs."""
@@ -94,5 +90,4 @@ class CommunityAlignmentPairs(PairSource):
         spoken = [row for row in rows if self.language in (None, row["assigned_lang"])]
         pairs, dropped = usable([pair for row in spoken for pair in dialogue_pairs(row)])
         kept = of_active_users(pairs, self.min_pairs)
-        few = {"few_pairs": len(pairs) - len(kept)} if len(kept) < len(pairs) else {}
-        return make_pairs(kept, self.name, {**dropped, **few})
+        return make_pairs(kept, self.name, {**dropped, "few_pairs": len(pairs) - len(kept)})

@@ -20,12 +20,14 @@ PARQUET = "refs/convert/parquet"
 """Revision of every dataset of the hub that holds it as ``<config>/<split>/*.parquet``."""
 
 
-def local_files(pattern: str) -> list[str]:
-    """Files that match a path; relative ones are also looked up in the folder named by PLM_DATA.
+def local_files(pattern: str | Sequence[str]) -> list[str]:
+    """Files that match a path, or several; relative ones are also looked up in the folder named by PLM_DATA.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If a path matches none.
     """
+    if not isinstance(pattern, str):
+        return [file for path in pattern for file in local_files(path)]
     root = os.environ.get("PLM_DATA", "")
     tried = [os.path.expanduser(pattern)]
     if root and not os.path.isabs(tried[0]):

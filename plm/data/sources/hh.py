@@ -53,6 +53,7 @@ class HHPairs(TypedPairs):
         **people: The other arguments of `TypedPairs`.
     """
 
+    name = "hh-relabelled"
     checked_on = "schema"
 
     def __init__(
@@ -65,11 +66,6 @@ class HHPairs(TypedPairs):
     ) -> None:
         super().__init__(support_pairs=support_pairs, target_pairs=target_pairs, test_pairs=test_pairs, **people)
         self.path = path
-
-    @property
-    def name(self) -> str:
-        """The corpus."""
-        return "hh-relabelled"
 
     def read_pool(self) -> TypedPool:
         """Read both subsets; a pair of transcripts that share nothing but the question is left out."""

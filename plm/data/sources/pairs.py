@@ -41,5 +41,4 @@ class PairFiles(PairSource):
         Raises:
             ValueError: If a path matches no file, or with all malformed rows (see ``read_pairs``).
         """
-        patterns = [self.path] if isinstance(self.path, str) else self.path
-        return read_pairs([file for pattern in patterns for file in local_files(pattern)], self.columns)
+        return read_pairs(local_files(self.path), self.columns)

@@ -52,28 +52,17 @@ class PersonalLlmPairs(PopulationPairs):
         numbers = range(1, NUM_RESPONSES + 1)
         names = ["prompt", *(f"response_{n}" for n in numbers)]
         names += [f"response_{n}_{model}" for n in numbers for model in REWARD_MODELS]
-        prompts: dict[str, bool] = {}
-        responses: dict[str, int] = {}
-        candidates: list[list[int]] = []
-        scores: list[list[list[float]]] = []
+        is_test: list[bool] = []
+        replies_of: dict[str, dict[str, list[float]]] = {}
         for half in ("train", "test"):
             files = corpus_files(self.path, REPO, f"default/{half}/*.parquet", PARQUET)
             for row in read_rows(files, {name: name for name in names}):
-                if row["prompt"] in prompts:
+                if row["prompt"] in replies_of:
                     continue
-                prompts[row["prompt"]] = half == "test"
-                seen: set[str] = set()
-                columns: list[int] = []
-                values: list[list[float]] = []
+                is_test.append(half == "test")
+                replies = replies_of[row["prompt"]] = {}
                 for n in numbers:
                     text, rewards = row[f"response_{n}"], [row[f"response_{n}_{model}"] for model in REWARD_MODELS]
-                    able = bool(text and text.strip()) and text not in seen and None not in rewards
-                    seen.add(text)
-                    columns.append(responses.setdefault(text, len(responses)) if able else -1)
-                    values.append(rewards if able else [np.nan] * len(REWARD_MODELS))
-                candidates.append(columns)
-                scores.append(values)
-        test = np.array(list(prompts.values()), dtype=np.bool_)
-        return CandidatePool(
-            list(prompts), list(responses), np.array(candidates), np.array(scores, dtype=np.float64), test
-        )
+                    if text and text.strip() and None not in rewards:
+                        replies.setdefault(text, rewards)
+        return CandidatePool.of(replies_of, np.array(is_test, dtype=np.bool_))

@@ -9,6 +9,7 @@ Axes: P prompts, C candidates of a prompt (padded), A attributes, U users, S pro
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +41,19 @@ class CandidatePool:
     """``(P, C, A)`` attributes; nan under the padding."""
     test: BoolArray
     """``(P,)`` True = asked in the test only."""
+
+    @classmethod
+    def of(cls, replies: Mapping[str, Mapping[str, Sequence[float]]], test: BoolArray) -> CandidatePool:
+        """Lay out what each prompt may be answered by: prompt -> response -> its A attributes."""
+        num_attributes = next(len(values) for texts in replies.values() for values in texts.values())
+        responses: dict[str, int] = {}
+        candidates = np.full((len(replies), max(map(len, replies.values()))), -1, dtype=np.int64)
+        scores = np.full((*candidates.shape, num_attributes), np.nan)
+        for row, texts in enumerate(replies.values()):
+            candidates[row, : len(texts)] = [responses.setdefault(text, len(responses)) for text in texts]
+            if texts:
+                scores[row, : len(texts)] = list(texts.values())
+        return cls(list(replies), list(responses), candidates, scores, test)
 
 
 def dirichlet_weights(num_users: int, num_attributes: int, concentration: float, seed: int) -> Float64Array:
@@ -205,7 +219,7 @@ class PopulationPairs(PairSource):
             rejected=pool.candidates[prompt, worst],
             row_split=split,
             user_split=(user >= self.num_seen).astype(np.int64),
-            dropped={"ties": int((~kept).sum())} if not kept.all() else {},
+            dropped={"ties": int((~kept).sum())},
         )
         return table, difference
 

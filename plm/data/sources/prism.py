@@ -92,17 +92,13 @@ class PrismPairs(PairSource):
         min_dialogues: Fewest dialogues of a person.
     """
 
+    name = "prism"
     checked_on = "schema"
 
     def __init__(
         self, path: str | None = None, seed: int = 123, seen_share: float = 0.8, min_dialogues: int = 6
     ) -> None:
         self.path, self.seed, self.seen_share, self.min_dialogues = path, seed, seen_share, min_dialogues
-
-    @property
-    def name(self) -> str:
-        """The corpus."""
-        return "prism"
 
     def load(self) -> PairTable:
         """Read the utterances of everyone who completed a dialogue, pair and split them."""

@@ -22,13 +22,13 @@ from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files, read_rows
+from plm.data.sources.samples import EVERYONE
 from plm.messages import Problems
 
 Part = Literal["text", "prompts", "reward", "judge"]
 Half = Literal["train", "test"]
 SHARES: dict[Part, float] = {"text": 0.5, "prompts": 0.1, "reward": 0.2, "judge": 0.2}
 """Of all reviews."""
-EVERYONE = "everyone"
 _BETWEEN_SENTENCES = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')]))\s+(?=["'(]?[A-Z])""")
 
 
@@ -154,7 +154,7 @@ class ReviewPairs(PairSource):
             dialogue=review_of,
             row_split=row_split,
             user_split=np.zeros(len(prompt), dtype=np.int64),
-            dropped={why: count for why, count in dropped.items() if count},
+            dropped=dropped,
         )
 
     def _passages(self, text: str) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from scipy.special import expit
 
 from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.keys import digest
@@ -112,23 +113,20 @@ class SampledPairs(PairSource):
     def pool(self) -> CandidatePool:
         """Prompts and responses with their raw rewards ``(P, C, A)``, read and scored once."""
         sampled, test, self._dropped = read_samples(self.path, self.test_share, self.seed)
-        responses: dict[str, int] = {}
-        table = np.full((len(sampled), max(map(len, sampled.values()))), -1, dtype=np.int64)
-        for number, replies in enumerate(sampled.values()):
-            table[number, : len(replies)] = [responses.setdefault(text, len(responses)) for text in replies]
-        prompts, texts = list(sampled), list(responses)
-        row, column = np.nonzero(table >= 0)
-        row_prompts, row_texts = [prompts[i] for i in row.tolist()], [texts[i] for i in table[row, column].tolist()]
-        scores = np.full((*table.shape, len(self.rewards)), np.nan)
-        for axis, (name, reward) in enumerate(self.rewards.items()):
-            values = reward.score(row_prompts, row_texts)
-            if values.shape != row.shape or not np.isfinite(values).all():
+        prompts = [prompt for prompt, texts in sampled.items() for _ in texts]
+        responses = [text for texts in sampled.values() for text in texts]
+        columns = []
+        for name, reward in self.rewards.items():
+            values = reward.score(prompts, responses)
+            if values.shape != (len(responses),) or not np.isfinite(values).all():
                 raise ValueError(
-                    f"expected a finite score of each of {len(row)} responses from the reward {name!r}, got shape "
-                    f"{values.shape} with {int((~np.isfinite(values)).sum())} that are not"
+                    f"expected a finite score of each of {len(responses)} responses from the reward {name!r}, got "
+                    f"shape {values.shape} with {int((~np.isfinite(values)).sum())} that are not"
                 )
-            scores[row, column, axis] = values
-        return CandidatePool(prompts, texts, table, scores, test)
+            columns.append(values)
+        scores = iter(np.stack(columns, axis=1))  # (A,) of each response
+        replies = {prompt: {text: next(scores) for text in texts} for prompt, texts in sampled.items()}
+        return CandidatePool.of(replies, test)
 
     @cached_property
     def weights(self) -> dict[str, Float64Array]:
@@ -158,7 +156,7 @@ class SampledPairs(PairSource):
                 first, second = _two_of(np.isnan(scores[shown, :, 0]), self.pairs_per_prompt, rng)
             prompt, value = np.repeat(shown, self.pairs_per_prompt), scores @ weights  # (N,), (P, C)
             a, b = value[prompt, first], value[prompt, second]
-            chance = np.where(a > b, 1.0, 0.0) if self.temperature == 0 else _sigmoid((a - b) / self.temperature)
+            chance = np.where(a > b, 1.0, 0.0) if self.temperature == 0 else expit((a - b) / self.temperature)
             wins = rng.random(len(prompt)) < chance
             chosen, rejected = np.where(wins, first, second), np.where(wins, second, first)
             kept = np.abs(a - b) > smallest_preference(scores, weights[None])
@@ -181,7 +179,7 @@ class SampledPairs(PairSource):
             chosen_score=chosen_score,
             rejected_score=rejected_score,
             row_split=np.where(pool.test[prompt], 2, 0),
-            dropped={why: count for why, count in {**self._dropped, "ties": ties}.items() if count},
+            dropped={**self._dropped, "ties": ties},
         )
 
 
@@ -196,9 +194,3 @@ def _two_of(missing: BoolArray, times: int, rng: np.random.Generator) -> tuple[I
     again = np.repeat(missing, times, axis=0)
     two = np.argsort(rng.random(again.shape) + again, axis=1)[:, :2]  # what is missing comes last
     return two[:, 0], two[:, 1]
-
-
-def _sigmoid(value: Float64Array) -> Float64Array:
-    """Logistic function without overflow."""
-    result: Float64Array = 0.5 * (1.0 + np.tanh(0.5 * value))
-    return result

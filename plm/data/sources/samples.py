@@ -49,7 +49,7 @@ def read_samples(path: str | list[str], test_share: float, seed: int) -> Samples
     sampled: dict[str, list[str]] = {}
     split: dict[str, str | None] = {}
     problems: list[str] = []
-    for file in (file for pattern in ([path] if isinstance(path, str) else path) for file in local_files(pattern)):
+    for file in local_files(path):
         records = read_records(Path(file))
         problems += [f"{position(file, line)}: {text}" for line, text in records.problems]
         for line, record in zip(records.lines, records.rows, strict=True):
@@ -142,8 +142,7 @@ class SampledResponses(PairSource):
         """Read the files."""
         samples = read_samples(self.path, self.test_share, self.seed)
         responses = [(prompt, texts[: self.num_responses]) for prompt, texts in samples.responses.items()]
-        dropped = {why: count for why, count in samples.dropped.items() if count}
-        return everyone_pairs(responses, samples.test, dropped=dropped)
+        return everyone_pairs(responses, samples.test, dropped=samples.dropped)
 
 
 def _problem(record: dict[str, Any], split: dict[str, str | None]) -> str | None:

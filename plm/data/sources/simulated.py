@@ -39,21 +39,15 @@ def pool_of(
     replies_of = {prompt: replies for prompt, replies in replies_of.items() if len(replies) > 1}
     if not replies_of:
         raise ValueError(f"expected prompts with two responses that have all of {attributes}, got none")
-    responses: dict[str, int] = {}
-    width = min(candidates, max(len(replies) for replies in replies_of.values()))
-    table = np.full((len(replies_of), width), -1, dtype=np.int64)
-    scores = np.full((len(replies_of), width, len(attributes)), np.nan)
-    for number, replies in enumerate(replies_of.values()):
+    drawn = {}
+    for prompt, replies in replies_of.items():
         texts = list(replies)
-        order = np.argsort(mix(digest(texts), seed_key(seed)), kind="stable")[:width]
-        for column, pick in enumerate(order.tolist()):
-            table[number, column] = responses.setdefault(texts[pick], len(responses))
-            scores[number, column] = replies[texts[pick]]
-    prompts = list(replies_of)
-    order = np.argsort(mix(digest(prompts), seed_key(seed)), kind="stable")
-    test = np.zeros(len(prompts), dtype=np.bool_)
-    test[order[: max(1, round(test_share * len(prompts)))]] = True
-    return CandidatePool(prompts, list(responses), table, scores, test)
+        order = np.argsort(mix(digest(texts), seed_key(seed)), kind="stable")[:candidates]
+        drawn[prompt] = {texts[pick]: replies[texts[pick]] for pick in order.tolist()}
+    order = np.argsort(mix(digest(list(drawn)), seed_key(seed)), kind="stable")
+    test = np.zeros(len(drawn), dtype=np.bool_)
+    test[order[: max(1, round(test_share * len(drawn)))]] = True
+    return CandidatePool.of(drawn, test)
 
 
 class SimulatedPairs(PopulationPairs):

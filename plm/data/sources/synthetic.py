@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
+from scipy.special import expit
 
 from plm.arrays import Float64Array, IntArray
 from plm.data.schema import PairTable, pair_table
@@ -26,8 +27,6 @@ REPLIES = 4
 class Truth:
     """What is planted, for recovery tests; rows match the table of the same source."""
 
-    attribute_names: tuple[str, ...]
-    """A names."""
     attributes: Float64Array
     """``(I, A)`` attributes of the items of the table."""
     basis: Float64Array
@@ -115,7 +114,7 @@ class SyntheticPairs(PairSource):
         draw = rng.random(len(margin))
         if self.world == "conflicting_groups":  # the second of two users mirrors the first, noise included
             draw = np.where(group[user] == 1, 1 - _mirror(draw, self.pairs_per_user), draw)
-        swap = draw > (_sigmoid(margin / self.noise) if self.noise > 0 else np.heaviside(margin, 0.5))
+        swap = draw > (expit(margin / self.noise) if self.noise > 0 else np.heaviside(margin, 0.5))
         table = pair_table(
             numbered("user", self.num_users),
             prompts,
@@ -126,11 +125,9 @@ class SyntheticPairs(PairSource):
             rejected=np.where(swap, left, right),
         )
         reply = table.items[:, 1]
-        best = _sigmoid(np.abs(margin) / self.noise).mean() if self.noise > 0 else 1.0
+        best = expit(np.abs(margin) / self.noise).mean() if self.noise > 0 else 1.0
         signed = np.where(swap, -margin, margin)
-        truth = Truth(
-            NAMES, levels[reply].astype(np.float64), basis, weights, scores[reply], signed, group, float(best)
-        )
+        truth = Truth(levels[reply].astype(np.float64), basis, weights, scores[reply], signed, group, float(best))
         return table, truth
 
     def _users(self, rng: np.random.Generator) -> tuple[Float64Array, IntArray]:
@@ -184,8 +181,3 @@ def _write(rng: np.random.Generator, num_prompts: int) -> tuple[list[str], list[
 def _mirror(draw: Float64Array, block: int) -> Float64Array:
     """For every second block the values of the block before it."""
     return np.repeat(draw.reshape(-1, 2, block)[:, :1], 2, axis=1).ravel()
-
-
-def _sigmoid(value: Float64Array) -> Float64Array:
-    out: Float64Array = 1 / (1 + np.exp(-np.clip(value, -500, 500)))
-    return out

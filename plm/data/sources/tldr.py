@@ -98,4 +98,4 @@ class TldrPairs(PairSource):
             drawn.append(pair)
         counts = {"no_post": len(pairs) - len(posts), "few_comparisons": len(usable_pairs) - len(kept)}
         counts["over_the_limit"] = len(kept) - len(drawn)
-        return make_pairs(drawn, self.name, {**dropped, **{why: count for why, count in counts.items() if count}})
+        return make_pairs(drawn, self.name, {**dropped, **counts})

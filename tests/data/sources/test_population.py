@@ -10,7 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from plm.data.sources.personalllm import NUM_RESPONSES, REWARD_MODELS, PersonalLlmPairs
-from plm.data.sources.population import best_and_worst, dirichlet_weights, smallest_preference, standardise
+from plm.data.sources.population import (
+    CandidatePool,
+    best_and_worst,
+    dirichlet_weights,
+    smallest_preference,
+    standardise,
+)
 from plm.data.sources.simulated import SimulatedPairs
 from plm.data.splits import split_pairs
 
@@ -22,6 +28,14 @@ def test_weights_have_the_known_largest_share_and_no_nan(concentration: float, l
     weights = dirichlet_weights(50_000, 10, concentration, seed=0)
     assert np.isfinite(weights).all() and weights.sum(axis=1) == pytest.approx(1.0)
     assert weights.max(axis=1).mean() == pytest.approx(largest, abs=0.003)
+
+
+def test_a_pool_is_laid_out_prompt_by_prompt_with_padding() -> None:
+    """Responses are numbered in the order in which they come, a repeated one once; a prompt may have none."""
+    pool = CandidatePool.of({"p": {"a": [1, 2], "b": [3, 4]}, "q": {}, "r": {"b": [5, 6]}}, np.zeros(3, dtype=bool))
+    assert (pool.prompts, pool.responses) == (["p", "q", "r"], ["a", "b"])
+    assert pool.candidates.tolist() == [[0, 1], [-1, -1], [1, -1]]
+    np.testing.assert_array_equal(pool.scores[:, :, 1], [[2, 4], [np.nan] * 2, [6, np.nan]])
 
 
 def test_best_and_worst_skips_padding_and_ties() -> None:
