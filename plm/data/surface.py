@@ -150,10 +150,10 @@ def clustered(values: Float64Array, cluster: IntArray) -> Share:
 
 def wilson(count: int, total: int) -> Share:
     """A share and its 95% score interval, which stays inside [0, 1]."""
-    share, square = count / total, _NORMAL**2
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = _NORMAL / (1 + square / total) * np.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    return Share(share, float(centre - half), float(centre + half))
+    from scipy.stats import binomtest  # slow to import
+
+    interval = binomtest(count, total).proportion_ci(0.95, "wilson")
+    return Share(count / total, float(interval.low), float(interval.high))
 
 
 def measure(texts: list[str], features: dict[str, Feature]) -> Float64Array:

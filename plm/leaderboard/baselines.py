@@ -8,7 +8,7 @@ Axes: N pairs, I items, F surface features, U users.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,19 +17,12 @@ from plm.arrays import Float64Array, IntArray
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, Splits
-from plm.data.surface import FORMAT, LENGTH
+from plm.data.surface import FORMAT, LENGTH, measure
 from plm.functional import PairList, fit_gaussian
 from plm.metrics import PreferenceMetric, UserTable
 
 RIDGES = (0.1, 1.0, 10.0, 100.0)
 """Candidate precisions of the normal prior of a probe; validation pairs pick."""
-
-
-def text_features(table: PairTable, features: Mapping[str, Callable[[str], float]]) -> Float64Array:
-    """Compute the features of every item's response, ``(I, F)``."""
-    values = np.array([[feature(text) for feature in features.values()] for text in table.responses], dtype=np.float64)
-    rows: Float64Array = values.reshape(len(table.responses), len(features))[table.items[:, 1]]
-    return rows
 
 
 def probe(features: Float64Array, table: PairTable, splits: Splits) -> Float64Array:
@@ -90,10 +83,11 @@ def evaluate_margins(margin: Float64Array, table: PairTable, splits: Splits) -> 
 def baselines(data: PreferenceDataModule) -> dict[str, Callable[[], Float64Array]]:
     """Name every baseline that these data allow -> what computes its margins ``(N,)``."""
     table, splits = data.table, data.splits
+    response = table.items[:, 1]
     margins: dict[str, Callable[[], Float64Array]] = {
         "majority": lambda: majority(table, splits),
-        "length": lambda: probe(text_features(table, LENGTH), table, splits),
-        "surface": lambda: probe(text_features(table, {**LENGTH, **FORMAT}), table, splits),
+        "length": lambda: probe(measure(table.responses, LENGTH)[response], table, splits),
+        "surface": lambda: probe(measure(table.responses, {**LENGTH, **FORMAT})[response], table, splits),
     }
     if (planted := data.source.planted_log_odds()) is not None:
         margins["oracle"] = lambda: planted  # no method can know more

@@ -7,7 +7,6 @@ finished; what a killed run left is thrown away, and a failed one leaves ``<cell
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -27,7 +26,6 @@ from typing import Any, TextIO
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-import plm
 from plm.atomic import replace, write_text
 from plm.leaderboard.facts import RunFacts
 from plm.recipe.fit import RecipeCLI, run_recipe
@@ -72,14 +70,6 @@ class Cell:
         """Why it failed the last time; empty if it did not."""
         path = self.failed / "error.txt"
         return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-
-
-def make_cell(root: Path, row: str, seed: int, args: Sequence[str], identity: str, split_hash: str) -> Cell:
-    """The cell of a row and a seed; ``identity`` is all else that decides the result, as text."""
-    text = "\n".join([plm.__version__, identity, split_hash, str(seed), *args])
-    name = f"{row}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    folder = root / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return Cell(row, seed, tuple(args), folder, split_hash)
 
 
 def clean(root: Path) -> None:

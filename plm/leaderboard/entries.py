@@ -22,7 +22,7 @@ import yaml
 import plm
 from plm.atomic import write_text
 from plm.data.datamodule import PreferenceDataModule
-from plm.leaderboard.cells import Cell, make_cell, output_to, run_cells
+from plm.leaderboard.cells import Cell, output_to, run_cells
 from plm.leaderboard.results import Kind
 from plm.messages import nearest
 from plm.method import PersonalizationMethod, constructor_arguments
@@ -56,8 +56,12 @@ class Entry:
     num_candidates: int = 1
 
     def cell(self, root: Path, seed: int, extra: Sequence[str] = ()) -> Cell:
-        """The cell of a seed."""
-        return make_cell(root, self.name, seed, [*self.args, *extra], self.identity, self.split_hash)
+        """The cell of a seed, whose folder is named by a hash of all that decides its result."""
+        args = (*self.args, *extra)
+        text = "\n".join([plm.__version__, self.identity, self.split_hash, str(seed), *args])
+        name = f"{self.name}-seed{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        folder = root / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        return Cell(self.name, seed, args, folder, self.split_hash)
 
 
 def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry], dict[str, str]]:

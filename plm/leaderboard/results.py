@@ -134,7 +134,7 @@ def average(runs: Sequence[Run]) -> Run:
     return Run(groups, curve, facts)
 
 
-def numbers_of(users: Users, num_resamples: int = 2000, seed: int = 0) -> dict[str, float]:
+def numbers_of(users: Users) -> dict[str, float]:
     """Compute all numbers of a group with their intervals over users."""
     values = users.values
     one_bin = np.array([[1.0, users.ece, 0.0]])  # its gap is the calibration error
@@ -151,7 +151,7 @@ def numbers_of(users: Users, num_resamples: int = 2000, seed: int = 0) -> dict[s
         bins=one_bin,
     )
     with np.errstate(invalid="ignore"):
-        numbers = summarize(table, num_resamples, seed)
+        numbers = summarize(table)
     for name in ("ties", "labelled_ties", "global_log_loss"):
         numbers.pop(name, None)
     return numbers

@@ -13,7 +13,8 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, Splits
-from plm.leaderboard.baselines import baselines, evaluate_margins, majority, probe, text_features
+from plm.data.surface import measure
+from plm.leaderboard.baselines import baselines, evaluate_margins, majority, probe
 
 TEXTS = ["a", "bb", "cccc", "dddddddd"]
 
@@ -54,7 +55,7 @@ def test_probe_learns_the_sign_of_length():
     pairs = table(rows)
     stage = np.where(np.arange(300) < 200, TRAIN, np.where(np.arange(300) < 250, VAL, TEST))
     splits = Splits(np.array([SEEN]), stage, "pair", 0, "")
-    features = text_features(pairs, {"log": lambda text: math.log(len(text))})
+    features = measure(pairs.responses, {"log": lambda text: math.log(len(text))})[pairs.items[:, 1]]
     assert features[item(pairs, "cccc")] == math.log(4)
     margins = probe(features, pairs, splits)
     prefers_short = np.array([chosen < rejected for _, chosen, rejected in rows])
