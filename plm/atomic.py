@@ -9,7 +9,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +43,7 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open(mode, **text) as file:
-            if path.exists():
+            with suppress(FileNotFoundError):  # there may be none, or no longer
                 os.chmod(temporary, path.stat().st_mode & 0o7777)
             yield file
         replace(temporary, path)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import uuid
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from plm.arrays import Float32Array, IntArray
-from plm.atomic import replace, write_text
+from plm.atomic import whole_file, write_text
 from plm.backbones import Backbone
 
 if TYPE_CHECKING:
@@ -178,16 +177,12 @@ class FeatureCache:
             )
 
     def _write(self, digests: Digests, features: Float32Array) -> None:
-        """Write a shard under a temporary name, then rename it; its name is the hash of its texts."""
+        """Write a shard in one step; its name is the hash of its texts."""
         codes = digests.view(np.uint8).reshape(-1, DIGEST_BYTES)
         shard = self.folder / f"{hashlib.blake2b(codes.tobytes(), digest_size=16).hexdigest()}.safetensors"
-        temporary = _temporary(shard)
-        try:
-            tensors: dict[str, NDArray[Any]] = {"digests": codes, "features": features}
-            save_file(tensors, temporary, metadata={"checksum": _checksum(codes, features)})
-            replace(temporary, shard)
-        finally:
-            temporary.unlink(missing_ok=True)
+        tensors: dict[str, NDArray[Any]] = {"digests": codes, "features": features}
+        with whole_file(shard) as file:
+            file.write(save(tensors, metadata={"checksum": _checksum(codes, features)}))
         self._shards[shard] = digests
 
 
@@ -221,11 +216,6 @@ def _flat(identity: object) -> dict[str, object]:
     entries = dict(identity) if isinstance(identity, dict) else {"manifest": identity}
     key = entries.pop("key", None)
     return {**entries, **key} if isinstance(key, dict) else {**entries, "key": key}
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other process has."""
-    return path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
 
 
 def _digests(texts: list[str]) -> Digests:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from plm.atomic import write_csv
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.types import PreferenceBatch
 
@@ -47,10 +46,5 @@ class SavePredictions(L.Callback):
         if is_fast_dev_run(trainer):
             return
         part = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = Path(run_dir(trainer)) / f"predictions{part}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(self._rows)
+        write_csv(run_dir(trainer) / f"predictions{part}.csv", COLUMNS, self._rows)
         self._rows = []

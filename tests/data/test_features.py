@@ -274,4 +274,4 @@ print(torch.equal(rows, truth), flush=True)
     backbone: Backbone = Fake()
     assert torch.equal(FeatureCache(backbone, tmp_path).features(PAIRS), TRUTH)
     assert backbone.encoded == []  # type: ignore[attr-defined]
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
