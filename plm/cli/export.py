@@ -1,16 +1,16 @@
-"""``plm export``: what a method has learned of one user as a model for other software."""
+"""``plm export``: what a method has learned of one user, or of all, as models for other software."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from plm.cli.options import OptionParser
+from plm.cli.options import SHARED, OptionParser
 
 _SCORES = "score with plm score, or plm generate --policy MODEL --best_of N"
 
 
 def run(args: list[str]) -> None:
-    """Write the model of a user into a folder.
+    """Write the model of a user, or the adapters of all users, into a folder.
 
     Raises:
         ValueError: If the folder holds something, the user is unknown or the method has nothing to export.
@@ -20,18 +20,31 @@ def run(args: list[str]) -> None:
         description="The model of one user as a folder that works without plm. PAL writes a Hugging Face\n"
         "sequence-classification model whose logit is the user's reward; its README.md says how to load it. LoRADPO\n"
         "writes the user's adapter as a PEFT folder for PeftModel.from_pretrained, PolicyPortfolio that of the member\n"
-        "that serves the user (but for decoding logits, which is no single adapter), SFT a Hugging Face model.",
+        "that serves the user (but for decoding logits, which is no single adapter), SFT a Hugging Face model. With\n"
+        "--all one folder of an adapter for every user; README.md says how vLLM and SGLang serve them.",
     )
     parser.add_shared("--ckpt_path", required=True)
-    parser.add_shared("--user", help="whose model; default: the population's")
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--user", **SHARED["--user"], help="whose model; default: the population's")
+    whose.add_argument("--all", action="store_true", help="the adapters of all users; the network is loaded once")
     parser.add_shared("--users")
     parser.add_shared("--output", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights of adapters (default float32)",
+    )
     options = parser.parse(args)
     folder = Path(options.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
 
+    import torch
+
     from plm.checkpoint import load_method
+    from plm.cli.writing import progress_bar
+    from plm.exporting import export_user, export_users
     from plm.method.abilities import Exporter, Writer
 
     method = load_method(options.ckpt_path, users=options.users)
@@ -40,11 +53,17 @@ def run(args: list[str]) -> None:
         raise ValueError(
             f"{type(method).__name__} has nothing to export: its class has no `export(folder, user)`; {instead}"
         )
+    dtype = getattr(torch, options.dtype)
+    if options.all:
+        with progress_bar("exporting", len(method.known_users.store)) as on_progress:
+            count = export_users(method, folder, dtype, on_progress)
+        print(f"{count} adapters written to {folder}")
+        return
     user, known = method.known_users.lookup([options.user])
     if options.user is not None and not known.all():
         raise ValueError(
             f"no user {options.user!r} beside {options.ckpt_path!r}; run plm adapt first, or leave --user out for the "
             "population"
         )
-    method.export(folder, user)
+    export_user(method, folder, user, dtype)
     print(f"written to {folder}")

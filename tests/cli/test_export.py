@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plm.backbones import CausalLM, HFBackbone, LoRA
 from plm.checkpoint import load_method
@@ -97,6 +99,88 @@ def test_export_writes_the_adapter_of_a_user_which_peft_loads(
             with torch.no_grad():
                 expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+IDS = ["anna", "a/b", "..", "x" * 300, "ü ü", *(f"u{row}" for row in range(15))]
+
+
+def test_all_users_are_exported_over_one_network(
+    causal_lm: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = str(causal_lm("gemma3_text"))
+    method = LoRADPO(
+        num_users=20, feature_dim=16, backbone=CausalLM(base).spec(), mode="per_user", rank=2, use_rslora=True
+    )
+    method.user_ids = IDS
+    method.configure_model()
+    torch.manual_seed(0)
+    method.adapters.data.add_(0.3 * torch.randn_like(method.adapters))
+    ids = torch.tensor([[5, 9, 30, 12]])
+    loads: list[str] = []
+    load = CausalLM.load
+    monkeypatch.setattr(CausalLM, "load", lambda self: loads.append(self.model) or load(self))
+    out = tmp_path / "out"
+    with saved(method) as path:
+        command = ["export", "--ckpt_path", str(path), "--all", "--output", str(out)]
+        assert main(command) == 0
+    assert "20 adapters written to" in capsys.readouterr().out
+    assert loads == [base], "the network is loaded once"
+    folders = json.loads((out / "users.json").read_text())
+    assert list(folders) == IDS and len(set(folders.values())) == 20
+    assert {entry.name for entry in out.iterdir() if entry.is_dir()} == set(folders.values())
+    lines = (out / "lora_modules.txt").read_text().split()
+    assert lines == [f"{name}={out / name}" for name in folders.values()]
+    network = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(network, out / folders[IDS[0]], adapter_name="0").eval()
+    for row, user in enumerate(IDS):
+        if row:
+            model.load_adapter(out / folders[user], str(row))
+        model.set_adapter(str(row))
+        writing = method.writing(method.user_states(torch.tensor([row])), [""])
+        found = writing.start(Tokens(ids, ids > 0, ids < 0))
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    card = (out / "README.md").read_text()
+    assert "--enable-lora --max-lora-rank 16" in card and f"base_model: {base}" in card and "lora of rank 2" in card
+    assert AutoTokenizer.from_pretrained(out)("hello")["input_ids"] == method.causal_lm.tokenizer("hello")["input_ids"]
+
+
+def test_an_adapter_comes_with_a_card_and_a_tokenizer_and_a_warning_of_its_rank(
+    causal_lm: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The sum of two adapters of rank 12 is one of rank 24, for which servers need room for 32."""
+    base = str(causal_lm("llama"))
+    method = LoRADPO(
+        num_users=1, feature_dim=16, backbone=CausalLM(base).spec(), mode="shared_and_user", rank=12, alpha=12.0
+    )
+    method.user_ids = ["anna"]
+    method.configure_model()
+    out = tmp_path / "anna"
+    command = ["export", "--user", "anna", "--output", str(out), "--dtype", "bfloat16"]
+    with saved(method) as path, pytest.warns(UserWarning, match=r"rank 24, .* only with --max-lora-rank 32 \(its def"):
+        assert main([*command, "--ckpt_path", str(path)]) == 0
+    stored = load_file(out / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16} and len(stored) == 8
+    assert "--max-lora-rank 32" in (tmp_path / "anna" / "README.md").read_text()
+    assert (tmp_path / "anna" / "tokenizer.json").is_file()
+
+
+def test_what_has_no_adapters_of_its_users_is_not_exported_for_all(
+    causal_lm: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = CausalLM(str(causal_lm("llama"))).spec()
+    shared = LoRADPO(num_users=1, feature_dim=16, backbone=spec, mode="shared", rank=2)
+    shared.configure_model()
+    shared.user_ids = ["anna"]
+    with saved(shared) as path:
+        assert main(["export", "--ckpt_path", str(path), "--all", "--output", str(tmp_path / "out")]) == 1
+    assert "LoRADPO has no adapters of its users here" in capsys.readouterr().err
+    assert main(["export", "--ckpt_path", "x", "--all", "--user", "anna", "--output", "y"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_gets_one_message(
