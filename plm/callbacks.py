@@ -230,7 +230,27 @@ class FewShotCurve(L.Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint of a fit, also of a resumed one, which writes into another folder."""
+    """Keeps the best checkpoint of a fit, also of a resumed one, which writes into another folder, and the last."""
+
+    _end = -1
+    """Step at which ``last.ckpt`` was written."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also write ``last.ckpt`` where the fit ends; a later fit goes on from here, within an epoch, too."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and trainer.should_stop:
+            self._save_end(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write ``last.ckpt`` of a fit that was stopped between epochs."""
+        super().on_train_end(trainer, pl_module)
+        if self._end != trainer.global_step:
+            self._save_end(trainer)
+
+    def _save_end(self, trainer: L.Trainer) -> None:
+        if not is_fast_dev_run(trainer):
+            self._end = trainer.global_step
+            trainer.save_checkpoint(Path(cast(str, self.dirpath)) / "last.ckpt", self.save_weights_only)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the best score of the run that is resumed; Lightning forgets it when the folder changes."""
@@ -247,8 +267,8 @@ class SaveUserStates(L.Callback):
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
             rank_zero_warn(
-                "neither a checkpoint nor user states are saved: checkpoints are off, or this fit ended before its "
-                "first validation; train longer, or lower trainer.check_val_every_n_epoch or trainer.val_check_interval"
+                "user states are not saved: checkpoints are off, or this fit was never validated; leave out "
+                "trainer.limit_val_batches: 0 and trainer.enable_checkpointing: false"
             )
             return
         if Path(path).is_dir():

@@ -291,7 +291,7 @@ def test_user_states_are_those_of_the_best_weights_and_the_model_keeps_its_own(t
 
 
 def test_without_a_checkpoint_user_states_warn(tmp_path: Path):
-    with pytest.warns(UserWarning, match="ended before its first validation"):
+    with pytest.warns(UserWarning, match="this fit was never validated"):
         trainer(tmp_path, SaveUserStates(), max_epochs=1).fit(TinyMethod(), Planted())
 
 

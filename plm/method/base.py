@@ -343,6 +343,15 @@ class PersonalizationMethod(L.LightningModule, ABC):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))
 
+    def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Let a fit end with a validation, wherever in or between epochs its epochs, steps or time run out."""
+        trainer = self.trainer
+        is_last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        is_last |= 0 <= trainer.max_steps <= trainer.global_step
+        if is_last or (trainer.should_stop and trainer.fit_loop._can_stop_early):
+            trainer.should_stop = True  # Lightning then validates at this batch, of an epoch that has its turn
+            trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch and 1
+
     def on_validation_epoch_start(self) -> None:
         """Refresh before the validation of a fit."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:

@@ -81,6 +81,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults({"checkpoint.monitor": MONITOR, "checkpoint.mode": "min", "checkpoint.filename": "best"})
+        parser.set_defaults({"checkpoint.save_on_train_epoch_end": False})  # an epoch may end before its last batch
         parser.set_defaults({"early_stopping.monitor": MONITOR})
         for target, source in LINKS.items():
             parser.link_arguments(source, f"model.init_args.{target}", apply_on="instantiate")
@@ -106,10 +107,6 @@ class RecipeCLI(LightningCLI):
             )
         config.defaults = None  # expanded by now: the saved recipe stands on its own
         _refuse_link_targets(parser, args, recipes)
-        every, limits = config.trainer.check_val_every_n_epoch, (config.trainer.max_epochs, config.trainer.max_steps)
-        shortest = min((limit for limit in limits if limit and limit > 0), default=None)
-        if every and shortest and shortest < every:  # else a short fit would end without a checkpoint; an epoch is
-            config.trainer.check_val_every_n_epoch = shortest  # one step unless data.batch_size is set
         if config.select:
             check_grid(config.select)
 

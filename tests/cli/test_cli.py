@@ -461,18 +461,16 @@ def test_a_fast_dev_run_leaves_nothing_behind(folder: Path, capsys: pytest.Captu
 
 
 def test_a_fit_that_few_steps_end_is_validated_and_saved(folder: Path) -> None:
-    steps = ["--trainer.max_epochs", "300", "--trainer.max_steps", "3"]
-    checkpoint = fit(*steps) / "checkpoints" / "best.ckpt"
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3
-    assert len(UserStore(store_path(checkpoint))) == 16
-    with pytest.warns(
-        UserWarning, match=r"ended before its first validation; .*trainer\.check_val_every_n_epoch"
-    ) as warned:
-        many = fit(
-            *steps, "--data.batch_size", "20"
-        )  # ends in the first epoch: no validation to choose a checkpoint by
-    assert not (many / "checkpoints").exists() and (many / "metrics.json").is_file()
-    assert len(warned) == 1
+    for options in (["--trainer.max_steps", "3"], ["--data.batch_size", "20", "--trainer.max_steps", "2"]):
+        every = ["--trainer.check_val_every_n_epoch", "25"]  # there are one and many steps in an epoch
+        run = fit("--trainer.max_epochs", "300", *every, *options)
+        for name in ("best.ckpt", "last.ckpt"):
+            saved = torch.load(run / "checkpoints" / name, weights_only=True)
+            assert saved["global_step"] == int(options[-1])
+        assert len(UserStore(store_path(run / "checkpoints" / "best.ckpt"))) == 16
+        assert (run / "metrics.json").is_file()
+        test = ["test", "--config", "recipe.yaml", "--data.cache_dir", "cache", "--ckpt_path"]
+        assert main([*test, str(run / "checkpoints" / "last.ckpt")]) == 0
 
 
 # ---------------------------------------------------------------------- configuration

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from plm.backbones import FreshCausalLM, HashingBackbone
-from plm.callbacks import BestCheckpoint
+from plm.callbacks import BestCheckpoint, PreferenceMetrics
 from plm.cli import main
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
@@ -107,6 +108,7 @@ def fit(
     *callbacks: L.Callback,
     ckpt_path: Path | None = None,
     accumulate: int = 1,
+    **limits: Any,
 ) -> tuple[PersonalizationMethod, list[tuple[Any, ...]], dict[str, Any]]:
     """The method, its diary, and the optimizer's state of a fit of two epochs."""
     torch.manual_seed(0)
@@ -128,6 +130,7 @@ def fit(
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         accumulate_grad_batches=accumulate,
+        **limits,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -250,6 +253,31 @@ def test_on_features_a_fit_stopped_within_an_epoch_goes_on_as_well(
     assert_equal(its_optimizer, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("done", "limit"),
+    [(3, {"max_steps": 3}), (1, {"max_time": timedelta(microseconds=1)})],
+    ids=["steps", "time"],
+)
+def test_a_fit_goes_on_where_its_budget_ended(folder: Path, tmp_path: Path, done: int, limit: dict[str, Any]) -> None:
+    def make(data: PreferenceDataModule) -> SFT:
+        options = {"lr": 1e-2, "warmup": 0.0, "schedule": "constant"}
+        return SFT(num_users=data.num_users, feature_dim=data.feature_dim, backbone=data.backbone_spec, **options)
+
+    def best(name: str) -> list[L.Callback]:
+        where = {"dirpath": tmp_path / name, "filename": "best", "monitor": "val/seen/log_loss"}
+        return [PreferenceMetrics(10), BestCheckpoint(**where, save_on_train_epoch_end=False)]
+
+    method, steps, _ = fit(make, data_in(folder, None), tmp_path / "whole", *best("whole"))
+    _, first, _ = fit(make, data_in(folder, None), tmp_path / "first", *best("first"), **limit)
+    assert first == steps[:done]
+    for name in ("best.ckpt", "last.ckpt"):
+        again, rest, _ = fit(
+            make, data_in(folder, None), tmp_path / "rest", *best("rest"), ckpt_path=tmp_path / "first" / name
+        )
+        assert first + rest == steps, name
+        assert_equal(dict(again.state_dict()), dict(method.state_dict()))
+
+
 def test_what_was_best_before_is_remembered_in_another_folder(tmp_path: Path) -> None:
     before = BestCheckpoint(dirpath=tmp_path / "one", monitor="loss", filename="best")
     before.best_model_score = before.kth_value = torch.tensor(0.5)
@@ -320,3 +348,17 @@ def test_a_killed_command_is_resumed_by_ckpt_path(
     assert saved[0]["global_step"] == saved[1]["global_step"] == 21  # the last of every third
     for key in ("state_dict", "optimizer_states", "plm"):
         assert_equal(*(one[key][0] if isinstance(one[key], list) else one[key] for one in saved))
+
+
+def test_a_command_that_ends_within_an_epoch_is_validated_and_tested(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(folder, "budget.yaml")
+    assert main(["fit", "--config", recipe, "--trainer.max_steps", "2", "--trainer.callbacks", "[]"]) == 0
+    run = tmp_path / "runs/plm/version_0"
+    assert json.loads((run / "metrics.json").read_text())["seen"]["accuracy"] >= 0
+    Path("texts.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
+    for path in (str(run / "checkpoints" / name) for name in ("best.ckpt", "last.ckpt")):
+        assert torch.load(path, weights_only=True)["global_step"] == 2
+        assert main(["score", "--ckpt_path", path, "--responses", "texts.jsonl", "--output", f"{path}.csv"]) == 0
