@@ -59,7 +59,7 @@ class CausalLM(HFBackbone):
         max_prompt_length: Most tokens of a prompt; default: as many as leave room for one token of a response.
         append_eos: Whether a response is closed by the end token; not for responses cut out of a longer text. A chat
             template closes replies itself.
-        dtype: Precision of the frozen weights; trained weights stay in float32 under a mixed-precision trainer.
+        dtype: Precision of a network whose weights are frozen; one that is trained is kept in float32.
         quantization: ``4bit`` loads the frozen weights with bitsandbytes (NF4), on a GPU.
         attention: Attention kernel; ``auto`` is what transformers picks.
         chat_template_kwargs: What the chat template is told besides the messages, such as ``enable_thinking: false``.

@@ -75,6 +75,8 @@ class NetworkMethod(PersonalizationMethod):
         before = {name for name, _ in self.named_parameters()}
         self.policy = Policy(lm, self.gradient_checkpointing)
         self.build(self.policy)
+        if any(value.requires_grad for value in self.policy.parameters()):
+            self.policy.float()  # a step is smaller than what half precision tells apart
         named = self.named_parameters(remove_duplicate=False)  # tied weights have two names
         self._frozen = frozenset(name for name, value in named if not value.requires_grad and name not in before)
         self._frozen |= {name for name, _ in self.policy.named_buffers(prefix="policy")}

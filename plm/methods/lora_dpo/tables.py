@@ -149,8 +149,19 @@ class AdaptedPolicy(PolicyMethod, Exporter):
 
     # ------------------------------------------------------------------ training
     def setup(self, stage: str) -> None:
-        """Check that no step is spread over batches, which hold different users."""
+        """Check that no step is spread over batches, which hold different users, and how the reference was read.
+
+        Raises:
+            ValueError: If one is, or if policy and reference would be in different precision.
+        """
         super().setup(stage)
+        dtype = self._spec.get("init_args", {}).get("dtype", "float32")
+        if self.adapter == "full" and dtype != "float32" and getattr(self.trainer.datamodule, "reference_logps", False):
+            raise ValueError(
+                f"data.reference_logps: expected false with model.adapter 'full' and data.backbone.init_args.dtype "
+                f"{dtype!r}, got true: they are cached in that precision, and trained weights are kept in float32, so "
+                "that policy and reference would differ before the first step; leave it out"
+            )
         if self.personal and stage == "fit" and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
                 f"trainer.accumulate_grad_batches: expected 1 with model.mode {self.mode!r}, whose users take steps of "
