@@ -28,6 +28,7 @@ from plm.methods.lora_dpo.adapting import Support, fit_weights, train_rows, user
 from plm.methods.lora_dpo.losses import labelled_losses
 from plm.methods.lora_dpo.metrics import reward_metrics, token_metrics
 from plm.methods.lora_dpo.options import Divergence, LossOptions, LossType
+from plm.methods.lora_dpo.pairs import PairLogps
 from plm.methods.lora_dpo.reading import PairReader
 from plm.methods.lora_dpo.tables import AdaptedPolicy
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -172,26 +173,29 @@ class LoRADPO(AdaptedPolicy):
     def _train(self, context: Context, users: Tensor) -> Tensor:
         support = Support.of(context, users)
         if len(support.user):
-            reference = self._reader.reference_totals(support.chosen, support.rejected)
-            chosen, rejected = support.chosen, support.rejected
+            parts = [
+                self._reader.reference_totals(part.chosen, part.rejected) for part in support.chunks(self.batch_tokens)
+            ]
+            chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
             support = support._replace(
-                chosen=chosen._replace(ref_logps=reference[0]), rejected=rejected._replace(ref_logps=reference[1])
+                chosen=support.chosen._replace(ref_logps=chosen), rejected=support.rejected._replace(ref_logps=rejected)
             )
         return train_rows(
             self.fresh,
             support,
             len(users),
-            self._losses,
+            self._read,
+            lambda pairs, tie: labelled_losses(pairs, tie, self.options),
+            max_tokens=self.batch_tokens,
             num_steps=self.adapt_steps,
             lr=self.adapt_lr,
             weight_decay=self.weight_decay,
         )
 
-    def _losses(self, adapters: Owned, support: Support) -> Tensor:
-        """Losses ``(B,)`` of the pairs of unseen users, read with their adapters."""
+    def _read(self, adapters: Owned, support: Support) -> PairLogps:
+        """Pairs of unseen users, read with their adapters."""
         owned = self.owned(adapters.table, support.user)
-        pairs, _ = self._reader.pairs(owned, support.chosen, support.rejected, support.user, with_facts=False)
-        return labelled_losses(pairs, support.tie, self.options)
+        return self._reader.pairs(owned, support.chosen, support.rejected, support.user, with_facts=False)[0]
 
     # ------------------------------------------------------------------ rewards
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from plm.distributed import summed
 from plm.functional import PairList, fit_simplex, targets
 from plm.methods.lora_dpo.adapters import Owned
+from plm.methods.lora_dpo.pairs import PairLogps
 from plm.optimizer import RowAdam
 from plm.types import Context, Tokens
 
@@ -39,6 +40,22 @@ class Support(NamedTuple):
         tie = mask.new_zeros(len(user)) if context.tie is None else context.tie[users][mask]
         return cls(chosen, rejected, tie, context.weight[users][mask], user)
 
+    def take(self, pairs: slice) -> Support:
+        """Some of the pairs, without padding that only others need."""
+        chosen, rejected = (side.map(lambda value: value[pairs]).trimmed() for side in (self.chosen, self.rejected))
+        return Support(chosen, rejected, self.tie[pairs], self.weight[pairs], self.user[pairs])
+
+    def chunks(self, max_tokens: int) -> list[Support]:
+        """Consecutive pairs whose padded texts have at most ``max_tokens`` tokens together; at least one pair each."""
+        lengths = [side.attention_mask.sum(-1) for side in (self.chosen, self.rejected)]
+        chunks, start, longest = [], 0, 0
+        for pair, length in enumerate(torch.maximum(*lengths).tolist()):
+            longest = max(longest, length)
+            if pair > start and 2 * longest * (pair + 1 - start) > max_tokens:
+                chunks.append(self.take(slice(start, pair)))
+                start, longest = pair, length
+        return [*chunks, self.take(slice(start, len(self.user)))]
+
     def shares(self, num_users: int) -> Tensor:
         """Weights ``(B,)`` that sum to one for each user with any."""
         return user_shares(self.weight, self.user, num_users)
@@ -59,8 +76,10 @@ def train_rows(
     fresh: Tensor,
     support: Support,
     num_users: int,
-    losses: Callable[[Owned, Support], Tensor],
+    read: Callable[[Owned, Support], PairLogps],
+    losses: Callable[[PairLogps, Tensor], Tensor],
     *,
+    max_tokens: int,
     num_steps: int,
     lr: float,
     weight_decay: float,
@@ -71,7 +90,9 @@ def train_rows(
         fresh: ``(P,)`` the adapter that all users start from.
         support: Pairs of U users.
         num_users: U.
-        losses: Gives the losses ``(B,)`` of the pairs, read with such adapters.
+        read: Log-probabilities of pairs, read with such adapters.
+        losses: Losses ``(B,)`` of all pairs from their log-probabilities and which of them are ties.
+        max_tokens: Most tokens that are read at once.
         num_steps: Steps.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
@@ -80,12 +101,44 @@ def train_rows(
     if not len(support.user):
         return table.detach()
     optimizer = RowAdam([{"params": [table], "weight_decay": weight_decay}], lr=lr)
-    share = support.shares(num_users)
+    share, chunks = support.shares(num_users), support.chunks(max_tokens)
     for _ in range(num_steps):
-        loss = (share * losses(Owned(table, support.user), support)).sum()
-        (table.grad,) = torch.autograd.grad(loss, table)
+
+        def loss(pairs: PairLogps) -> Tensor:
+            return (share * losses(pairs, support.tie)).sum()
+
+        if len(chunks) == 1:
+            (table.grad,) = torch.autograd.grad(loss(read(Owned(table, support.user), support)), table)
+        else:
+            table.grad = _gradient_in_chunks(table, chunks, read, loss)
         optimizer.step()
     return table.detach()
+
+
+def _gradient_in_chunks(
+    table: Tensor,
+    chunks: list[Support],
+    read: Callable[[Owned, Support], PairLogps],
+    loss: Callable[[PairLogps], Tensor],
+) -> Tensor:
+    """Gradient of a loss of all pairs for ``table``, by the chain rule at their log-probabilities.
+
+    Each chunk is read twice: without gradient, for the slope of the loss in every log-probability, and with. So the
+    loss may compare pairs of different chunks, as those of a user that are sorted or averaged over.
+    """
+    with torch.no_grad():
+        values = PairLogps.cat([read(Owned(table, chunk.user), chunk) for chunk in chunks])
+    values = values._replace(**{key: value.requires_grad_() for key, value in values.of_policy().items()})
+    inputs = values.of_policy()
+    slopes = dict(
+        zip(inputs, torch.autograd.grad(loss(values), [*inputs.values()], materialize_grads=True), strict=True)
+    )
+    gradient, start = torch.zeros_like(table).to_sparse(1), 0
+    for chunk in chunks:
+        pairs = slice(start, start := start + len(chunk.user))
+        outputs = read(Owned(table, chunk.user), chunk).of_policy()
+        gradient += torch.autograd.grad([*outputs.values()], table, [slopes[key][pairs] for key in outputs])[0]
+    return gradient
 
 
 def fit_weights(

@@ -5,7 +5,8 @@ Axes: B pairs; n tokens of B responses, as `plm.functional.SequenceLogps` lists 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,17 @@ class PairLogps(NamedTuple):
     """``()`` or ``(B,)`` delta of bco_pair, the caller's running mean of both rewards; None = 0, as in TRL."""
     wpo_weight: Tensor | None = None
     """``(B,)`` WPO weight of each pair, see `wpo_weights`; None = unweighted."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[PairLogps]) -> PairLogps:
+        """The pairs of several, in order; each has or lacks the same as the others."""
+        values: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+        return cls(*values)
+
+    def of_policy(self) -> dict[str, Tensor]:
+        """What depends on the policy and is differentiated, by name."""
+        values = {name: getattr(self, name) for name in ("chosen", "rejected", "chosen_nll", "rejected_nll")}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def chosen_ratio(self) -> Tensor:

@@ -156,7 +156,8 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         """
         super().setup(stage)
         dtype = self._spec.get("init_args", {}).get("dtype", "float32")
-        if self.adapter == "full" and dtype != "float32" and getattr(self.trainer.datamodule, "reference_logps", False):
+        is_cached = getattr(getattr(self.trainer, "datamodule", None), "reference_logps", False)
+        if self.adapter == "full" and dtype != "float32" and is_cached:
             raise ValueError(
                 f"data.reference_logps: expected false with model.adapter 'full' and data.backbone.init_args.dtype "
                 f"{dtype!r}, got true: they are cached in that precision, and trained weights are kept in float32, so "
