@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plm.backbones import Completion, Policy, TextWriter, Warpers, completion_tokens
-from plm.functional import sequence_logps
+from plm.functional import response_logps
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable, Writer
 from plm.types import Tokens, UserState, take_rows
@@ -261,7 +261,7 @@ def sample_logps(
         places = [place for place, _ in batch]
         tokens = completion_tokens([rows[place] for place in places]).to(policy.device)
         hidden, token, row = policy.completions(tokens)
-        out[places] = sequence_logps(policy.logits(hidden), token, row, len(places)).total.float().cpu()
+        out[places] = response_logps(policy.token_logps(hidden, token)[0], row, len(places)).total.cpu()
     return out
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 CPU_BLOCK, GPU_BLOCK = 2**21, 2**26
 """Vocabulary scores that are in memory at once: 8 and 256 MiB of float32."""
@@ -71,8 +72,9 @@ def token_logps(
 ) -> tuple[Tensor, TokenFacts | None]:
     """Log-probabilities ``(n,)`` of the tokens that followed, in nats and float32 at least, and facts if asked for.
 
-    With a frozen output embedding W the gradient of a log-probability is ``W[token] - p W``, which is made on the way
-    forward: the scores ``(n, V)`` are neither kept for the backward pass nor computed again in it.
+    Scores ``(n, V)`` are in memory by blocks of tokens, and none is kept for the backward pass. With a frozen output
+    embedding W the gradient of a log-probability is ``W[token] - p W``, which is made on the way forward; a trained one
+    computes the scores of a block again.
 
     Args:
         head: The output embedding.
@@ -81,13 +83,33 @@ def token_logps(
         with_facts: Whether facts are wanted, too.
     """
     if not isinstance(head, nn.Linear) or head.weight.requires_grad or head._forward_hooks:
-        logits = _wide(head(hidden))  # trained, adapted or of another kind: autograd knows
-        logps = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-        return logps, token_facts(logits.detach(), token) if with_facts else None
+        return _in_blocks(head, hidden, token, with_facts)
     wanted = hidden.requires_grad and torch.is_grad_enabled()
     logps, *facts = _TokenLogps.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, token, wanted, with_facts
     )
+    return logps, TokenFacts(*facts) if with_facts else None
+
+
+def _block_size(device: torch.device, vocab_size: int) -> int:
+    """Tokens whose scores are in memory at once."""
+    return max(1, (CPU_BLOCK if device.type == "cpu" else GPU_BLOCK) // vocab_size)
+
+
+def _in_blocks(head: Any, hidden: Tensor, token: Tensor, with_facts: bool) -> tuple[Tensor, TokenFacts | None]:
+    """What `token_logps` gives, by autograd, which runs the head again in the backward pass."""
+
+    def block(hidden: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+        logits = _wide(head(hidden))
+        logps = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        return logps, *(token_facts(logits.detach(), token) if with_facts else ())
+
+    size = _block_size(hidden.device, head.weight.shape[0])
+    parts = [
+        checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(torch.split(hidden, size), torch.split(token, size), strict=True)
+    ]
+    logps, *facts = (torch.cat(column) for column in zip(*parts, strict=True))
     return logps, TokenFacts(*facts) if with_facts else None
 
 
@@ -106,7 +128,7 @@ class _TokenLogps(torch.autograd.Function):
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             weight = weight.to(torch.get_autocast_dtype(kind))  # once, not for every block
-        size = max(1, (CPU_BLOCK if kind == "cpu" else GPU_BLOCK) // len(weight))
+        size = _block_size(hidden.device, len(weight))
         parts: list[tuple[Tensor, ...]] = []
         slopes: list[Tensor] = []
         for start in range(0, max(len(token), 1), size):

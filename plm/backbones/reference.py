@@ -93,8 +93,7 @@ class ReferenceLogps(Backbone):
     def _logps(policy: Policy, rows: Sequence[Completion]) -> Tensor:
         tokens = completion_tokens(rows).to(next(policy.parameters()).device)
         hidden, token, row = policy.completions(tokens)
-        logits = policy.logits(hidden).float()
-        logps = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+        logps, _ = policy.token_logps(hidden, token)
         return logps.new_zeros(len(rows)).index_add(0, row, logps).cpu()
 
     def release(self) -> None:
