@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from plm.backbones import Backbone, CausalLM, Policy
@@ -167,18 +167,9 @@ class NetworkMethod(PersonalizationMethod):
         return any(isinstance(getattr(self, name), torch.nn.Parameter) for name in self.user_tables)
 
     def on_fit_start(self) -> None:
-        """Take the method out of DDP where gradients may be sparse; `on_before_optimizer_step` averages them.
-
-        Raises:
-            ValueError: Where they may be, under DeepSpeed.
-        """
+        """Take the method out of DDP where gradients may be sparse; `on_before_optimizer_step` averages them."""
         super().on_fit_start()
         strategy = self.trainer.strategy
-        if self._trains_tables and isinstance(strategy, DeepSpeedStrategy):
-            raise ValueError(
-                f"trainer.strategy: DeepSpeed cannot train tables of users ({', '.join(self.user_tables)}), whose "
-                "gradients are sparse; take ddp or {trainer: fsdp2}"
-            )
         if self._trains_tables and isinstance(strategy.model, torch.nn.parallel.DistributedDataParallel):
             strategy.model = self
 
@@ -188,9 +179,15 @@ class NetworkMethod(PersonalizationMethod):
         return dict(zip(scalars, means, strict=True))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average the gradients that nobody else does: what is not sharded by a sharding strategy, or is sparse."""
+        """Average the gradients that nobody else does: what is not sharded by a sharding strategy, or is sparse.
+
+        Optimizers that take many parameters in one call, as on a GPU, do not take sharded and whole ones together.
+        """
         if self.device_mesh is not None or self._trains_tables:
             average_gradients(self.parameters())
+        if self.device_mesh is not None:
+            for group in optimizer.param_groups:
+                group["foreach"] = False
         super().on_before_optimizer_step(optimizer)
 
     def configure_gradient_clipping(
