@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -242,7 +243,16 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
     # ------------------------------------------------------------------ Lightning
     def setup(self, stage: str) -> None:
-        """Take user ids and the reference head from the datamodule and check that its view fits."""
+        """Take user ids and the reference head from the datamodule and check that its view and the strategy fit.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "trainer.strategy: expected ddp or {trainer: fsdp2}, got DeepSpeed, whose checkpoints are folders that "
+                "no other command could read"
+            )
         if self.device_mesh is not None and type(self).configure_model is L.LightningModule.configure_model:
             raise ValueError(
                 f"trainer.strategy: {type(self).__name__} trains no language model that could be shared out; take ddp"

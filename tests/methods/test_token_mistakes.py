@@ -152,11 +152,3 @@ def test_quantized_weights_without_what_they_need(recipe: Callable[..., str], er
     message = error(recipe(backbone={"quantization": "4bit"}))
     missing = "bitsandbytes" if find_spec("bitsandbytes") is None else "CUDA device"
     assert f"quantization='4bit' needs a CUDA device and bitsandbytes, got no {missing}" in message
-
-
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="it is installed")
-def test_deepspeed_that_is_not_installed(recipe: Callable[..., str], error: Callable[[str], str]) -> None:
-    content = yaml.safe_load(Path(recipe()).read_text())
-    content["defaults"].insert(1, {"trainer": "deepspeed"})
-    Path("recipe.yaml").write_text(yaml.safe_dump(content))
-    assert "you must have DeepSpeed installed" in error("recipe.yaml")
