@@ -85,7 +85,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.generation": of_plm("method", "functional", "backbones"),
     "plm.checkpoint": of_plm("method", "backbones", "users", "data.values"),
     "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
-    "plm.rewardbench": of_plm("method", "checkpoint", "data.sources.corpus", "data.values"),
+    "plm.rewardbench": of_plm("data.sources.corpus", "data.values"),
     "plm.evaluation": of_plm("metrics", "users"),
     "plm.callbacks": of_plm("metrics", "evaluation", "users"),
     "plm.audit": of_plm("data", "evaluation"),
