@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -414,12 +414,8 @@ def _take(values: list[bool], codes: IntArray) -> BoolArray:
     return np.array([*values, False], dtype=np.bool_)[codes]
 
 
-def _lines(files: list[str], problems: Sequence[tuple[int, int, str]]) -> Iterator[str]:
-    for file, line, text in problems[:NUM_SHOWN]:
-        yield f"  {position(files[file], line)}: {text}"
-    if len(problems) > NUM_SHOWN:
-        yield f"  ... and {len(problems) - NUM_SHOWN} more"
-
-
 def _report(files: list[str], problems: Sequence[tuple[int, int, str]]) -> str:
-    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *_lines(files, problems)])
+    """One line for each of the first problems (file, line, text), and how many more there are."""
+    lines = [f"  {position(files[file], line)}: {text}" for file, line, text in problems[:NUM_SHOWN]]
+    more = [f"  ... and {len(problems) - NUM_SHOWN} more"] if len(problems) > NUM_SHOWN else []
+    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *lines, *more])
