@@ -20,7 +20,7 @@ MODULES = {
 }
 MAX_LINES = 450
 
-DATA_LEAVES = {"plm.data.schema", "plm.data.files", "plm.data.values", "plm.data.keys"}
+DATA_LEAVES = {"plm.data.schema", "plm.data.files", "plm.data.checker", "plm.data.values", "plm.data.keys"}
 EVERYBODY = {"plm.arrays", "plm.atomic", "plm.messages", "plm.types"}
 """What every room needs and nobody owns."""
 METHOD_NEEDS = {"backbones", "distributed", "functional", "method", "optimizer"}
@@ -31,7 +31,6 @@ EVERYTHING_BUT_CLI = {
     "callbacks",
     "checkpoint",
     "data",
-    "erasure",
     "evaluation",
     "exporting",
     "generation",
@@ -85,9 +84,8 @@ ARROWS: dict[str, set[str]] = {
     "plm.sampling": of_plm("backbones", "generation", "recipe"),
     "plm.generation": of_plm("method", "functional", "backbones"),
     "plm.checkpoint": of_plm("method", "backbones", "users", "data.values"),
-    "plm.erasure": of_plm("checkpoint", "method", "users"),
     "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
-    "plm.rewardbench": of_plm("data.sources.corpus", "data.values"),
+    "plm.rewardbench": of_plm("method", "checkpoint", "data.sources.corpus", "data.values"),
     "plm.evaluation": of_plm("metrics", "users"),
     "plm.callbacks": of_plm("metrics", "evaluation", "users"),
     "plm.audit": of_plm("data", "evaluation"),

@@ -1,4 +1,4 @@
-"""Files to rows, and pairs files to factorised columns: JSONL, CSV (both also .gz) and Parquet, unvalidated.
+"""Files to rows, and pairs files to factorised columns: JSONL, JSON, CSV (all also .gz) and Parquet, unvalidated.
 
 Axes: N rows of a file.
 """
@@ -9,8 +9,11 @@ import csv
 import gzip
 import io
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,8 +37,11 @@ OPTIONAL = (
     "timestamp",
     "row_split",
     "user_split",
+    "winner",
 )
-FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 characters that are usual
+_WINNERS = ("winner", "preferred", "preference", "better", "choice", "label")
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
 class Column(NamedTuple):
@@ -52,7 +58,7 @@ class Records(NamedTuple):
     """All columns."""
     rows: list[dict[str, Any]]
     lines: list[int]
-    """Line of every row; Parquet: its number from 0."""
+    """Line of every row; Parquet and JSON: its number from 0."""
     problems: list[tuple[int, str]]
     """Lines that could not be parsed."""
 
@@ -82,7 +88,7 @@ def column_names(columns: dict[str, str | None]) -> dict[str, str]:
 
 def position(file: str | Path, line: int) -> str:
     """Where a row stands, for messages."""
-    return f"{file}:row {line}" if str(file).endswith(".parquet") else f"{file}:{line}"
+    return f"{file}:row {line}" if str(file).endswith((".parquet", ".json", ".json.gz")) else f"{file}:{line}"
 
 
 def _require(path: Path, names: dict[str, str], present: Sequence[str]) -> None:
@@ -97,6 +103,20 @@ def _require(path: Path, names: dict[str, str], present: Sequence[str]) -> None:
     raise ValueError(f"{path}: expected columns {', '.join(REQUIRED)}, got {', '.join(present)}: " + " ".join(parts))
 
 
+def _refuse_unread_winner(path: Path, names: dict[str, str], present: Sequence[str]) -> None:
+    """Refuse two responses under other names whose winner stands in a column that would not be read.
+
+    Read without it, every pair would say that the first response was preferred.
+    """
+    renamed = names["chosen"] != "chosen" or names["rejected"] != "rejected"
+    column = next((name for name in present if name.lower() in _WINNERS), None)
+    if renamed and column is not None and "winner" in names and names["winner"] not in present:
+        raise ValueError(
+            f"{path}: the column {column!r} seems to say which response was preferred, and nothing reads it; set "
+            f"columns: {{winner: {column}}}, or {{winner: null}} if it says something else"
+        )
+
+
 def read_records(path: Path) -> Records:
     """Read all rows and columns of one file.
 
@@ -107,13 +127,32 @@ def read_records(path: Path) -> Records:
         ValueError: If the format is unknown or the file is not of that format.
     """
     if _format(path) == "parquet":
-        try:
+        with _parquet_errors(path):
             table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
-        return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-        return _read_jsonl(stream) if _format(path) == "jsonl" else _read_csv(path, stream)
+            _once(path, table.column_names)
+            return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+            readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}
+            return readers[_format(path)](path, stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: expected a whole gzip file, got a damaged one ({error}); write it again") from error
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    """Report what Arrow cannot read or Python cannot hold as an error of the file."""
+    try:
+        yield
+    except (pa.ArrowException, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
+
+
+def _once(path: Path, names: Sequence[str]) -> None:
+    """Refuse a file in which two columns have one name."""
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise ValueError(f"{path}: expected each column once, got {', '.join(map(repr, twice))} again; rename one")
 
 
 def read_columns(path: Path, names: dict[str, str]) -> RawPairs:
@@ -132,10 +171,11 @@ def read_columns(path: Path, names: dict[str, str]) -> RawPairs:
     if _format(path) == "parquet":
         return _read_parquet(path, names)
     records = read_records(path)
-    if _format(path) == "jsonl" and "responses" in records.names:
+    if _format(path) != "csv" and "responses" in records.names:
         records = _graded_pairs(records, names)
     if records.names:
         _require(path, names, records.names)
+        _refuse_unread_winner(path, names, records.names)
     found = {name: file_name for name, file_name in names.items() if file_name in records.names}
     columns = {name: factorise(row.get(file_name) for row in records.rows) for name, file_name in found.items()}
     if _format(path) == "csv":
@@ -160,7 +200,8 @@ def _graded_pairs(records: Records, names: dict[str, str]) -> Records:
     problems = list(records.problems)
     for line, row in zip(records.lines, records.rows, strict=True):
         row_pairs = [row]
-        if row.get("responses") is not None:
+        is_pair = any(row.get(names[name]) is not None for name in ("chosen", "rejected"))
+        if row.get("ratings") is not None or (row.get("responses") is not None and not is_pair):
             problem = _rating_problem(row, names)
             if problem:
                 problems.append((line, problem))
@@ -176,7 +217,7 @@ def _graded_pairs(records: Records, names: dict[str, str]) -> Records:
                     "chosen_score": better[0],
                     "rejected_score": worse[0],
                     "tie": better[0] == worse[0],
-                    "weight": weight * share if isinstance(weight, int | float) else weight,
+                    "weight": weight * share if is_number(weight) else weight,
                 }
                 row_pairs.append(row | {names[name]: value for name, value in pair.items() if name in names})
         rows += row_pairs
@@ -187,15 +228,15 @@ def _graded_pairs(records: Records, names: dict[str, str]) -> Records:
 
 def _rating_problem(row: dict[str, Any], names: dict[str, str]) -> str | None:
     """What is wrong with the responses and ratings of a row."""
-    responses, ratings = row["responses"], row.get("ratings")
+    responses, ratings = row.get("responses"), row.get("ratings")
     if any(row.get(names[name]) is not None for name in ("chosen", "rejected")):
-        return "responses: expected either responses with ratings, or chosen and rejected, got both"
+        return "ratings: expected either responses with ratings, or chosen and rejected, got both"
     if not isinstance(responses, list) or len(responses) < 2:
         return f"responses: expected a list of at least two, got {short(responses)}"
     if not isinstance(ratings, list) or len(ratings) != len(responses):
         return f"ratings: expected a number for each of {len(responses)} responses, got {short(ratings)}"
     for rating in ratings:
-        if not is_number(rating) or not math.isfinite(rating):
+        if not is_number(rating):
             return f"ratings: expected finite numbers, got {short(rating)}"
     repeated = [text for place, text in enumerate(responses) if text in responses[:place]]
     if repeated:
@@ -210,14 +251,14 @@ def _format(path: Path) -> str:
 
 
 def _read_parquet(path: Path, names: dict[str, str]) -> RawPairs:
-    try:
+    with _parquet_errors(path):
         present = pq.read_schema(path).names
+        _once(path, present)
         _require(path, names, present)
+        _refuse_unread_winner(path, names, present)
         found = {name: file_name for name, file_name in names.items() if file_name in present}
         table = pq.read_table(path, columns=list(dict.fromkeys(found.values())))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
-    columns = {name: _factorise_arrow(table.column(file_name)) for name, file_name in found.items()}
+        columns = {name: _factorise_arrow(table.column(file_name)) for name, file_name in found.items()}
     return RawPairs(columns, np.arange(table.num_rows, dtype=np.int64), [])
 
 
@@ -254,22 +295,65 @@ def factorise(values: Iterable[Any]) -> Column:
     return Column(np.array(codes, dtype=np.int64), distinct)
 
 
-def _read_jsonl(stream: Any) -> Records:
-    rows, lines, problems = [], [], []
+def _read_jsonl(path: Path, stream: Any) -> Records:
+    records: list[tuple[int, Any]] = []
+    problems = []
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            records.append((number, _parsed_json(line)))
         except ValueError as error:
             problems.append((number, f"malformed JSON ({error}), got {short(line.decode(errors='replace').strip())}"))
-            continue
+    return _objects(records, problems)
+
+
+def _read_json(path: Path, stream: Any) -> Records:
+    try:
+        content = _parsed_json(stream.read())
+    except ValueError as error:
+        advice = "; if each line is an object of its own, name the file .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{path}: malformed JSON ({error}){advice}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: expected a JSON array of objects, got {short(content)}")
+    return _objects(list(enumerate(content)), [])
+
+
+def _objects(records: list[tuple[int, Any]], problems: list[tuple[int, str]]) -> Records:
+    """Numbered JSON values as rows; those that are no objects are problems."""
+    rows = [(number, record) for number, record in records if isinstance(record, dict)]
+    for number, record in records:
         if not isinstance(record, dict):
-            problems.append((number, f"expected a JSON object, got {short(record)}"))
-            continue
-        rows.append(record)
-        lines.append(number)
-    return Records(list(dict.fromkeys(key for row in rows for key in row)), rows, lines, problems)
+            advice = "; name a file of one array .json" if isinstance(record, list) else ""
+            problems.append((number, f"expected a JSON object, got {short(record)}{advice}"))
+    names = list(dict.fromkeys(key for _, row in rows for key in row))
+    return Records(names, [row for _, row in rows], [number for number, _ in rows], problems)
+
+
+def _parsed_json(text: bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: If it is none, with a key given twice, or with brackets too deep to read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("its brackets are too deep to read") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are given once."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        (name, times), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r} is given {times} times")
+    return record
+
+
+def _no_number(name: str) -> float:
+    """Refuse what Python writes for numbers that JSON does not have."""
+    raise ValueError(f"{name} is not JSON; write null")
 
 
 def _read_csv(path: Path, stream: Any) -> Records:
@@ -279,6 +363,7 @@ def _read_csv(path: Path, stream: Any) -> Records:
         reader = csv.reader(text, strict=True)
         try:
             header = next(reader, [])
+            _once(path, header)
             end = reader.line_num
             for cells in reader:
                 start, end = end + 1, reader.line_num  # a quoted cell may span lines: name the first one

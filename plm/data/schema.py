@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from plm.arrays import BoolArray, Float32Array, Float64Array, IntArray
+from plm.data.checker import Checker, report, sorted_by_winner
 from plm.data.files import OPTIONAL, REQUIRED, Column, column_names, factorise, position, read_columns, stack
 from plm.data.values import (
     USER_SPLITS,
     Response,
     canonical_messages,
     short,
+    spelling,
     to_bool,
     to_id,
     to_integer,
@@ -34,8 +36,6 @@ from plm.data.values import (
     to_timestamp,
     to_weight,
 )
-
-NUM_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,9 @@ def pair_table(
     )
 
 
-def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | None = None) -> PairTable:
+def read_pairs(
+    paths: Sequence[str | Path], columns: dict[str, str | None] | None = None, winner: dict[str, str] | None = None
+) -> PairTable:
     """Read and validate pairs from JSONL, CSV (both also .gz) and Parquet files.
 
     A line of JSONL may hold ``responses`` and their ``ratings`` instead of ``chosen`` and ``rejected``: all pairs of
@@ -195,6 +197,9 @@ def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | Non
     Args:
         paths: Files; their rows are concatenated.
         columns: Our column name -> the file's; None leaves an optional column of the file unread.
+        winner: What the column ``winner`` says where the response read as chosen was preferred (``left``), where the
+            one read as rejected was (``right``), and where neither (``tie``); beside the names of the two columns and
+            the words left, right and tie themselves.
 
     Returns:
         The pairs without duplicates and without rows whose ``user_split`` is neither seen nor unseen; both are counted
@@ -204,6 +209,11 @@ def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | Non
         ValueError: With every malformed row (the first 20 and the count), each as ``file:line: what is wrong``.
     """
     names = column_names(columns or {})
+    sides = {"left": "left", "right": "right", "tie": "tie", names["chosen"]: "left", names["rejected"]: "right"}
+    unknown = [side for side in winner or {} if side not in ("left", "right", "tie")]
+    if unknown:
+        raise ValueError(f"winner: expected keys among left, right, tie, got {unknown!r}")
+    sides |= {str(value): side for side, value in (winner or {}).items()}
     problems: list[tuple[int, int, str]] = []
     raws = []
     for index, path in enumerate(paths):
@@ -213,14 +223,32 @@ def read_pairs(paths: Sequence[str | Path], columns: dict[str, str | None] | Non
     files = [str(path) for path in paths]
     lines = [np.stack([np.full(len(raw.lines), i), raw.lines], axis=1) for i, raw in enumerate(raws)]
     where = np.concatenate(lines).astype(np.int64) if lines else np.zeros((0, 2), dtype=np.int64)
-    checker = _Checker(where, problems)
-    table = _validate({name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL)}, checker, files, {})
+    checker = Checker(where, problems)
+    stacked = {name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL)}
+    table = _validate(sorted_by_winner(stacked, sides, checker), checker, files, {})
     if problems:
-        raise ValueError(_report(files, sorted(set(problems))))  # pairs of one line may share one problem
+        raise ValueError(report(files, sorted(set(problems))))  # pairs of one line may share one problem
     assert table is not None
     if table.num_pairs == 0:
         raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")
+    for ids in (table.user_ids, table.dialogues):
+        alike = spelt_alike(ids)
+        if alike:
+            first, second = alike[0][:2]
+            warnings.warn(
+                f"ids {first!r} and {second!r} are two, as are {len(alike) - 1} more that look alike; if they are one, "
+                "write them the same way",
+                stacklevel=2,
+            )
     return table
+
+
+def spelt_alike(names: Sequence[str]) -> list[list[str]]:
+    """Groups of ids that only decimals of zero or blanks at their ends keep apart, such as ``7`` and ``7.0``."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(spelling(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, int] | None = None) -> PairTable:
@@ -239,44 +267,15 @@ def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, i
     where = np.stack([np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))], axis=1)
     problems: list[tuple[int, int, str]] = []
     columns = {name: factorise(row.get(name) for row in rows) for name in (*REQUIRED, *OPTIONAL)}
-    table = _validate({**columns}, _Checker(where, problems), [origin], dropped or {})
+    table = _validate({**columns}, Checker(where, problems), [origin], dropped or {})
     if problems:
-        raise ValueError(_report([origin], sorted(problems)))
+        raise ValueError(report([origin], sorted(problems)))
     assert table is not None
     return table
 
 
-class _Checker:
-    """Collects what is wrong, row by row."""
-
-    def __init__(self, where: IntArray, problems: list[tuple[int, int, str]]) -> None:
-        self.where = where
-        self.problems = problems
-
-    def add(self, rows: IntArray, text: Callable[[int], str]) -> None:
-        for row in rows.tolist():
-            file, line = self.where[row].tolist()
-            self.problems.append((file, line, text(row)))
-
-    def convert(self, name: str, column: Column, convert: Callable[[Any], Any], *, nullable: bool) -> list[Any]:
-        """Convert the distinct values; None stands for one that failed, whose rows are reported."""
-        converted: list[Any] = []
-        errors: dict[int, str] = {}
-        for code, value in enumerate(column.values):
-            try:
-                converted.append(convert(value))
-            except ValueError as error:
-                errors[code] = f"{name}: {error}, got {short(value)}"
-                converted.append(None)
-        if errors:
-            self.add(np.flatnonzero(np.isin(column.codes, list(errors))), lambda row: errors[int(column.codes[row])])
-        if not nullable:
-            self.add(np.flatnonzero(column.codes < 0), lambda row: f"{name}: missing or null")
-        return converted
-
-
 def _validate(
-    columns: dict[str, Column | None], checker: _Checker, files: list[str], dropped: Mapping[str, int]
+    columns: dict[str, Column | None], checker: Checker, files: list[str], dropped: Mapping[str, int]
 ) -> PairTable | None:
     """Validated table; None when the checker found problems."""
     num_pairs = len(checker.where)
@@ -342,7 +341,7 @@ def _validate(
 _CODES = ("user", "prompt", "chosen", "rejected")
 
 
-def _optional_columns(columns: dict[str, Column | None], checker: _Checker) -> dict[str, Any]:
+def _optional_columns(columns: dict[str, Column | None], checker: Checker) -> dict[str, Any]:
     """Optional columns that the files have, as arrays with our null values."""
     specs: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
         "weight": (to_weight, 1.0, np.float32),
@@ -412,10 +411,3 @@ def _number(values: list[Response], codes: IntArray, numbers: dict[str, int]) ->
 
 def _take(values: list[bool], codes: IntArray) -> BoolArray:
     return np.array([*values, False], dtype=np.bool_)[codes]
-
-
-def _report(files: list[str], problems: Sequence[tuple[int, int, str]]) -> str:
-    """One line for each of the first problems (file, line, text), and how many more there are."""
-    lines = [f"  {position(files[file], line)}: {text}" for file, line, text in problems[:NUM_SHOWN]]
-    more = [f"  ... and {len(problems) - NUM_SHOWN} more"] if len(problems) > NUM_SHOWN else []
-    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *lines, *more])

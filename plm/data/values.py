@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
 from typing import Any, NamedTuple, TypeVar
 
 _Value = TypeVar("_Value")
 
+_MESSAGE = ("role", "content")
 ROW_SPLITS = ("train", "val", "test")
 USER_SPLITS = ("seen", "unseen")
 
@@ -32,7 +35,10 @@ def plain_prompt(prompt: str) -> str:
 
 def short(value: Any) -> str:
     """The repr of a value, cut to 80 characters, for messages."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"{type(value).__name__} too long to print"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -55,13 +61,61 @@ class Response(NamedTuple):
     history: str | None  # messages before the reply as canonical JSON, "" = none; None = the file gave plain text
 
 
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Marks that reverse the direction of what is printed after them."""
+
+
+def to_text(value: Any) -> str:
+    """Convert to a text that can be stored and sent.
+
+    Raises:
+        ValueError: For half of a surrogate pair, which has no UTF-8.
+    """
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"expected text, got half of a character ({half}) at position {error.start}") from None
+    return text
+
+
 def to_id(value: Any) -> str:
-    """Convert a user or dialogue id to text."""
+    """Convert a user or dialogue id to text; a whole number has no decimals."""
+    if isinstance(value, float) and value.is_integer():  # what becomes of integers beside a missing one
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError("expected a string or an integer")
-    if isinstance(value, str) and not value.strip():
+    text = to_text(value) if isinstance(value, str) else digits(value)
+    if not text.strip():
         raise ValueError("expected an id")
-    return str(value)
+    if any(unicodedata.category(mark) == "Cc" or mark in _TURNING for mark in text):
+        raise ValueError("expected an id without control characters")
+    return text
+
+
+def spelling(name: str) -> str:
+    """What two spellings of one id share: ``7``, ``7.0`` and `` 7 `` are one.
+
+    Example:
+        >>> [spelling(name) for name in ("7", " 7.0", "007", "Anna ")]
+        ['7', '7', '007', 'Anna']
+    """
+    bare = name.strip()
+    whole, point, decimals = bare.partition(".")
+    return whole if point and decimals and whole.isdecimal() and not decimals.strip("0") else bare
+
+
+def digits(value: int) -> str:
+    """An integer as text.
+
+    Raises:
+        ValueError: If it has more digits than Python prints.
+    """
+    try:
+        return str(value)
+    except ValueError:
+        raise ValueError(f"expected an integer of at most {sys.get_int_max_str_digits()} digits") from None
 
 
 def _messages(value: Any) -> list[dict[str, str]] | None:
@@ -70,9 +124,12 @@ def _messages(value: Any) -> list[dict[str, str]] | None:
         if not value.startswith("[{"):
             return None
         try:
-            return _messages(json.loads(value))
-        except ValueError:
+            inside = json.loads(value)
+        except (ValueError, RecursionError):
+            if value.startswith(("[{'role':", "[{'content':")):
+                raise ValueError("expected chat messages as JSON, got the printed form of Python's") from None
             return None
+        return _messages(inside) if any(isinstance(entry, dict) and "role" in entry for entry in inside) else None
     if not isinstance(value, list):
         raise ValueError("expected a text or chat messages")
     if value and all(isinstance(entry, str) for entry in value):
@@ -80,7 +137,13 @@ def _messages(value: Any) -> list[dict[str, str]] | None:
             f"expected a text or chat messages, not a list of {len(value)} strings; write one row per response"
         )
     for entry in value:
-        if not (isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("role", "content"))):
+        others = [key for key, part in entry.items() if part and key not in _MESSAGE] if isinstance(entry, dict) else []
+        if others:
+            raise ValueError(
+                f"expected chat messages of role and content alone, got {', '.join(map(repr, others))} too, which "
+                "would be lost; write what matters into the content and remove the rest"
+            )
+        if not (isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in _MESSAGE)):
             raise ValueError("expected chat messages {role: text, content: text}")
     if not value:
         raise ValueError("expected a text or chat messages, not an empty list")
@@ -90,7 +153,7 @@ def _messages(value: Any) -> list[dict[str, str]] | None:
 def to_prompt(value: Any) -> str:
     """Convert a prompt to text, chat messages to canonical JSON."""
     messages = _messages(value)
-    return str(value) if messages is None else canonical_messages(messages)
+    return to_text(value if messages is None else canonical_messages(messages))
 
 
 def from_prompt(prompt: str) -> str | list[dict[str, str]]:
@@ -102,19 +165,21 @@ def from_prompt(prompt: str) -> str | list[dict[str, str]]:
 def to_response(value: Any) -> Response:
     """Convert a response to text, also where it comes as the last of its chat messages."""
     messages = _messages(value)
-    text, history = str(value), None
+    text, history = to_text(value) if messages is None else "", None
     if messages is not None:
         if messages[-1]["role"] != "assistant":
             raise ValueError("expected chat messages that end with the assistant's reply")
-        text, history = messages[-1]["content"], canonical_messages(messages[:-1]) if messages[1:] else ""
+        text = to_text(messages[-1]["content"])
+        history = canonical_messages(messages[:-1]) if messages[1:] else ""
     if not text.strip():
         raise ValueError("empty text")
     return Response(text, history)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number of JSON; true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a finite number of JSON that a float can hold; true and false are none."""
+    largest = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def to_number(value: Any) -> float:
@@ -122,9 +187,12 @@ def to_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError("expected a number")
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         raise ValueError("expected a number") from None
+    except OverflowError:
+        raise ValueError("expected a number below 1e308") from None
+    return number
 
 
 def to_weight(value: Any) -> float:
@@ -140,6 +208,8 @@ def to_integer(value: Any) -> int:
     number = to_number(value)
     if not number.is_integer():
         raise ValueError("expected an integer")
+    if abs(number) >= 2.0**63:
+        raise ValueError("expected an integer below 2 to the power of 63")
     return int(number)
 
 

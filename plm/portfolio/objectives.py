@@ -385,11 +385,8 @@ def finite_weights(value: Any, num: int | None) -> Float64Array:
     """
     is_list = isinstance(value, list) and num in (None, len(value))
     if not is_list or not all(map(is_number, value)):
-        raise ValueError("expected a list of numbers")
-    try:
-        weights = np.array(value, dtype=np.float64)
-    except OverflowError:
-        weights = np.array([math.inf])
+        raise ValueError("expected a list of finite numbers")
+    weights = np.array(value, dtype=np.float64)
     with np.errstate(over="ignore"):
         total = weights.sum()
     if not ((weights >= 0).all() and 0 < total < math.inf):

@@ -33,6 +33,8 @@ def read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the config {str(path)!r}: {error.strerror}") from error
+    except RecursionError:
+        raise ValueError(f"the config {str(path)!r} is not valid YAML: its brackets are too deep to read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plm.data.schema import NUM_SHOWN, PairTable, make_pairs, read_pairs
+from plm.data.checker import NUM_SHOWN
+from plm.data.schema import PairTable, make_pairs, read_pairs
 from plm.data.values import canonical_messages, plain_prompt
 
 ROWS = [
@@ -127,6 +128,19 @@ REPLY = [{"role": "assistant", "content": "x"}]
         ({"turn": 1.5}, "turn: expected an integer, got 1.5"),
         ({"chosen_score": "good"}, "chosen_score: expected a number, got 'good'"),
         ({"timestamp": "soon"}, "timestamp: expected seconds or an ISO date, got 'soon'"),
+        ({"user_id": "a\nb"}, "user_id: expected an id without control characters"),
+        ({"user_id": "a\u202eb"}, "user_id: expected an id without control characters"),
+        ({"user_id": "\ud83d"}, "user_id: expected text, got half of a character (\\ud83d) at position 0"),
+        ({"chosen": "wren \ud83d"}, "chosen: expected text, got half of a character (\\ud83d) at position 5"),
+        ({"prompt": [{"role": "user", "content": "\udc00"}]}, "prompt: expected text, got half of a character"),
+        ({"weight": 10**400}, "weight: expected a number below 1e308"),
+        ({"turn": 1e300}, "turn: expected an integer below 2 to the power of 63"),
+        (
+            {"prompt": [{"role": "assistant", "content": "", "tool_calls": [{"name": "weather"}]}]},
+            "prompt: expected chat messages of role and content alone, got 'tool_calls' too, which would be lost",
+        ),
+        ({"prompt": json.dumps([{"role": "user", "content": "Hi", "name": "Eve"}])}, "prompt: expected chat messages"),
+        ({"prompt": str([{"role": "user", "content": "Hi"}])}, "prompt: expected chat messages as JSON, got the prin"),
     ],
 )
 def test_bad_row_is_named_by_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -141,6 +155,114 @@ def test_history_that_is_not_the_prompt(tmp_path: Path) -> None:
         tmp_path, {"user_id": "u", "prompt": "p", "chosen": chosen, "rejected": [{**REPLY[0], "content": "y"}]}
     )
     assert "chosen: the messages before the reply differ from the prompt" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"user_id": "u", "user_id": "v"}', "malformed JSON (the key 'user_id' is given 2 times)"),
+        ('{"user_id": "u", "weight": NaN}', "malformed JSON (NaN is not JSON; write null)"),
+        ("[" * 100_000, "malformed JSON (its brackets are too deep to read)"),
+        ('[{"user_id": "u"}]', "expected a JSON object, got [{'user_id': 'u'}]; name a file of one array .json"),
+    ],
+)
+def test_a_line_that_is_no_row(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line)
+    with pytest.raises(ValueError) as caught:
+        read_pairs([path])
+    assert f"pairs.jsonl:2: {message}" in str(caught.value)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("user_id,prompt,chosen,rejected,chosen\nu,p,a,b,c\n")
+    with pytest.raises(ValueError, match="expected each column once, got 'chosen' again"):
+        read_pairs([path])
+    names = ["user_id", "prompt", "chosen", "rejected", "chosen"]
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 5, names=names), tmp_path / "pairs.parquet")
+    with pytest.raises(ValueError, match="expected each column once, got 'chosen' again"):
+        read_pairs([tmp_path / "pairs.parquet"])
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.csv.gz"])
+def test_a_damaged_archive_is_one_error(tmp_path: Path, name: str) -> None:
+    whole = write(tmp_path / name.removesuffix(".gz"), ROWS * 50).read_bytes()
+    packed = gzip.compress(whole)
+    path = tmp_path / name
+    for damaged in (packed[:-12], packed[:30] + b"\x00" * 20 + packed[50:], whole):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"expected a whole gzip file, got a damaged one"):
+            read_pairs([path])
+
+
+def test_json_holds_an_array_of_rows(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(ROWS))
+    assert plain(read_pairs([path])) == [tuple(row.values()) for row in ROWS]
+    path.write_text(json.dumps([ROWS[0], {**ROWS[1], "chosen": ""}]))
+    with pytest.raises(ValueError, match=r"pairs\.json:row 1: chosen: empty text"):
+        read_pairs([path])
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]))
+    with pytest.raises(ValueError, match=r"Extra data.*name the file \.jsonl"):
+        read_pairs([path])
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    assert long in read_pairs([write(tmp_path / "pairs.csv", [{**ROWS[0], "chosen": long}])]).responses
+
+
+def test_one_id_in_two_spellings_is_warned_about(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="ids '7' and '7.0' are two, as are 1 more that look alike"):
+        table = read(tmp_path, *({**ROWS[0], "user_id": name} for name in ("7", "7.0", "8", "8 ", "007", "x.0")))
+    assert table.num_users == 6
+    with pytest.warns(UserWarning, match="'d' and 'd '"):
+        read(tmp_path, {**ROWS[0], "dialogue_id": "d"}, {**ROWS[1], "dialogue_id": "d "})
+
+
+def test_a_whole_number_is_one_id_with_and_without_decimals(tmp_path: Path) -> None:
+    assert read(tmp_path, {**ROWS[0], "user_id": 7}, {**ROWS[1], "user_id": 7.0}).user_ids == ["7"]
+    floats = [{**row, "user_id": number} for row, number in zip(ROWS, (7.0, 8.0, 7.0), strict=True)]
+    assert read_pairs([write(tmp_path / "pairs.parquet", floats)]).user_ids == ["7", "8"]
+
+
+def test_other_responses_beside_a_pair_are_not_read(tmp_path: Path) -> None:
+    rows = [{**row, "responses": ["a", "b", "c"]} for row in ROWS]
+    for name in ("pairs.jsonl", "pairs.parquet"):
+        assert plain(read_pairs([write(tmp_path / name, rows)])) == [tuple(row.values()) for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv", "pairs.parquet"])
+def test_a_column_names_the_winner(tmp_path: Path, name: str) -> None:
+    answers = [("a", "b", "B"), ("c", "d", "A"), ("e", "f", "same")]
+    rows = [
+        {"user_id": "u", "prompt": "p", "one": left, "two": right, "better": word, "s1": 1.0, "s2": 2.0}
+        for left, right, word in answers
+    ]
+    path = write(tmp_path / name, rows)
+    columns: dict[str, str | None] = {"chosen": "one", "rejected": "two", "chosen_score": "s1", "rejected_score": "s2"}
+    table = read_pairs([path], {**columns, "winner": "better"}, {"left": "A", "right": "B", "tie": "same"})
+    assert [pair[2:] for pair in plain(table)] == [("b", "a"), ("c", "d"), ("e", "f")]
+    assert table.tie.tolist() == [False, False, True]
+    assert table.chosen_score.tolist() == [2, 1, 1] and table.rejected_score.tolist() == [1, 2, 2]
+    with pytest.raises(ValueError, match=r"the column 'better' seems to say .*set columns: {winner: better}"):
+        read_pairs([path], columns)
+    assert [pair[2:] for pair in plain(read_pairs([path], {**columns, "winner": None}))] == [
+        tuple(a[:2]) for a in answers
+    ]
+    with pytest.raises(ValueError, match=r"winner: expected one of left, right, tie, one, two .*, got 'B'"):
+        read_pairs([path], {**columns, "winner": "better"})
+    with pytest.raises(ValueError, match="winner: expected keys among left, right, tie, got \\['first'\\]"):
+        read_pairs([path], {**columns, "winner": "better"}, {"first": "A"})
+
+
+def test_a_winner_may_be_the_name_of_a_column_and_must_be_given(tmp_path: Path) -> None:
+    columns: dict[str, str | None] = {"chosen": "one", "rejected": "two", "winner": "best"}
+    row = {"user_id": "u", "prompt": "p", "one": "a", "two": "b", "best": "two"}
+    assert plain(read(tmp_path, row, **columns)) == [("u", "p", "b", "a")]
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: winner: missing or null"):
+        read(tmp_path, row, {**row, "best": None, "prompt": "q"}, **columns)
 
 
 def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
@@ -255,7 +377,7 @@ def test_malformed_ratings_are_named_with_their_line(tmp_path: Path) -> None:
         ({"ratings": [1, 2, "3"]}, "3: ratings: expected finite numbers, got '3'"),
         ({"responses": ["a"], "ratings": [1]}, r"4: responses: expected a list of at least two, got \['a'\]"),
         ({"responses": ["a", "b", "a"]}, "5: responses: expected each once, got 'a' again"),
-        ({"chosen": "a"}, "6: responses: expected either responses with ratings, or chosen and rejected, got both"),
+        ({"chosen": "a"}, "6: ratings: expected either responses with ratings, or chosen and rejected, got both"),
         ({"user_id": None}, "7: user_id: missing or null"),
         ({"ratings": None}, "8: ratings: expected a number for each of 3 responses, got None"),
     ]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from plm.data.values import short
+from plm.data.files import position, read_records
 from plm.messages import nearest
 
 PARQUET = "refs/convert/parquet"
@@ -84,7 +82,7 @@ def corpus_files(
 
 
 def read_rows(files: Sequence[str], columns: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows of JSONL, JSON (an array), CSV (all also .gz) or Parquet files.
+    """Rows of JSONL, JSON, CSV (all also .gz) or Parquet files.
 
     Args:
         files: Their paths.
@@ -114,24 +112,11 @@ def _read(file: str, wanted: list[str]) -> tuple[list[str], list[dict[str, Any]]
         present = list(pq.read_schema(file).names)
         table = pq.read_table(file, columns=[name for name in wanted if name in present])
         return present, table.to_pylist()
-    records = list(_records(file))
-    return list(dict.fromkeys(key for record in records for key in record)), records
-
-
-def _records(file: str) -> Iterator[dict[str, Any]]:
-    kind = file.removesuffix(".gz").rsplit(".", 1)[-1]
-    with gzip.open(file, "rt", encoding="utf-8") if file.endswith(".gz") else open(file, encoding="utf-8") as stream:
-        if kind == "csv":
-            yield from csv.DictReader(stream)
-        elif kind == "json":
-            yield from json.load(stream)
-        else:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(f"{file}:{number}: malformed JSON ({error}), got {short(line)}") from error
+    records = read_records(Path(file))
+    if records.problems:
+        number, text = records.problems[0]
+        raise ValueError(f"{position(file, number)}: {text}")
+    return records.names, records.rows
 
 
 def of_active_users(pairs: Sequence[dict[str, Any]], min_pairs: int) -> list[dict[str, Any]]:

@@ -16,18 +16,29 @@ class PairFiles(PairSource):
     test) and user_split (seen or unseen; rows with any other value are left out). Prompts and responses are texts or
     chat messages; a prompt may be an empty text, a response may not. Of duplicate rows the first is kept.
 
+    Where the file has two responses and a column that names the preferred one, as tools of annotation write, the column
+    is ``winner``: ``columns: {chosen: response_a, rejected: response_b, winner: preferred}``.
+
     A line of JSONL may hold ``responses`` and their ``ratings``, two lists, instead of chosen and rejected: all pairs
     of them, the higher rating chosen, equal ones a tie, with the weight of one pair in all.
 
     Args:
-        path: A file or several, ending in .jsonl, .jsonl.gz, .csv, .csv.gz or .parquet; may hold ``~`` and ``*``. A
+        path: A file or several, ending in .jsonl, .json, .csv (all also .gz) or .parquet; may hold ``~`` and ``*``. A
             relative path that does not exist here is looked up in the folder named by the PLM_DATA variable.
         columns: Our column name -> the name in the file, where they differ; null leaves an optional column unread.
+        winner: What the winner column says, where it is neither the name of a response's column nor left, right or tie:
+            ``{left: A, right: B, tie: same}``.
     """
 
-    def __init__(self, path: str | list[str], columns: dict[str, str | None] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | list[str],
+        columns: dict[str, str | None] | None = None,
+        winner: dict[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.columns = columns
+        self.winner = winner
 
     @property
     def name(self) -> str:
@@ -41,4 +52,4 @@ class PairFiles(PairSource):
         Raises:
             ValueError: If a path matches no file, or with all malformed rows (see ``read_pairs``).
         """
-        return read_pairs(local_files(self.path), self.columns)
+        return read_pairs(local_files(self.path), self.columns, self.winner)
