@@ -18,7 +18,7 @@ from plm.arrays import Float32Array, IntArray
 from plm.backbones import Backbone, CausalLM, LatentBackbone, ReferenceLogps, TooLong
 from plm.data.collate import FeaturedPairs
 from plm.data.features import FeatureCache
-from plm.data.rows import SAME, BatchRows, FeatureRows, TokenRows
+from plm.data.rows import BatchRows, FeatureRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
 from plm.types import Tokens
@@ -126,6 +126,7 @@ def encode_pairs(
     prompts = [table.prompts[row] for row in prompt.tolist()]
     features = reader(prompts, [table.responses[row] for row in response.tolist()])
     of_items = _feature_rows(features, items, len(table.items))
+    _warn_of_equal_features(table, of_items.features)
     of_prompts: BatchRows | None = None
     if prompt_features and tokens is not None and isinstance(backbone.prompt_backbone, CausalLM):
         of_prompts = tokens.prompts_alone()
@@ -149,6 +150,26 @@ def _feature_rows(features: Tensor | Tokens | None, rows: IntArray, num_rows: in
     return FeatureRows(out)
 
 
+def _warn_of_equal_features(table: PairTable, features: Float32Array) -> None:
+    """Warn of pairs whose two responses are one to the method: whatever it has learned, it is right in half of them.
+
+    Args:
+        table: The pairs.
+        features: ``(I, D)`` of its items.
+    """
+    sides = np.stack([table.chosen, table.rejected])
+    first = features[sides, 0]
+    alike = np.flatnonzero(first[0] == first[1])  # few: the others need not be compared as a whole
+    same = alike[(features[sides[0, alike]] == features[sides[1, alike]]).all(1)]
+    if len(same):
+        warnings.warn(
+            f"{len(same)} of {table.num_pairs} pairs have the same features on both sides (the first at "
+            f"{table.position(int(same[0]))}): the backbone sees no difference, as where it cuts long texts, so no "
+            "method can tell them apart",
+            stacklevel=3,
+        )
+
+
 def with_reference_logps(tokens: TokenRows, table: PairTable, causal_lm: CausalLM, cache_dir: str) -> TokenRows:
     """Tokens with the log-probability of every response under the untrained language model, cached."""
     reference = ReferenceLogps(causal_lm.spec())
@@ -170,8 +191,9 @@ def token_rows(
         advice: What to do about texts that do not fit.
 
     Returns:
-        The table without pairs whose prompt leaves no room (``dropped["too_long"]``) or whose responses differ only
-        where they were cut off (``dropped["same_when_cut"]``), both with a warning, and the tokens of all items.
+        The table without pairs whose prompt leaves no room (``dropped["too_long"]``) or whose responses are the
+        same tokens, as they are (``dropped["same_tokens"]``) or where they were cut off (``dropped["same_when_cut"]``),
+        each with a warning, and the tokens of all items.
 
     Raises:
         ValueError: For a response without tokens or an id outside the vocabulary, with the position of its pair; or if
@@ -196,7 +218,7 @@ def token_rows(
     rows = TokenRows(prompts, responses, table.items[:, 0])
     unfit = ~(fits[table.chosen] & fits[table.rejected])
     same = np.zeros(table.num_pairs, dtype=bool)
-    for pair in np.flatnonzero(~unfit & cut[table.chosen] & cut[table.rejected]).tolist():
+    for pair in np.flatnonzero(~unfit).tolist():
         same[pair] = np.array_equal(responses[table.chosen[pair]], responses[table.rejected[pair]])
     if not (~unfit & ~same).any():
         first = table.position(0)
@@ -208,13 +230,22 @@ def token_rows(
             f"{first}); {advice}",
             stacklevel=2,
         )
-    reasons = {"too_long": (unfit, "their prompts leave no room for a response"), "same_when_cut": (same, SAME)}
+    both_cut = cut[table.chosen] & cut[table.rejected]
+    reasons = {
+        "too_long": (unfit, "their prompts leave no room for a response", advice),
+        "same_when_cut": (same & both_cut, "their responses differ only where they are cut off", advice),
+        "same_tokens": (
+            same & ~both_cut,
+            "their responses are the same tokens",
+            "the model cannot tell them apart: look at what its tokenizer and template leave out",
+        ),
+    }
     left = table.take(~unfit & ~same) if (unfit | same).any() else table
-    for name, (which, why) in reasons.items():
+    for name, (which, why, what_to_do) in reasons.items():
         if which.any():
             first = table.position(int(np.flatnonzero(which)[0]))
             warnings.warn(
-                f"{which.sum()} of {table.num_pairs} pairs are left out: {why} (the first at {first}); {advice}",
+                f"{which.sum()} of {table.num_pairs} pairs are left out: {why} (the first at {first}); {what_to_do}",
                 stacklevel=2,
             )
             left.dropped[name] = int(which.sum())

@@ -21,7 +21,6 @@ MAX_FLOATS = 2**26
 """How many feature values an evaluation batch may hold (256 MiB)."""
 MAX_TOKENS = 2**22
 """How many tokens an evaluation batch may hold (64 MiB with masks)."""
-SAME = "their responses differ only where they are cut off"
 
 
 class BatchRows(ABC):

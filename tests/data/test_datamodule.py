@@ -188,6 +188,17 @@ def test_pairs_of_new_users_become_a_context(tmp_path: Path) -> None:
     assert torch.allclose(context.chosen[1], backbone.encode(["good", "fine"]))
 
 
+def test_sides_with_equal_features_are_warned_about(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [("good", "bad"), ("a b", "b a")]  # hashed words have no order
+    path.write_text(
+        "".join(json.dumps({"user_id": "u", "prompt": "p", "chosen": c, "rejected": r}) + "\n" for c, r in rows)
+    )
+    backbone = HashingBackbone(64)
+    with pytest.warns(UserWarning, match=r"1 of 2 pairs have the same features on both sides \(the first at .*:2\)"):
+        encode_pairs(PairFiles(str(path)).load(), backbone, CachedReader(backbone, str(tmp_path / "cache")))
+
+
 def test_saved_split_and_summary(make: Any, tmp_path: Path) -> None:
     data = make(split_seed=4)
     data.save_splits(tmp_path / "run" / "splits.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from itertools import chain
@@ -21,14 +22,13 @@ from plm.types import Tokens
 
 
 class Letters:
-    """Every letter is a token; a prompt of more than five letters leaves no room, a response is cut after 100."""
+    """Every normalised letter is a token; a prompt of more than five leaves no room, a response is cut after 100."""
 
     def cut_completion(self, prompt: str, response: str, /) -> tuple[tuple[list[int], list[int]], int]:
         if len(prompt) > 5:
             raise TooLong(prompt, "too long")
-        return ([ord(letter) for letter in prompt], [ord(letter) for letter in response[:100]]), max(
-            0, len(response) - 100
-        )
+        before, after = (list(map(ord, unicodedata.normalize("NFKC", text))) for text in (prompt, response))
+        return (before, after[:100]), max(0, len(after) - 100)
 
 
 def planted(pairs_of: list[int], prompt: str = "p") -> PairTable:
@@ -90,17 +90,18 @@ def test_pairs_that_do_not_fit_are_left_out_and_counted() -> None:
 
 
 def test_cut_responses_are_reported_and_pairs_without_a_difference_left_out() -> None:
-    texts = ["x" * 100 + "a", "x" * 100 + "b", "y" * 101, "z"]
-    both = np.array([0, 2]), np.array([1, 3])
+    texts = ["x" * 100 + "a", "x" * 100 + "b", "y" * 101, "z", "\ufb01n", "fin"]
+    both = np.array([0, 2, 4]), np.array([1, 3, 5])
     table = pair_table(
-        ["u"], ["p"], texts, user=np.zeros(2, int), prompt=np.zeros(2, int), chosen=both[0], rejected=both[1]
+        ["u"], ["p"], texts, user=np.zeros(3, int), prompt=np.zeros(3, int), chosen=both[0], rejected=both[1]
     )
     with pytest.warns(UserWarning) as caught:
         kept, tokens = token_rows(table, Letters())
     told = [str(one.message) for one in caught]
-    assert told[0].startswith("3 of 4 responses are cut off where the model can read no more (the first at")
-    assert told[1].startswith("1 of 2 pairs are left out: their responses differ only where they are cut off")
-    assert kept.dropped == {"same_when_cut": 1}
+    assert told[0].startswith("3 of 6 responses are cut off where the model can read no more (the first at")
+    assert told[1].startswith("1 of 3 pairs are left out: their responses differ only where they are cut off")
+    assert told[2].startswith("1 of 3 pairs are left out: their responses are the same tokens")
+    assert kept.dropped == {"same_when_cut": 1, "same_tokens": 1}
     assert [len(tokens.responses[item]) for item in (kept.chosen[0], kept.rejected[0])] == [100, 1]
 
 

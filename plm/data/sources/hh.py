@@ -13,6 +13,7 @@ Licence: MIT. The texts hold offensive content.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 from plm.data.sources.corpus import corpus_files, read_rows
@@ -69,6 +70,7 @@ class HHPairs(TypedPairs):
 
     def read_pool(self) -> TypedPool:
         """Read both subsets; a pair of transcripts that share nothing but the question is left out."""
+        dropped: Counter[str] = Counter()
         opinions: dict[tuple[str, str, str], tuple[list[int], int]] = {}
         test_prompts: set[str] = set()
         for half, part in (("test", TEST), ("train", TARGET)):
@@ -77,13 +79,21 @@ class HHPairs(TypedPairs):
                 for row in read_rows(files, {"chosen": "chosen", "rejected": "rejected"}):
                     better, worse = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
                     if better is None or worse is None:
+                        dropped["no_last_reply"] += 1
                         continue
                     (prompt, chosen), (other, rejected) = better, worse
-                    if prompt != other or chosen == rejected or (part == TARGET and prompt in test_prompts):
+                    reasons = {
+                        "other_dialogue": prompt != other,
+                        "same_text": chosen == rejected,
+                        "prompt_of_the_test": part == TARGET and prompt in test_prompts,
+                        "duplicates": (prompt, chosen, rejected) in opinions,
+                    }
+                    if any(reasons.values()):
+                        dropped[next(why for why, holds in reasons.items() if holds)] += 1
                         continue
                     if part == TEST:
                         test_prompts.add(prompt)
-                    opinions.setdefault((prompt, chosen, rejected), ([-1 if subset == "harmless" else 1, 1], part))
+                    opinions[prompt, chosen, rejected] = [-1 if subset == "harmless" else 1, 1], part
         if not opinions:
             raise ValueError(f"expected transcripts that end with the assistant's reply in {REPO}, got none")
-        return TypedPool.of(TYPES, opinions)
+        return TypedPool.of(TYPES, opinions, dropped)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -40,12 +40,19 @@ class TypedPool:
     """``(N, T)`` 1 = left is better, -1 = right, 0 = equally good, never asked."""
     part: IntArray
     """``(N,)`` SURVEY (only ever support), TARGET or TEST."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Why rows of the corpus are not here -> how many."""
 
     @classmethod
-    def of(cls, types: Sequence[str], opinions: Mapping[tuple[str, str, str], tuple[list[int], int]]) -> TypedPool:
+    def of(
+        cls,
+        types: Sequence[str],
+        opinions: Mapping[tuple[str, str, str], tuple[list[int], int]],
+        dropped: Mapping[str, int] | None = None,
+    ) -> TypedPool:
         """A pool of (prompt, left, right) texts -> what every type thinks of the pair, and its part."""
         opinion, part = (np.array(column, dtype=np.int64) for column in zip(*opinions.values(), strict=True))
-        return cls(list(types), *number_texts(list(opinions)), opinion, part)
+        return cls(list(types), *number_texts(list(opinions)), opinion, part, dict(dropped or {}))
 
 
 def conflict(opinion: IntArray) -> BoolArray:
@@ -133,6 +140,7 @@ class TypedPairs(PairSource):
             rejected=np.where(opinion > 0, right, left),
             row_split=row_split,
             user_split=user_split,
+            dropped=pool.dropped,
         )
 
 

@@ -92,17 +92,27 @@ class UltraFeedbackPPairs(TypedPairs):
                     rating[row["instruction"], completion["response"]] = ratings
         files = corpus_files(inside and f"{inside}/{PAIRS_REPO}", PAIRS_REPO, "default/train/*.parquet", PARQUET)
         texts: dict[tuple[str, str, str], None] = {}
+        dropped = dict.fromkeys(("unrated", "empty", "same_text", "duplicates"), 0)
         for row in read_rows(files, {name: name for name in ("prompt", "chosen", "rejected")}):
             left, right = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-            known = (row["prompt"], left) in rating and (row["prompt"], right) in rating
-            if known and left.strip() and right.strip() and left != right:
-                texts.setdefault((row["prompt"], left, right))
+            reasons = {
+                "unrated": (row["prompt"], left) not in rating or (row["prompt"], right) not in rating,
+                "empty": not (left.strip() and right.strip()),
+                "same_text": left == right,
+                "duplicates": (row["prompt"], left, right) in texts,
+            }
+            if any(reasons.values()):
+                dropped[next(why for why, holds in reasons.items() if holds)] += 1
+            else:
+                texts[row["prompt"], left, right] = None
         if not texts:
             raise ValueError(f"expected pairs of {PAIRS_REPO} whose responses are rated in {RATINGS_REPO}, got none")
         rows = [ATTRIBUTES.index(name) for name in self.types]
         sides = [np.array([rating[text[0], text[side]] for text in texts])[:, rows] for side in (1, 2)]
         opinion = opinions(*sides)
         kept = np.flatnonzero(conflict(opinion))
+        dropped["no_conflict"] = len(opinion) - len(kept)
         pairs = [text for text, keep in zip(texts, conflict(opinion).tolist(), strict=True) if keep]
         part = parts([prompt for prompt, _, _ in pairs], opinion[kept], self.survey_size, self.seed)
-        return TypedPool(self.types, *number_texts(pairs), opinion[kept], part)
+        counts = {why: count for why, count in dropped.items() if count}
+        return TypedPool(self.types, *number_texts(pairs), opinion[kept], part, counts)

@@ -231,6 +231,9 @@ def test_hh_types_disagree_on_the_harmless_half_only(tmp_path: Path) -> None:
                 head = f"\n\nHuman: {subset} {half} {number}\n\nAssistant: Go on.\n\nHuman: More?\n\nAssistant: "
                 rows.append({"chosen": f"{head}good {subset} {number}", "rejected": f"{head}bad {subset} {number}"})
             rows.append({"chosen": "\n\nHuman: cut off", "rejected": "\n\nHuman: cut off"})
+            rows.append({**rows[0], "rejected": "\n\nHuman: other\n\nAssistant: bad"})
+            rows.append({**rows[0], "rejected": rows[0]["chosen"]})
+            rows.append(rows[0])
             folder = tmp_path / f"{subset}-base"
             folder.mkdir(exist_ok=True)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -241,6 +244,7 @@ def test_hh_types_disagree_on_the_harmless_half_only(tmp_path: Path) -> None:
         assert chosen.startswith("bad" if reverse else "good") and json.loads(prompt)[1]["content"] == "Go on."
     per_user = np.bincount(table.user[table.row_split == 0])
     assert sorted(set(per_user.tolist())) == [5, 40]  # unseen people give five, seen people all forty
+    assert table.dropped == {"no_last_reply": 4, "other_dialogue": 4, "same_text": 4, "duplicates": 4}
 
 
 # ---------------------------------------------------------------------- live comparisons
