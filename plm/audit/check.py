@@ -14,13 +14,13 @@ import numpy as np
 
 from plm.arrays import IntArray
 from plm.data.keys import number_pairs
-from plm.data.schema import PairTable
+from plm.data.schema import PairTable, spelt_alike
 from plm.data.splits import SEEN, TEST, TRAIN, split_pairs
 from plm.data.surface import MARGIN, MIN_PAIRS, Probe, Share, probe_surface
 
 Level = Literal["problem", "warning", "info"]
 
-NO_TEXT = ("none", "null", "nan", "[]")
+NO_TEXT = ("none", "null", "nan", "nat", "<na>", "[]")
 NOTABLE = 0.05
 """A gain of the surface probe, interval included, that is worth a look but may be taste."""
 
@@ -187,12 +187,23 @@ def _rows(table: PairTable) -> Iterator[Finding]:
     for why, count in table.dropped.items():
         level: Level = "warning" if why == "duplicates" else "info"
         yield Finding(level, "left out", f"{count} rows were left out: {why.replace('_', ' ')}")
-    spoilt = [prompt for prompt in table.prompts if prompt.strip().lower() in NO_TEXT]
-    if spoilt:
-        number = int(np.isin(table.prompt, [table.prompts.index(prompt) for prompt in spoilt]).sum())
-        yield Finding(
-            "problem", "texts", f"{number} pairs have the prompt {spoilt[0]!r}: a missing value became a word"
-        )
+    for what, names, rows in (
+        ("user id", table.user_ids, table.user[:, None]),
+        ("prompt", table.prompts, table.prompt[:, None]),
+        ("response", table.responses, table.items[np.stack([table.chosen, table.rejected], 1), 1]),
+        ("dialogue id", table.dialogues, table.dialogue[:, None]),
+    ):
+        spoilt = [row for row, name in enumerate(names) if name.strip().lower() in NO_TEXT]
+        number = int(np.isin(rows, spoilt).any(1).sum())
+        if number:
+            text = f"{number} pairs have the {what} {names[spoilt[0]]!r}: a missing value became a word"
+            yield Finding("problem", "texts" if what in ("prompt", "response") else "ids", text)
+    for what, names in (("users", table.user_ids), ("dialogues", table.dialogues)):
+        alike = spelt_alike(names)
+        if alike:
+            first, second = alike[0][:2]
+            text = f"{len(alike)} {what} have two spellings, such as {first!r} and {second!r}: write them the same way"
+            yield Finding("problem", "ids", text)
     plain = {text: index for index, text in enumerate(dict.fromkeys(map(_plain, table.responses)))}
     code = np.array([plain[_plain(text)] for text in table.responses], dtype=np.int64)[table.items[:, 1]]
     same = np.flatnonzero(code[table.chosen] == code[table.rejected])

@@ -215,6 +215,22 @@ def test_missing_words_ties_and_scores_are_reported() -> None:
     assert "there is one user" in text
 
 
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"user_id": "nan"}, "1 pairs have the user id 'nan': a missing value became a word"),
+        ({"rejected": "NaN"}, "1 pairs have the response 'NaN': a missing value became a word"),
+        ({"dialogue_id": "None"}, "1 pairs have the dialogue id 'None': a missing value became a word"),
+        ({"user_id": "v.0"}, None),
+        ({"user_id": "7.0"}, "1 users have two spellings, such as '7' and '7.0': write them the same way"),
+        ({"user_id": "u "}, "1 users have two spellings, such as 'u' and 'u ': write them the same way"),
+    ],
+)
+def test_ids_and_texts_that_a_tool_has_changed_are_problems(row: dict[str, Any], problem: str | None) -> None:
+    found = problems(check_pairs(make([{"user_id": "7"}, {"prompt": "q"}, {"prompt": "z", **row}]), "x"))
+    assert [text for text in found if "became a word" in text or "spellings" in text] == ([problem] if problem else [])
+
+
 def test_too_few_pairs_for_the_weights_to_fit() -> None:
     report = check_pairs(SyntheticPairs(num_users=20, pairs_per_user=10).load(), "few", num_weights=16)
     texts = [finding.text for finding in report.findings if finding.topic == "pairs per user"]
