@@ -37,9 +37,34 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} has no {CHECKPOINT_KEY!r} entry")
+    _check_layout(path, checkpoint)
     for spec in ("backbone", "latents"):
         _find_beside(checkpoint.get("hyper_parameters", {}).get(spec), Path(path).parent)
     return checkpoint
+
+
+def _check_layout(path: str | Path, checkpoint: dict[str, Any]) -> None:
+    """Raise where an entry of a checkpoint is of another kind than plm writes."""
+    metadata, hparams = checkpoint[CHECKPOINT_KEY], checkpoint.get("hyper_parameters", {})
+    ids = metadata.get("user_ids") if isinstance(metadata, dict) else None
+    wrong = {
+        f"{CHECKPOINT_KEY} (class_path: text, user_ids: texts)": not isinstance(metadata, dict)
+        or not isinstance(metadata.get("class_path"), str)
+        or not isinstance(ids, list)
+        or not all(isinstance(name, str) for name in ids)
+        or len(set(ids)) != len(ids),
+        "hyper_parameters (a mapping)": not isinstance(hparams, dict),
+        "state_dict (a mapping)": not isinstance(checkpoint.get("state_dict"), dict),
+    }
+    for entry in (entry for entry, holds in wrong.items() if holds):
+        raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} has no valid entry {entry}; it is damaged")
+    for name in ("backbone", "latents"):
+        spec = hparams.get(name)
+        arguments = spec.get("init_args", {}) if isinstance(spec, dict) else {}
+        if spec is not None and not (isinstance(spec, dict) and isinstance(arguments, dict)):
+            raise ValueError(
+                f"expected {name} of {str(path)!r} as class_path and init_args, got {spec!r}; it is damaged"
+            )
 
 
 def find_class(class_path: str) -> type[PersonalizationMethod]:
@@ -194,6 +219,8 @@ def load_method(
         method.configure_model()
         method.on_load_checkpoint(checkpoint)
         method.load_state_dict(checkpoint["state_dict"], strict=method.strict_loading)
+        if len(method.user_ids) not in (0, method.num_users):
+            raise KeyError(f"{len(method.user_ids)} user ids for {method.num_users} users")
     except (TypeError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

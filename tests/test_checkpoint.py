@@ -188,3 +188,35 @@ def test_find_class_takes_a_path_to_a_method() -> None:
     assert find_class(f"{__name__}.TableMethod") is TableMethod
     with pytest.raises(ValueError, match="cannot import"):
         find_class("LoRe")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("plm", None, "no valid entry plm"),
+        ("plm", {"class_path": None, "user_ids": ["a"]}, "no valid entry plm"),
+        ("plm", {"class_path": "x.Y", "user_ids": [["a"]]}, "no valid entry plm"),
+        ("plm", {"class_path": "x.Y", "user_ids": ["a", "a"]}, "no valid entry plm"),
+        ("hyper_parameters", ["lr"], "no valid entry hyper_parameters"),
+        ("state_dict", [1], "no valid entry state_dict"),
+        (
+            "hyper_parameters",
+            {"backbone": "minilm"},
+            "expected backbone of .* as class_path.*, got 'minilm'",
+        ),
+        ("hyper_parameters", {"backbone": {"init_args": 3}}, "expected backbone of .* as class_path and init_args"),
+    ],
+)
+def test_a_damaged_entry_is_named(tmp_path: Path, entry: str, value: Any, message: str) -> None:
+    path = save(NoLinks(), tmp_path / "x.ckpt", {entry: value})
+    with pytest.raises(ValueError, match=message):
+        load_method(path)
+
+
+def test_users_that_do_not_fit_the_table_are_refused(tmp_path: Path) -> None:
+    path = save(NoLinks(), tmp_path / "x.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["plm"]["user_ids"].pop()
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="2 user ids for 3 users"):
+        load_method(path)

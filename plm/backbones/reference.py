@@ -89,7 +89,7 @@ class ReferenceLogps(Backbone):
         return out
 
     @staticmethod
-    @torch.no_grad()
+    @torch.inference_mode()
     def _logps(policy: Policy, rows: Sequence[Completion]) -> Tensor:
         tokens = completion_tokens(rows).to(next(policy.parameters()).device)
         hidden, token, row = policy.completions(tokens)

@@ -49,4 +49,4 @@ def run(args: list[str]) -> None:
     print_parts(summary, console=console)
     if num_written < len(user_ids):
         console.print(f"{len(user_ids) - num_written} of them were deleted meanwhile and are left out", soft_wrap=True)
-    console.print(f"written to {store.place}", soft_wrap=True, highlight=False)
+    console.print(f"written to {store.place}", soft_wrap=True, highlight=False, markup=False)

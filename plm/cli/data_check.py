@@ -78,5 +78,5 @@ def run(args: list[str]) -> int:
     show(report, console)
     folder = Path(options.output or Path("runs", "data_check", re.sub(r"[^\w.-]+", "-", source.name)))
     for path in write(report, folder):
-        console.print(f"written to {path}", soft_wrap=True, highlight=False)
+        console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
     return int(options.strict and report.worst == "problem")

@@ -51,7 +51,9 @@ def run(args: list[str]) -> None:
     )
     board, files = run_board(plan, console)
     print_parts(*terminal(board), console=console)
-    console.print(f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\n{', '.join(file.name for file in files)} in {folder}", highlight=False, soft_wrap=True, markup=False
+    )
     if options.project:
         console.print(publish(board, files, folder, options.project), highlight=False, soft_wrap=True)
 

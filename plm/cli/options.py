@@ -6,6 +6,7 @@ Nothing here imports torch, so that ``--help`` and a wrong command line are answ
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -94,7 +95,19 @@ class OptionParser(argparse.ArgumentParser):
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
             self.error(f"no option {unknown[0]!r}{nearest(unknown[0].partition('=')[0], options)}")
+        self._keep_inputs(parsed)
         return parsed
+
+    def _keep_inputs(self, parsed: argparse.Namespace) -> None:
+        """Stop where ``--output`` names a file that another option reads."""
+        output = getattr(parsed, "output", None)
+        if output is None or not os.path.isfile(output):
+            return
+        for name, value in vars(parsed).items():
+            paths = value if isinstance(value, list) else [value]
+            same = any(isinstance(path, str) and os.path.realpath(path) == os.path.realpath(output) for path in paths)
+            if same and name != "output":
+                self.error(f"--output: {output!r} is what --{name} reads; write to another file")
 
     def error(self, message: str) -> NoReturn:
         """Stop with one message and status 2."""

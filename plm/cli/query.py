@@ -36,7 +36,7 @@ def run(args: list[str]) -> None:
     options = parser.parse(args)
 
     from plm.checkpoint import load_method
-    from plm.cli.writing import write_rows
+    from plm.cli.writing import with_results, write_rows
     from plm.querying import choose_queries, read_pool
 
     pool, num_rows = read_pool(options.pool)
@@ -44,12 +44,7 @@ def run(args: list[str]) -> None:
     state, known = method.known_users.lookup([options.user])
     queries = choose_queries(method, state, pool, options.num_pairs, num_draws=options.num_draws, seed=options.seed)
     output_rows = [
-        {
-            **pool[query.row].record,
-            "user_id": options.user,
-            "information": query.information,
-            "chance": query.chance,
-        }
+        with_results(pool[query.row].record, options.user, information=query.information, chance=query.chance)
         for query in queries
     ]
     write_rows(output_rows, options.output)

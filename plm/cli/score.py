@@ -34,20 +34,20 @@ def run(args: list[str]) -> None:
     options = parser.parse(args)
 
     from plm.checkpoint import load_method
-    from plm.cli.writing import write_rows
+    from plm.cli.writing import with_results, write_rows
     from plm.scoring import read_responses, score_responses
 
     rows = read_responses(options.responses, options.user)
     method = load_method(options.ckpt_path, users=options.users)
     scores = score_responses(method, rows, read_responses(options.reference) if options.reference else None)
     known = scores.is_known.tolist()
-    output_rows = [
-        {**row.record, "user_id": row.user_id, "reward": reward, "user_known": is_known}
-        for row, reward, is_known in zip(rows, scores.rewards.tolist(), known, strict=True)
-    ]
+    results = {"reward": scores.rewards.tolist(), "user_known": known}
     if scores.win_probability is not None:
-        for output_row, chance in zip(output_rows, scores.win_probability.tolist(), strict=True):
-            output_row["win_probability"] = chance
+        results["win_probability"] = scores.win_probability.tolist()
+    output_rows = [
+        with_results(row.record, row.user_id, **dict(zip(results, values, strict=True)))
+        for row, *values in zip(rows, *results.values(), strict=True)
+    ]
     write_rows(output_rows, options.output)
     num_unknown = len(known) - sum(known)
     if num_unknown:

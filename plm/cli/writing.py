@@ -41,6 +41,18 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
+def with_results(record: dict[str, Any], user_id: str | None, **results: Any) -> dict[str, Any]:
+    """A row as it was read, with its user and what a command found out.
+
+    Raises:
+        ValueError: If the row has a key of a result already.
+    """
+    taken = [name for name in results if name in record]
+    if taken:
+        raise ValueError(f"expected rows without {taken[0]!r}, which this command writes; rename it in the input")
+    return {**record, "user_id": user_id, **results}
+
+
 def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
     """Write rows as JSONL to a file, or to standard output where none is named."""
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates of Parquet

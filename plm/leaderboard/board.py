@@ -215,7 +215,9 @@ def _warn_of_grids(entries: Sequence[Entry], budget: int, console: Console) -> N
     for entry in entries:
         num = len(candidates(entry, budget))
         if entry.kind == "method" and not entry.error and num < budget:
-            console.print(f"{entry.name} has {num} of {budget} candidates: its search_space is empty or small")
+            console.print(
+                f"{entry.name} has {num} of {budget} candidates: its search_space is empty or small", markup=False
+            )
 
 
 class _Progress:
@@ -228,4 +230,6 @@ class _Progress:
     def __call__(self, cell: Cell) -> None:
         seconds = time.perf_counter() - self.start
         end = "done" if cell.is_done else f"failed: {cell.error}"
-        self.console.print(f"{seconds:6.0f} s  {cell.row}, seed {cell.seed}: {end}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"{seconds:6.0f} s  {cell.row}, seed {cell.seed}: {end}", highlight=False, soft_wrap=True, markup=False
+        )

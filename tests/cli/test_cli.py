@@ -30,6 +30,7 @@ from plm.cli import VERBS, main
 from plm.cli.fit import NAMES as OWN_NAMES
 from plm.cli.options import SHARED
 from plm.cli.recipe_options import COMMON
+from plm.cli.writing import with_results
 from plm.method import PersonalizationMethod
 from plm.recipe.quiet import quiet
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -196,9 +197,7 @@ def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
     (exported,) = [json.loads(line) for line in Path("new-user.jsonl").read_text().splitlines()]
     assert exported["user_id"] == "new" and torch.allclose(torch.tensor(exported["state"]["shift"]), expected)
     assert main(["users", "delete", *users, "--user", "new", splits["users"]["seen"][1]]) == 0
-    shown = capsys.readouterr()
-    assert [json.loads(line)["was_stored"] for line in shown.out.splitlines()] == [True, True]
-    assert "removed from" in shown.err and "still named" not in shown.err
+    assert "1 of them were trained on" in capsys.readouterr().err
     assert main(score) == 0
     assert not json.loads(capsys.readouterr().out.splitlines()[0])["user_known"]
 
@@ -393,6 +392,26 @@ def test_malformed_rows_to_score_are_named_by_line(capsys: pytest.CaptureFixture
     assert "5 malformed rows" in shown and "rows.jsonl:1:" not in shown
 
 
+def test_results_overwrite_neither_the_input_nor_a_column_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_text('{"response": "fine", "reward": 0.9}')
+    assert main(["score", "--ckpt_path", "x.ckpt", "--responses", "rows.jsonl", "--output", "./rows.jsonl"]) == 2
+    assert "--output: './rows.jsonl' is what --responses reads; write to another file" in capsys.readouterr().err
+    assert Path("rows.jsonl").read_text() == '{"response": "fine", "reward": 0.9}'
+    with pytest.raises(ValueError, match="expected rows without 'reward', which this command writes"):
+        with_results({"response": "fine", "reward": 0.9}, None, reward=1.0)
+    assert with_results({"response": "fine"}, "u", reward=1.0) == {"response": "fine", "user_id": "u", "reward": 1.0}
+
+
+def test_modules_of_the_working_folder_are_not_imported() -> None:
+    Path("taken.py").write_text("open('ran', 'w').close()")
+    torch.save({"plm": {"class_path": "taken.M", "user_ids": []}, "state_dict": {}}, "x.ckpt")
+    Path("rows.jsonl").write_text('{"response": "fine"}')
+    command = [sys.executable, "-m", "plm", "score", "--ckpt_path", "x.ckpt", "--responses", "rows.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "cannot import the method 'taken.M'" in done.stderr
+    assert not Path("ran").exists()
+
+
 def test_score_reads_what_the_data_read_and_refuses_rewards_that_are_nan(
     folder: Path, error: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -418,7 +437,7 @@ def test_score_reads_what_the_data_read_and_refuses_rewards_that_are_nan(
     pq.write_table(pa.Table.from_pylist([{"response": "x"}, {"response": ""}]), "bad.parquet")
     assert main([*score, "bad.parquet"]) == 1
     assert "bad.parquet:row 1: response: empty text" in capsys.readouterr().err
-    assert "expected a file ending in .jsonl, .jsonl.gz, .csv" in error(*score, "recipe.yaml")
+    assert "expected a file ending in .jsonl, .jsonl.gz, .json, .json.gz, .csv" in error(*score, "recipe.yaml")
 
     store = UserStore(store_path(checkpoint))
     state, _ = store.get(store.ids[:1])
