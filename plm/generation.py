@@ -5,7 +5,6 @@ Axes: B texts of one batch, T tokens, V vocabulary, U users.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plm.backbones import Completion, Policy, TextWriter, Warpers, completion_tokens
+from plm.backbones import Completion, Policy, RemotePolicy, TextWriter, Warpers, completion_tokens, text_key
 from plm.functional import response_logps
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable, Writer
@@ -112,7 +111,7 @@ def sample(
             order = [row for row, _ in batch]
             if not isinstance(method, LatentWriter):
                 order = list(dict.fromkeys(order))  # a prompt is read once for all its texts
-            keys = torch.tensor([_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
+            keys = torch.tensor([text_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
             writing: TextWriter
             if isinstance(method, Policy) or states is None:
                 writing = policy.write()
@@ -143,8 +142,18 @@ def sample(
     return out
 
 
+def sample_texts(
+    policy: PersonalizationMethod | Policy | RemotePolicy, prompts: Sequence[str], *, num_samples: int, **settings: Any
+) -> list[list[str]]:
+    """Write as `sample` does, for the population, also with a model that is served elsewhere; the texts alone."""
+    if isinstance(policy, RemotePolicy):
+        return policy.texts(prompts, num_samples, **settings)
+    rows = sample(policy, prompts, num_samples=num_samples, **settings)
+    return [[response.text for response in row] for row in rows]
+
+
 def best_of_n(
-    policy: PersonalizationMethod | Policy,
+    policy: PersonalizationMethod | Policy | RemotePolicy,
     method: PersonalizationMethod,
     prompts: Sequence[str],
     users: UserState | None = None,
@@ -180,11 +189,7 @@ def best_of_n(
     states, state_row = _states(method, len(prompts), users, user_id)
     assert states is not None
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    pool = [
-        response.text
-        for responses in sample(policy, list(distinct), num_samples=n, **settings)
-        for response in responses
-    ]
+    pool = [text for texts in sample_texts(policy, list(distinct), num_samples=n, **settings) for text in texts]
     pool_prompts = [prompt for prompt in distinct for _ in range(n)]
     filled = torch.tensor([bool(text) for text in pool])
     empty = [prompt for prompt, row in distinct.items() if not filled[row * n : (row + 1) * n].any()]
@@ -331,12 +336,6 @@ def gumbel_noise(keys: Tensor, place: int, size: int) -> Tensor:
     bits = bits ^ (bits >> 31 & (1 << 33) - 1)
     uniform = ((bits >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
     return -(-uniform.log()).log()
-
-
-def _key(seed: int, prompt: str, number: int) -> int:
-    """The seed of all randomness in one sample of one prompt."""
-    text = f"{seed}\0{number}\0{prompt}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 def _batches(lengths: Sequence[int], num_samples: int, more: int, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from plm.atomic import only_writer, write_text
-from plm.backbones import Policy
-from plm.generation import sample
+from plm.backbones import Policy, RemotePolicy
+from plm.generation import sample_texts
 from plm.recipe.prompts import Prompt, prompt_of
 
 CHUNK = 1024
@@ -19,7 +19,7 @@ CHUNK = 1024
 
 
 def write_samples(
-    policy: Policy,
+    policy: Policy | RemotePolicy,
     prompts: list[Prompt],
     output: Path,
     *,
@@ -32,7 +32,7 @@ def write_samples(
     Beside the file stands ``.NAME.settings.json``, what its texts were drawn with.
 
     Args:
-        policy: The language model that writes.
+        policy: The language model that writes, here or behind a server.
         prompts: Prompts, each once.
         output: JSONL file; it grows while texts are written.
         num_samples: Responses to each prompt.
@@ -46,22 +46,24 @@ def write_samples(
         ValueError: If the file was written with other settings or by something else, or is being written.
     """
     drawn = {name: value for name, value in settings.items() if name != "batch_tokens"}
-    model = {f"policy {name}": value for name, value in policy.backbone.key().items()}
+    key = policy.key() if isinstance(policy, RemotePolicy) else policy.backbone.key()
+    model = {f"policy {name}": value for name, value in key.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     busy = f"another plm sample is writing {output}; wait for it, or share the work by --shard"
     with only_writer(output.with_name(f".{output.name}.lock"), busy):
         done = _prepare(output, {**model, "num_samples": num_samples, **drawn})
         missing = [prompt for prompt in prompts if prompt.text not in done]
-        step = max(1, CHUNK // num_samples)
+        chunk = 4 * policy.concurrency if isinstance(policy, RemotePolicy) else CHUNK
+        step = max(1, chunk // num_samples)
         if on_progress is not None:
             on_progress((len(prompts) - len(missing)) * num_samples)
         with output.open("a", encoding="utf-8") as file:
             for start in range(0, len(missing), step):
                 part = missing[start : start + step]
                 texts = [prompt.text for prompt in part]
-                samples = sample(policy, texts, num_samples=num_samples, progress=on_progress, **settings)
+                samples = sample_texts(policy, texts, num_samples=num_samples, progress=on_progress, **settings)
                 for prompt, row in zip(part, samples, strict=True):
-                    record = {**prompt.record, "prompt": prompt.value, "responses": [one.text for one in row]}
+                    record = {**prompt.record, "prompt": prompt.value, "responses": row}
                     file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

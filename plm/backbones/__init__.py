@@ -17,6 +17,7 @@ from plm.backbones.policy import Completions, Policy, TextWriter, Writing
 from plm.backbones.prefix import PrefixShape
 from plm.backbones.reading import Reading, SplitTexts, split_texts
 from plm.backbones.reference import ReferenceLogps
+from plm.backbones.remote import RemotePolicy, text_key
 from plm.backbones.warpers import Warpers
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PrefixShape",
     "Reading",
     "ReferenceLogps",
+    "RemotePolicy",
     "SplitTexts",
     "TargetModules",
     "TextWriter",
@@ -49,6 +51,7 @@ __all__ = [
     "first_layers",
     "mixed_logits",
     "split_texts",
+    "text_key",
     "token_facts",
     "word_moments",
 ]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plm.cli.options import OptionParser, add_policy, add_settings, settings_of
+from plm.cli.options import OptionParser, add_policy, add_settings, check_policy, settings_of
 
 _SHOWN = 200
 
@@ -44,10 +44,11 @@ def run(args: list[str]) -> None:
     parser.add_argument("--best_of", type=int, metavar="N", help="choose the best of N by the method's reward")
     parser.add_shared("--output", help="JSONL file; default: readable texts on standard output")
     add_settings(parser)
-    add_policy(parser, required=False)
+    add_policy(parser)
     options = parser.parse(args)
-    if (options.policy is None) != (options.best_of is None):
-        parser.error("--policy and --best_of go together: N texts of the policy are written, the best is chosen")
+    if (options.policy is None and options.policy_url is None) != (options.best_of is None):
+        parser.error("--policy and --best_of go together: N texts of a policy are written, here or by --policy_url")
+    check_policy(parser, options)
     if options.best_of is not None and options.num_samples > 1:
         parser.error(f"--best_of chooses one text, got --num_samples {options.num_samples}")
     if options.mix and (options.user or options.best_of):

@@ -154,19 +154,32 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def add_policy(parser: OptionParser, required: bool) -> None:
+def add_policy(parser: OptionParser) -> None:
     """Add the options of which model writes."""
     group = parser.add_argument_group("who writes")
-    group.add_argument("--policy", required=required, metavar="MODEL", help="folder or hub id of a causal LM")
+    group.add_argument(
+        "--policy", metavar="MODEL", help="folder or hub id of a causal LM; with --policy_url its name there"
+    )
+    group.add_argument(
+        "--policy_url",
+        metavar="URL",
+        help="an OpenAI-compatible server that writes instead, such as http://localhost:8000/v1; its key, if it wants "
+        "one, is the environment variable PLM_POLICY_KEY",
+    )
+    group.add_argument("--concurrency", type=integer(1), metavar="N", help="requests to it at once (default 16)")
     group.add_argument(
         "--template", choices=("plain", "chat"), default="plain", help="chat: its chat template (default plain)"
     )
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the weights (default float32)",
-    )
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default float32)")
     group.add_argument(
         "--max_prompt_length", type=int, metavar="N", help="keep the last N tokens of a prompt (default: all)"
     )
+
+
+def check_policy(parser: OptionParser, options: argparse.Namespace) -> None:
+    """Refuse options of `add_policy` that have no effect beside the others."""
+    here = ("dtype", "max_prompt_length", "batch_tokens")
+    for name in here if options.policy_url else ("concurrency",):
+        if getattr(options, name) is not None:
+            where = "of a policy that is loaded here" if options.policy_url else "of requests to --policy_url"
+            parser.error(f"--{name} is {where}; leave it out")

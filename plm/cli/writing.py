@@ -13,19 +13,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from plm.atomic import write_text
-from plm.backbones import CausalLM, Policy, device
+from plm.backbones import CausalLM, Policy, RemotePolicy, device
 
 
-def policy_of(options: argparse.Namespace) -> Policy:
-    """Load the model that writes, on the GPU where there is one.
+def policy_of(options: argparse.Namespace) -> Policy | RemotePolicy:
+    """Load the model that writes, on the GPU where there is one, or find the server where it is.
 
     Raises:
-        ValueError: If it cannot be read, or lacks a chat template that is asked for.
+        ValueError: If it cannot be read or found, or lacks a chat template that is asked for.
     """
+    if options.policy_url is not None:
+        concurrency = {} if options.concurrency is None else {"concurrency": options.concurrency}
+        return RemotePolicy(options.policy_url, options.policy, options.template, **concurrency)
     backbone = CausalLM(
         options.policy,
         template=options.template,
-        dtype=options.dtype,
+        dtype=options.dtype or "float32",
         max_prompt_length=options.max_prompt_length,
     )
     backbone.prepare([])  # what is wrong with the template shows before the weights are read

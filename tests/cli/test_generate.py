@@ -16,7 +16,7 @@ from filelock import FileLock
 from plm.backbones import CausalLM, HashingBackbone, Policy
 from plm.checkpoint import load_method
 from plm.cli import main
-from plm.generation import best_of_n, sample
+from plm.generation import best_of_n, sample, sample_texts
 from plm.methods.lore import LoRe
 from plm.recipe.prompts import read_prompts
 from plm.testing import saved
@@ -241,9 +241,9 @@ def test_sample_goes_on_where_it_was_killed(
         asked.extend(prompts)
         if len(asked) == deadly:
             raise KeyboardInterrupt
-        return sample(policy, prompts, **settings)
+        return sample_texts(policy, prompts, **settings)
 
-    monkeypatch.setattr("plm.sampling.sample", mortal)
+    monkeypatch.setattr("plm.sampling.sample_texts", mortal)
     with pytest.raises(KeyboardInterrupt):
         sampled(causal_lm, tmp_path)
     file = tmp_path / "s.jsonl"
