@@ -96,27 +96,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             began = time.perf_counter()
             state = method.adapt(context)
             times.append(time.perf_counter() - began)
-        ours = state.tensors["weights"]
+        adapted = state.tensors["weights"]
         with torch.no_grad():
             pairs, centre, precision = problem(method, context)
             began = time.perf_counter()
-        theirs = fit_simplex_by_adam(pairs, centre) if simplex else adam(pairs, centre, precision)
+        by_adam = fit_simplex_by_adam(pairs, centre) if simplex else adam(pairs, centre, precision)
         seconds = time.perf_counter() - began
         with torch.no_grad():
             goal = None if simplex else precision
-            own, other = (objectives(pairs, weights, centre, goal) for weights in (ours, theirs))
+            objective, adam_objective = (objectives(pairs, weights, centre, goal) for weights in (adapted, by_adam))
         alone = 0.0
         for row in torch.linspace(0, options.users - 1, options.sample).long().tolist():
-            one = Context(*(None if value is None else value[row : row + 1] for value in context))  # type: ignore[arg-type]
-            alone = max(alone, float((method.adapt(one).tensors["weights"][0] - ours[row]).abs().max()))
+            alone_context = Context(*(None if value is None else value[row : row + 1] for value in context))  # type: ignore[arg-type]
+            alone = max(alone, float((method.adapt(alone_context).tensors["weights"][0] - adapted[row]).abs().max()))
         table.add_row(
             type(method).__name__,
             f"{statistics.median(times):.3f}",
             f"{min(times):.3f}",
             f"{seconds:.1f}",
-            f"{float(own.mean()):.6f}",
-            f"{float(other.mean()):.6f}",
-            f"{int((own > other + 1e-6).sum())}",
+            f"{float(objective.mean()):.6f}",
+            f"{float(adam_objective.mean()):.6f}",
+            f"{int((objective > adam_objective + 1e-6).sum())}",
             f"{alone:.1e}",
         )
     console = Console(width=120)

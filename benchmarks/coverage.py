@@ -49,29 +49,29 @@ def population(rng: np.random.Generator, num_users: int) -> tuple[Float64Array, 
     """Pairs and probabilities to be right of users: personal, global, of a rival, of an equal."""
     ease, taste, luck, other = rng.standard_normal((4, num_users))
     num_pairs = np.maximum(5, np.round(np.exp(3.2 + 0.6 * luck + 0.2 * ease)))
-    own = 0.5 + 0.5 / (1 + np.exp(-(0.4 + 0.8 * ease)))
-    whole = np.clip(own - 0.05 + 0.06 * taste, 0.02, 0.98)
-    rival = np.clip(own - 0.02 + 0.04 * taste, 0.02, 0.98)
-    equal = own + np.where(other > 0, 1, -1) * np.minimum(0.03, 1 - own)
-    return num_pairs, own, whole, rival, equal
+    personal = 0.5 + 0.5 / (1 + np.exp(-(0.4 + 0.8 * ease)))
+    global_ = np.clip(personal - 0.05 + 0.06 * taste, 0.02, 0.98)
+    rival = np.clip(personal - 0.02 + 0.04 * taste, 0.02, 0.98)
+    equal = personal + np.where(other > 0, 1, -1) * np.minimum(0.03, 1 - personal)
+    return num_pairs, personal, global_, rival, equal
 
 
 def truth(seed: int = 0, num_users: int = 4_000_000) -> Truth:
     """Means over a population so large that its own error does not matter."""
-    num_pairs, own, whole, rival, _ = population(np.random.default_rng([seed, 1]), num_users)
-    gain, difference = (own - whole).mean(), (own - rival).mean()
-    return Truth(float(own.mean()), float(np.average(own, weights=num_pairs)), float(gain), float(difference))
+    num_pairs, personal, global_, rival, _ = population(np.random.default_rng([seed, 1]), num_users)
+    gain, difference = (personal - global_).mean(), (personal - rival).mean()
+    return Truth(float(personal.mean()), float(np.average(personal, weights=num_pairs)), float(gain), float(difference))
 
 
 def draw(rng: np.random.Generator, num_users: int) -> Drawn:
     """One data set."""
-    num_pairs, own, whole, rival, equal = population(rng, num_users)
+    num_pairs, personal, global_, rival, equal = population(rng, num_users)
 
     def judged(chance: Float64Array) -> Float64Array:
         return rng.binomial(num_pairs.astype(int), chance) / num_pairs
 
     seeds = np.mean([judged(rival) for _ in range(3)], axis=0)
-    return Drawn(num_pairs, judged(own), judged(whole), seeds, judged(equal))
+    return Drawn(num_pairs, judged(personal), judged(global_), seeds, judged(equal))
 
 
 def simulate(num_users: int, simulations: int, resamples: int, seed: int = 0) -> dict[str, float]:

@@ -168,11 +168,11 @@ def main() -> None:
                     step()
                 seconds[name].append((time.perf_counter() - begin) / options.steps)
     tokens = 2 * options.pairs * (options.prompt + options.completion)
-    about = f"{options.pairs} pairs of {options.prompt} + {options.completion} tokens, {DEVICE}"
-    table = Table("what", "tokens/s", "ratio", "first loss", title=about)
+    title = f"{options.pairs} pairs of {options.prompt} + {options.completion} tokens, {DEVICE}"
+    table = Table("what", "tokens/s", "ratio", "first loss", title=title)
     for name, times in seconds.items():
         peers = seconds["TRL" + KNOWN * name.endswith(KNOWN)]
-        ratio = statistics.median(peer / own for peer, own in zip(peers, times, strict=True))
+        ratio = statistics.median(peer / taken for peer, taken in zip(peers, times, strict=True))
         table.add_row(name, f"{tokens / statistics.median(times):,.0f}", f"{ratio:.2f}x", f"{first[name]:.6f}")
     Console(width=100).print(table)
 

@@ -102,9 +102,9 @@ def evidence_bounds(
     """
     bounds = []
     for power in powers:
-        given = to_the_power(responses, power)
-        gain = torch.stack([log_ratios(draw_latents(given, one)) for one in noise]).mean(0)
-        bounds.append((gain - kl_to_prior(*given).sum(-1)).mean())
+        posteriors = to_the_power(responses, power)
+        gain = torch.stack([log_ratios(draw_latents(posteriors, normal)) for normal in noise]).mean(0)
+        bounds.append((gain - kl_to_prior(*posteriors).sum(-1)).mean())
     return torch.stack(bounds)
 
 
@@ -126,10 +126,10 @@ def advantages(rewards: Tensor, mask: Tensor) -> Tensor:
     Returns:
         Of the shape of ``rewards``; 0 where there is no response, or no other.
     """
-    known = mask.view(*mask.shape, *[1] * (rewards.dim() - 2))
-    rewards, count = torch.where(known, rewards, 0.0), known.sum(1, keepdim=True)
+    is_response = mask.view(*mask.shape, *[1] * (rewards.dim() - 2))
+    rewards, count = torch.where(is_response, rewards, 0.0), is_response.sum(1, keepdim=True)
     others = (rewards.sum(1, keepdim=True) - rewards) / (count - 1).clamp(min=1)
-    return torch.where(known & (count > 1), rewards - others, 0.0)
+    return torch.where(is_response & (count > 1), rewards - others, 0.0)
 
 
 def rank_correlations(one: Tensor, two: Tensor) -> Tensor:
@@ -184,40 +184,45 @@ def scored(backbone: ClapLatents, source: SampledPairs, weights: np.ndarray, row
     """Encode the responses to some prompts and value them."""
     pool = source.pool
     candidates = pool.candidates[rows]
-    place, column = np.nonzero(candidates >= 0)
-    asked = [pool.prompts[row] for row in rows[place].tolist()]
-    encoded = backbone.represent(asked, [pool.responses[code] for code in candidates[place, column].tolist()])
+    prompt_row, column = np.nonzero(candidates >= 0)
+    prompts = [pool.prompts[row] for row in rows[prompt_row].tolist()]
+    encoded = backbone.represent(prompts, [pool.responses[code] for code in candidates[prompt_row, column].tolist()])
     assert isinstance(encoded, Tensor)
     out = torch.zeros(*candidates.shape, backbone.feature_dim)
-    out[place, column] = encoded
+    out[prompt_row, column] = encoded
     worth = torch.from_numpy(np.nan_to_num(standardise(pool.scores[rows]) @ weights)).float()
     return Scored(rows, gaussian(out), torch.from_numpy(candidates >= 0), worth)
 
 
 def calibrated_power(
-    backbone: ClapLatents, source: SampledPairs, given: Scored, seed: int
+    backbone: ClapLatents, source: SampledPairs, scored_responses: Scored, seed: int
 ) -> tuple[float, list[float]]:
     """The power of posteriors that the evidence prefers, and the bound of each of `POWERS`."""
-    pool, (place, column) = source.pool, given.mask.nonzero(as_tuple=True)
-    texts = pool.candidates[given.rows][given.mask.numpy()].tolist()
-    asked = [pool.prompts[row] for row in given.rows[place].tolist()]
+    pool, (prompt_row, column) = source.pool, scored_responses.mask.nonzero(as_tuple=True)
+    texts = pool.candidates[scored_responses.rows][scored_responses.mask.numpy()].tolist()
+    prompts = [pool.prompts[row] for row in scored_responses.rows[prompt_row].tolist()]
     tokens = completion_tokens(
-        [backbone.causal_lm.completion(prompt, pool.responses[code]) for prompt, code in zip(asked, texts, strict=True)]
+        [
+            backbone.causal_lm.completion(prompt, pool.responses[code])
+            for prompt, code in zip(prompts, texts, strict=True)
+        ]
     )
     noise = torch.randn(DRAWS, len(texts), backbone.latent_dim, generator=torch.Generator().manual_seed(seed))
-    own = Gaussian(*(part[place, column] for part in given.latents))
-    bounds = evidence_bounds(own, POWERS, lambda latents: backbone.log_ratios(tokens, latents).cpu(), noise).tolist()
+    posteriors = Gaussian(*(part[prompt_row, column] for part in scored_responses.latents))
+    bounds = evidence_bounds(
+        posteriors, POWERS, lambda latents: backbone.log_ratios(tokens, latents).cpu(), noise
+    ).tolist()
     return POWERS[int(np.argmax(bounds))], bounds
 
 
-def known_share(given: Scored) -> Tensor:
+def known_share(responses: Scored) -> Tensor:
     """Share ``(U,)`` of the variance of rewards within a prompt explained by a linear map of the posterior means.
 
     The map is fitted on the first half of the prompts and judged on the second.
     """
-    mean, mask = given.latents.mean, given.mask[..., None]
+    mean, mask = responses.latents.mean, responses.mask[..., None]
     x = ((mean - (mean * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)) * mask).double()
-    y, half = advantages(given.worth, given.mask).double(), len(mean) // 2
+    y, half = advantages(responses.worth, responses.mask).double(), len(mean) // 2
     train, test = x[:half].flatten(0, 1), x[half:].flatten(0, 1)
     solved = torch.linalg.solve(
         train.T @ train + RIDGE * torch.eye(train.shape[1], dtype=torch.double), train.T @ y[:half].flatten(0, 1)
@@ -226,16 +231,17 @@ def known_share(given: Scored) -> Tensor:
     return 1 - (target - test @ solved).square().sum(0) / target.square().sum(0)
 
 
-def prompt_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
+def prompt_rewards(latent: Tensor, responses: Scored, power: float) -> Tensor:
     """Latent rewards of latents ``(P, M, Z)`` by the responses to their prompts, ``(P, U, M)``."""
-    latents = to_the_power(given.latents, power)
-    return latent_rewards(latent, latents, given.worth.movedim(-1, 0), given.mask).transpose(0, 1)
+    latents = to_the_power(responses.latents, power)
+    return latent_rewards(latent, latents, responses.worth.movedim(-1, 0), responses.mask).transpose(0, 1)
 
 
-def pooled_rewards(latent: Tensor, given: Scored, power: float) -> Tensor:
+def pooled_rewards(latent: Tensor, responses: Scored, power: float) -> Tensor:
     """Latent rewards of latents ``(P, M, Z)`` by responses to other prompts, ``(P, U, M)``."""
-    latents, asked = to_the_power(Gaussian(*(part[given.mask] for part in given.latents)), power), latent.flatten(0, 1)
-    worth = latent_rewards(asked, latents, advantages(given.worth, given.mask)[given.mask].T)
+    posteriors = to_the_power(Gaussian(*(part[responses.mask] for part in responses.latents)), power)
+    values = advantages(responses.worth, responses.mask)[responses.mask].T
+    worth = latent_rewards(latent.flatten(0, 1), posteriors, values)
     return worth.view(-1, *latent.shape[:2]).transpose(0, 1)
 
 
@@ -266,14 +272,14 @@ def measure(options: argparse.Namespace) -> tuple[Table, str]:
     prompts = [pool.prompts[row] for row in test.rows.tolist()]
     generator = torch.Generator().manual_seed(options.seed)
     latent = torch.randn(len(prompts), options.latents, backbone.latent_dim, generator=generator)
-    asked = [prompt for prompt in prompts for _ in range(options.latents)]
-    users = UserState({"latent": latent.flatten(0, 1)}, torch.zeros(len(asked), dtype=torch.long))
+    repeated_prompts = [prompt for prompt in prompts for _ in range(options.latents)]
+    users = UserState({"latent": latent.flatten(0, 1)}, torch.zeros(len(repeated_prompts), dtype=torch.long))
     settings = {"max_new_tokens": options.max_new_tokens, "top_k": options.top_k, "seed": options.seed}
-    written = sample(backbone.method, asked, users, num_samples=options.texts, **settings)
-    texts = [one.text for own in written for one in own]
-    again = [prompt for prompt in asked for _ in range(options.texts)]
-    raw = np.stack([reward.score(again, texts) for reward in source.rewards.values()], axis=-1)
-    found = torch.from_numpy((raw - shift) / scale @ weights).view(*latent.shape[:2], options.texts, len(people))
+    texts_of_latents = sample(backbone.method, repeated_prompts, users, num_samples=options.texts, **settings)
+    texts = [written.text for texts_of_latent in texts_of_latents for written in texts_of_latent]
+    text_prompts = [prompt for prompt in repeated_prompts for _ in range(options.texts)]
+    raw = np.stack([reward.score(text_prompts, texts) for reward in source.rewards.values()], axis=-1)
+    rewards = torch.from_numpy((raw - shift) / scale @ weights).view(*latent.shape[:2], options.texts, len(people))
     ranked = [
         ("published", prompt_rewards(latent, test, 1.0)),
         ("calibrated", prompt_rewards(latent, test, power)),
@@ -285,18 +291,20 @@ def measure(options: argparse.Namespace) -> tuple[Table, str]:
             raise ValueError(
                 f"--people: expected a LatentDPO checkpoint over the CLaP model of --ckpt_path, got {options.people!r}"
             )
-        ranked.append(("learned", torch.stack([learned_rewards(method, one, prompts, latent) for one in people], 1)))
+        ranked.append(
+            ("learned", torch.stack([learned_rewards(method, person, prompts, latent) for person in people], 1))
+        )
     heads = [*(name for name, _ in ranked), "texts", "response"]
     table = Table("person", *heads, title="rank correlation within a prompt, 95 %")
-    halves = [part.mean(2).transpose(1, 2) for part in found.split([options.texts // 2, -(-options.texts // 2)], 2)]
-    whole = found.mean(2).transpose(1, 2)
+    halves = [part.mean(2).transpose(1, 2) for part in rewards.split([options.texts // 2, -(-options.texts // 2)], 2)]
+    whole = rewards.mean(2).transpose(1, 2)
     for number, name in enumerate([*people, "mean"]):
-        own = slice(None) if name == "mean" and number == len(people) else slice(number, number + 1)
-        pairs = [validity(values[:, own], whole[:, own]) for _, values in ranked]
-        pairs.append(validity(halves[0][:, own], halves[1][:, own]))
-        cells = [f"{one.correlation:+.2f} [{one.low:+.2f}, {one.high:+.2f}]" for one in pairs]
-        table.add_row(name, *cells, f"{float(known[own].mean()):.2f}")
-    shown = ", ".join(f"{one:.4g}: {bound:.2f}" for one, bound in zip(POWERS, bounds, strict=True))
+        columns = slice(None) if name == "mean" and number == len(people) else slice(number, number + 1)
+        results = [validity(values[:, columns], whole[:, columns]) for _, values in ranked]
+        results.append(validity(halves[0][:, columns], halves[1][:, columns]))
+        cells = [f"{result.correlation:+.2f} [{result.low:+.2f}, {result.high:+.2f}]" for result in results]
+        table.add_row(name, *cells, f"{float(known[columns].mean()):.2f}")
+    shown = ", ".join(f"{exponent:.4g}: {bound:.2f}" for exponent, bound in zip(POWERS, bounds, strict=True))
     return table, f"posteriors calibrated to the power {power:.4g}; evidence bounds by power, nats: {shown}"
 
 

@@ -91,16 +91,16 @@ class Samples(PairSource):
             [random.permutation(len(self.prompts))[: self.num_pairs] for _ in range(self.num_people)]
         )
         two = np.argsort(random.random((len(prompt), RESPONSES)), 1)[:, :2] + RESPONSES * prompt[:, None]
-        who = np.repeat(np.arange(self.num_people), self.num_pairs)
+        user = np.repeat(np.arange(self.num_people), self.num_pairs)
         ids = [f"person {number}" for number in range(self.num_people)]
         texts = self.prompts, self.responses
-        return pair_table(ids, *texts, user=who, prompt=prompt, chosen=two[:, 0], rejected=two[:, 1])
+        return pair_table(ids, *texts, user=user, prompt=prompt, chosen=two[:, 0], rejected=two[:, 1])
 
     def everything(self) -> PairTable:
         """All responses as pairs of one user: what is encoded once for everybody."""
         first = np.arange(0, len(self.responses), 2)
-        texts, who = (self.prompts, self.responses), np.zeros_like(first)
-        return pair_table(["all"], *texts, user=who, prompt=first // RESPONSES, chosen=first, rejected=first + 1)
+        texts, user = (self.prompts, self.responses), np.zeros_like(first)
+        return pair_table(["all"], *texts, user=user, prompt=first // RESPONSES, chosen=first, rejected=first + 1)
 
 
 class NewPerson:

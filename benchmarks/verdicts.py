@@ -58,16 +58,16 @@ def fit(data: PlantedData, seed: int, max_epochs: int = 60) -> PersonalizationMe
 
 
 def verdicts(method: PersonalizationMethod, data: PlantedData) -> dict[str, str]:
-    """What is said about seen and unseen users."""
-    said = {}
+    """The verdicts on seen and unseen users."""
+    sentences = {}
     for group, batch in (("seen", data.test_batch), ("unseen", data.unseen_batch)):
         with torch.no_grad():
             facts = method.evaluate(batch)
         assert batch.user_row is not None
         metric = PreferenceMetric(len(data.all_user_ids))
         metric.update(facts.pop("margin"), batch.user_row, **facts)
-        said[group] = verdict(group, summarize(metric.table(), num_resamples=1000))
-    return said
+        sentences[group] = verdict(group, summarize(metric.table(), num_resamples=1000))
+    return sentences
 
 
 def claims(world: str, datasets: int) -> dict[str, int]:

@@ -26,12 +26,12 @@ _SCORED = 1024  # responses that are in memory at once
 
 
 @lru_cache(maxsize=1)
-def _loaded(ckpt_path: str, modified: int) -> PersonalizationMethod:
+def _loaded(ckpt_path: str, users: str | None, modified: int) -> PersonalizationMethod:
     """The last method asked for stays loaded, so that rewards of several of its users share one copy of the weights.
 
     ``modified``, the time in nanoseconds at which the file was written, makes a file written anew another method.
     """
-    return load_method(ckpt_path, device())
+    return load_method(ckpt_path, device(), users=users)
 
 
 class MethodReward(Reward):
@@ -40,10 +40,11 @@ class MethodReward(Reward):
     Args:
         ckpt_path: Checkpoint written by plm fit.
         user: Id of the user; null = the population.
+        users: Where the users are, see `plm.load_method`; null = beside the checkpoint.
     """
 
-    def __init__(self, ckpt_path: str, user: str | None = None) -> None:
-        self.ckpt_path, self.user = ckpt_path, user
+    def __init__(self, ckpt_path: str, user: str | None = None, users: str | None = None) -> None:
+        self.ckpt_path, self.user, self.users = ckpt_path, user, users
 
     @cached_property
     def method(self) -> PersonalizationMethod:
@@ -53,7 +54,7 @@ class MethodReward(Reward):
             ValueError: If it cannot be read, or does not know the user.
         """
         path = Path(self.ckpt_path)
-        method = _loaded(self.ckpt_path, path.stat().st_mtime_ns if path.exists() else 0)
+        method = _loaded(self.ckpt_path, self.users, path.stat().st_mtime_ns if path.exists() else 0)
         if self.user is not None and self.user not in method.known_users.store:
             raise ValueError(f"no user {self.user!r} beside {self.ckpt_path!r}; run plm adapt first")
         return method

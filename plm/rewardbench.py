@@ -16,17 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from plm.arrays import Float64Array
 from plm.data.sources.corpus import PARQUET, corpus_files, local_files, read_rows
 from plm.data.values import to_prompt
-from plm.method import PersonalizationMethod
 
 REPO = "allenai/reward-bench-2"
 TIES = "Ties"
 _COLUMNS = {name: name for name in ("id", "prompt", "chosen", "rejected", "subset")}
-_CHUNK = 256
 
 
 class Question(NamedTuple):
@@ -115,7 +112,7 @@ def point(right: float, wrong: Sequence[float]) -> float:
     return 1 / (1 + sum(reward == best for reward in wrong)) if right == best else 0.0
 
 
-def summarise(answered: Iterable[Answered]) -> dict[str, float]:
+def subset_scores(answered: Iterable[Answered]) -> dict[str, float]:
     """Score of every subset, and their mean as ``overall``.
 
     Raises:
@@ -159,38 +156,19 @@ def read_questions(path: str | None = None) -> list[Question]:
     return questions
 
 
-def rewards_of(method: PersonalizationMethod, user_id: str | None) -> Callable[[list[str], list[str]], Float64Array]:
-    """The reward of a loaded method for a user, None = the population: prompts and answers -> ``(B,)``.
-
-    Raises:
-        ValueError: If there is no such user.
-    """
-    if user_id is not None:
-        if user_id not in method.known_users.store:
-            raise ValueError(
-                f"no user {user_id!r} beside the checkpoint; run plm adapt first, or leave --user out for the "
-                "population"
-            )
-
-    def rewards(prompts: list[str], texts: list[str]) -> Float64Array:
-        with torch.no_grad():
-            scored = method.score(texts, user_id=user_id, prompts=prompts)
-        array: Float64Array = scored.double().cpu().numpy()
-        return array
-
-    return rewards
-
-
 def answer(questions: Sequence[Question], rewards: Callable[[list[str], list[str]], Float64Array]) -> list[Answered]:
-    """Give every answer its reward, a few hundred at a time.
+    """Give every answer its reward.
+
+    Args:
+        questions: The benchmark.
+        rewards: Prompts and as many answers -> rewards ``(B,)``, such as `plm.learned_rewards.MethodReward.score`.
 
     Raises:
         ValueError: If a reward is not finite: no answer would be right, or wrong, by more than luck.
     """
     prompts = [question.prompt for question in questions for _ in (*question.right, *question.wrong)]
     texts = [text for question in questions for text in (*question.right, *question.wrong)]
-    parts = [rewards(prompts[i : i + _CHUNK], texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
-    scored = np.concatenate(parts)
+    scored = rewards(prompts, texts)
     if not np.isfinite(scored).all():
         names = [q.id for q in questions for _ in (*q.right, *q.wrong)]
         row = int(np.flatnonzero(~np.isfinite(scored))[0])

@@ -21,7 +21,7 @@ from plm.rewardbench import (
     answer,
     point,
     read_questions,
-    summarise,
+    subset_scores,
     ties_score,
     ties_stats,
 )
@@ -40,8 +40,8 @@ def test_ties_formula_by_hand() -> None:
     tied = {"1": ties_stats([4.0, 3.0], [1.0, 0.0]), "2": ties_stats([4.0, 1.0], [2.0])}
     ref = {"1": ties_stats([1.5], [0.0, -1.0]), "2": ties_stats([3.0], [2.0])}
     assert tied["1"] == Stats(True, 2.0, 1.0) and tied["2"] == Stats(False, -1.0, 3.0) and ref["1"].spread == 0
-    fine = (math.tanh(1.5 / 1 - 1) + math.tanh(-1 / 3 - 1)) / 2
-    expected = 0.3 * 0.5 + 0.3 * 1.0 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * fine
+    excess = (math.tanh(1.5 / 1 - 1) + math.tanh(-1 / 3 - 1)) / 2
+    expected = 0.3 * 0.5 + 0.3 * 1.0 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * excess
     assert ties_score(ref, tied) == pytest.approx(expected)
 
 
@@ -62,10 +62,10 @@ def test_subsets_weigh_the_same() -> None:
     answered = [Answered(str(n), "Math", [1.0], [float(n > 0), 0.0]) for n in range(2)]
     answered += [Answered("9", "Focus", [0.0], [1.0])]
     answered += [Answered("ref:1", "Ties", [1.0], [0.0]), Answered("tied:1", "Ties", [1.0, 1.0], [0.0])]
-    scores = summarise(answered)
+    scores = subset_scores(answered)
     assert scores == {"Focus": 0.0, "Math": 0.75, "Ties": pytest.approx(1.01), "overall": pytest.approx(1.76 / 3)}
     with pytest.raises(ValueError, match="ref:N or tied:N, got 'x1'"):
-        summarise([Answered("x1", "Ties", [1.0], [0.0])])
+        subset_scores([Answered("x1", "Ties", [1.0], [0.0])])
 
 
 def row(number: Any, subset: str, right: list[str], wrong: list[str]) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def judge() -> BradleyTerry:
 def test_the_command_scores_a_method(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("plm.checkpoint.load_method", lambda path, users: judge())
+    monkeypatch.setattr("plm.learned_rewards.load_method", lambda path, device, users: judge())
     out = file.parent / "scores.json"
     assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--questions", str(file), "--output", str(out)]) == 0
     saved = json.loads(out.read_text())
     assert saved["scores"]["Math"] == 0.5 and saved["scores"]["Ties"] > 0.99 and len(saved["answers"]) == 4
     assert "overall" in capsys.readouterr().out
     assert main(["rewardbench", "--ckpt_path", "x.ckpt", "--questions", str(file), "--user", "somebody"]) == 1
-    assert "no user 'somebody' beside the checkpoint; run plm adapt first" in capsys.readouterr().err
+    assert "no user 'somebody' beside 'x.ckpt'; run plm adapt first" in capsys.readouterr().err
 
 
 def test_rewards_that_are_no_numbers_are_refused(file: Path) -> None:

@@ -89,7 +89,7 @@ class ReferenceLogps(Backbone):
         return out
 
     @staticmethod
-    @torch.inference_mode()
+    @torch.no_grad()
     def _logps(policy: Policy, rows: Sequence[Completion]) -> Tensor:
         tokens = completion_tokens(rows).to(next(policy.parameters()).device)
         hidden, token, row = policy.completions(tokens)

@@ -27,13 +27,13 @@ def run(args: list[str]) -> None:
     from rich.table import Table
 
     from plm.atomic import write_json
-    from plm.checkpoint import load_method
     from plm.evaluation import print_parts
-    from plm.rewardbench import answer, read_questions, rewards_of, summarise
+    from plm.learned_rewards import MethodReward
+    from plm.rewardbench import answer, read_questions, subset_scores
 
-    questions = read_questions(options.questions)
-    answered = answer(questions, rewards_of(load_method(options.ckpt_path, users=options.users), options.user))
-    scores = summarise(answered)
+    reward = MethodReward(options.ckpt_path, options.user, options.users)
+    answered = answer(read_questions(options.questions), reward.score)
+    scores = subset_scores(answered)
     table = Table("subset", "prompts", "score", box=SIMPLE_HEAD)
     for subset, score in scores.items():
         count = sum(subset in ("overall", entry.subset) for entry in answered)

@@ -8,6 +8,11 @@ from plm.cli.options import OptionParser
 from plm.messages import nearest
 
 _ACTIONS = ("list", "export", "delete")
+_LATER = "SQLite removes them when no process reads a former state, by the same command; PostgreSQL by VACUUM FULL"
+_ELSEWHERE = (
+    "not looked at: the data that the pairs came from, other runs, copies, backups, and what was sent to a logger. "
+    "The shared weights were fitted on the pairs of everybody: fit again without them if they must not count"
+)
 
 
 def run(args: list[str]) -> None:
@@ -20,7 +25,8 @@ def run(args: list[str]) -> None:
         prog="plm users",
         description="list: id and number of pairs of every user, tab separated\n"
         "export: rows of some or all users as JSONL\n"
-        "delete: remove users; from then on they are scored like unknown ones. One receipt a user, as JSONL",
+        "delete: remove users from the store, the checkpoints and the files of the run; from then on they are scored\n"
+        "like unknown ones. One receipt a user, as JSONL; may be repeated",
     )
     parser.add_argument("action", metavar="list|export|delete")
     parser.add_shared("--ckpt_path", required=True, help="checkpoint the users belong to")
@@ -35,23 +41,26 @@ def run(args: list[str]) -> None:
     if options.action == "delete" and not options.user:
         parser.error("delete needs --user ID")
 
-    from plm.checkpoint import read_checkpoint
     from plm.cli.writing import write_rows
-    from plm.method import CHECKPOINT_KEY
+    from plm.erasure import erase_users
     from plm.users import UserStore, store_path
 
     store = UserStore(store_path(options.ckpt_path) if options.users is None else options.users)
-    if not store.exists:
+    if options.action != "delete" and not store.exists:
         raise ValueError(f"no users are stored beside {options.ckpt_path!r}: expected them in {store.place!r}")
     if options.action == "list":
         sys.stdout.writelines(f"{user.user_id}\t{user.num_pairs}\n" for user in store)
     elif options.action == "export":
         store.export(options.output, options.user)
     else:
-        receipts = store.delete(options.user)
-        write_rows([receipt._asdict() for receipt in receipts], None)
-        num_stored = sum(receipt.was_stored for receipt in receipts)
+        erasure = erase_users(options.ckpt_path, options.user, options.users)
+        write_rows([receipt._asdict() for receipt in erasure.receipts], None)
+        num_stored = sum(receipt.was_stored for receipt in erasure.receipts)
         print(f"deleted {num_stored} users, {len(store)} are left in {store.place}", file=sys.stderr)
-        trained = set(options.user) & set(read_checkpoint(options.ckpt_path)[CHECKPOINT_KEY]["user_ids"])
-        if trained:
-            print(f"{len(trained)} of them were trained on: the checkpoint still holds their rows", file=sys.stderr)
+        for file in erasure.changed:
+            print(f"removed from {file}", file=sys.stderr)
+        for file in erasure.remaining:
+            print(f"still named in {file}: remove it, or what it says of them, by hand", file=sys.stderr)
+        if not all(receipt.is_wiped for receipt in erasure.receipts):
+            print(f"{store.place} still holds their bytes: {_LATER}", file=sys.stderr)
+        print(_ELSEWHERE, file=sys.stderr)

@@ -18,17 +18,13 @@ from plm.arrays import Float64Array
 from plm.evaluation.statistics import cluster_bootstrap
 
 
-def compare_policies(
-    values: Float64Array, users: Sequence[str], people: Sequence[str], *, num_resamples: int = 2000, seed: int = 0
-) -> dict[str, Any]:
+def compare_policies(values: Float64Array, users: Sequence[str], people: Sequence[str]) -> dict[str, Any]:
     """Compare every user's policy with the unaligned and the population's by the mean value of their texts to people.
 
     Args:
         values: ``(W, P, N, V)`` value of each text to each person.
         users: U names, of the writers after the first two.
         people: V names; a user of the same name is that person.
-        num_resamples: Random draws of P prompts.
-        seed: Seed of the draws.
 
     Returns:
         ``unaligned``: person -> mean; ``population`` and, in ``users``, every user -> ``people``: person -> ``mean``,
@@ -39,12 +35,12 @@ def compare_policies(
     """
 
     def with_ends(name: str, values: Float64Array) -> dict[str, float]:
-        low, high = cluster_bootstrap(values, num_resamples=num_resamples, seed=seed)
+        low, high = cluster_bootstrap(values)
         return {name: float(values.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
 
     means = values.mean(axis=2)  # (W, P, V)
     gains = (means[1:] - means[:1]).transpose(1, 0, 2)  # (P, U, V)
-    low, high = cluster_bootstrap(gains, num_resamples=num_resamples, seed=seed)
+    low, high = cluster_bootstrap(gains)
     out: dict[str, Any] = {"unaligned": dict(zip(people, means[0].mean(axis=0).tolist(), strict=True)), "users": {}}
     for row, user in enumerate([None, *users]):
         entry: dict[str, Any] = {

@@ -1,1 +1,1 @@
-"""The parts of a leaderboard: methods and baselines to fit, the cost of a run, results, tables and pictures."""
+"""Comparisons of methods: rows to fit, the cost of a run, results, tables, pictures, and what W&B shows of them."""

@@ -397,9 +397,10 @@ class PersonalizationMethod(L.LightningModule, ABC):
         return torch.optim.Adam(self.param_groups(), lr=self.lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the class path and the seen user ids beside the weights."""
+        """Keep the class path, the seen user ids and the names of their tables beside the weights."""
         class_path = f"{type(self).__module__}.{type(self).__qualname__}"
-        checkpoint[CHECKPOINT_KEY] = {"class_path": class_path, "user_ids": list(self.user_ids)}
+        users = {"user_ids": list(self.user_ids), "user_tables": list(self.user_tables)}
+        checkpoint[CHECKPOINT_KEY] = {"class_path": class_path, **users}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Copy rows of user tables by user id, never by position."""

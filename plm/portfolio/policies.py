@@ -117,7 +117,7 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
     @torch.no_grad()
     def keep(self, members: Sequence[int]) -> None:
         """Forget all but these members, in this order, and the adapters that nobody uses any more."""
-        mixture = self.mixture[list(members)]
+        mixture = self.mixture[torch.as_tensor(members, device=self.device)]
         used = (mixture != 0).any(0)
         self.adapters, self.mixture = self.adapters[used], mixture[:, used]
 
@@ -157,7 +157,8 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
 
     def log_ratios(self, tokens: Tokens, member: int) -> Tensor:
         """Log-likelihood ratio ``(B,)`` of B responses, a member against the language model as it is, in nats."""
-        member_logps = self.member_logps(tokens, torch.full((tokens.num_rows,), member))
+        device = tokens.input_ids.device
+        member_logps = self.member_logps(tokens, torch.full((tokens.num_rows,), member, device=device))
         return member_logps - self.unaligned_logps(tokens)
 
     @torch.no_grad()

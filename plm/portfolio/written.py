@@ -332,9 +332,10 @@ def inferred(method: WritingPortfolio, pool: CandidatePool, weights: Float64Arra
     """Learn users ``(U, R)`` from nothing but their best and worst response to each prompt of a pool."""
     shown = np.tile(np.arange(len(pool.prompts)), (len(weights), 1))
     columns = best_and_worst(pool.scores, weights, shown)  # (U, S, 2)
-    mask = torch.as_tensor(columns[..., 0] >= 0)
+    mask = torch.as_tensor(columns[..., 0] >= 0).to(method.device)
     chosen, rejected = (
-        torch.as_tensor(np.nan_to_num(pool.scores[shown, columns[..., side]]), dtype=torch.float32) for side in (0, 1)
+        torch.as_tensor(np.nan_to_num(pool.scores[shown, columns[..., side]]), dtype=torch.float32).to(method.device)
+        for side in (0, 1)
     )
     return method.adapt(Context(chosen, rejected, mask, mask.float()))
 
@@ -347,10 +348,11 @@ def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, na
     for head in ("user", "weights", "member", "regret within the oracle", "learned", "posterior sd", "member by pairs"):
         table.add_column(head, justify="left" if head == "user" else "right")
     with torch.no_grad():
-        known = method.user_states(torch.arange(method.num_users)).tensors
+        known = method.user_states(torch.arange(method.num_users, device=method.device)).to("cpu").tensors
+    fits = learned.to("cpu").tensors
     for row, user_id in enumerate(method.user_ids):
-        weights, fitted = (state["weights"][row].double().numpy() for state in (known, learned.tensors))
-        spread = np.sqrt(np.diag(simplex_covariance(learned.tensors["precision"][row].double().numpy())))
+        weights, fitted = (state["weights"][row].double().numpy() for state in (known, fits))
+        spread = np.sqrt(np.diag(simplex_covariance(fits["precision"][row].double().numpy())))
         table.add_row(
             user_id,
             member_name(weights, names),
@@ -358,7 +360,7 @@ def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, na
             f"{float(known['regret'][row]):.3f}",
             member_name(fitted, names),
             " ".join(f"{value:.2f}" for value in spread),
-            str(int(learned.tensors["member"][row])),
+            str(int(fits["member"][row])),
         )
     return table
 

@@ -197,7 +197,9 @@ def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
     (exported,) = [json.loads(line) for line in Path("new-user.jsonl").read_text().splitlines()]
     assert exported["user_id"] == "new" and torch.allclose(torch.tensor(exported["state"]["shift"]), expected)
     assert main(["users", "delete", *users, "--user", "new", splits["users"]["seen"][1]]) == 0
-    assert "1 of them were trained on" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert [json.loads(line)["was_stored"] for line in shown.out.splitlines()] == [True, True]
+    assert "removed from" in shown.err and "still named" not in shown.err
     assert main(score) == 0
     assert not json.loads(capsys.readouterr().out.splitlines()[0])["user_known"]
 

@@ -12,13 +12,24 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("cases.py")
+HERE = Path(__file__).parent
+
+
+def run(cases: str, *options: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / cases)]
+    env = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *options], env=env, cwd=HERE.parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 @pytest.mark.parametrize("contracts", ["contract", "latent_dpo", "live_methods", "token_methods"])
 def test_methods_do_there_what_they_do_on_the_cpu(contracts: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES)]
-    env = {**os.environ, "PLM_DEVICE_CONTRACTS": contracts, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=CASES.parents[2], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run("cases.py", PLM_DEVICE_CONTRACTS=contracts)
+
+
+@pytest.mark.parametrize("oracle", ["lora_dpo", pytest.param("logits", marks=pytest.mark.slow)])
+def test_portfolios_are_there_what_they_are_on_the_cpu(oracle: str) -> None:
+    run("portfolio_cases.py", "-k", oracle)

@@ -179,7 +179,7 @@ class ClapLatents(LatentBackbone):
             longest = sum(map(len, order[start][1])) + method.num_queries
             part = order[start : start + max(1, BATCH_TOKENS // longest)]
             tokens = completion_tokens([row for _, row in part]).to(method.device)
-            with torch.inference_mode():
+            with torch.no_grad():
                 out[[index for index, _ in part]] = values(method.encoder(tokens)).cpu()
             start += len(part)
         return out

@@ -1,0 +1,131 @@
+"""Remove users from everything that a run keeps of them, and name what still speaks of them.
+
+A run keeps users in the store beside its checkpoint, as rows of the tables in its checkpoints, from which ``plm test``,
+``plm predict`` and a resumed fit go on, and by name in its files.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import mmap
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from plm.atomic import whole_file, write_csv, write_json
+from plm.checkpoint import find_class, read_checkpoint
+from plm.method import CHECKPOINT_KEY
+from plm.users import Receipt, UserStore, store_path
+
+NOBODY = ""
+"""Stands for an erased user in a checkpoint, whose tables keep their sizes; it is no id."""
+_FILES = ("per_user.csv", "predictions*.csv", "users.csv", "splits.json", "portfolio.json")
+"""What runs and portfolios write with ids in it."""
+
+
+class Erasure(NamedTuple):
+    """What was done, and what was not."""
+
+    receipts: list[Receipt]
+    """One for each user."""
+    changed: list[Path]
+    """Files from which a user was removed."""
+    remaining: list[Path]
+    """Files of the run that still hold the id of one."""
+
+
+def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Path | None = None) -> Erasure:
+    """Remove users from the store, the checkpoints of the folder and the files of the run.
+
+    It may be repeated, also for ids that nobody knows: what a call that was killed has left is done by the next.
+
+    Args:
+        ckpt_path: A checkpoint of the run.
+        user_ids: Whom.
+        users: Where the store is, if not beside the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint or the store cannot be read or written.
+    """
+    path = Path(ckpt_path)
+    read_checkpoint(path)
+    receipts = UserStore(store_path(path) if users is None else users).delete(user_ids)
+    folder = path.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    named = [file for pattern in _FILES for file in sorted(run.glob(pattern))]
+    changed = [file for file in sorted(folder.glob("*.ckpt")) if file.is_file() and _erase_rows(file, user_ids)]
+    changed += [file for file in named if _erase_names(file, user_ids)]
+    files = run.rglob("*") if run != folder else folder.glob("*")
+    return Erasure(receipts, changed, [file for file in sorted(files) if _holds(file, user_ids)])
+
+
+def _erase_rows(path: Path, user_ids: Collection[str]) -> bool:
+    """Overwrite the rows of users in a checkpoint, those of the optimizer too; whether there were any."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        metadata = checkpoint[CHECKPOINT_KEY]
+        ids: list[str] = metadata["user_ids"]
+    except Exception:  # not a checkpoint of plm: if it holds an id, it is named as a file that remains
+        return False
+    rows = [row for row, user_id in enumerate(ids) if user_id in set(user_ids)]
+    if not rows:
+        return False
+    names = metadata.get("user_tables", ())
+    tables = [checkpoint["state_dict"][name] for name in names or find_class(metadata["class_path"]).user_tables]
+    shapes = {(len(ids),), *(table.shape for table in tables)}
+    moments = [value for optimizer in checkpoint.get("optimizer_states", ()) for value in _tensors(optimizer["state"])]
+    for table in [*tables, *(moment for moment in moments if moment.shape in shapes)]:
+        table[rows] = 0
+    metadata["user_ids"] = [NOBODY if row in rows else user_id for row, user_id in enumerate(ids)]
+    with whole_file(path) as file:
+        torch.save(checkpoint, file)
+    return True
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors of nested dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+
+
+def _erase_names(path: Path, user_ids: Collection[str]) -> bool:
+    """Remove rows of a CSV file, or ids and what stands under them in a JSON file; whether there were any."""
+    if path.suffix == ".json":
+        before = json.loads(path.read_text(encoding="utf-8"))
+        after = _without(before, set(user_ids))
+        if after != before:
+            write_json(path, after)
+        return bool(after != before)
+    with path.open(encoding="utf-8", newline="") as file:
+        columns, *rows = csv.reader(file)
+    place = columns.index("user_id")
+    kept = [row for row in rows if row[place] not in user_ids]
+    if len(kept) < len(rows):
+        write_csv(path, columns, kept)
+    return len(kept) < len(rows)
+
+
+def _without(value: Any, user_ids: set[str]) -> Any:
+    """A JSON value without entries of lists, and keys of objects, that are ids."""
+    if isinstance(value, dict):
+        return {key: _without(part, user_ids) for key, part in value.items() if key not in user_ids}
+    if isinstance(value, list):
+        return [_without(part, user_ids) for part in value if not (isinstance(part, str) and part in user_ids)]
+    return value
+
+
+def _holds(path: Path, user_ids: Collection[str]) -> bool:
+    """Whether a file holds an id as a word of its own, as it is or as JSON writes it."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    forms = {form for user_id in user_ids for form in (user_id, json.dumps(user_id)[1:-1])}
+    words = b"|".join(re.escape(form.encode("utf-8", "surrogatepass")) for form in sorted(forms))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return re.search(rb"(?<![\w-])(?:" + words + rb")(?![\w-])", data) is not None
