@@ -135,3 +135,26 @@ def choose(name: str, value: str, choices: Sequence[str]) -> None:
 def device() -> str:
     """The device that models run on: the GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def readable_positions(config: Any) -> int:
+    """How many tokens a network of this configuration has positions for.
+
+    RoBERTa and its like number positions from behind the padding token: the first rows of ``max_position_embeddings``
+    stand for no token. Such networks have a table of positions with a padding row.
+    """
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is None:
+        return 10**9
+    import transformers
+
+    with torch.device("meta"):
+        network = transformers.AutoModel.from_config(config)
+    tables = [table for table in network.modules() if isinstance(table, torch.nn.Embedding)]
+    padding = [
+        table.padding_idx
+        for table in tables
+        if table.num_embeddings == positions and table is not network.get_input_embeddings()
+    ]
+    return int(positions) - max((row + 1 for row in padding if row is not None), default=0)

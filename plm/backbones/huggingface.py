@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from plm.backbones.backbone import Backbone, Key, chat_messages, choose, device, plain_text
+from plm.backbones.backbone import Backbone, Key, chat_messages, choose, device, plain_text, readable_positions
 from plm.backbones.weights import content_hash, score_weight
 
 CPU_BATCH_TOKENS = 1024
@@ -215,7 +215,7 @@ class HFBackbone(Backbone):
     @cached_property
     def max_tokens(self) -> int:
         """Most tokens of a text, prompt and response together."""
-        positions = getattr(self._config.get_text_config(), "max_position_embeddings", None) or 10**9
+        positions = readable_positions(self._config)
         if self.max_length is None:
             return int(min(positions, self.tokenizer.model_max_length, 10**9))
         lowest = 1 + (self.tokenizer.num_special_tokens_to_add() if self.template != "chat" else 0)

@@ -225,6 +225,23 @@ def test_the_context_of_lightning_test_changes_nothing(folders: Callable[[str], 
 
 
 # ---------------------------------------------------------------------- truncation
+@pytest.mark.parametrize(("kind", "config"), [("Roberta", "RobertaConfig"), ("MPNet", "MPNetConfig")])
+def test_positions_behind_the_padding_token_are_not_counted(tmp_path: Path, kind: str, config: str) -> None:
+    """Of 34 rows of positions such models use 32: those of padding_idx = 1 and before stand for no token."""
+    size = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {**size, "max_position_embeddings": 34, **SIZES, "pad_token_id": 1}
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(getattr(transformers, config)(**sizes)).save_pretrained(tmp_path)
+    words = tokenizer(bert=True)
+    words.model_max_length = 10**30  # none is saved with some models
+    words.save_pretrained(tmp_path)
+    backbone = HFBackbone(str(tmp_path), pooling="mean")
+    assert backbone.max_tokens == 32
+    assert backbone.encode([text_of(0, 100)]).isfinite().all()
+    with pytest.raises(ValueError, match="expected max_length between 3 and 32"):
+        HFBackbone(str(tmp_path), max_length=33).encode(["w1"])
+
+
 def test_truncation_keeps_the_end(folders: Callable[[str], str]) -> None:
     text = text_of(0, 50)
     end = " ".join(text.split()[-8:])
