@@ -92,23 +92,6 @@ class SequenceLogps(NamedTuple):
     """``(n,)`` int64, the response each token belongs to."""
 
 
-def sequence_logps(logits: Tensor, token: Tensor, row: Tensor, num_rows: int) -> SequenceLogps:
-    """Log-probability of responses from the logits that predict their tokens, in float32 at least.
-
-    Args:
-        logits: ``(n, V)`` vocabulary scores at the places that predict a response token.
-        token: ``(n,)`` int64, the token that followed.
-        row: ``(n,)`` int64, the response it belongs to.
-        num_rows: Number B of responses.
-
-    >>> logps = sequence_logps(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), 2)
-    >>> [round(value, 4) for value in logps.total.tolist()], logps.length.tolist()
-    ([-2.7726, -1.3863], [2, 1])
-    """
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return response_logps(logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1), row, num_rows)
-
-
 def response_logps(token_logps: Tensor, row: Tensor, num_rows: int) -> SequenceLogps:
     """Log-probability of responses from those of their tokens.
 

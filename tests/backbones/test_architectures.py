@@ -13,12 +13,12 @@ import transformers
 from torch import Tensor
 
 from plm.backbones import CausalLM, Policy, PrefixShape, completion_tokens
-from plm.functional import sequence_logps
 from plm.methods.clap import CLaP
 from plm.methods.clap.adapter import SteeredTexts, SteeredWriting
 from plm.methods.clap.groups import group_by_prompt
 from plm.types import Tokens
 from tests.conftest import KINDS, WINDOW
+from tests.logps import sequence_logps
 
 Folder = Callable[[str], Path]
 PROMPT = "the weather is"

@@ -12,8 +12,8 @@ import torch
 
 from plm.backbones import Backbone, CausalLM, LoRA, Policy, ReferenceLogps, TooLong, completion_tokens
 from plm.backbones.lora import default_targets
-from plm.functional import sequence_logps
 from plm.types import Tokens
+from tests.logps import sequence_logps
 
 CHOSEN = [("hello there", " my friend"), ("a", " b"), ("what is this thing?", " it is what")]
 REJECTED = [("hello there", " no"), ("a", " something long"), ("what is this thing?", " x")]

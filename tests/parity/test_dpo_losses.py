@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from plm.backbones import TokenFacts, token_facts
-from plm.functional import SequenceLogps, sequence_logps
+from plm.functional import SequenceLogps
 from plm.methods.lora_dpo import adapters, adapting, losses, pairs
 from plm.methods.lora_dpo.losses import DIVERGENCES, LOSSES, labelled_losses, preference_losses
 from plm.methods.lora_dpo.metrics import reward_metrics, token_metrics
 from plm.methods.lora_dpo.options import REVERSE_KL_ONLY, SMOOTHED, SORTING, Divergence, LossOptions, LossType
 from plm.methods.lora_dpo.pairs import PairLogps, pair_totals, wpo_weights
+from tests.logps import sequence_logps
 
 BETA, SMOOTHING, TAU, COEF = 0.3, 0.15, 0.4, 0.25
 CHOSEN = (-9.0, -4.5, -12.25, -7.0, -3.125, -20.0)

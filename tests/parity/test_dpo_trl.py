@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from plm.backbones import TokenFacts, token_facts
-from plm.functional import SequenceLogps, sequence_logps
+from plm.functional import SequenceLogps
 from plm.methods.lora_dpo.losses import preference_losses
 from plm.methods.lora_dpo.metrics import reward_metrics, token_metrics
 from plm.methods.lora_dpo.options import REVERSE_KL_ONLY, Divergence, LossOptions, LossType
 from plm.methods.lora_dpo.pairs import PairLogps, pair_totals, wpo_weights
 from plm.types import Tokens
+from tests.logps import sequence_logps
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="needs trl >= 1.16 of the test extra (Python >= 3.11)")
 datasets = pytest.importorskip("datasets", reason="comes with trl")
