@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plm.arrays import Float64Array
-from plm.data.sources.corpus import PARQUET, corpus_files, local_files, read_rows
+from plm.data.sources.corpus import PARQUET, corpus_files, corpus_rows, local_files
 from plm.data.values import to_prompt
 
 REPO = "allenai/reward-bench-2"
@@ -146,7 +146,7 @@ def read_questions(path: str | None = None) -> list[Question]:
         files = local_files(path)
     questions = [
         Question(str(row["id"]), row["subset"], to_prompt(row["prompt"]), list(row["chosen"]), list(row["rejected"]))
-        for row in read_rows(files, _COLUMNS)
+        for row in corpus_rows(files, _COLUMNS)
     ]
     invalid = [question.id for question in questions if not (question.right and question.wrong)]
     if invalid or not questions:

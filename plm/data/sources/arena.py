@@ -16,7 +16,7 @@ from typing import Any
 
 from plm.data.schema import PairTable, make_pairs
 from plm.data.sources import PairSource
-from plm.data.sources.corpus import PARQUET, corpus_files, of_active_users, read_rows, usable
+from plm.data.sources.corpus import PARQUET, corpus_files, corpus_rows, of_active_users, usable
 
 REPO = "lmsys/chatbot_arena_conversations"
 COLUMNS = {
@@ -57,7 +57,7 @@ class ArenaPairs(PairSource):
 
     def load(self) -> PairTable:
         """Read the comparisons and keep judges with enough of them."""
-        rows = read_rows(corpus_files(self.path, REPO, "default/train/*.parquet", PARQUET), COLUMNS)
+        rows = corpus_rows(corpus_files(self.path, REPO, "default/train/*.parquet", PARQUET), COLUMNS)
         spoken = [row for row in rows if self.language in (None, row["language"])]
         outcomes = [decided_pair(row) for row in spoken]
         pairs, dropped = usable([pair for pair in outcomes if not isinstance(pair, str)])

@@ -15,7 +15,7 @@ from typing import Any
 
 from plm.data.schema import PairTable, make_pairs
 from plm.data.sources import PairSource
-from plm.data.sources.corpus import PARQUET, corpus_files, of_active_users, read_rows, usable
+from plm.data.sources.corpus import PARQUET, corpus_files, corpus_rows, of_active_users, usable
 
 REPO = "facebook/community-alignment-dataset"
 TURNS = ("first", "second", "third", "fourth")
@@ -86,7 +86,7 @@ class CommunityAlignmentPairs(PairSource):
 
     def load(self) -> PairTable:
         """Read the dialogues and keep annotators with enough pairs."""
-        rows = read_rows(corpus_files(self.path, REPO, "default/train/*.parquet", PARQUET), COLUMNS)
+        rows = corpus_rows(corpus_files(self.path, REPO, "default/train/*.parquet", PARQUET), COLUMNS)
         spoken = [row for row in rows if self.language in (None, row["assigned_lang"])]
         pairs, dropped = usable([pair for row in spoken for pair in dialogue_pairs(row)])
         kept = of_active_users(pairs, self.min_pairs)

@@ -81,7 +81,7 @@ def corpus_files(
     return files
 
 
-def read_rows(files: Sequence[str], columns: dict[str, str]) -> list[dict[str, Any]]:
+def corpus_rows(files: Sequence[str], columns: dict[str, str]) -> list[dict[str, Any]]:
     """Rows of JSONL, JSON, CSV (all also .gz) or Parquet files.
 
     Args:

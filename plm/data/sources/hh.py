@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from plm.data.sources.corpus import corpus_files, read_rows
+from plm.data.sources.corpus import corpus_files, corpus_rows
 from plm.data.sources.typed import TARGET, TEST, TypedPairs, TypedPool
 from plm.data.values import canonical_messages
 
@@ -76,7 +76,7 @@ class HHPairs(TypedPairs):
         for half, part in (("test", TEST), ("train", TARGET)):
             for subset in TYPES:
                 files = corpus_files(self.path, REPO, f"{subset}-base/{half}.jsonl*")
-                for row in read_rows(files, {"chosen": "chosen", "rejected": "rejected"}):
+                for row in corpus_rows(files, {"chosen": "chosen", "rejected": "rejected"}):
                     better, worse = split_dialogue(row["chosen"]), split_dialogue(row["rejected"])
                     if better is None or worse is None:
                         dropped["no_last_reply"] += 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from plm.data.sources.corpus import PARQUET, corpus_files, read_rows
+from plm.data.sources.corpus import PARQUET, corpus_files, corpus_rows
 from plm.data.sources.population import CandidatePool, PopulationPairs
 
 REPO = "namkoong-lab/PersonalLLM"
@@ -56,7 +56,7 @@ class PersonalLlmPairs(PopulationPairs):
         replies_of: dict[str, dict[str, list[float]]] = {}
         for half in ("train", "test"):
             files = corpus_files(self.path, REPO, f"default/{half}/*.parquet", PARQUET)
-            for row in read_rows(files, {name: name for name in names}):
+            for row in corpus_rows(files, {name: name for name in names}):
                 if row["prompt"] in replies_of:
                     continue
                 is_test.append(half == "test")

@@ -21,7 +21,7 @@ import numpy as np
 
 from plm.data.schema import PairTable, make_pairs
 from plm.data.sources import PairSource
-from plm.data.sources.corpus import corpus_files, read_rows, usable
+from plm.data.sources.corpus import corpus_files, corpus_rows, usable
 
 REPO = "HannahRoseKirk/prism-alignment"
 NO_TEXT = (None, "", "EMPTY STRING")
@@ -105,11 +105,11 @@ class PrismPairs(PairSource):
         wanted = "conversation_id user_id turn user_prompt model_response score if_chosen".split()
         survey = {"user_id": "user_id", "done": "num_completed_conversations"}
         people = {
-            row["user_id"] for row in read_rows(corpus_files(self.path, REPO, "survey.jsonl"), survey) if row["done"]
+            row["user_id"] for row in corpus_rows(corpus_files(self.path, REPO, "survey.jsonl"), survey) if row["done"]
         }
         dialogues: dict[str, list[dict[str, Any]]] = {}
         files = corpus_files(self.path, REPO, "utterances.jsonl")
-        for row in read_rows(files, {name: name for name in wanted}):
+        for row in corpus_rows(files, {name: name for name in wanted}):
             if row["user_id"] in people:
                 dialogues.setdefault(row["conversation_id"], []).append(row)
         pairs, dropped = usable([pair for rows in dialogues.values() for pair in dialogue_pairs(rows)])

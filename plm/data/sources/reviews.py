@@ -21,7 +21,7 @@ from plm.arrays import IntArray
 from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
-from plm.data.sources.corpus import local_files, read_rows
+from plm.data.sources.corpus import corpus_rows, local_files
 from plm.data.sources.samples import EVERYONE
 from plm.messages import Problems
 
@@ -52,7 +52,7 @@ def read_reviews(path: str, half: Half, part: Part) -> list[Review]:
     Raises:
         ValueError: If there is no such file or column.
     """
-    rows = read_rows(local_files(os.path.join(path, f"{half}.parquet")), {"text": "text", "label": "label"})
+    rows = corpus_rows(local_files(os.path.join(path, f"{half}.parquet")), {"text": "text", "label": "label"})
     label_of = {text: row["label"] == "pos" for row in rows if (text := " ".join(row["text"].split()))}
     texts = list(label_of)
     key = mix(digest(texts), seed_key(0))

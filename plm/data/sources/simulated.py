@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from plm.data.keys import digest, mix, seed_key
-from plm.data.sources.corpus import local_files, read_rows
+from plm.data.sources.corpus import corpus_rows, local_files
 from plm.data.sources.population import CandidatePool, PopulationPairs
 from plm.messages import Problems
 
@@ -98,10 +98,10 @@ class SimulatedPairs(PopulationPairs):
         """Read the table, and the prompts where they are apart."""
         columns = {"response": self.response, **{name: name for name in self.attributes}}
         if self.prompts is None:
-            rows = read_rows(local_files(self.path), {"prompt": self.prompt, **columns})
+            rows = corpus_rows(local_files(self.path), {"prompt": self.prompt, **columns})
         else:
-            texts = read_rows(local_files(self.prompts), {"key": self.key, "prompt": self.prompt})
+            texts = corpus_rows(local_files(self.prompts), {"key": self.key, "prompt": self.prompt})
             text_of = {row["key"]: row["prompt"] for row in texts}
-            rows = read_rows(local_files(self.path), {"key": self.key, **columns})
+            rows = corpus_rows(local_files(self.path), {"key": self.key, **columns})
             rows = [{**row, "prompt": text_of[row["key"]]} for row in rows if row["key"] in text_of]
         return pool_of(rows, self.attributes, self.candidates, self.test_share, self.seed)

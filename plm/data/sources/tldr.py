@@ -20,7 +20,7 @@ import numpy as np
 
 from plm.data.schema import PairTable, make_pairs
 from plm.data.sources import PairSource
-from plm.data.sources.corpus import PARQUET, corpus_files, read_rows, usable
+from plm.data.sources.corpus import PARQUET, corpus_files, corpus_rows, usable
 
 REPO = "openai/summarize_from_feedback"
 
@@ -82,7 +82,7 @@ class TldrPairs(PairSource):
         pairs: list[dict[str, Any]] = []
         for half, row_split in (("train", "train"), ("validation", "test")):
             files = corpus_files(self.path, REPO, f"comparisons/{half}/*.parquet", PARQUET)
-            pairs += [comparison(row, row_split) for row in read_rows(files, columns)]
+            pairs += [comparison(row, row_split) for row in corpus_rows(files, columns)]
         posts = [pair for pair in pairs if pair["prompt"] is not None]
         usable_pairs, dropped = usable(posts)
         workers = select_workers(usable_pairs, self.min_pairs, self.seed)

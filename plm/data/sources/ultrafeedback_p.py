@@ -19,7 +19,7 @@ import numpy as np
 
 from plm.arrays import IntArray
 from plm.data.keys import digest, mix, seed_key
-from plm.data.sources.corpus import PARQUET, corpus_files, read_rows
+from plm.data.sources.corpus import PARQUET, corpus_files, corpus_rows
 from plm.data.sources.typed import SURVEY, TARGET, TEST, TypedPairs, TypedPool, conflict, number_texts
 
 RATINGS_REPO = "openbmb/UltraFeedback"
@@ -86,14 +86,14 @@ class UltraFeedbackPPairs(TypedPairs):
         rating: dict[tuple[str, str], tuple[int, ...]] = {}
         columns = {"instruction": "instruction", "completions": "completions"}
         files = corpus_files(inside and f"{inside}/{RATINGS_REPO}", RATINGS_REPO, "*.jsonl")
-        for row in read_rows(files, columns):
+        for row in corpus_rows(files, columns):
             for completion in row["completions"]:
                 if (ratings := ratings_of(completion)) is not None:
                     rating[row["instruction"], completion["response"]] = ratings
         files = corpus_files(inside and f"{inside}/{PAIRS_REPO}", PAIRS_REPO, "default/train/*.parquet", PARQUET)
         texts: dict[tuple[str, str, str], None] = {}
         dropped = dict.fromkeys(("unrated", "empty", "same_text", "duplicates"), 0)
-        for row in read_rows(files, {name: name for name in ("prompt", "chosen", "rejected")}):
+        for row in corpus_rows(files, {name: name for name in ("prompt", "chosen", "rejected")}):
             left, right = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
             reasons = {
                 "unrated": (row["prompt"], left) not in rating or (row["prompt"], right) not in rating,
@@ -114,5 +114,4 @@ class UltraFeedbackPPairs(TypedPairs):
         dropped["no_conflict"] = len(opinion) - len(kept)
         pairs = [text for text, keep in zip(texts, conflict(opinion).tolist(), strict=True) if keep]
         part = parts([prompt for prompt, _, _ in pairs], opinion[kept], self.survey_size, self.seed)
-        counts = {why: count for why, count in dropped.items() if count}
-        return TypedPool(self.types, *number_texts(pairs), opinion[kept], part, counts)
+        return TypedPool(self.types, *number_texts(pairs), opinion[kept], part, dropped)

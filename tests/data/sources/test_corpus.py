@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plm.data.sources.corpus import corpus_files, local_files, read_rows, usable
+from plm.data.sources.corpus import corpus_files, corpus_rows, local_files, usable
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
 
@@ -25,22 +25,22 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "5.csv").write_text("a,b\n1,x\n2,y\n")
     files = local_files(str(tmp_path / "*"))
     for file in files[:4]:
-        assert read_rows([file], {"number": "a", "b": "b", "c": "c?"}) == [
+        assert corpus_rows([file], {"number": "a", "b": "b", "c": "c?"}) == [
             {"number": 1, "b": "x", "c": None},
             {"number": 2, "b": "y", "c": None},
         ]
-    assert read_rows([files[4]], {"b": "b"}) == [{"b": "x"}, {"b": "y"}]
-    assert len(read_rows(files, {"a": "a"})) == 10
+    assert corpus_rows([files[4]], {"b": "b"}) == [{"b": "x"}, {"b": "y"}]
+    assert len(corpus_rows(files, {"a": "a"})) == 10
 
 
 def test_a_missing_column_and_a_bad_line_are_named(tmp_path: Path) -> None:
     path = tmp_path / "1.jsonl"
     path.write_text('{"prompts": "x"}\nnot json\n')
     with pytest.raises(ValueError, match=r"1\.jsonl:2: malformed JSON"):
-        read_rows([str(path)], {"prompt": "prompt"})
+        corpus_rows([str(path)], {"prompt": "prompt"})
     path.write_text('{"prompts": "x"}\n')
     with pytest.raises(ValueError, match=r"expected the columns \['prompt'\].*did you mean 'prompts'"):
-        read_rows([str(path)], {"prompt": "prompt"})
+        corpus_rows([str(path)], {"prompt": "prompt"})
 
 
 def test_a_folder_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
