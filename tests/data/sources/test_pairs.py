@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from plm.data.sources.pairs import PairFiles
+
+ROOT = Path(__file__).parents[3]
 
 LINE = '{"user_id": "u%d", "prompt": "p", "chosen": "a", "rejected": "b"}\n'
 
@@ -56,3 +59,32 @@ def test_real_sets(name: str, num_pairs: int, num_users: int) -> None:
     table = PairFiles(str(path)).load()
     assert (table.num_pairs, table.num_users) == (num_pairs, num_users)
     assert (table.row_split >= 0).all() and table.dropped == {}
+
+
+@pytest.mark.parametrize(
+    ("group", "header", "left", "right"),
+    [
+        ("label_studio", "prompt,answer1,answer2,id,comparison,annotator", "left", "right"),
+        ("two_responses", "prompt,response_a,response_b,id,winner,user_id", "model_a", "model_b"),
+        ("two_responses", "prompt,response_a,response_b,id,winner,user_id", "response_a", "response_b"),
+    ],
+)
+def test_exports_of_annotation_tools_give_the_right_labels(
+    tmp_path: Path, group: str, header: str, left: str, right: str
+) -> None:
+    """Anna likes short responses and Ben long ones, wherever these stand in the row."""
+    rows = []
+    for number in range(20):
+        short, long = f"No {number}", f"No {number}, and here is why"
+        sides = (short, long) if number % 3 else (long, short)
+        for user in ("anna", "ben"):
+            liked = short if user == "anna" else long
+            rows.append(f'p{number},"{sides[0]}","{sides[1]}",{number},{left if sides[0] == liked else right},{user}')
+    path = tmp_path / "export.csv"
+    path.write_text("\n".join([header, *rows]))
+    spec = yaml.safe_load((ROOT / f"conf/data/{group}.yaml").read_text())["data"]["source"]["init_args"]
+    table = PairFiles(**{**spec, "path": str(path)}).load()
+    texts = table.texts()
+    longer = [len(texts[c][1]) > len(texts[r][1]) for c, r in zip(table.chosen, table.rejected, strict=True)]
+    assert table.num_pairs == 40 and table.user_ids == ["anna", "ben"]
+    assert [bool(user) for user in table.user] == longer
