@@ -180,11 +180,11 @@ def _parts(
     user: IntArray, prompt: IntArray, chosen: IntArray, rejected: IntArray
 ) -> Iterator[tuple[BoolArray, BoolArray]]:
     """Training and test pairs, ``(N,)`` each, until every pair was tested once; nothing where that cannot be."""
-    fold = [values for group in (user, prompt) if (values := _folds(group, NUM_FOLDS)).any()]
-    if fold:
-        for row in sorted(set(zip(*(values.tolist() for values in fold), strict=True))):
-            here: BoolArray = np.stack([values == own for values, own in zip(fold, row, strict=True)])
-            yield np.logical_not(here.any(axis=0)), np.asarray(here.all(axis=0))
+    folds = [values for group in (user, prompt) if (values := _folds(group, NUM_FOLDS)).any()]
+    if folds:
+        for held_out_folds in sorted(set(zip(*(values.tolist() for values in folds), strict=True))):
+            is_held_out = np.stack(folds) == np.array(held_out_folds)[:, None]
+            yield np.logical_not(is_held_out.any(axis=0)), np.asarray(is_held_out.all(axis=0))
         return
     sides = np.sort(_folds(np.stack([chosen, rejected]), NUM_RESPONSE_FOLDS), axis=0)
     if sides.any():
@@ -247,12 +247,12 @@ def probe_surface(table: PairTable, seed: int = 0) -> Probe | None:
     by_length, by_format = difference(LENGTH), difference(FORMAT)
     both = np.concatenate([by_length, by_format], axis=1)
     margins = np.stack([held_out(values, user, prompt, chosen, rejected) for values in (by_length, both)])
-    told = ~np.isnan(margins[0])
+    is_tested = ~np.isnan(margins[0])
     length, surface, gain = None, None, None
-    if told.sum() >= MIN_PAIRS:
-        right, among = (np.sign(margins[:, told]) + 1) / 2, cluster[told]
-        length, surface = (clustered(values, among) for values in right)
-        gain = clustered(right[1] - (right[0] if length.value > 0.5 else 0.5), among)
+    if is_tested.sum() >= MIN_PAIRS:
+        right, tested_cluster = (np.sign(margins[:, is_tested]) + 1) / 2, cluster[is_tested]
+        length, surface = (clustered(values, tested_cluster) for values in right)
+        gain = clustered(right[1] - (right[0] if length.value > 0.5 else 0.5), tested_cluster)
     weights = _fit(both)[len(LENGTH) :]
     order = np.argsort(-np.abs(weights))
     names = list(FORMAT)
@@ -269,13 +269,13 @@ def probe_surface(table: PairTable, seed: int = 0) -> Probe | None:
 
 def _traces(texts: list[str], chosen: IntArray, rejected: IntArray, rows: IntArray) -> list[Trace]:
     """Marks that sit on one of the two responses of some pairs, the most frequent first."""
-    found = []
+    traces = []
     for name, has in TRACES.items():
         marked = np.array([has(text) for text in texts])
-        odd = np.flatnonzero(marked[chosen] != marked[rejected])
-        if not len(odd):
+        one_sided = np.flatnonzero(marked[chosen] != marked[rejected])
+        if not len(one_sided):
             continue
-        share = wilson(int(marked[rejected[odd]].sum()), len(odd))
-        suspicious = len(odd) >= 0.01 * len(rows) and (share.low > ONE_SIDED or share.high < 1 - ONE_SIDED)
-        found.append(Trace(name, len(odd), share, suspicious, int(rows[odd[0]])))
-    return sorted(found, key=lambda trace: -trace.num_pairs)
+        share = wilson(int(marked[rejected[one_sided]].sum()), len(one_sided))
+        suspicious = len(one_sided) >= 0.01 * len(rows) and (share.low > ONE_SIDED or share.high < 1 - ONE_SIDED)
+        traces.append(Trace(name, len(one_sided), share, suspicious, int(rows[one_sided[0]])))
+    return sorted(traces, key=lambda trace: -trace.num_pairs)

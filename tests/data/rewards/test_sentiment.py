@@ -73,7 +73,7 @@ def test_the_trained_classifier_is_kept(folder: Path, tmp_path: Path, monkeypatc
     assert len(list((tmp_path / "rewards").iterdir())) == 3
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_wrong_parts_and_reviews_of_one_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Sentiment\.part: expected reward or judge, got 'text'"):
         Sentiment("x", part="text")  # type: ignore[arg-type]
     table = pa.table({"text": [f"good film {n}" for n in range(30)], "label": ["pos"] * 30})

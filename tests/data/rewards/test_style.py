@@ -33,7 +33,7 @@ def test_length_and_lexicon() -> None:
     assert Lexicon(["Two", "don't"]).score([""] * 2, ["ONE two, don’t!", "..."]).tolist() == pytest.approx([2 / 3, 0])
 
 
-def test_what_cannot_be() -> None:
+def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Style\.rule: expected one of .*, got 'question'; did you mean 'questions'"):
         Style("question")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"Length\.target: .* got -1"):

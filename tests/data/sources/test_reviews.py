@@ -67,14 +67,14 @@ def test_pairs_are_how_a_passage_goes_on_against_how_another_does(tmp_path: Path
     assert splits.group_by == "dialogue" and (splits.user_split == 0).all()
 
 
-def test_limits(tmp_path: Path) -> None:
+def test_the_numbers_of_passages_are_limited_and_too_few_are_refused(tmp_path: Path) -> None:
     write(tmp_path, [review(number) for number in range(100)], [review(number) for number in range(150, 250)])
     table = ReviewPairs(str(tmp_path), prompt_words=2, num_train=5, num_test=3).load()
     assert [(table.row_split == split).sum() for split in (0, 2)] == [5, 3]
     with pytest.raises(ValueError, match=r"expected two or more passages to train on in .*, got 0; raise response_w"):
         ReviewPairs(str(tmp_path), prompt_words=40).load()
-    asked = ReviewPairs(str(tmp_path), part="prompts", prompt_words=2, num_test=None).load()
-    films = [{prompt for prompt in one.prompts if prompt.startswith("Film")} for one in (asked, table)]
+    prompts = ReviewPairs(str(tmp_path), part="prompts", prompt_words=2, num_test=None).load()
+    films = [{prompt for prompt in one.prompts if prompt.startswith("Film")} for one in (prompts, table)]
     assert all(films) and not films[0] & films[1]
     with pytest.raises(ValueError, match=r"ReviewPairs\.part: expected text or prompts, got 'judge'"):
         ReviewPairs(str(tmp_path), part="judge")  # type: ignore[arg-type]

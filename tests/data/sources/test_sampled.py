@@ -120,7 +120,7 @@ def test_prompts_are_divided_where_the_file_does_not(tmp_path: Path) -> None:
     assert table.dropped == {"ties": 1} and table.num_pairs == 1
 
 
-def test_what_cannot_be(sampled: str, tmp_path: Path) -> None:
+def test_wrong_arguments_rows_and_scores_are_refused(sampled: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         SampledPairs(sampled, REWARDS, {"a": {"lenght": 1.0}, "b": {"good": 0.0}}, pairs_per_prompt=2, test_share=0)
     assert str(error.value).splitlines() == [
