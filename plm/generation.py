@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from plm.backbones import Completion, Policy, RemotePolicy, TextWriter, Warpers, completion_tokens, text_key
+from plm.backbones import Completion, Policy, RemotePolicy, TextWriter, Warpers, completion_tokens, draw, text_key
 from plm.functional import response_logps
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable, Writer
@@ -20,9 +20,6 @@ from plm.types import Tokens, UserState, take_rows
 
 BATCH_TOKENS = 16384
 """Most tokens, of prompts and responses, that are written at once by default."""
-_WEYL = 0x9E3779B97F4A7C15 - 2**64
-_MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
-"""Of splitmix64, as signed integers."""
 _SCORED = 1024  # candidates whose features and users' states are side by side
 
 
@@ -302,7 +299,7 @@ def _write(
         if warp is None:
             token = logits.argmax(-1)
         else:
-            token = (warp(logits) + gumbel_noise(keys[row], place, logits.shape[1])).argmax(-1)
+            token = draw(warp(logits), keys[row], place)
         tokens[row, place] = token
         ends_here = torch.isin(token, ends) & ~ended
         length[row[ends_here]] = place + 1
@@ -316,26 +313,6 @@ def _write(
             row, token, ended = row[kept], token[kept], ended[kept]
         logits = writing.step(token)
     return [ids[:size] for ids, size in zip(tokens.tolist(), length.tolist(), strict=True)]
-
-
-def gumbel_noise(keys: Tensor, place: int, size: int) -> Tensor:
-    """Gumbel noise ``(B, size)`` for the tokens at one place of B texts: the largest of scores plus noise is a draw.
-
-    The noise of a token is a hash (splitmix64; Steele et al. 2014) of the key of its text, the place and the token, the
-    same on every device and in every batch. Distributions that differ little thus mostly give the same token.
-
-    Args:
-        keys: ``(B,)`` int64.
-        place: Number of the token that is drawn.
-        size: Tokens of the vocabulary.
-    """
-    counter = torch.arange(1, size + 1, device=keys.device) + (place << 32)
-    bits = keys[:, None] + counter * _WEYL
-    for shift, factor in _MIX:
-        bits = (bits ^ (bits >> shift & (1 << 64 - shift) - 1)) * factor  # >> keeps the sign, hence the mask
-    bits = bits ^ (bits >> 31 & (1 << 33) - 1)
-    uniform = ((bits >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
-    return -(-uniform.log()).log()
 
 
 def _batches(lengths: Sequence[int], num_samples: int, more: int, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:

@@ -12,10 +12,10 @@ import torch
 from scipy.stats import chisquare, kstest
 from torch import Tensor
 
-from plm.backbones import CausalLM, HashingBackbone, Policy, completion_tokens
+from plm.backbones import CausalLM, HashingBackbone, Policy, completion_tokens, draw, gumbel_noise
 from plm.backbones.causal_lm import Completion
 from plm.checkpoint import TextEncoder, load_method
-from plm.generation import Sample, best_of_n, gumbel_noise, sample, sample_logps
+from plm.generation import Sample, best_of_n, sample, sample_logps
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
 from plm.methods.bradley_terry import BradleyTerry
@@ -137,7 +137,7 @@ def test_tokens_are_drawn_from_the_warped_softmax(causal_lm: Folder, kind: str, 
 def test_noise_is_splitmix64_and_gumbel() -> None:
     """Against the generator in Python's integers; and its distribution, by Kolmogorov and Smirnov."""
     keys = torch.tensor([0, 1234567, -(2**63)])
-    ours = gumbel_noise(keys, 3, 4)
+    ours = gumbel_noise(keys, torch.arange(4), 3)
     for row, key in enumerate(keys.tolist()):
         for token in range(4):
             x = (key + (3 * 2**32 + token + 1) * 0x9E3779B97F4A7C15) % 2**64
@@ -146,11 +146,23 @@ def test_noise_is_splitmix64_and_gumbel() -> None:
             x ^= x >> 31
             expected = -np.log(-np.log(((x >> 11) + 0.5) / 2**53))
             assert float(ours[row, token]) == pytest.approx(expected, rel=1e-12)
-    many = gumbel_noise(torch.arange(100) * 7919, 0, 500)
+    many = gumbel_noise(torch.arange(100) * 7919, torch.arange(500), 0)
     assert kstest(many.flatten().numpy(), "gumbel_r").pvalue > 0.01
-    later = gumbel_noise(torch.arange(100) * 7919, 1, 500)
+    later = gumbel_noise(torch.arange(100) * 7919, torch.arange(500), 1)
     for one, two in ((many, later), (many[:, 1:], many[:, :-1]), (many[1:], many[:-1])):
         assert abs(float(torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1])) < 0.02
+
+
+@pytest.mark.parametrize("size", [3, 8191, 20000])  # fewer tokens than are compared, one block, several
+def test_a_draw_is_the_largest_with_noise_in_float64(size: int) -> None:
+    """As if all noise were written out, also of tokens that cannot be drawn, for many texts and places."""
+    random = torch.Generator().manual_seed(size)
+    keys = torch.randint(-(2**62), 2**62, (20,), generator=random)
+    scores = 3 * torch.randn(20, size, generator=random)
+    scores[:10, 2:-1] = -torch.inf
+    for place in (0, 7):
+        expected = (scores + gumbel_noise(keys, torch.arange(size), place)).argmax(-1)
+        assert torch.equal(draw(scores, keys, place), expected)
 
 
 @KINDS

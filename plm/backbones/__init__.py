@@ -18,7 +18,7 @@ from plm.backbones.prefix import PrefixShape
 from plm.backbones.reading import Reading, SplitTexts, split_texts
 from plm.backbones.reference import ReferenceLogps
 from plm.backbones.remote import RemotePolicy, text_key
-from plm.backbones.warpers import Warpers
+from plm.backbones.warpers import Warpers, draw, gumbel_noise
 
 __all__ = [
     "Backbone",
@@ -48,7 +48,9 @@ __all__ = [
     "Writing",
     "completion_tokens",
     "device",
+    "draw",
     "first_layers",
+    "gumbel_noise",
     "mixed_logits",
     "split_texts",
     "text_key",
