@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from plm.backbones import Backbone, CausalLM
 from plm.messages import nearest
-from plm.recipe.defaults import expand, find_config, shipped
+from plm.recipe.defaults import expand, find_config, read_config, shipped
 
 
 @pytest.fixture
@@ -87,3 +88,11 @@ def test_groups_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_config("conf/method/vpl_paper.yaml") == shipped("conf") / "method/vpl_paper.yaml"
     with pytest.raises(ValueError, match=r"did you mean 'conf/method/vpl_paper\.yaml'"):
         find_config("vpl_papr.yaml")
+
+
+@pytest.mark.parametrize("name", ["gpu_bf16", "gpu_qlora"])
+def test_groups_for_a_gpu_give_what_a_language_model_takes(name: str) -> None:
+    backbone = read_config(shipped("conf") / "trainer" / f"{name}.yaml")["data"]["backbone"]
+    lm = Backbone.from_spec({**backbone, "init_args": {"model": "some/model", **backbone["init_args"]}})
+    assert isinstance(lm, CausalLM) and lm.dtype == "bfloat16" and lm.max_length == 1024
+    assert lm.quantization == ("4bit" if name == "gpu_qlora" else None)
