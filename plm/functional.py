@@ -208,6 +208,19 @@ def padded_users(pairs: PairList) -> list[Padded]:
     return parts
 
 
+def curvature(pairs: PairList, value: Tensor) -> Tensor:
+    """Hessian of every user's summed Bradley-Terry loss at weights ``(U, K)``: ``(U, K, K)``, zero without pairs.
+
+    >>> one = torch.ones(1)
+    >>> curvature(PairList(2 * one[None], 0 * one, one, one, torch.zeros(1).long(), 1), torch.zeros(1, 1)).item()
+    1.0
+    """
+    hessian = value.new_zeros(*value.shape, value.shape[1])
+    for part in padded_users(pairs):
+        hessian[part.users] = part.derivatives(value[part.users].double())[1].to(value)
+    return hessian
+
+
 def fit_gaussian(
     pairs: PairList, start: Tensor | None = None, num_steps: int = 30, tolerance: float = 1e-10
 ) -> Posterior:

@@ -33,6 +33,7 @@ class RewardConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         prompt_projector: The same for each prototype, where they are functions of the prompt; None = a fixed point.
         num_prototypes: Number K of prototypes that are functions of the prompt.
         unit_prototypes: Whether these are scaled to length 1.
+        factor_dims: What features are multiplied by: 0 = a number, 1 = one for each of theirs, 2 = a matrix.
         **common: See transformers.
     """
 
@@ -52,12 +53,13 @@ class RewardConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         prompt_projector: dict[str, Any] | None = None,
         num_prototypes: int = 0,
         unit_prototypes: bool = False,
+        factor_dims: int = 0,
         **common: Any,
     ) -> None:
         self.base, self.pooling, self.layer, self.normalize = base or {}, pooling, layer, normalize
         self.skip_token_id, self.head, self.width, self.projector = skip_token_id, head, width, projector
         self.prompt_projector, self.num_prototypes = prompt_projector, num_prototypes
-        self.unit_prototypes = unit_prototypes
+        self.unit_prototypes, self.factor_dims = unit_prototypes, factor_dims
         super().__init__(num_labels=1, **{k: v for k, v in common.items() if k != "num_labels"})  # type: ignore[call-arg]
 
 
@@ -91,17 +93,17 @@ def closeness(head: str, item: Tensor, point: Tensor, size: Tensor, scale: Tenso
     """Reward ``(B,)`` of items ``(B, E)`` for ideal points ``(B, E)`` or ``(E,)``.
 
     Args:
-        head: dist = minus the distance; dist_squared = minus its square, up to a constant; dist_normalization = minus
-            the distance of both scaled to length 1; dist_logistic = dist times ``scale``; angle and angle_hinge =
-            ``scale`` times the cosine.
+        head: dot = twice the product; dist = minus the distance; dist_squared = minus its square, up to a constant;
+            dist_normalization = minus the distance of both scaled to length 1; dist_logistic = dist times ``scale``;
+            angle and angle_hinge = ``scale`` times the cosine.
         item: The responses.
         point: The ideal points.
         size: Mean squared length of the prototypes; the angle to a much shorter point fades out.
         scale: The logit scale.
     """
     dot, item_square, point_square = (item * point).sum(-1), item.square().sum(-1), point.square().sum(-1)
-    if head == "dist_squared":
-        return 2 * dot - item_square
+    if head in ("dot", "dist_squared"):
+        return 2 * dot - (item_square if head == "dist_squared" else 0)
     if head in ("dist", "dist_logistic"):
         distance = (item_square - 2 * dot + point_square).clamp_min(SMALL).sqrt()
         return -scale * distance if head == "dist_logistic" else -distance
@@ -119,6 +121,9 @@ class RewardHead(nn.Module):
 
     direction: Tensor
     feature_scale: Tensor
+    mean: Tensor
+    prompt_mean: Tensor
+    factor: Tensor
     scale: Tensor
     point: Tensor
     size: Tensor
@@ -132,6 +137,9 @@ class RewardHead(nn.Module):
         shapes = {
             "direction": (feature_dim,),
             "feature_scale": (),
+            "mean": (feature_dim,),
+            "prompt_mean": (feature_dim,),
+            "factor": (feature_dim,) * config.factor_dims,
             "scale": (),
             "point": (config.width,),
             "size": (),
@@ -142,13 +150,16 @@ class RewardHead(nn.Module):
 
     def forward(self, response: Tensor, prompt: Tensor | None = None) -> Tensor:
         """Features ``(B, D)`` of responses, and of prompts where prototypes depend on them -> ``(B,)``."""
+        response = response - self.mean
+        response = response @ self.factor if self.factor.dim() == 2 else response * self.factor
         item, point, size = self.projector(response / self.feature_scale), self.point, self.size
         if len(self.prompt_projectors):
             if prompt is None:
                 raise ValueError(
                     "this reward depends on the prompt: give prompt_input_ids and prompt_attention_mask too"
                 )
-            points = torch.stack([net(prompt / self.feature_scale) for net in self.prompt_projectors], 1)  # (B, K, E)
+            prompt = (prompt - self.prompt_mean) / self.feature_scale
+            points = torch.stack([net(prompt) for net in self.prompt_projectors], 1)  # (B, K, E)
             points = F.normalize(points, dim=-1) if self.unit_prototypes else points
             point, size = (self.weights[:, None] * points).sum(1), points.square().sum(-1).mean(-1)
         return response @ self.direction + closeness(self.kind, item, point, size, self.scale)

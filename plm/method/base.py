@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import lightning as L
 import torch
@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from plm.method.conditioning import Conditioning
+from plm.method.reading import FeatureReader
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ CHECKPOINT_KEY = "plm"
 """Where a checkpoint keeps what is not a weight: class path, format version, seen user ids."""
 
 
-class PersonalizationMethod(L.LightningModule, ABC):
+class PersonalizationMethod(FeatureReader, ABC):
     """A preference model that knows each of its users.
 
     A subclass writes ``loss``, ``_score``, ``_adapt``, ``user_states`` and ``population_state``; steps, logging, guards
@@ -34,9 +36,11 @@ class PersonalizationMethod(L.LightningModule, ABC):
         backbone: What makes the features, as ``{class_path, init_args}``; linked from the data, kept in the checkpoint
             so that a loaded method can score text.
         lr: Learning rate of the shared parameters.
+        conditioning: What is done to features before the method sees them: none; centre = less the mean training
+            response; standardise = also divided by the root mean square training difference, number by number; whiten
+            = also by the root of the shrunk covariance of training differences. Acts on features only.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]]
     uses_context: ClassVar[bool] = False
     user_tables: tuple[str, ...] = ()
     """Names of parameters and buffers with one row per seen user: copied by user id when a checkpoint is loaded."""
@@ -44,12 +48,17 @@ class PersonalizationMethod(L.LightningModule, ABC):
     """Argument -> values to try: the grid that ``plm leaderboard --budget`` draws from. A subclass inherits it."""
 
     def __init__(
-        self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None = None, lr: float = 1e-3
+        self,
+        num_users: int,
+        feature_dim: int,
+        backbone: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        conditioning: Conditioning = "centre",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self._condition(conditioning, feature_dim)
         self.num_users = num_users
-        self.feature_dim = feature_dim
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
         self.encode: TextEncoder | None = None
@@ -58,15 +67,13 @@ class PersonalizationMethod(L.LightningModule, ABC):
         self.num_train_pairs = 1
         self._counts: list[Tensor] = []
         """Of the batches read so far of an accumulated step, how many terms their losses are the mean of."""
-        self.reference: Tensor
-        self.feature_scale: Tensor
-        self.register_buffer("reference", torch.zeros(feature_dim))
-        self.register_buffer("feature_scale", torch.ones(()))
 
     # ------------------------------------------------------------------ what a method writes
     @abstractmethod
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return ``"loss"`` (a scalar to minimise) plus scalars to log.
+
+        What a method writes reads conditioned features, see `FeatureConditioning`; what users call takes raw ones.
 
         ``"count"`` is not logged: ``()`` of how many terms, on all processes, the loss is the mean, where these are not
         the pairs. Batches of an accumulated step weigh by it, so that the step is that of one batch.
@@ -82,6 +89,11 @@ class PersonalizationMethod(L.LightningModule, ABC):
     def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **prompts: Any) -> Tensor:
         """Score for the user in row ``rows[i]``; overridden where states are too large to copy for each response."""
         return self._score(responses, users.take(rows), **prompts)
+
+    def _margin(self, batch: PreferenceBatch, users: UserState) -> Tensor:
+        """Reward of chosen minus reward of rejected for the user in the same row: ``(B,)``."""
+        prompts = self._prompt_option(batch.prompt)
+        return self._score(batch.chosen, users, **prompts) - self._score(batch.rejected, users, **prompts)
 
     @abstractmethod
     def _adapt(self, context: Context) -> UserState:
@@ -136,7 +148,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
         try:
             # trainer.test runs under inference mode, whose tensors can never enter autograd: leave it and clone.
             with torch.inference_mode(False), torch.enable_grad():
-                return self._adapt(Context(*map(_clone, context))).detach()
+                return self._adapt(self._conditioned_context(Context(*map(_clone, context)))).detach()
         finally:
             self.train(was_training)
 
@@ -190,10 +202,13 @@ class PersonalizationMethod(L.LightningModule, ABC):
             raise ValueError(f"expected one user per response, got {num_rows} for {num_responses} responses")
         if isinstance(responses, Tensor):
             self._check_width(responses)
+        read = self.conditioning(responses) if isinstance(responses, Tensor) else responses
+        if isinstance(prompt_features, Tensor):
+            prompt_features = self.conditioning.prompts(prompt_features)
         prompt_option = self._prompt_option(prompt_features)
         if rows is None:
-            return self._score(responses, users, **prompt_option)
-        return self._score_rows(responses, users, rows.to(users.num_pairs.device), **prompt_option)
+            return self._score(read, users, **prompt_option)
+        return self._score_rows(read, users, rows.to(users.num_pairs.device), **prompt_option)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -221,18 +236,10 @@ class PersonalizationMethod(L.LightningModule, ABC):
         """The third argument of ``_score``, where it takes one."""
         return {"prompt_features": prompt_features} if self.reads_prompts else {}
 
-    def _check_width(self, features: Tensor) -> None:
-        if features.shape[-1] != self.feature_dim:
-            raise ValueError(
-                f"{type(self).__name__} expects features of width {self.feature_dim}, got {features.shape[-1]}; "
-                "encode with the backbone it was trained with"
-            )
-
+    @final
     def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
         """Reward of chosen minus reward of rejected, ``(B,)``; ``users`` default to those of the batch."""
-        users = self.batch_states(batch) if users is None else users
-        prompts = self._prompt_option(batch.prompt)
-        return self._score(batch.chosen, users, **prompts) - self._score(batch.rejected, users, **prompts)
+        return self._margin(self.conditioned(batch), self.batch_states(batch) if users is None else users)
 
     @final
     def batch_states(self, batch: PreferenceBatch) -> UserState:
@@ -279,16 +286,18 @@ class PersonalizationMethod(L.LightningModule, ABC):
             self.trainer.model.broadcast_buffers = False
 
     def on_train_start(self) -> None:
-        """Count the training pairs and measure ``feature_scale``, the root mean square length of their differences."""
-        count = self.reference.new_zeros(2, dtype=torch.float64)
-        for batch in self.train_pass():
-            count[0] += batch.num_pairs
-            if isinstance(batch.chosen, Tensor):
-                count[1] += batch.difference.square().sum()
-        num_pairs, length = self.sum_over_processes(count).tolist()
-        self.num_train_pairs = int(num_pairs)
-        if self.trainer.global_step == 0 and length > 0:
-            self.feature_scale.fill_((length / num_pairs) ** 0.5)
+        """Count the training pairs; measure what conditions features, and ``feature_scale``.
+
+        That is the root mean square length of the differences of training pairs, after conditioning.
+        """
+        self._conditioned = None
+        if self.trainer.global_step == 0:
+            self.conditioning.reset()
+            self.num_train_pairs, scale = self.conditioning.measure(self.train_pass(), self.sum_over_processes)
+            self.feature_scale.fill_(scale or 1.0)
+        else:
+            count = self.reference.new_tensor(float(sum(batch.num_pairs for batch in self.train_pass())))
+            self.num_train_pairs = int(self.sum_over_processes(count.double()))
         self.go_on()
 
     def go_on(self) -> None:
@@ -313,7 +322,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
     def _pass(self, loader: Iterable[PreferenceBatch] | None) -> Iterator[PreferenceBatch]:
         for batch in loader or []:
-            yield self.trainer.strategy.batch_to_device(batch, self.device)
+            yield self.conditioned(self.trainer.strategy.batch_to_device(batch, self.device))
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Sum a tensor over the processes of a distributed run."""
@@ -325,7 +334,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
 
         Of an accumulated step, the loss is multiplied by the terms it is the mean of, in units of the first batch's.
         """
-        out = self.loss(batch)
+        out = self.loss(self.training_batch(batch))
         count = out.pop("count", None)
         self.log_dict({f"train/{key}": value for key, value in self.logged(out).items()}, batch_size=batch.num_pairs)
         if self.trainer.accumulate_grad_batches == 1:
@@ -370,6 +379,7 @@ class PersonalizationMethod(L.LightningModule, ABC):
     def on_train_end(self) -> None:
         """Refresh once more, for a fit without validation."""
         self.refresh_users()
+        self._conditioned = None
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return the facts of ``evaluate``; callbacks turn them into metrics."""
@@ -385,11 +395,12 @@ class PersonalizationMethod(L.LightningModule, ABC):
         else:
             states_of, row, other_row = self.user_states, batch.user_index, batch.other_index
         states, other_states = states_of(row), None if other_row is None else states_of(other_row)
-        facts = {"margin": self.margin(batch, states)}
+        read = self.conditioned(batch)
+        facts = {"margin": self._margin(read, states)}
         if batch.num_shots is None:
-            facts["population_margin"] = self.margin(batch, self.population_state(batch.num_pairs))
+            facts["population_margin"] = self._margin(read, self.population_state(batch.num_pairs))
         if other_states is not None:
-            facts["other_margin"] = self.margin(batch, other_states)
+            facts["other_margin"] = self._margin(read, other_states)
         return facts
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

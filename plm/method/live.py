@@ -6,7 +6,7 @@ Axes: B texts, T tokens, D width, U users, S support pairs of one user (padded),
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class LiveMethod(NetworkMethod):
     token, which is what a `plm.backbones.HFBackbone` caches of a causal language model with ``pooling: last``. A text
     that occurs several times in a batch is read once.
 
+    Features are conditioned as they were before training.
+
     Args:
         train_backbone: What of the language model is trained: none, one low-rank adapter, or all weights.
         rank: Rank of the adapter.
@@ -38,6 +40,8 @@ class LiveMethod(NetworkMethod):
         backbone_lr: Learning rate of the language model; null = 2e-4 for an adapter, 1e-5 for all weights.
         **options: Arguments of `NetworkMethod` and of the class that comes next.
     """
+
+    has_features: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -154,20 +158,28 @@ class LiveMethod(NetworkMethod):
         for batch in super()._pass(loader):
             with torch.no_grad():
                 features = self.featured(batch)
-            yield features
+            yield self.conditioned(features)
+
+    def _read_batch(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """A batch of tokens as conditioned features; features, which the base has conditioned, pass."""
+        return batch if isinstance(batch.chosen, Tensor) else self.conditioned(self.featured(batch))
 
     def _score(
         self, responses: Tensor | Tokens, users: UserState, prompt_features: Tensor | Tokens | None = None
     ) -> Tensor:
-        given = self._prompt_option(None if prompt_features is None else self.features(prompt_features))
-        return super()._score(self.features(responses), users, **given)  # type: ignore[safe-super]
+        if isinstance(prompt_features, Tokens):
+            prompt_features = self.conditioning.prompts(self.features(prompt_features))
+        if isinstance(responses, Tokens):
+            responses = self.conditioning(self.features(responses))
+        return super()._score(responses, users, **self._prompt_option(prompt_features))  # type: ignore[safe-super]
 
     def _adapt(self, context: Context) -> UserState:
-        return super()._adapt(self.featured_context(context))  # type: ignore[safe-super]
+        if not isinstance(context.chosen, Tensor):
+            context = self._conditioned_context(self.featured_context(context))
+        return super()._adapt(context)  # type: ignore[safe-super]
 
-    def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
-        """Reward of chosen minus reward of rejected, ``(B,)``."""
-        return super().margin(self.featured(batch), users)
+    def _margin(self, batch: PreferenceBatch, users: UserState) -> Tensor:
+        return super()._margin(self._read_batch(batch), users)
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Compute margins as every method does, but read each text only once."""

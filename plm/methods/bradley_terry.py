@@ -77,7 +77,7 @@ class BradleyTerry(PersonalizationMethod):
 
     def _directions(self) -> Tensor:
         """``(D, R)``, in units of the features."""
-        return (self.directions + self.reference[:, None] * self.reference_scale) / self.feature_scale
+        return (self.directions + self.reference_direction[:, None] * self.reference_scale) / self.feature_scale
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Sum of the candidates' losses, which do not share parameters, and the loss of the one chosen so far."""

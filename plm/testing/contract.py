@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -123,7 +123,15 @@ class MethodContract(ABC):
     fit_epochs: ClassVar[int] = 20
     company_tolerance: ClassVar[float] = 1e-5
     """How far, relative to one plus its size, rounding may move a state when other users share the batch."""
+    ignores: ClassVar[Literal["what a pair shares", "a constant", "nothing"]] = "what a pair shares"
+    """What may be added to features: rewards linear in them ignore all that both responses of a pair share, others that
+    are conditioned a constant, published models nothing."""
+    order_matters: ClassVar[bool] = False
+    """Whether users are drawn by their place, so that another order of them is another fit, as in published models."""
+    rounding: ClassVar[float] = 1e-3
+    """How far, relative to one plus its size, a margin may move when the same sums are added up in another order."""
     _fitted: ClassVar[PersonalizationMethod]
+    _margins_on_grid: ClassVar[Tensor]
 
     @abstractmethod
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
@@ -285,6 +293,61 @@ class MethodContract(ABC):
         first, second = (self.fit(self.data(), epochs=3).state_dict() for _ in range(2))
         for name, value in first.items():
             assert torch.equal(value, second[name]), f"{name!r} differs between two runs of one seed"
+
+    # ------------------------------------------------------------------ features
+    def test_what_both_responses_share_changes_nothing(self) -> None:
+        """A constant vector on all features, and a random one on both responses of each pair, move no accuracy."""
+        if self.make(2, self.feature_dim).view != "features" or self.ignores == "nothing":
+            return
+        draw = torch.Generator().manual_seed(1)
+
+        def steps(*shape: int) -> Tensor:  # 4 times as long as a difference, in steps that keep sums exact
+            return (4 * torch.randn(*shape, generator=draw) * 64).round() / 64
+
+        constant = steps(self.feature_dim)
+
+        def move(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+            shared = constant + steps(*chosen.shape) * (self.ignores == "what a pair shares")
+            return chosen + shared, rejected + shared
+
+        data = self._on_grid()
+        data.change(move)
+        moved = self._margins(self.fit(data, epochs=5), data)
+        plain, other = ((margins > 0).double().mean(-1) for margins in (self._grid_margins(), moved))
+        assert (plain - other).abs().max() <= 0.003, f"{self.ignores} moves accuracies from {plain} to {other}"
+
+    def test_units_names_and_order_of_users_change_nothing(self) -> None:
+        """Features times 1,024 and users renamed and in the opposite order: the same margins up to rounding."""
+        if self.make(2, self.feature_dim).view != "features":
+            return
+        data = self._on_grid()
+        data.change(lambda chosen, rejected: (1024 * chosen, 1024 * rejected))
+        if data.reference_head is not None:
+            data.reference_head = data.reference_head / 1024
+        if not self.order_matters:
+            data.reverse_users()
+        margins, other = self._grid_margins(), self._margins(self.fit(data, epochs=5), data)
+        apart = ((margins - other).abs() / (1 + margins.abs())).max()
+        assert apart <= self.rounding, f"margins differ by {apart:.1e}, more than {self.rounding:.0e}"
+
+    def _grid_margins(self) -> Tensor:
+        """Margins of a method trained for 5 epochs on the data on the grid, once for both tests."""
+        if "_margins_on_grid" not in type(self).__dict__:
+            data = self._on_grid()
+            type(self)._margins_on_grid = self._margins(self.fit(data, epochs=5), data)
+        return self._margins_on_grid
+
+    def _on_grid(self) -> PlantedData:
+        """The data, rounded so that differences and sums of features keep every bit."""
+        data = self.data()
+        data.change(lambda chosen, rejected: ((chosen * 1024).round() / 1024, (rejected * 1024).round() / 1024))
+        return data
+
+    def _margins(self, method: PersonalizationMethod, data: PlantedData) -> Tensor:
+        """Personal and population margins of all test pairs: ``(2, N)``."""
+        with torch.no_grad():
+            facts = [method.eval().evaluate(batch) for batch in (data.test_batch, data.unseen_batch)]
+        return torch.stack([torch.cat([fact[name] for fact in facts]) for name in ("margin", "population_margin")])
 
     # ------------------------------------------------------------------ checkpoints and users
     def test_a_loaded_method_gives_the_same_margins(self) -> None:

@@ -5,8 +5,9 @@ Axes: U users, S pairs of one user, B pairs in a batch, D feature width, R plant
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
+from typing import Any
 
 import lightning as L
 import torch
@@ -136,6 +137,32 @@ class PlantedData(L.LightningDataModule):
             context_row=row,
             other_row=(row + 1) % num_unseen,
         )
+
+    def change(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Replace both responses of every pair, wherever it occurs: chosen and rejected ``(..., D)`` -> the same."""
+
+        def sides(pairs: PreferenceBatch | Context) -> dict[str, Any]:
+            return dict(zip(("chosen", "rejected"), change(*pairs.features), strict=True))
+
+        self.context = self.context._replace(**sides(self.context))
+        for name in ("train_batch", "val_batch", "test_batch", "unseen_batch"):
+            batch: PreferenceBatch = getattr(self, name)
+            context = None if batch.context is None else self.context
+            setattr(self, name, batch._replace(context=context, **sides(batch)))
+
+    def reverse_users(self) -> None:
+        """Give the seen users the opposite order and other names; the rows of what is evaluated keep their places."""
+
+        def reversed_rows(batch: PreferenceBatch) -> PreferenceBatch:
+            other = None if batch.other_index is None else self.num_users - 1 - batch.other_index
+            return batch._replace(user_index=self.num_users - 1 - batch.user_index, other_index=other)
+
+        self.user_ids = [f"renamed-{row}" for row in range(self.num_users)]
+        self.val_batch, self.test_batch = map(reversed_rows, (self.val_batch, self.test_batch))
+        train = reversed_rows(self.train_batch)
+        order = torch.argsort(train.user_index, stable=True)
+        fields: dict[str, Any] = {name: value for name, value in train._asdict().items() if isinstance(value, Tensor)}
+        self.train_batch = train._replace(**{name: value[order] for name, value in fields.items()})
 
     def train_dataloader(self) -> Batches:
         """All training pairs as one batch."""

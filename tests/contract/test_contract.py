@@ -36,6 +36,7 @@ class TestLoReGlobal(TestLoRe):
 
 
 class TestPublishedLoRe(MethodContract):
+    order_matters = True  # weights start at random, as published
     options: dict[str, Any] = {"num_bases": 3}  # noqa: RUF012 - read only
 
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
@@ -83,6 +84,9 @@ class TestPublishedLoReAlternating(WithHead, TestPublishedLoRe):
 class TestPublishedLoReDistanceAnchor(WithHead, TestPublishedLoRe):
     options = {"num_bases": 2, "anchor": "l2", "anchor_strength": 0.01, "lr": 0.05}  # noqa: RUF012
 
+    def test_units_names_and_order_of_users_change_nothing(self) -> None:
+        """The published distance of bases to a head has the unit of the head."""
+
 
 class TestPAL(MethodContract):
     options: dict[str, Any] = {"num_prototypes": 3}  # noqa: RUF012 - read only
@@ -96,6 +100,7 @@ class TestPALResidual(TestPAL):
 
 
 class TestPALPublished(TestPAL):
+    ignores = "nothing"
     options = {  # noqa: RUF012
         "num_prototypes": 3,
         "users": "table",
@@ -109,6 +114,7 @@ class TestPALPublished(TestPAL):
 
 
 class TestPALGumbel(TestPAL):
+    ignores, order_matters = "nothing", True
     options = {  # noqa: RUF012
         "num_prototypes": 2,
         "users": "table",
@@ -122,6 +128,7 @@ class TestPALGumbel(TestPAL):
 
 
 class TestPALOfPrompts(TestPAL):
+    ignores = "nothing"
     options = {  # noqa: RUF012
         "num_prototypes": 2,
         "variant": "B",
@@ -132,6 +139,7 @@ class TestPALOfPrompts(TestPAL):
 
 
 class TestVPL(MethodContract):
+    ignores = "a constant"
     options: dict[str, Any] = {"latent_dim": 3, "hidden_dim": 8}  # noqa: RUF012
 
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
@@ -139,10 +147,12 @@ class TestVPL(MethodContract):
 
 
 class TestVPLPaper(TestVPL):
+    ignores = "nothing"
     options = {**method_options("vpl_paper"), "latent_dim": 4, "hidden_dim": 8, "lr": 3e-3}  # noqa: RUF012
 
 
 class TestVPLBilinear(TestVPL):
+    ignores = "what a pair shares"
     options = {  # noqa: RUF012
         "latent_dim": 3,
         "hidden_dim": 8,
@@ -153,6 +163,7 @@ class TestVPLBilinear(TestVPL):
 
 
 class TestVPLGuided(TestVPL):
+    ignores = "nothing"
     options = {  # noqa: RUF012
         "latent_dim": 3,
         "hidden_dim": 8,

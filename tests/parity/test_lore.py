@@ -169,17 +169,33 @@ def test_warm_up_values() -> None:
     }
 
 
+@pytest.mark.parametrize("num_bases", [1, 2])
 @pytest.mark.parametrize("optimization", ["joint", "alternating"])
-def test_the_anchor_warms_up_over_the_training_steps(optimization: Any, tmp_path: Path) -> None:
+def test_the_anchor_warms_up_over_the_training_steps(optimization: Any, num_bases: int, tmp_path: Path) -> None:
     data, losses = PlantedData(USERS, feature_dim=DIM), Losses()
     data.reference_head = torch.ones(DIM)
     method = PublishedLoRe(
-        USERS, DIM, num_bases=2, anchor="l2", anchor_strength=3.0, optimization=optimization, lr=1e-9
+        USERS, DIM, num_bases=num_bases, anchor="l2", anchor_strength=3.0, optimization=optimization, lr=1e-9
     )
     expected = 3.0 * l2_anchor(method.bases.detach(), torch.ones(DIM)).item()
     fit(method, data, tmp_path, losses, epochs=10)
     shares = [(loss - nll) / expected for loss, nll in zip(losses.loss, losses.nll, strict=True)]
     assert shares == pytest.approx([max(0, min(1, (step / 10 - 0.2) / 0.6)) for step in range(10)], abs=1e-3)
+
+
+def test_the_precision_of_published_users_is_that_at_their_own_weights() -> None:
+    """Few steps of Adam end elsewhere than the optimum: sum_n p (1 - p) x x' at the weights that are served."""
+    torch.manual_seed(3)
+    method, data = (
+        PublishedLoRe(USERS, DIM, num_bases=3, adapt_solver="adam", prior_precision=0.1),
+        PlantedData(USERS, feature_dim=DIM, num_shots=5),
+    )
+    state = method.adapt(data.context)
+    weights, bases = state.tensors["weights"].double(), method._bases().detach().double()
+    margins = data.context.difference.double() @ bases  # (U, S, K)
+    chance = torch.sigmoid((margins * weights[:, None]).sum(-1))
+    expected = torch.einsum("us,usj,usk->ujk", chance * (1 - chance), margins, margins) + 5 * 0.1 * torch.eye(3)
+    torch.testing.assert_close(state.tensors["precision"].double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_pruning_keeps_the_heaviest_and_renormalises() -> None:
@@ -304,15 +320,14 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[type, tuple[Any, Pl
 
 def design_of(method: Any, data: PlantedData, user: int) -> np.ndarray:
     """``(S, K)`` margins of a user's support along each basis, read off the public score."""
-    difference = data.context.chosen[user] - data.context.rejected[user]
+    chosen, rejected = (side[user] for side in data.context.features)
     columns = []
     for k in range(3):
-        weights = torch.zeros(len(difference), 3)
+        weights = torch.zeros(len(chosen), 3)
         weights[:, k] = 1.0
+        users = UserState({"weights": weights}, torch.ones(len(chosen)).long())
         with torch.no_grad():
-            columns.append(
-                method.score(difference, UserState({"weights": weights}, torch.ones(len(difference)).long()))
-            )
+            columns.append(method.score(chosen, users) - method.score(rejected, users))
     return torch.stack(columns, 1).double().numpy()
 
 

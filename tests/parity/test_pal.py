@@ -57,6 +57,7 @@ def reference_reward(head: str, item: np.ndarray, point: np.ndarray, scale: floa
     """The head by its definition, on plain vectors."""
     cosine = item @ point / np.linalg.norm(item) / np.linalg.norm(point)
     return {
+        "dot": 2 * item @ point,
         "dist": -np.linalg.norm(item - point),
         "dist_squared": -(np.linalg.norm(item - point) ** 2),
         "dist_normalization": -np.linalg.norm(item / np.linalg.norm(item) - point / np.linalg.norm(point)),
@@ -232,6 +233,7 @@ def test_margins_of_variant_b(learner: str, head: str) -> None:
             cosine = point @ item / (point @ point + FLOOR**2 * size).sqrt() / item.norm()
             reward.append(
                 {
+                    "dot": 2 * item @ point,
                     "dist": -(item - point).norm(),
                     "dist_squared": -(item - point).square().sum(),
                     "dist_normalization": -(2 - 2 * cosine).sqrt(),

@@ -81,6 +81,9 @@ def pal(backbone: HFBackbone | None = None, **options: Any) -> PAL:
     method = PAL(USERS, DIM, backbone=spec, **{**defaults, **options})
     method.base.data.normal_()
     method.feature_scale.fill_(1.7)
+    for value in method.conditioning.buffers():
+        if value.dim() and method.conditioning.kind != "none":
+            value.uniform_(0.5, 1.5)
     method.prior_centre.normal_()
     method.geometry.logit_scale.data.fill_(-2.0)
     for module in method.modules():
@@ -100,7 +103,7 @@ def with_weights(method: PAL, weights: Tensor | None, count: int) -> Any:
 # ---------------------------------------------------------------------- the head
 LEARNERS = [{"user_learner": name} for name in ("Pw", "f(Pw)", "f(P)w", "|f(P)|w")]
 HEADS: list[dict[str, Any]] = [
-    {"head": name} for name in ("dist", "dist_squared", "dist_normalization", "dist_logistic", "angle")
+    {"head": name} for name in ("dot", "dist_squared", "dist", "dist_normalization", "dist_logistic", "angle")
 ] + [{"head": "angle_hinge", "loss": "hinge", "users": "table"}]
 PROJECTORS = [
     {"projector": name}
@@ -119,7 +122,8 @@ PROMPTED: list[dict[str, Any]] = [
 ]
 
 
-CASES = [(options, False) for options in (*LEARNERS, *HEADS, *PROJECTORS, *PROMPTED)]
+CONDITIONED = [{"conditioning": name} for name in ("none", "standardise", "whiten")]
+CASES = [(options, False) for options in (*LEARNERS, *HEADS, *PROJECTORS, *PROMPTED, *CONDITIONED)]
 CASES += [(options, True) for options in PROMPTED]
 
 
@@ -130,11 +134,12 @@ def test_head_gives_the_rewards_and_margins_of_the_method(options: dict[str, Any
     method.trained_on_prompts.fill_(prompted)
     chosen, rejected, prompts = torch.randn(3, 7, DIM).unbind()
     weights = torch.softmax(torch.randn(K), -1)
-    alone = None if prompted or method.variant == "A" else torch.ones(DIM)
+    alone = None if prompted or method.variant == "A" else torch.ones(1, DIM) * method.feature_scale
     for given in (weights, torch.eye(K)[1], None):
         users = with_weights(method, given, 7)
         kept = users.tensors["weights"][0]
-        parts = head_parts(method.geometry, kept, method.feature_scale, method._base_direction(), alone)
+        units = method.conditioning, method.feature_scale
+        parts = head_parts(method.geometry, kept, *units, method._base_direction(), alone)
         head = modeling_reward.RewardHead(modeling_reward.RewardConfig(**parts.options), DIM).eval()
         head.load_state_dict(parts.tensors)
         asked = prompts if prompted else None

@@ -22,6 +22,7 @@ from plm.functional import PairList, expected_losses, fit_gaussian, fit_simplex
 from plm.methods.pal import PAL
 from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.solver import fit_deviations, linearised
+from plm.methods.pal.users import centre_step
 from plm.testing import PlantedData, quiet_trainer, saved
 from plm.types import Context, PreferenceBatch
 
@@ -237,7 +238,8 @@ def test_reference_residual_starts_at_the_reference(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="residual reference needs the reward head"):
         fit(PAL(12, 8, residual="reference"), data, tmp_path, epochs=1)
     data.reference_head = data.directions[0]
-    method = fit(PAL(12, 8, residual="reference", users="table", freeze=["base"]), data, tmp_path, epochs=1)
+    options: dict[str, Any] = {"users": "table", "freeze": ["base"], "head": "dist_squared", "conditioning": "none"}
+    method = fit(PAL(12, 8, residual="reference", **options), data, tmp_path, epochs=1)
     method.geometry.prototypes.data.zero_()  # type: ignore[union-attr]
     own = (data.test_batch.chosen - data.test_batch.rejected) @ data.directions[0]  # type: ignore[operator]
     item = [
@@ -442,3 +444,27 @@ def test_variant_b_without_prompts_warns(tmp_path: Path) -> None:
     method = PAL(12, 8, num_prototypes=2, variant="B", head="angle", projector="mlp0-linear-dropout0")
     with pytest.warns(UserWarning, match=r"set data\.prompt_features: true"):
         quiet_trainer(tmp_path, max_epochs=1).fit(method, datamodule=PlantedData())
+
+
+# ---------------------------------------------------------------------- the centre of the prior
+def test_one_step_finds_the_centre_of_normal_users() -> None:
+    """Users who say N(m_u, 1 / a_u) have modes (a m + c / s^2) / (a + 1 / s^2): c = sum_u w m / sum_u w with the
+    shrinkage w = a / (a + 1 / s^2), from whatever centre, and where the spread is small, too."""
+    told, mean = torch.tensor([0.5, 2.0, 8.0]).double(), torch.tensor([1.0, -2.0, 3.0]).double()
+    for number in (1e-3, 0.3, 2.0):
+        scale, centre = torch.tensor(number).double(), torch.tensor(7.0).double()
+        precision = told + 1 / scale**2
+        mode = (told * mean + centre / scale**2) / precision
+        step = centre_step((mode - centre)[:, None], precision[:, None, None], scale)
+        share = told / precision
+        assert float(centre + step) == pytest.approx(float((share * mean).sum() / share.sum()), rel=1e-6)
+
+
+def test_the_population_is_where_seen_users_are(tmp_path: Path) -> None:
+    """Features of unequal length pull everybody's logits one way, which the prior's centre follows."""
+    data = PlantedData(20, feature_dim=8, pairs_per_user=20)
+    data.change(lambda chosen, rejected: (chosen + 4, rejected + 4))
+    torch.manual_seed(0)
+    method = fit(PAL(20, 8, num_prototypes=3, head="dist_squared", conditioning="none"), data, tmp_path, epochs=15)
+    assert method.prior_centre.abs().max() > 0.1
+    torch.testing.assert_close(method.logits.mean(0), method.prior_centre, atol=0.02, rtol=0)

@@ -17,8 +17,18 @@ from torch.distributions import Normal, kl_divergence
 
 import plm.methods.vpl as vpl
 from plm.methods.vpl import VPL, is_collapsed, target_bound
-from plm.methods.vpl.episodes import draw_episodes, response_ids, response_nodes
-from plm.methods.vpl.networks import DECODERS, Gaussian, anneal_factor, bounded, on_sphere, pooled_attention, swap_guide
+from plm.methods.vpl.episodes import arrange, draw_episodes, response_ids, response_nodes
+from plm.methods.vpl.networks import (
+    DECODERS,
+    POSTERIORS,
+    Gaussian,
+    PairTokens,
+    anneal_factor,
+    bounded,
+    on_sphere,
+    pooled_attention,
+    swap_guide,
+)
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import Context, PreferenceBatch, UserState
 from tests.groups import method_options
@@ -151,20 +161,22 @@ def test_the_published_loss_equals_its_transcription(monkeypatch: pytest.MonkeyP
     torch.manual_seed(3)
     loss = {name: value.item() for name, value in method.loss(batch).items()}
     torch.manual_seed(3)
-    context, rows = draw_episodes(batch.user_index, None, "any", 2, 8, 1)
+    batch, of_user, _ = arrange(batch, with_nodes=False)
+    context, rows = draw_episodes(of_user, None, "any", 2, 8, 1)
+    sizes = torch.bincount(of_user).tolist()
     noise = torch.randn(USERS, 1, 3, dtype=torch.float64).numpy()
     nll = kl = 0.0
     scale = DIM**0.5 / float(method.feature_scale)
-    chosen, rejected = batch.chosen.numpy() * scale, batch.rejected.numpy() * scale
+    chosen, rejected = (side.numpy() * scale for side in batch.features)
     for user in range(USERS):
-        mine = [int(row) for row in context if batch.user_index[row] == user]
-        assert len(mine) == min(len(mine), 8) and len(mine) >= min(2, SIZES[user])
+        mine = [int(row) for row in context if of_user[row] == user]
+        assert len(mine) == min(len(mine), 8) and len(mine) >= min(2, sizes[user])
         mean, log_var = published_posterior(method, [(chosen[row], rejected[row]) for row in mine])
         latent = mean + np.exp(log_var / 2) * noise[user, 0]
         latent *= np.sqrt(3) / np.linalg.norm(latent)
-        (row,) = [int(row) for row in rows if batch.user_index[row] == user]
+        (row,) = [int(row) for row in rows if of_user[row] == user]
         margin = published_reward(method, chosen[row], latent) - published_reward(method, rejected[row], latent)
-        share = SIZES[user] / sum(SIZES)  # every pair of the split weighs the same
+        share = sizes[user] / sum(sizes)  # every pair of the split weighs the same
         nll += share * np.log1p(np.exp(-margin))
         kl += share * -0.5 * (1 + log_var - mean**2 - np.exp(log_var)).sum()
     total = nll + 0.7 * 0.1 * kl  # the first step of the annealing
@@ -201,6 +213,9 @@ def test_decoders_equal_their_formulas() -> None:
             elif name == "film":
                 scale, shift = np.split(linear(decoder.modulation, z), 2)  # type: ignore[union-attr, arg-type]
                 expected = float(linear(decoder.out, leaky((1 + scale) * linear(decoder.hidden, x) + shift))[0])  # type: ignore[arg-type]
+                path = decoder.linear
+                path.population.data = draw(DIM, seed=3)  # type: ignore[union-attr, assignment]
+                expected += path.population.detach().numpy() @ x + z @ path.bases.detach().numpy() @ x  # type: ignore[union-attr]
             else:
                 holder = make(decoder="concat")
                 holder.decoder = decoder
@@ -225,7 +240,8 @@ def test_evidence_adds_up() -> None:
         for (chosen, rejected), w, t in zip(
             scaled_pairs(method, context, user), weight / weight.mean(), tie, strict=True
         ):
-            one, two = (leaky(linear(net[2], leaky(linear(net[0], side)))) for side in (chosen, rejected))  # type: ignore[arg-type]
+            half = (chosen - rejected) / 2
+            one, two = (leaky(linear(net[2], leaky(linear(net[0], side)))) for side in (half, -half))  # type: ignore[arg-type]
             gain = w * np.log1p(np.exp(linear(head.gain, one + two)))  # type: ignore[arg-type]
             vote = 4 * np.tanh(linear(head.vote, one - two) / 4)  # type: ignore[arg-type]
             precision, total = precision + gain, total + gain * vote * (not t)
@@ -660,3 +676,49 @@ def test_a_misspelt_choice_is_named_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'film'") as error:
         VPL(3, 8, decoder="flm", schedule="cosin", target_rule="respons")  # type: ignore[arg-type]
     assert all(name in str(error.value) for name in ("model.decoder", "model.schedule", "model.target_rule"))
+
+
+# ---------------------------------------------------------------------- users of very different size
+def test_attention_of_many_users_is_that_of_each_alone() -> None:
+    """Users share padded products with others of about their size; each must be as if alone."""
+    torch.manual_seed(0)
+    encoder = POSTERIORS["attention"](4, 3, True, "smooth").double()
+    sizes = torch.tensor([1, 7, 0, 40, 3, 8, 2])
+    user = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    user = user[torch.randperm(len(user))]
+    tokens, weight = PairTokens(draw(len(user), 4), draw(len(user), 4, seed=1)), torch.rand(len(user)).double()
+    together = encoder(tokens, weight, user, len(sizes))
+    for row in range(len(sizes)):
+        own = user == row
+        alone = encoder(PairTokens(tokens[0][own], tokens[1][own]), weight[own], torch.zeros(int(own.sum())).long(), 1)
+        torch.testing.assert_close(together.mean[row], alone.mean[0])
+        torch.testing.assert_close(together.log_var[row], alone.log_var[0])
+
+
+def test_attention_reads_as_many_pairs_in_use_as_in_training() -> None:
+    """Which ones depends neither on their order, nor on who won, nor on the unit of the features."""
+    method = VPL(2, DIM, **SMALL, posterior="attention", max_context=8)
+    difference, user = draw(30, DIM), torch.tensor([0] * 25 + [1] * 5)
+    kept = method._read_pairs(difference, user)
+    assert torch.bincount(user[kept]).tolist() == [8, 5]
+    order = torch.randperm(30)
+    assert torch.equal(method._read_pairs(-difference[order], user[order]), kept[order])
+    method.feature_scale.fill_(1024.0)
+    assert torch.equal(method._read_pairs(1024 * difference, user), kept)
+    assert VPL(2, DIM, **SMALL)._read_pairs(difference, user).all()
+
+
+def test_a_batch_is_arranged_by_its_content() -> None:
+    """Renamed and reordered users, other units and what pairs share leave every user in the same place."""
+    batch = batch_of()
+    plain = arrange(batch, with_nodes=True)
+    order = torch.randperm(len(batch.weight), generator=torch.Generator().manual_seed(5))
+    fields: dict[str, Any] = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    moved = batch._replace(**{name: value[order] for name, value in fields.items()})
+    moved = moved._replace(
+        user_index=USERS - 1 - moved.user_index, chosen=4 * moved.chosen + 1, rejected=4 * moved.rejected + 1
+    )
+    other = arrange(moved, with_nodes=True)
+    assert torch.equal(plain.user, other.user) and torch.equal(plain.batch.weight, other.batch.weight)
+    assert plain.nodes is not None and other.nodes is not None and torch.equal(plain.nodes, other.nodes)
+    torch.testing.assert_close(other.batch.difference, 4 * plain.batch.difference)

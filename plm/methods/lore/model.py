@@ -102,7 +102,7 @@ class LoRe(PersonalizationMethod):
     # ------------------------------------------------------------------ shared by training and use
     def _bases(self) -> Tensor:
         """``(D, K)`` directions whose product with features are rewards; the reference head at K = 0."""
-        bases = self.bases if self.num_bases else self.reference[:, None]
+        bases = self.bases if self.num_bases else self.reference_direction[:, None]
         if self.temperature is None:
             return bases / self.feature_scale if self.num_bases else bases
         return bases / self.temperature

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from plm.functional import (
     PairList,
+    Posterior,
     bt_losses,
+    curvature,
     fit_simplex,
     fit_simplex_by_adam,
     flatten_context,
-    padded_users,
     unit_mean_per_user,
 )
 from plm.messages import Problems
@@ -128,19 +129,20 @@ class PublishedLoRe(PersonalizationMethod):
         return {"loss": nll + self._pull(), "nll": nll}
 
     def _pull(self) -> Tensor:
-        """The anchor, as strong as it is at this step; an alternating batch is two optimizer steps."""
+        """The anchor, as strong as it is at this step; an alternating batch is a step of every optimizer."""
         if self.anchor == "none":
             return self.bases.new_zeros(())
         num_steps = max(float(self.trainer.estimated_stepping_batches), 1.0)
-        step = self.trainer.global_step // (2 if self.optimization == "alternating" else 1)
+        step = self.trainer.global_step // len(self.trainer.optimizers)
         distance = cosine_anchor if self.anchor == "cosine" else l2_anchor
-        return self.anchor_strength * warm_up(step / num_steps) * distance(self.bases, self.reference)
+        return self.anchor_strength * warm_up(step / num_steps) * distance(self.bases, self.reference_direction)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One step; with ``alternating`` weights first, then bases at the new weights."""
         if self.automatic_optimization:
             return super().training_step(batch, batch_idx)
         optimizers: Any = self.optimizers()
+        batch = self.training_batch(batch)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:  # no weights to fit at K = 1
             out = self.loss(batch)
             # the anchor has no gradient in the weights: only the step of the bases feels it
@@ -174,8 +176,7 @@ class PublishedLoRe(PersonalizationMethod):
         for margins, target, weight, user in parts:
             weight = unit_mean_per_user(weight, user, self.num_users)
             pairs = PairList(margins, torch.zeros_like(target), target, weight, user, self.num_users)
-            for padded in padded_users(pairs):
-                precision[padded.users] += padded.derivatives(weights[padded.users].double())[1].to(precision)
+            precision += curvature(pairs, weights)
         eye = torch.eye(self.num_bases, device=self.device)
         pull = self.prior_precision * self.num_pairs.clamp_min(1)[:, None, None] * eye
         self.precision.copy_(self.sum_over_processes(precision) + pull)
@@ -227,7 +228,9 @@ class PublishedLoRe(PersonalizationMethod):
             centre = self.population_state(1).tensors["weights"][0, kept]
             fitted = fit_simplex(pairs, centre, self.prior_precision)
             if self.adapt_solver == "adam":
-                fitted = fitted._replace(mean=fit_simplex_by_adam(pairs, centre))
+                mean, count = fit_simplex_by_adam(pairs, centre), context.mask.sum(-1).clamp_min(1)
+                pull = self.prior_precision * count[:, None, None] * torch.eye(len(centre), device=self.device)
+                fitted = Posterior(mean, curvature(pairs, mean) + pull)
             state = self.population_state(num_users)
             weights, precision = torch.zeros_like(state.tensors["weights"]), state.tensors["precision"]
             weights[:, kept] = fitted.mean

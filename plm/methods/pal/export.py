@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from plm.backbones.export import HeadParts
+from plm.method.conditioning import FeatureConditioning
 from plm.methods.pal.geometry import Geometry
 from plm.methods.pal.heads import logit_scale
 from plm.methods.pal.projectors import Projectors
@@ -29,25 +30,34 @@ def check_weights(weights: Tensor, num_prototypes: int) -> None:
 
 @torch.no_grad()
 def head_parts(
-    geometry: Geometry, weights: Tensor, feature_scale: Tensor, direction: Tensor, prompt: Tensor | None
+    geometry: Geometry,
+    weights: Tensor,
+    conditioning: FeatureConditioning,
+    feature_scale: Tensor,
+    direction: Tensor,
+    prompt: Tensor | None,
 ) -> HeadParts:
     """The reward of fixed weights.
 
     Args:
         geometry: Shared part of PAL.
         weights: ``(K,)`` on the simplex: a user, a prototype, or the population.
+        conditioning: What is done to features first.
         feature_scale: ``()`` unit of the features.
         direction: ``(D,)`` the reward that is the same for everybody.
-        prompt: ``(D,)`` the prompt that stands for all, for variant B that was trained without prompts.
+        prompt: ``(1, D)`` the prompt that stands for all, for variant B that was trained without prompts.
 
     Raises:
         ValueError: If the weights are no point of the simplex.
     """
     check_weights(weights, geometry.num_prototypes)
     layers, spec = mlp_parts(geometry.projector, 0)
-    options: dict[str, Any] = {"head": geometry.head, "projector": spec}
+    options: dict[str, Any] = {"head": geometry.head, "projector": spec, "factor_dims": conditioning.factor.dim()}
     tensors = {
         "feature_scale": feature_scale,
+        "mean": conditioning.mean,
+        "prompt_mean": conditioning.prompt_mean,
+        "factor": conditioning.factor,
         "direction": direction,
         "scale": logit_scale(geometry.logit_scale),
         **{f"projector.layers.{name}": value for name, value in layers.items()},
@@ -70,7 +80,7 @@ def _fixed_point(geometry: Geometry, weights: Tensor, prompt: Tensor | None) -> 
     if not geometry.is_mixture:
         point = geometry.mixed_points(weights[None])[0]
         return point, point.square().sum()
-    points = geometry.points() if prompt is None else geometry.points_at(prompt[None])[0]  # (K, E)
+    points = geometry.points() if prompt is None else geometry.points_at(prompt)[0]  # (K, E)
     return weights @ points, points.square().sum(-1).mean()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plm.functional import bt_losses
 
-Head = Literal["dist", "dist_squared", "dist_normalization", "dist_logistic", "angle", "angle_hinge"]
+Head = Literal["dot", "dist", "dist_squared", "dist_normalization", "dist_logistic", "angle", "angle_hinge"]
 Loss = Literal["logistic", "cross_entropy", "hinge", "smooth_hinge"]
 HEADS: tuple[str, ...] = get_args(Head)
 SCALED_HEADS = ("angle", "angle_hinge", "dist_logistic")
@@ -49,8 +49,8 @@ def head_reward(
     """Reward of items for ideal points; all arguments broadcast.
 
     Args:
-        head: dist = -|e - u|; dist_squared = |u|^2 - |e - u|^2, where the first term, the same for all items,
-            keeps far points exact; dist_normalization = -|e/|e| - u/|u||; dist_logistic =
+        head: dot = 2 <e, u>; dist = -|e - u|; dist_squared = |u|^2 - |e - u|^2, where the first term, the same for all
+            items, keeps far points exact; dist_normalization = -|e/|e| - u/|u||; dist_logistic =
             -scale |e - u|; angle and angle_hinge = scale cos(e, u), they differ in the loss only.
         dot: ``<e, u>``.
         item_square: ``|e|^2``.
@@ -66,8 +66,8 @@ def head_reward(
         length = (point_square + FLOOR**2 * size_square + SMALL).sqrt() * (item_square + SMALL).sqrt()
         cosine = dot / length
         return scale * cosine if head != "dist_normalization" else -(2 - 2 * cosine).clamp_min(SMALL).sqrt()
-    if head == "dist_squared":
-        return 2 * dot - item_square
+    if head in ("dot", "dist_squared"):
+        return 2 * dot if head == "dot" else 2 * dot - item_square
     distance = (item_square - 2 * dot + point_square).clamp_min(SMALL).sqrt()
     return -scale * distance if head == "dist_logistic" else -distance
 

@@ -69,7 +69,7 @@ class LivePAL(LiveMethod, PAL):
         num_pairs, length = batch.num_pairs, both.input_ids.shape[1]
         # a row that has ended repeats its last state
         hidden = self.hidden(both)  # (2B, T, D)
-        hidden = hidden.gather(1, last_tokens(both)[..., None].expand_as(hidden))
+        hidden = self.conditioning(hidden.gather(1, last_tokens(both)[..., None].expand_as(hidden)))
         rows = torch.arange(num_pairs * length, device=hidden.device)
         prompts, prompt = self._token_prompts(batch.prompt, num_pairs, length)
         cache = self._cache(Distinct(hidden.flatten(0, 1), rows, rows + len(rows), prompts, prompt))
@@ -89,10 +89,11 @@ class LivePAL(LiveMethod, PAL):
         if self.variant == "A":
             return None, None
         if not isinstance(prompt, Tokens) or self.alignment == "pooled":
-            pooled = self._prompts(None if prompt is None else self.features(prompt), num_pairs)
+            read = None if prompt is None else self.conditioning.prompts(self.features(prompt))
+            pooled = self._prompts(read, num_pairs)
             row = torch.arange(num_pairs, device=self.device).repeat_interleave(length).repeat(2)
             return pooled, row
-        hidden = self.hidden(prompt)
+        hidden = self.conditioning.prompts(self.hidden(prompt))
         place = torch.arange(length, device=self.device).expand(num_pairs, -1)
         place = torch.minimum(place, prompt.attention_mask.sum(-1, keepdim=True) - 1)
         aligned = hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)  # (B * T, D)

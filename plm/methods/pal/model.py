@@ -4,9 +4,9 @@ Paper: Chen, Chen, Rege, Wang, Korlakai Vinayak, "PAL: Sample-Efficient Personal
     Alignment" (ICLR 2025, arXiv 2406.08469).
 Reference code: RamyaLab/pluralistic-alignment (MIT; nothing is taken from it).
 Deviations: ``users: table`` is the paper's training, with repaired heads and losses. ``users: posterior``, the default,
-    is our estimator: weights are solved, not trained, under a normal prior on their logits whose spread is learned and
-    then set by validation pairs. Unseen users are solved for in both. PAL-B reads one vector per prompt. The logit
-    scale is bounded smoothly, the mixture angle fades out where prototypes cancel, the bound is a mean over pairs.
+    is our estimator: weights are solved under a normal prior on their logits, whose spread is learned and then set by
+    validation pairs, and whose centre is where seen users are. Unseen users are solved for in both. PAL-B reads one
+    vector per prompt. The logit scale is bounded smoothly, the mixture angle fades out where prototypes cancel.
 
 Axes: B pairs in a batch, N pairs of several users, D feature width, E preference dims, K prototypes, U users.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,6 +40,7 @@ from plm.methods.pal.users import (
     Solvable,
     context_pairs,
     gumbel_weights,
+    solve_around,
     solve_logits,
     solve_table,
     table_prior,
@@ -61,10 +63,11 @@ class PAL(GroupedMethod, Exporter):
         user_learner: How weights w and prototypes P make the ideal point, with f the projector of the items: Pw = mix,
             f(Pw) = mix, then project; f(P)w = project, then mix; |f(P)|w = project, scale to length one, mix. With
             variant B f(P) are the functions of the prompt, so only f(P)w and |f(P)|w exist.
-        head: Reward of an item for an ideal point: dist = minus the distance; dist_squared = minus its square, linear
-            in the weights; dist_normalization = minus the distance of both scaled to length one; dist_logistic =
-            minus a learned multiple of the distance; angle = a learned multiple of the cosine; angle_hinge = a fixed
-            multiple of the cosine.
+        head: Reward of an item for an ideal point: dot = twice their product, which is minus the squared distance where
+            all responses are equally long, and which nothing that both share can change; dist = minus the distance;
+            dist_squared = minus its square, linear in the weights; dist_normalization = minus the distance of both
+            scaled to length one; dist_logistic = minus a learned multiple of the distance; angle = a learned multiple
+            of the cosine; angle_hinge = a fixed multiple of the cosine.
         loss: logistic, cross_entropy (the same number from two classes), hinge or smooth_hinge.
         gamma: Width of the curved part of the smooth hinge.
         users: posterior = solve the weights of users under a learned prior while prototypes are trained. table =
@@ -108,7 +111,7 @@ class PAL(GroupedMethod, Exporter):
         num_prototypes: int = 8,
         variant: Variant = "A",
         user_learner: UserLearner = "f(P)w",
-        head: Head = "dist_squared",
+        head: Head = "dot",
         loss: Loss = "logistic",
         gamma: float = 1.0,
         users: Users = "posterior",
@@ -183,12 +186,12 @@ class PAL(GroupedMethod, Exporter):
         super().setup(stage)
         if self.residual == "reference" and not self.reference.any():
             raise ValueError(
-                "model.residual reference needs the reward head of the backbone, but the backbone of these data has "
-                "none; use a reward model as data.backbone, or residual bradley_terry"
+                "model.residual reference needs a backbone with a reward head, and that of these data has none; "
+                "use a reward model as data.backbone, or residual bradley_terry"
             )
 
     def on_train_start(self) -> None:
-        """Also note whether training has prompts."""
+        """Note whether training has prompts, too."""
         if self.variant == "B":
             self.trained_on_prompts.fill_(any(b.prompt is not None for b in self.trainer.train_dataloader or []))
             if not self.reads_prompts:
@@ -198,7 +201,7 @@ class PAL(GroupedMethod, Exporter):
     def _base_direction(self) -> Tensor:
         """``(D,)`` the reward that is the same for everybody."""
         if self.residual == "reference":
-            return self.reference * self.reference_scale
+            return self.reference_direction * self.reference_scale
         return self.base / self.feature_scale
 
     @property
@@ -207,7 +210,7 @@ class PAL(GroupedMethod, Exporter):
         return bool(self.trained_on_prompts)
 
     def _prompts(self, prompt: Tensor | Tokens | None, num_rows: int) -> Tensor | None:
-        """Prompts ``(B, D)`` for variant B, as in training: where it had none, ones, the same for all.
+        """Prompts ``(B, D)`` for variant B, as in training: where it had none, ones of their scale, the same for all.
 
         Raises:
             ValueError: If training had prompts and these pairs have none, or none that fit.
@@ -215,7 +218,7 @@ class PAL(GroupedMethod, Exporter):
         if self.variant == "A":
             return None
         if not self.reads_prompts:
-            return torch.ones_like(self.reference).expand(num_rows, -1)
+            return (torch.ones_like(self.reference) * self.feature_scale).expand(num_rows, -1)
         if not isinstance(prompt, Tensor) or prompt.shape != (num_rows, self.feature_dim):
             got = "none" if prompt is None else f"shape {tuple(getattr(prompt, 'shape', ()))}"
             raise ValueError(
@@ -294,18 +297,16 @@ class PAL(GroupedMethod, Exporter):
         """Solve the weights of seen users, or take stock of their table.
 
         With ``users: posterior`` the spread of users is the one with the lowest validation loss: the training pairs
-        overstate it, because prototypes have been fitted to these very users. With a table, the mean and the spread of
-        its rows become the prior of unseen users.
+        overstate it, because prototypes have been fitted to these very users; its centre is where seen users are at
+        that spread. With a table, the mean and the spread of its rows become the prior of unseen users.
         """
         self._train_pairs, was_training = None, self.training
         self.eval()  # no dropout
         # validation runs under inference mode, whose tensors can never enter autograd: leave it and clone
         with torch.inference_mode(False), torch.no_grad():
             train = [self._solvable(batch) for batch in self.train_pass()]
-            self.num_pairs.zero_()
-            for pairs in train:
-                self.num_pairs += torch.bincount(pairs.row, minlength=self.num_users)
-            self.num_pairs.copy_(self.sum_over_processes(self.num_pairs))
+            rows = torch.cat([self.num_pairs[:0], *(pairs.row for pairs in train)])
+            self.num_pairs.copy_(self.sum_over_processes(torch.bincount(rows, minlength=self.num_users)))
             if isinstance(self.logits, torch.nn.Parameter):
                 logits, prior = self.logits.detach(), table_prior(self.logits.detach(), self.num_pairs, self._prior)
                 self.prior_centre.copy_(prior.centre)
@@ -323,24 +324,24 @@ class PAL(GroupedMethod, Exporter):
         return Solvable(cache, targets(batch.tie).to(weight), weight, batch.user_index.clone())
 
     def _choose_scale(self, train: list[Solvable]) -> None:
-        """Solve all seen users under each candidate spread; keep the best by validation loss."""
+        """Solve all seen users under each candidate spread, around its own centre; keep the best by validation loss."""
         val = [self._solvable(batch) for batch in self.val_pass()]
-        best: tuple[float, Tensor, Tensor, Tensor] | None = None
-        logits = torch.zeros_like(self.logits)
+        best: tuple[float, Prior, Tensor, Tensor] | None = None
+        logits, prior = torch.zeros_like(self.logits).double(), Prior(self.prior_centre.double(), self.prior_scale)
         for number in PRIOR_SCALES if val else (1.0,):
-            scale = self.prior_scale.new_tensor(number)
-            logits, precision = self._solve(train, Prior(self.prior_centre, scale), logits)
+            prior = prior._replace(scale=logits.new_tensor(number))
+            logits, precision, prior = solve_around(partial(self._solve, train), prior, logits, self.num_pairs > 0)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for pairs in val:
-                margin = self.geometry.margins(
-                    pairs.cache, self._served(self._weights(logits), self.num_pairs)[pairs.row].double()
-                )
+                served = self._served(self._weights(logits), self.num_pairs)[pairs.row]
+                margin = self.geometry.margins(pairs.cache, served.double())
                 total += (pairs.weight * bt_losses(margin, pairs.target)).sum()
             loss = float(self.sum_over_processes(total))
             if best is None or loss < best[0]:
-                best = loss, scale, logits, precision
+                best = loss, prior, logits, precision
         assert best is not None
-        for buffer, value in zip((self.prior_scale, self.logits, self.precision), best[1:], strict=True):
+        buffers = self.prior_centre, self.prior_scale, self.logits, self.precision
+        for buffer, value in zip(buffers, (*best[1], *best[2:]), strict=True):
             buffer.copy_(value)
 
     def _solve(
@@ -387,9 +388,9 @@ class PAL(GroupedMethod, Exporter):
     def report(self) -> dict[str, float]:
         """Measure the use of the prototypes, see `prototype_usage`, and ``kl``, what the pairs of users say in nats."""
         users = (self.num_pairs > 0).nonzero()[:, 0]
-        with torch.no_grad():
-            weights = self._served(self._weights(self.logits[users]), self.num_pairs[users])
-            kl = mean_kl(self.logits[users] - self.prior_centre, self.precision[users], self.prior_scale)
+        logits = self.logits[users].detach()
+        weights = self._served(self._weights(logits), self.num_pairs[users]).detach()
+        kl = mean_kl(logits - self.prior_centre, self.precision[users], self.prior_scale)
         return {"kl": kl, **prototype_usage(weights)}
 
     def _score(
@@ -403,13 +404,11 @@ class PAL(GroupedMethod, Exporter):
             prompts, prompt_row = distinct_rows(prompts)
         cache = self._cache(Distinct(responses, row, row, prompts, prompt_row))
         weights = self._served(users.tensors["weights"], users.num_pairs)
-        return (
-            responses.to(self.feature_scale.dtype) @ self._base_direction() + self.geometry.rewards(cache, weights)[0]
-        )
+        base = responses.to(self.feature_scale.dtype) @ self._base_direction()
+        return base + self.geometry.rewards(cache, weights)[0]
 
-    def margin(self, batch: PreferenceBatch, users: UserState | None = None) -> Tensor:
+    def _margin(self, batch: PreferenceBatch, users: UserState) -> Tensor:
         """Reward of chosen minus reward of rejected, given the prompt: ``(B,)``."""
-        users = self.batch_states(batch) if users is None else users
         prompt = self._prompts(batch.prompt, batch.num_pairs)
         cache = self._cache(distinct_pairs(*batch.features, prompt))
         return self.geometry.margins(cache, self._served(users.tensors["weights"], users.num_pairs))
@@ -440,8 +439,9 @@ class PAL(GroupedMethod, Exporter):
             ValueError: If the weights are no point of the simplex, or the backbone is no Hugging Face model.
         """
         weights = self.population_state(1).tensors["weights"][0] if weights is None else weights
-        prompt = None if self.variant == "A" or self.reads_prompts else torch.ones_like(self.reference)
-        parts = head_parts(self.geometry, weights, self.feature_scale, self._base_direction(), prompt)
+        prompt = None if self.reads_prompts else self._prompts(None, 1)
+        units = self.conditioning, self.feature_scale
+        parts = head_parts(self.geometry, weights, *units, self._base_direction(), prompt)
         return reward_model(reward_backbone(self.hparams.get("backbone")), parts)
 
     def export(self, folder: str | Path, user: UserState) -> None:

@@ -71,7 +71,7 @@ class PALM(RoutedMethod):
         prior_precision: float = 0.1,
         lr: float = 0.2,
     ) -> None:
-        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr)
+        super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr, conditioning="none")
         self.num_objectives, self.size, self.delta = num_objectives, size, delta
         self.ridge, self.spread_ridge, self.prior_precision = ridge, spread_ridge, prior_precision
         self._check_arguments()

@@ -27,11 +27,12 @@ from torch import Tensor
 from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
-from plm.methods.vpl.episodes import TargetRule, draw_episodes, rank_within_user, response_ids, response_nodes
+from plm.methods.vpl.episodes import Arranged, TargetRule, arrange, content_keys, draw_episodes, rank_within_user
 from plm.methods.vpl.networks import (
     DECODERS,
     POSTERIORS,
     Anneal,
+    AttentionPosterior,
     BilinearDecoder,
     Bounds,
     Gaussian,
@@ -90,8 +91,9 @@ class VPL(PersonalizationMethod):
         latent_map: same = the decoder reads samples in training and the mean in use; sphere = both projected to the
             sphere of radius sqrt(Z); sphere_in_training = only the samples, as published.
         bounds: smooth = tanh bounds; clamp = hard ones, without gradient outside, as published.
-        decoder: film = hidden units scaled and shifted by z before the nonlinearity; bilinear = population direction
-            plus ``z @ bases @ x``; concat = a network on response and z side by side, as published.
+        decoder: bilinear = population direction plus ``z @ bases @ x``, the only one that nothing both responses share
+            can change; film = hidden units scaled and shifted by z before the nonlinearity, plus bilinear; concat = a
+            network on response and z side by side, as published.
         kl_weight: Weight of the KL to the standard normal prior.
         free_bits: Nats of KL per latent dimension, mean over users, that cost nothing: what keeps the latent alive
             while the decoder has not learned to use it.
@@ -104,7 +106,7 @@ class VPL(PersonalizationMethod):
         target_rule: What a target may share with its context: response = nothing, rest = responses, any = even the
             pair, as published.
         min_context: Least context pairs per user (not with target_rule response).
-        max_context: Most context pairs per user in training.
+        max_context: Most context pairs per user in training; with posterior attention also in use.
         num_targets: Most targets per user and step.
         calibrate: Whether the latent is multiplied by the number of the lowest validation loss.
         weight_decay: AdamW's.
@@ -205,7 +207,7 @@ class VPL(PersonalizationMethod):
         self.register_buffer("latent_scale", torch.ones(()))
         self.register_buffer("variance", -torch.ones(len(SHOTS)))  # -1 = not known; nan is not equal to itself
         self.register_buffer("val_accuracies", -torch.ones(2))
-        self._nodes: tuple[Tensor, Tensor] | None = None  # features of the batch they belong to, nodes
+        self._batch: tuple[PreferenceBatch, Arranged] | None = None  # the last training batch
 
     # ------------------------------------------------------------------ shared by training and use
     def _scaled(self, responses: Tensor) -> Tensor:
@@ -216,6 +218,9 @@ class VPL(PersonalizationMethod):
     def _tokens(self, batch: PreferenceBatch | Context, rows: Tensor) -> PairTokens:
         """Tokens of the pairs at ``rows``, an index or mask."""
         chosen, rejected = (self._scaled(side[rows]) for side in batch.features)
+        if self.encoder.odd_even:  # what both responses share says nothing
+            chosen = (chosen - rejected) / 2
+            rejected = -chosen
         target = chosen.new_ones(len(chosen)) if batch.tie is None else targets(batch.tie[rows]).to(chosen)
         tokens: PairTokens = self.encoder(chosen, rejected, target)
         return tokens
@@ -224,6 +229,16 @@ class VPL(PersonalizationMethod):
         """Tokens ``(N, H)``, ``(N,)`` weights and users -> posteriors of U users; without pairs the prior."""
         posterior: Gaussian = self.set_encoder(tokens, unit_mean_per_user(weight, user, num_users), user, num_users)
         return posterior
+
+    def _read_pairs(self, difference: Tensor, user: Tensor) -> Tensor:
+        """Pairs ``(N,)`` bool that the posterior reads: all of them, or ``max_context`` of each user as in training.
+
+        Which ones depends on their content alone, never on their order, nor on who won.
+        """
+        if not isinstance(self.set_encoder, AttentionPosterior):
+            return torch.ones_like(user, dtype=torch.bool)
+        mixed = (content_keys(difference).abs() / self.feature_scale.double()) * 2.0**16
+        return rank_within_user(user, mixed - mixed.floor()) < self.max_context
 
     def _reward(self, prepared: Tensor, latent: Tensor) -> Tensor:
         """``(..., P)``, ``(..., Z)`` in use -> ``(...)``."""
@@ -235,12 +250,11 @@ class VPL(PersonalizationMethod):
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the bound on the likelihood of the targets plus the annealed KL, over one episode per user."""
-        sides = batch.features
-        _, user = torch.unique(batch.user_index, return_inverse=True)
-        num_users = int(user.max()) + 1
+        batch, user, nodes = self._arranged(batch)
+        sides, num_users = batch.features, int(user.max()) + 1
         context, rows = draw_episodes(
             user,
-            self._batch_nodes(*sides, user) if self.target_rule == "response" else None,
+            nodes,
             self.target_rule,
             self.min_context,
             self.max_context,
@@ -270,11 +284,11 @@ class VPL(PersonalizationMethod):
             loss = loss + self.swap_guide * logged["swap_guide"]
         return {"loss": loss, **logged}
 
-    def _batch_nodes(self, chosen: Tensor, rejected: Tensor, user: Tensor) -> Tensor:
-        """`response_nodes` of a batch, kept while the same batch comes again."""
-        if self._nodes is None or self._nodes[0] is not chosen:
-            self._nodes = (chosen, response_nodes(response_ids(chosen, rejected), user))
-        return self._nodes[1]
+    def _arranged(self, batch: PreferenceBatch) -> Arranged:
+        """`arrange` a batch, once while the same batch comes again."""
+        if self._batch is None or self._batch[0] is not batch:
+            self._batch = (batch, arrange(batch, self.target_rule == "response"))
+        return self._batch[1]
 
     def _penalty(self) -> Tensor:
         """Normal priors of the bilinear decoder, divided by the number of pairs; in units of unscaled features."""
@@ -311,14 +325,15 @@ class VPL(PersonalizationMethod):
         for batch in self.train_pass():
             users, user = torch.unique(batch.user_index, return_inverse=True)
             count = torch.bincount(user)
-            tokens = self._tokens(batch, torch.arange(batch.num_pairs, device=self.device))
-            posterior = self._posterior(tokens, batch.weight, user, len(users))
+            rows = self._read_pairs(batch.difference, user)
+            tokens, weight, user = self._tokens(batch, rows), batch.weight[rows], user[rows]
+            posterior = self._posterior(tokens, weight, user, len(users))
             mean[users], log_var[users], num_pairs[users] = posterior.mean, posterior.log_var, count
             rank = rank_within_user(user, torch.arange(len(user), device=self.device))
             for row, shots in enumerate(SHOTS):
                 first, enough = rank < shots, count >= shots
                 few = PairTokens(tokens.direction[first], tokens.strength[first])
-                variance = self._posterior(few, batch.weight[first], user[first], len(users)).log_var.exp().mean(-1)
+                variance = self._posterior(few, weight[first], user[first], len(users)).log_var.exp().mean(-1)
                 spread[row] += torch.stack([variance[enough].sum(), enough.sum()])
         self.mean.copy_(self.sum_over_processes(mean))
         self.log_var.copy_(self.sum_over_processes(log_var))
@@ -406,8 +421,10 @@ class VPL(PersonalizationMethod):
 
     def _adapt(self, context: Context) -> UserState:
         """One forward pass of the encoder over the context."""
-        user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)
+        mask = context.mask.clone()
+        user = torch.arange(context.num_users, device=mask.device)[:, None].expand_as(mask)
         with torch.no_grad():
-            tokens = self._tokens(context, context.mask)
-            mean, log_var = self._posterior(tokens, context.weight[context.mask], user[context.mask], context.num_users)
+            mask[context.mask] = self._read_pairs(context.difference[context.mask], user[context.mask])
+            tokens = self._tokens(context, mask)
+            mean, log_var = self._posterior(tokens, context.weight[mask], user[mask], context.num_users)
         return UserState({"mean": mean, "log_var": log_var}, context.mask.sum(-1))

@@ -5,10 +5,12 @@ Axes: N pairs in a batch, D feature width, E episodes (one per user of the batch
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from plm.types import PreferenceBatch
 
 TargetRule = Literal["response", "rest", "any"]
 
@@ -58,6 +60,52 @@ def response_nodes(responses: Tensor, user: Tensor) -> Tensor:
     return torch.stack(
         [torch.where(single_left, right, left), torch.where(single_right & ~single_left, left, right)], -1
     )
+
+
+class Arranged(NamedTuple):
+    """A batch in an order of its own content, so that what is drawn for a user does not depend on who comes first."""
+
+    batch: PreferenceBatch
+    user: Tensor
+    """``(N,)`` int64 users from 0, ascending."""
+    nodes: Tensor | None
+    """``(N, 2)`` see `response_nodes`; None where episodes may share responses."""
+
+
+def content_keys(difference: Tensor) -> Tensor:
+    """Product of each pair's difference with one fixed random direction: ``(N, D)`` -> ``(N,)``, float64.
+
+    It tells pairs apart by what they hold, whatever row they stand in.
+    """
+    draw = torch.Generator().manual_seed(0)
+    direction = torch.randn(difference.shape[1], generator=draw, dtype=torch.float64).to(difference.device)
+    # not a matrix product, which may round equal rows differently
+    return torch.cat([(part.double() * direction).sum(-1) for part in torch.split(difference, 2**14)])
+
+
+def arrange(batch: PreferenceBatch, with_nodes: bool) -> Arranged:
+    """Order users, and the pairs of each, by the product of their differences with one fixed direction.
+
+    Neither the names nor the order of users enter, nor the unit of the features, nor what both responses of a pair
+    share: the same numbers are drawn for the same user then. Nodes are numbered by where they first occur.
+    """
+    with torch.no_grad():
+        key = content_keys(batch.difference.detach())
+        _, user = torch.unique(batch.user_index, return_inverse=True)
+        of_user = torch.zeros(int(user.max()) + 1, dtype=key.dtype, device=key.device).index_add(0, user, key)
+        place = torch.empty_like(of_user, dtype=torch.long)
+        place[torch.argsort(of_user, stable=True)] = torch.arange(len(place), device=key.device)
+        order = torch.argsort(key, stable=True)
+        order = order[torch.argsort(place[user[order]], stable=True)]
+        user = place[user[order]]
+    fields: dict[str, Any] = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    batch = batch._replace(**{name: value[order] for name, value in fields.items()})
+    if not with_nodes:
+        return Arranged(batch, user, None)
+    nodes = response_nodes(response_ids(*(side.detach() for side in batch.features)), user)
+    first = torch.full((int(nodes.max()) + 1,), nodes.numel(), device=nodes.device)
+    first = first.scatter_reduce(0, nodes.flatten(), torch.arange(nodes.numel(), device=nodes.device), "amin")
+    return Arranged(batch, user, torch.argsort(torch.argsort(first))[nodes])
 
 
 def rank_within_user(user: Tensor, key: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plm.method.live import LiveMethod
 from plm.methods.vpl import VPL
-from plm.methods.vpl.episodes import response_ids, response_nodes
+from plm.methods.vpl.episodes import Arranged, arrange
 from plm.types import PreferenceBatch
 
 
@@ -52,8 +52,8 @@ class LiveVPL(LiveMethod, VPL):
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the loss of `VPL` on the present features."""
-        return super().loss(self.featured(batch))
+        return super().loss(self._read_batch(batch))
 
-    def _batch_nodes(self, chosen: Tensor, rejected: Tensor, user: Tensor) -> Tensor:
-        """`response_nodes` of a batch; equal texts have equal features, because each is read once."""
-        return response_nodes(response_ids(chosen.detach(), rejected.detach()), user)
+    def _arranged(self, batch: PreferenceBatch) -> Arranged:
+        """`arrange` a batch; equal texts have equal features, because each is read once."""
+        return arrange(batch, self.target_rule == "response")

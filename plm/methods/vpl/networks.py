@@ -180,6 +180,21 @@ class AttentionPosterior(nn.Module):
     def forward(self, tokens: PairTokens, weight: Tensor, user: Tensor, num_users: int) -> Gaussian:
         """Tokens ``(N, H)``, ``(N,)`` weights, ``(N,)`` rows of users -> posteriors of U users; no pairs: the prior."""
         count = torch.bincount(user, minlength=num_users)
+        size = count.clamp_min(1).double().log2().ceil()  # users of about equally many pairs share a padded product
+        mean, log_var = (weight.new_zeros(num_users, self.mean.out_features) for _ in range(2))
+        for value in torch.unique(size):
+            users = (size == value).nonzero()[:, 0]
+            place = torch.full_like(count, -1).index_put((users,), torch.arange(len(users), device=users.device))
+            rows = (place[user] >= 0).nonzero()[:, 0]
+            part = PairTokens(tokens.direction[rows], tokens.strength[rows])
+            posterior = self._padded(part, weight[rows], place[user[rows]], len(users))
+            mean = mean.index_put((users,), posterior.mean.to(mean))
+            log_var = log_var.index_put((users,), posterior.log_var.to(log_var))
+        return Gaussian(mean, log_var)
+
+    def _padded(self, tokens: PairTokens, weight: Tensor, user: Tensor, num_users: int) -> Gaussian:
+        """The same for users who are padded to the longest."""
+        count = torch.bincount(user, minlength=num_users)
         order = torch.argsort(user, stable=True)
         mask = torch.arange(max(int(count.max()), 1), device=user.device) < count[:, None]  # (U, S)
 
@@ -228,24 +243,25 @@ class BilinearDecoder(nn.Module):
 
 
 class FilmDecoder(nn.Module):
-    """A hidden layer whose units z scales and shifts before the nonlinearity (FiLM)."""
+    """Hidden units that z scales and shifts before the nonlinearity (FiLM), plus a linear path, `BilinearDecoder`."""
 
     def __init__(self, feature_dim: int, hidden_dim: int, latent_dim: int) -> None:
         super().__init__()
+        self.linear = BilinearDecoder(feature_dim, hidden_dim, latent_dim)
         self.hidden = nn.Linear(feature_dim, hidden_dim)
         self.modulation = nn.Linear(latent_dim, 2 * hidden_dim, bias=False)
         self.out = nn.Linear(hidden_dim, 1, bias=False)
 
     def prepare(self, responses: Tensor) -> Tensor:
         """The part without z: ``(B, D)`` -> ``(B, P)``."""
-        hidden: Tensor = self.hidden(responses)
-        return hidden
+        return torch.cat([self.hidden(responses), self.linear.prepare(responses)], -1)
 
     def reward(self, prepared: Tensor, latent: Tensor) -> Tensor:
         """``(..., P)``, ``(..., Z)`` -> ``(...)``."""
+        hidden, linear = prepared.tensor_split([self.hidden.out_features], -1)
         scale, shift = self.modulation(latent).chunk(2, -1)
-        reward: Tensor = self.out(F.leaky_relu((1 + scale) * prepared + shift, SLOPE))[..., 0]
-        return reward
+        reward: Tensor = self.out(F.leaky_relu((1 + scale) * hidden + shift, SLOPE))[..., 0]
+        return reward + self.linear.reward(linear, latent)
 
 
 class ConcatDecoder(nn.Module):
