@@ -153,7 +153,8 @@ class PreferenceMetrics(L.Callback):
         if name == "few_shot":
             return
         metric, facts = self._metrics[name], _facts(outputs)
-        controls = {key: facts[key].to(metric.device) for key in ("population_margin", "other_margin") if key in facts}
+        names = ("population_margin", "other_margin", "bradley_terry_margin")
+        controls = {key: facts[key].to(metric.device) for key in names if key in facts}
         rows = _required(batch, "user_row").to(metric.device)
         metric.update(facts["margin"].to(metric.device), rows, batch.tie.to(metric.device), **controls)
 

@@ -37,6 +37,9 @@ _COLUMNS = (
     "global_loss",
     "other_pairs",
     "other_correct",
+    "bradley_terry_pairs",
+    "bradley_terry_correct",
+    "bradley_terry_loss",
 )
 
 
@@ -61,6 +64,10 @@ class UserTable:
     """``(U,)`` log-loss of the population state."""
     other_accuracy: Float64Array
     """``(U,)`` accuracy of another user's state: the other-user control."""
+    bradley_terry_accuracy: Float64Array
+    """``(U,)`` accuracy of the ridge-tuned Bradley-Terry model of the same training pairs."""
+    bradley_terry_log_loss: Float64Array
+    """``(U,)`` its log-loss."""
     ties: int
     """Pairs whose margin is exactly zero."""
     labelled_ties: int
@@ -77,6 +84,11 @@ class UserTable:
     def personal_minus_other(self) -> Float64Array:
         """``(U,)`` gain of each user over another user's state."""
         return self.accuracy - self.other_accuracy
+
+    @property
+    def personal_minus_bradley_terry(self) -> Float64Array:
+        """``(U,)`` gain of each user over the ridge-tuned Bradley-Terry model."""
+        return self.accuracy - self.bradley_terry_accuracy
 
     @property
     def calibration_error(self) -> float:
@@ -116,6 +128,12 @@ class UserTable:
                 "users_helped": int((gain > 0).sum()),
                 "users_harmed": int((gain < 0).sum()),
             }
+        if not np.isnan(self.bradley_terry_accuracy).all():
+            numbers |= {
+                "bradley_terry_accuracy": float(np.nanmean(self.bradley_terry_accuracy)),
+                "bradley_terry_log_loss": float(np.nanmean(self.bradley_terry_log_loss)),
+                "personal_minus_bradley_terry": float(np.nanmean(self.personal_minus_bradley_terry)),
+            }
         if not np.isnan(self.other_accuracy).all():
             numbers |= {
                 "other_accuracy": float(np.nanmean(self.other_accuracy)),
@@ -127,7 +145,7 @@ class UserTable:
 class PreferenceMetric(Metric):
     """Accuracy, log-loss, calibration and both controls of one group of users, exact across batches and processes.
 
-    Sums are float64 and added up by user row, so memory is ``U x 10`` numbers whatever the number of pairs.
+    Sums are float64 and added up by user row, so memory is ``U x 13`` numbers whatever the number of pairs.
 
     Args:
         num_users: Number U of users of the datamodule, seen and unseen: the range of ``user_row``.
@@ -153,6 +171,7 @@ class PreferenceMetric(Metric):
         tie: Tensor | None = None,
         population_margin: Tensor | None = None,
         other_margin: Tensor | None = None,
+        bradley_terry_margin: Tensor | None = None,
     ) -> None:
         """Add pairs.
 
@@ -162,6 +181,7 @@ class PreferenceMetric(Metric):
             tie: ``(B,)`` bool, True = labelled a tie: counted and otherwise left out.
             population_margin: ``(B,)`` margins of the population state.
             other_margin: ``(B,)`` margins of another user's state.
+            bradley_terry_margin: ``(B,)`` margins of the ridge-tuned Bradley-Terry model.
 
         Raises:
             ValueError: If a user row is out of range.
@@ -172,11 +192,9 @@ class PreferenceMetric(Metric):
         correct, loss = _correctness_and_loss(margin[kept])
         ones, zeros = torch.ones_like(correct), torch.zeros_like(correct)
         columns = [ones, correct, loss, (margin[kept] == 0).double(), zeros]
-        if population_margin is None:
-            columns += [zeros] * 3
-        else:
-            columns += [ones, *_correctness_and_loss(population_margin[kept])]
-        columns += [zeros] * 2 if other_margin is None else [ones, _correctness_and_loss(other_margin[kept])[0]]
+        for control, size in ((population_margin, 3), (other_margin, 2), (bradley_terry_margin, 3)):
+            judged = [zeros] * size if control is None else [ones, *_correctness_and_loss(control[kept])]
+            columns += judged[:size]
         self.sums.index_add_(0, rows, torch.stack(columns, dim=1))
         if tie is not None:
             self.sums[:, _COLUMNS.index("labelled_ties")].index_add_(0, user_row[tie], tie[tie].double())
@@ -211,6 +229,8 @@ class PreferenceMetric(Metric):
             global_accuracy=mean("global_correct", "global_pairs"),
             global_log_loss=mean("global_loss", "global_pairs"),
             other_accuracy=mean("other_correct", "other_pairs"),
+            bradley_terry_accuracy=mean("bradley_terry_correct", "bradley_terry_pairs"),
+            bradley_terry_log_loss=mean("bradley_terry_loss", "bradley_terry_pairs"),
             ties=int(column["ties"].sum()),
             labelled_ties=int(column["labelled_ties"].sum()),
             bins=self.bins.cpu().numpy().copy(),

@@ -10,7 +10,14 @@ from plm.evaluation.report import (
     summary_table,
     user_rows,
 )
-from plm.evaluation.statistics import CONFIDENCE, MIN_USERS, cluster_bootstrap, summarize, summarize_few_shot
+from plm.evaluation.statistics import (
+    CONFIDENCE,
+    MIN_USERS,
+    cluster_bootstrap,
+    minimum_detectable_effect,
+    summarize,
+    summarize_few_shot,
+)
 from plm.evaluation.terminal import print_parts
 from plm.evaluation.wording import difference, interval, points, verdict
 
@@ -32,6 +39,7 @@ __all__ = [
     "html_page",
     "interval",
     "markdown_table",
+    "minimum_detectable_effect",
     "plain_table",
     "png",
     "points",

@@ -31,6 +31,7 @@ def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:
         "global %",
         "personal − global",
         "personal − other",
+        "personal − Bradley–Terry",
         "log-loss",
         "ECE",
     ):
@@ -40,7 +41,7 @@ def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:
         if "accuracy" in numbers:
             cells.append(points(numbers["accuracy"], "") + interval(numbers, "accuracy"))
             cells.append(points(numbers["global_accuracy"], "") if "global_accuracy" in numbers else "–")
-            for key in ("personal_minus_global", "personal_minus_other"):
+            for key in ("personal_minus_global", "personal_minus_other", "personal_minus_bradley_terry"):
                 cells.append(difference(numbers, key) if key in numbers else "–")
             cells += [f"{numbers['log_loss']:.3f}", f"{numbers['ece']:.3f}"]
         table.add_row(name, *cells)

@@ -20,6 +20,9 @@ from plm.metrics import FewShotTable, UserTable
 CONFIDENCE = 0.95
 """Level of every interval."""
 
+POWER = 0.8
+"""How often the minimum detectable effect is found where it is true."""
+
 MIN_USERS = 8
 """Fewer users than this get no interval and no verdict: too few resamples differ."""
 
@@ -108,6 +111,7 @@ def summarize(table: UserTable, num_resamples: int = 2000, seed: int = 0) -> dic
         "personal_minus_global": (table.personal_minus_global, equal),
         "other_accuracy": (table.other_accuracy, equal),
         "personal_minus_other": (table.personal_minus_other, equal),
+        "personal_minus_bradley_terry": (table.personal_minus_bradley_terry, equal),
     }
     low, high = cluster_bootstrap(
         np.stack([values for values, _ in columns.values()], axis=1),
@@ -118,7 +122,29 @@ def summarize(table: UserTable, num_resamples: int = 2000, seed: int = 0) -> dic
     for index, name in enumerate(columns):
         if name in numbers:
             numbers |= {f"{name}_low": float(low[index]), f"{name}_high": float(high[index])}
+            if name.startswith("personal_minus"):
+                numbers[f"{name}_mde"] = minimum_detectable_effect(columns[name][0])
     return numbers
+
+
+def minimum_detectable_effect(values: Float64Array) -> float:
+    """The smallest true mean over users whose 95% interval would exclude zero four times in five.
+
+    With standard deviation s over U users the interval of the mean reaches ``t s / sqrt(U)`` to either side, t the
+    quantile of Student's distribution at 0.975, and the mean itself falls short by ``0.842 s / sqrt(U)`` one time in
+    five: the effect is the sum of both.
+
+    Args:
+        values: ``(U,)`` one difference per user; nan = the user has none.
+
+    >>> round(minimum_detectable_effect(np.array([-1.0, 1.0] * 50)), 4)
+    0.2839
+    """
+    present = values[~np.isnan(values)]
+    if len(present) < MIN_USERS:
+        return math.nan
+    reach = float(stdtrit(len(present) - 1, (1 + CONFIDENCE) / 2)) + NormalDist().inv_cdf(POWER)
+    return reach * float(present.std(ddof=1)) / math.sqrt(len(present))
 
 
 def summarize_few_shot(table: FewShotTable, num_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:

@@ -25,7 +25,9 @@ def verdict(name: str, numbers: Mapping[str, float]) -> str:
     if high < 0:
         return f"{name}: personalisation harms: {gain} against its global control"
     if low <= 0:
-        return f"{name}: no evidence of personalisation: {gain} over its global control"
+        found = numbers.get("personal_minus_global_mde", math.nan)
+        limit = "" if math.isnan(found) else f"; {points(found, '')} would have been found four times in five"
+        return f"{name}: no evidence of personalisation: {gain} over its global control{limit}"
     if other and numbers["personal_minus_other_low"] <= 0:
         return f"{name}: no evidence of personalisation: {gain} over its global control, but only {other}"
     return f"{name}: personalisation helps: {gain} over its global control" + (f", {other}" if other else "")

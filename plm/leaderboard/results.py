@@ -146,6 +146,8 @@ def numbers_of(users: Users) -> dict[str, float]:
         global_accuracy=values["global_accuracy"],
         global_log_loss=np.zeros(len(users.ids)),  # runs do not keep it per user
         other_accuracy=values["other_accuracy"],
+        bradley_terry_accuracy=np.full(len(users.ids), np.nan),  # the leaderboard has it as a row
+        bradley_terry_log_loss=np.full(len(users.ids), np.nan),
         ties=0,
         labelled_ties=0,
         bins=one_bin,

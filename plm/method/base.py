@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from plm.method.conditioning import Conditioning
+from plm.method.population import tuned_population
 from plm.method.reading import FeatureReader
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
 
@@ -148,7 +149,7 @@ class PersonalizationMethod(FeatureReader, ABC):
         try:
             # trainer.test runs under inference mode, whose tensors can never enter autograd: leave it and clone.
             with torch.inference_mode(False), torch.enable_grad():
-                return self._adapt(self._conditioned_context(Context(*map(_clone, context)))).detach()
+                return self._adapt(self._conditioned_context(context)).detach()
         finally:
             self.train(was_training)
 
@@ -295,6 +296,11 @@ class PersonalizationMethod(FeatureReader, ABC):
             self.conditioning.reset()
             self.num_train_pairs, scale = self.conditioning.measure(self.train_pass(), self.sum_over_processes)
             self.feature_scale.fill_(scale or 1.0)
+            if self.view == "features":
+                sizes = (self.feature_dim, self.feature_scale, self.num_train_pairs)
+                fit = tuned_population(self.train_pass, self.val_pass, *sizes, self.sum_over_processes)
+                self.bradley_terry.copy_(fit.direction)
+                self.bradley_terry_ridge.fill_(fit.ridge)
         else:
             count = self.reference.new_tensor(float(sum(batch.num_pairs for batch in self.train_pass())))
             self.num_train_pairs = int(self.sum_over_processes(count.double()))
@@ -399,6 +405,8 @@ class PersonalizationMethod(FeatureReader, ABC):
         facts = {"margin": self._margin(read, states)}
         if batch.num_shots is None:
             facts["population_margin"] = self._margin(read, self.population_state(batch.num_pairs))
+            if self.bradley_terry.any():
+                facts["bradley_terry_margin"] = read.difference.to(self.bradley_terry.dtype) @ self.bradley_terry
         if other_states is not None:
             facts["other_margin"] = self._margin(read, other_states)
         return facts
@@ -441,8 +449,3 @@ class PersonalizationMethod(FeatureReader, ABC):
 def _unit(counts: list[Tensor]) -> Tensor:
     """What counts of an accumulated step are measured in: the first, or one where it is none."""
     return torch.where(counts[0] > 0, counts[0], 1.0)
-
-
-def _clone(value: Tensor | Tokens | None) -> Any:
-    """Copy a value so that autograd may record it."""
-    return value.map(torch.clone) if isinstance(value, Tokens) else None if value is None else value.clone()

@@ -5,7 +5,7 @@ Axes: B pairs in a batch, D feature width.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plm.messages import Problems
 from plm.method.conditioning import CONDITIONINGS, Conditioning, FeatureConditioning
-from plm.types import Context, PreferenceBatch
+from plm.types import Context, PreferenceBatch, Tokens
 
 
 class FeatureReader(L.LightningModule):
@@ -24,6 +24,8 @@ class FeatureReader(L.LightningModule):
     """Whether a method whose view is not ``features`` turns what it reads into some."""
     reference: Tensor
     feature_scale: Tensor
+    bradley_terry: Tensor
+    bradley_terry_ridge: Tensor
 
     def _condition(self, kind: Conditioning, feature_dim: int) -> None:
         """Add what features are read by; called once, by the constructor of a method."""
@@ -39,6 +41,9 @@ class FeatureReader(L.LightningModule):
         self._conditioned: tuple[PreferenceBatch, PreferenceBatch] | None = None  # the last training batch, as read
         self.register_buffer("reference", torch.zeros(feature_dim))
         self.register_buffer("feature_scale", torch.ones(()))
+        # of the ridge-tuned model of all users on the same pairs, which a method is compared with
+        self.register_buffer("bradley_terry", torch.zeros(feature_dim), persistent=self.view == "features")
+        self.register_buffer("bradley_terry_ridge", torch.ones(()), persistent=self.view == "features")
 
     @property
     def reference_direction(self) -> Tensor:
@@ -63,7 +68,8 @@ class FeatureReader(L.LightningModule):
         return batch._replace(chosen=chosen, rejected=rejected, prompt=prompt)
 
     def _conditioned_context(self, context: Context) -> Context:
-        """Support pairs with conditioned features; padding stays zero."""
+        """A copy of support pairs with conditioned features; padding stays zero."""
+        context = Context(*map(_clone, context))
         if self.conditioning.kind == "none" or not isinstance(context.chosen, Tensor):
             return context
         chosen, rejected = (self.conditioning(side) * context.mask[..., None] for side in context.features)
@@ -77,3 +83,8 @@ class FeatureReader(L.LightningModule):
         read = self.conditioned(batch)
         self._conditioned = (batch, read)
         return read
+
+
+def _clone(value: Tensor | Tokens | None) -> Any:
+    """Copy a value so that autograd may record it."""
+    return value.map(torch.clone) if isinstance(value, Tokens) else None if value is None else value.clone()

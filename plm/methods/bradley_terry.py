@@ -18,9 +18,8 @@ from torch import Tensor
 
 from plm.functional import bt_losses, targets
 from plm.method import PersonalizationMethod
+from plm.method.population import RIDGES
 from plm.types import Context, PreferenceBatch, Tokens, UserState
-
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 def ridge_losses(margins: Tensor, directions: Tensor, batch: PreferenceBatch, ridges: Tensor, num_pairs: int) -> Tensor:

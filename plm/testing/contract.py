@@ -249,7 +249,9 @@ class MethodContract(ABC):
         for facts, batch in zip(outputs.steps, (data.test_batch, data.unseen_batch), strict=True):
             with torch.no_grad():
                 expected = method.evaluate(batch)
-            assert facts.keys() == expected.keys() == {"margin", "population_margin", "other_margin"}
+            names = {"margin", "population_margin", "other_margin"}
+            names |= {"bradley_terry_margin"} if method.view == "features" else set()
+            assert facts.keys() == expected.keys() == names, f"facts {sorted(facts)}, expected {sorted(names)}"
             for name, value in expected.items():
                 assert value.shape == (batch.num_pairs,), f"{name!r} has the shape {tuple(value.shape)}"
                 assert torch.allclose(facts[name], value, atol=1e-6), f"{name!r} differs under inference mode"

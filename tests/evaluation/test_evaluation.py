@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.special import stdtrit
 
 from plm.atomic import write_csv, write_json
 from plm.evaluation import (
@@ -21,6 +22,7 @@ from plm.evaluation import (
     few_shot_figure,
     few_shot_table,
     gain_figure,
+    minimum_detectable_effect,
     statistics,
     summarize,
     summarize_few_shot,
@@ -43,6 +45,8 @@ def user_table(num_users: int = 40, gain: float = 0.05, other_gain: float = 0.05
         global_accuracy=base,
         global_log_loss=np.full(num_users, 0.6),
         other_accuracy=base + gain - other_gain,
+        bradley_terry_accuracy=base - 0.01,
+        bradley_terry_log_loss=np.full(num_users, 0.61),
         ties=3,
         labelled_ties=2,
         bins=np.array([[num_pairs.sum(), 0.6 * num_pairs.sum(), 0.7 * num_pairs.sum()]]),
@@ -186,6 +190,21 @@ def test_verdict_is_right_on_planted_users():
             right, wrong = right + (says and gain > 0), wrong + (says and gain == 0)
     assert right >= 38
     assert wrong <= 3
+
+
+@pytest.mark.parametrize("num_users", [12, 200])
+def test_the_minimum_detectable_effect_is_found_four_times_in_five(num_users: int):
+    """Simulated users whose mean differs by it; a share off by 0.03 is an effect off by less than 10 %."""
+    rng = np.random.default_rng(1)
+    values = np.tile([-0.1, 0.1], num_users // 2)
+    effect = minimum_detectable_effect(values * np.sqrt((num_users - 1) / num_users))  # a standard deviation of 0.1
+    gains = rng.normal(effect, 0.1, (4000, num_users))
+    error = gains.std(1, ddof=1) / np.sqrt(num_users)
+    found = (gains.mean(1) - stdtrit(num_users - 1, 0.975) * error > 0).mean()
+    assert found == pytest.approx(0.8, abs=0.03)
+    assert np.isnan(minimum_detectable_effect(np.ones(MIN_USERS - 1)))
+    own = summarize(user_table(), 100)
+    assert own["personal_minus_global_mde"] == minimum_detectable_effect(user_table().personal_minus_global)
 
 
 # ---------------------------------------------------------------------- few shots

@@ -50,7 +50,8 @@ class LoRe(PersonalizationMethod):
 
     Args:
         num_bases: Number of bases K. 0 = the backbone's own reward head, untrained; 1 = one reward for everybody.
-        ridge: Precision of the normal prior on the population's reward.
+        ridge: Precision of the normal prior on the population's reward; null = that of the Bradley-Terry model of all
+            users with the lowest validation loss, which is where training starts.
         basis_ridge: Precision of the normal prior on the other bases.
         temperature: What margins are divided by; null = the root mean square length of a training difference.
         lr: Learning rate, decaying linearly to zero.
@@ -71,7 +72,7 @@ class LoRe(PersonalizationMethod):
         feature_dim: int,
         *,
         num_bases: int = 8,
-        ridge: float = 0.06,
+        ridge: float | None = None,
         basis_ridge: float = 1.0,
         temperature: float | None = None,
         lr: float = 0.2,
@@ -144,6 +145,13 @@ class LoRe(PersonalizationMethod):
                 "use a sequence-classification reward model as data.backbone"
             )
 
+    def on_train_start(self) -> None:
+        """Start from the ridge-tuned Bradley-Terry model, where its ridge is the method's."""
+        super().on_train_start()
+        if self.ridge is None and self.num_bases and self.trainer.global_step == 0:
+            unit = self.feature_scale if self.temperature is None else self.temperature
+            self.bases.data[:, 0] = self.bradley_terry * unit
+
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the evidence bound plus the priors of the bases; with one basis, its Bradley-Terry loss."""
         pairs = projected_pairs(batch, self._bases())
@@ -171,7 +179,8 @@ class LoRe(PersonalizationMethod):
         if not self.num_bases:
             return self.bases.new_zeros(())
         squares = self.bases.square().sum(0)
-        return 0.5 * (self.ridge * squares[0] + self.basis_ridge * squares[1:].sum()) / self.num_train_pairs
+        ridge = self.bradley_terry_ridge if self.ridge is None else self.ridge
+        return 0.5 * (ridge * squares[0] + self.basis_ridge * squares[1:].sum()) / self.num_train_pairs
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """One step; without bases of size zero, for Lightning writes no checkpoint before the first step."""
