@@ -287,10 +287,7 @@ class PersonalizationMethod(FeatureReader, ABC):
             self.trainer.model.broadcast_buffers = False
 
     def on_train_start(self) -> None:
-        """Count the training pairs; measure what conditions features, and ``feature_scale``.
-
-        That is the root mean square length of the differences of training pairs, after conditioning.
-        """
+        """Count the training pairs; measure what conditions features, and the root mean square of their differences."""
         self._conditioned = None
         if self.trainer.global_step == 0:
             self.conditioning.reset()

@@ -19,7 +19,7 @@ from plm.types import Context
 LogitMargins = Callable[[Cache, Tensor], Tensor]
 """What margins need of N pairs, logits of each pair's user ``(N, K)`` -> margins ``(N,)``."""
 MAX_STEPS = 40
-CENTRE_STEPS = 4
+CENTRE_STEPS = 2
 """Most steps of the prior's centre at one spread; the next spread starts where this one ended."""
 CENTRE_TOLERANCE = 0.01
 """Smaller steps of the centre are not worth another solution: at temperature 5 they move weights by 2 in 1,000."""
