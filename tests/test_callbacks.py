@@ -176,9 +176,10 @@ def test_early_stopping_and_checkpoints_read_the_value_of_the_same_epoch(tmp_pat
 def test_a_test_logs_every_number(tested: tuple[L.Trainer, dict[str, float]]):
     logged = tested[1]
     intervals = {"accuracy", "accuracy_micro", "log_loss", "global_accuracy", "personal_minus_global"}
-    intervals |= {"other_accuracy", "personal_minus_other"}
+    intervals |= {"other_accuracy", "personal_minus_other", "personal_minus_bradley_terry"}
     plain = {"accuracy_p10", "accuracy_p50", "accuracy_p90", "ece", "global_log_loss", "users_helped", "users_harmed"}
-    plain |= {"num_users", "num_pairs", "ties", "labelled_ties"}
+    plain |= {"num_users", "num_pairs", "ties", "labelled_ties", "bradley_terry_accuracy", "bradley_terry_log_loss"}
+    plain |= {f"personal_minus_{control}_mde" for control in ("global", "other", "bradley_terry")}
     names = intervals | plain | {f"{name}_{end}" for name in intervals for end in ("low", "high")}
     expected = {f"test/{users}/{name}" for users in ("seen", "unseen") for name in names}
     expected |= {f"test/few_shot/accuracy@{shots}" for shots in SHOTS}

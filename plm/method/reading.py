@@ -61,7 +61,7 @@ class FeatureReader(L.LightningModule):
         """The batch with conditioned features; tokens, and the context, which ``adapt`` takes raw, stay as they are."""
         if self.conditioning.kind == "none" or not isinstance(batch.chosen, Tensor):
             return batch
-        if self._conditioned is not None and self._conditioned[0] is batch:
+        if self._conditioned is not None and any(batch is known for known in self._conditioned):
             return self._conditioned[1]
         chosen, rejected = map(self.conditioning, batch.features)
         prompt = self.conditioning.prompts(batch.prompt) if isinstance(batch.prompt, Tensor) else batch.prompt
