@@ -49,7 +49,7 @@ class PolicyMethod(NetworkMethod, Writer):
         problems.shares(warmup=warmup)
         problems.check()
         self.weight_decay, self.warmup, self.schedule = weight_decay, warmup, schedule
-        self.num_tokens = 0
+        self.num_tokens: Tensor | int = 0
 
     # ------------------------------------------------------------------ what a method writes
     def writing(self, users: UserState, prompts: Sequence[str]) -> TextWriter:
@@ -65,7 +65,7 @@ class PolicyMethod(NetworkMethod, Writer):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also keep how many tokens have been read."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY]["num_tokens"] = self.num_tokens
+        checkpoint[CHECKPOINT_KEY]["num_tokens"] = int(self.num_tokens)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also go on counting tokens."""
@@ -82,8 +82,8 @@ class PolicyMethod(NetworkMethod, Writer):
     def count_tokens(self, *texts: Tokens) -> Tensor:
         """``()`` how many tokens training has read so far, on all processes, with those of one more batch."""
         new = torch.stack([tokens.attention_mask.sum() for tokens in texts]).sum()
-        self.num_tokens += int(summed(new))
-        return torch.tensor(float(self.num_tokens), device=new.device)
+        self.num_tokens = summed(new) + self.num_tokens  # stays on the device: nobody waits for it
+        return self.num_tokens.float()
 
     # ------------------------------------------------------------------ Lightning
     def on_train_start(self) -> None:

@@ -33,3 +33,7 @@ def test_methods_do_there_what_they_do_on_the_cpu(contracts: str) -> None:
 @pytest.mark.parametrize("oracle", ["lora_dpo", pytest.param("logits", marks=pytest.mark.slow)])
 def test_portfolios_are_there_what_they_are_on_the_cpu(oracle: str) -> None:
     run("portfolio_cases.py", "-k", oracle)
+
+
+def test_the_host_waits_seldom() -> None:
+    run("waits_cases.py")

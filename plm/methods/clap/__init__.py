@@ -145,7 +145,7 @@ class CLaP(PolicyMethod):
 
     def build(self, policy: Policy) -> None:
         """Add encoder, adapter and skip; free the language model in the second stage."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng([policy.device] if policy.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             self.encoder = PosteriorEncoder(
                 policy,

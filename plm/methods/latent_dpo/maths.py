@@ -14,6 +14,7 @@ Axes: Z latent width, K responses to one prompt, N latents, A users to mix.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +29,14 @@ LOG_VAR_BOUNDS = (-8.0, 4.0)
 NUM_NODES = 16
 """Nodes of the Gauss-Hermite rule."""
 
-_NODES, _SHARES = map(torch.from_numpy, np.polynomial.hermite.hermgauss(NUM_NODES))
-_SHARES /= math.sqrt(math.pi)
+
+@cache
+def _rule(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes, their shares, which add up to 1, and the products of both: ``(16,)`` each."""
+    with torch.inference_mode(False):  # kept for whoever differentiates
+        nodes, shares = map(torch.from_numpy, np.polynomial.hermite.hermgauss(NUM_NODES))
+        shares = shares / math.sqrt(math.pi)
+        return nodes.to(device, dtype), shares.to(device, dtype), (shares * nodes).to(device, dtype)
 
 
 class Gaussian(NamedTuple):
@@ -98,7 +105,7 @@ def expected_bt_losses(mean: Tensor, variance: Tensor, target: Tensor) -> Tensor
     0.86268
     """
     margin, _ = _at_nodes(mean, variance)
-    return bt_losses(margin, target[..., None]) @ _SHARES.to(mean)
+    return bt_losses(margin, target[..., None]) @ _rule(mean.device, mean.dtype)[1]
 
 
 def expected_bt_slopes(mean: Tensor, variance: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,14 +118,14 @@ def expected_bt_slopes(mean: Tensor, variance: Tensor, target: Tensor) -> tuple[
     """
     margin, width = _at_nodes(mean, variance)
     wins = torch.sigmoid(margin)
-    by_mean, by_width = ((wins * shares.to(mean)).sum(-1) for shares in (_SHARES, _SHARES * _NODES))
+    by_mean, by_width = ((wins * shares).sum(-1) for shares in _rule(mean.device, mean.dtype)[1:])
     return by_mean - target, by_width / width[..., 0]
 
 
 def _at_nodes(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Margins at the nodes ``(..., 16)``, and what multiplies the nodes, ``(..., 1)``."""
     width = (2.0 * variance + 1e-12).sqrt()[..., None]  # the root of zero has no gradient
-    return torch.addcmul(mean[..., None], width, _NODES.to(mean)), width
+    return torch.addcmul(mean[..., None], width, _rule(mean.device, mean.dtype)[0]), width
 
 
 def reward_logits(latent: Tensor, responses: Gaussian, grades: Tensor) -> Tensor:
