@@ -202,13 +202,19 @@ class NetworkMethod(PersonalizationMethod):
         else:
             clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm or "norm")
 
+    def networks(self) -> list[Policy]:
+        """The language models that may be shared out over processes."""
+        return [self.policy]
+
     def on_validation_start(self) -> None:
-        """Under a sharding strategy, bring the network together: processes evaluate different numbers of batches."""
-        self.policy.gather()
+        """Under a sharding strategy, bring networks together: processes evaluate different numbers of batches."""
+        for network in self.networks():
+            network.gather()
 
     def on_validation_end(self) -> None:
-        """Share out the network again."""
-        self.policy.scatter()
+        """Share out the networks again."""
+        for network in self.networks():
+            network.scatter()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end

@@ -140,12 +140,23 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         return F.embedding(user_index, self.weight_logits, sparse=True).softmax(-1)
 
     def reference_policy(self) -> Policy:
-        """The network without adapters; for full fine-tuning, an untrained copy of it."""
+        """The network without adapters; for full fine-tuning, an untrained copy of it, shared out as it is."""
         if self.adapter != "full":
             return self.policy
         if not self._untrained:
-            self._untrained.append(Policy(self.causal_lm))
+            untrained = Policy(self.causal_lm).to(self.policy.device, self.policy.dtype)
+            self._untrained.append(untrained)
+            if self.device_mesh is not None:
+                untrained.shard(self.device_mesh.device_type)
+                if not self.trainer.training:
+                    untrained.gather()
+        if self.device_mesh is not None:
+            return self._untrained[0]
         return self._untrained[0].to(self.policy.device, self.policy.dtype)
+
+    def networks(self) -> list[Policy]:
+        """Also the untrained copy."""
+        return [*super().networks(), *self._untrained]
 
     # ------------------------------------------------------------------ training
     def setup(self, stage: str) -> None:
