@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from plm.data.collate import FeaturedPairs, build_context
 from plm.data.encoding import encode_pairs
-from plm.data.schema import PairTable
+from plm.data.schema import PairTable, make_pairs
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
 from plm.types import Context, UserState
@@ -37,6 +38,15 @@ def adapt_users(
     contexts = (build_context(data, np.arange(table.num_pairs), group) for group in groups)
     states = [method.adapt(_to(context, method.device)).to("cpu") for context in contexts]
     return [table.user_ids[row] for row in by_length], UserState.cat(states)
+
+
+def adapt_user(method: PersonalizationMethod, user_id: str, pairs: Sequence[Mapping[str, Any]]) -> UserState:
+    """Learn the state of one user from pairs as dicts of ``prompt``, ``chosen``, ``rejected``, ``tie`` and ``weight``.
+
+    Raises:
+        ValueError: If a pair is malformed, or none is short enough for the method.
+    """
+    return adapt_users(method, make_pairs([{**pair, "user_id": user_id} for pair in pairs], "pair"))[1]
 
 
 def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plm.adapting import adapt_user
 from plm.backbones import Backbone, CausalLM, TooLong
-from plm.data.values import plain_prompt
+from plm.data.values import plain_prompt, short
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
 from plm.types import Tokens, UserState
 from plm.users import UserStore, shared_hash, store_path
@@ -102,6 +104,8 @@ class KnownUsers:
     def __init__(self, method: PersonalizationMethod, place: str | Path) -> None:
         self.method = method
         self.store = UserStore(place, shared_hash(method.state_dict(), method.user_tables))
+        self.lock = RLock()
+        """Held while the model works, whose parts may be used by one thread at a time."""
 
     def lookup(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
         """States of B users, the population state where the user is unknown, and ``(B,)`` bool, True = known."""
@@ -118,6 +122,25 @@ class KnownUsers:
         tensors = {name: pick(stored.tensors[name], value) for name, value in population.tensors.items()}
         return UserState(tensors, pick(stored.num_pairs, population.num_pairs)), known
 
+    def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False) -> int:
+        """Learn a user from pairs, see ``PersonalizationMethod.learn``."""
+        added = [_as_dict(pair) for pair in pairs]
+        while True:  # until nobody else has changed the user meanwhile
+            since, known = self.store.num_erasures, self.store.find(user_id)
+            kept = [] if anew else self.store.pairs([user_id]).get(user_id, [])
+            if known is not None and not anew and not kept and known.num_pairs:
+                raise ValueError(
+                    f"user {user_id!r} was learned from {known.num_pairs} pairs that were not kept, so these cannot be "
+                    "added to them; give anew=True to learn the user from these pairs alone"
+                )
+            with self.lock:
+                state = adapt_user(self.method, user_id, [*kept, *added])
+            versions = {user_id: 0 if known is None else known.version}
+            if self.store.add([user_id], state, pairs={user_id: [*kept, *added]}, since=since, versions=versions):
+                return int(state.num_pairs[0])
+            if user_id not in self.store:
+                return 0
+
     def __call__(self, user_ids: Sequence[str]) -> UserState:
         """States of B users by id; an unknown id gets the population state, with one warning for all of them."""
         state, known = self.lookup(user_ids)
@@ -126,6 +149,22 @@ class KnownUsers:
             shown = ", ".join(repr(user_id) for user_id in unknown[:5]) + (", ..." if len(unknown) > 5 else "")
             warnings.warn(f"unknown users are treated as the population: {shown} ({len(unknown)} in all)", stacklevel=3)
         return state
+
+
+Pair = tuple[str, str, str] | Mapping[str, Any]
+"""Prompt, chosen and rejected response; or a dict of these with ``tie`` and ``weight``."""
+
+
+def _as_dict(pair: Pair) -> dict[str, Any]:
+    """A pair with names, which are checked: a misspelt one would be ignored."""
+    if not isinstance(pair, Mapping):
+        if isinstance(pair, str) or len(pair) != 3:
+            raise ValueError(f"expected pairs (prompt, chosen, rejected), got {short(pair)}")
+        return dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))
+    unknown = sorted(set(pair) - {"prompt", "chosen", "rejected", "tie", "weight"})
+    if unknown:
+        raise ValueError(f"expected pairs of prompt, chosen, rejected, tie and weight, got the keys {unknown}")
+    return dict(pair)
 
 
 class TextEncoder:

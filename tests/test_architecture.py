@@ -84,7 +84,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.querying": of_plm("data.files", "data.values", "method"),
     "plm.sampling": of_plm("backbones", "generation", "recipe"),
     "plm.generation": of_plm("method", "functional", "backbones"),
-    "plm.checkpoint": of_plm("method", "backbones", "users", "data.values"),
+    "plm.checkpoint": of_plm("adapting", "method", "backbones", "users", "data.values"),
     "plm.erasure": of_plm("checkpoint", "method", "users"),
     "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
     "plm.rewardbench": of_plm("data.sources.corpus", "data.values"),
@@ -119,7 +119,7 @@ ARROWS: dict[str, set[str]] = {
 
 FLOORS: dict[str, list[set[str]]] = {
     "plm.users": [{"database", "folder", "rows"}, {"store"}],
-    "plm.method": [{"arguments", "base"}, {"abilities", "network"}, {"live", "policy"}],
+    "plm.method": [{"arguments", "loaded"}, {"base"}, {"abilities", "network"}, {"live", "policy"}],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
     "plm.audit": [{"check"}, {"report"}],
     "plm.recipe": [

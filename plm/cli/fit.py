@@ -29,6 +29,10 @@ _OPTIONS = {
     "--help all": "every option, those of Lightning too",
 }
 _ONLY_FIT = ("--trainer.max_epochs N", "--select GRID", "--final_test BOOL")
+_HELD_OUT = (
+    "{count} of {total} users were held out to test on, and the checkpoint does not know them: {shown}. Learn them "
+    "with plm adapt; to deploy, fit on everybody with --data.unseen_users 0 --data.test_rows 0"
+)
 NAMES = {
     "fit": ("final_test", "select"),
     "validate": ("verbose",),
@@ -66,4 +70,10 @@ def run(args: list[str]) -> None:
 
     from plm.recipe.fit import run_recipe
 
-    run_recipe([verb, "--help"] if verb and wants_help(rest) == "all" else args)
+    cli = run_recipe([verb, "--help"] if verb and wants_help(rest) == "all" else args)
+    if verb == "fit" and cli.trainer.is_global_zero:
+        seen = set(cli.datamodule.user_ids)
+        held_out = [user_id for user_id in cli.datamodule.all_user_ids if user_id not in seen]
+        if held_out:
+            shown = ", ".join(map(repr, held_out[:5])) + (", ..." if held_out[5:] else "")
+            print(_HELD_OUT.format(count=len(held_out), total=len(seen) + len(held_out), shown=shown))

@@ -104,7 +104,7 @@ def encode_pairs(
 
     Args:
         table: The pairs.
-        backbone: What reads the texts, or cuts them into tokens; its weights are freed at the end.
+        backbone: What reads the texts, or cuts them into tokens; its weights are freed once a cache holds the features.
         reader: What gives features; None = the method reads tokens, of a `CausalLM`.
         user_index: ``(U,)`` row of every user in the training table, -1 if unseen; None = all users are new.
         prompt_features: Whether prompts alone are wanted, too.
@@ -135,7 +135,8 @@ def encode_pairs(
         of_prompts = _feature_rows(
             reader.prompts([table.prompts[row] for row in rows.tolist()]), rows, len(table.prompts)
         )
-    backbone.release()
+    if isinstance(reader, CachedReader):  # it has read all that it is going to
+        backbone.release()
     return FeaturedPairs(table, of_items, of_prompts, user_index)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import Any, ClassVar, final
 
 import lightning as L
 import torch
@@ -14,18 +14,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from plm.method.conditioning import Conditioning
+from plm.method.loaded import LoadedMethod
 from plm.method.population import tuned_population
 from plm.method.reading import FeatureReader
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
-
-if TYPE_CHECKING:
-    from plm.checkpoint import KnownUsers, TextEncoder
 
 CHECKPOINT_KEY = "plm"
 """Where a checkpoint keeps what is not a weight: class path, format version, seen user ids."""
 
 
-class PersonalizationMethod(FeatureReader, ABC):
+class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
     """A preference model that knows each of its users.
 
     A subclass writes ``loss``, ``_score``, ``_adapt``, ``user_states`` and ``population_state``; steps, logging, guards
@@ -62,9 +60,6 @@ class PersonalizationMethod(FeatureReader, ABC):
         self.num_users = num_users
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
-        self.encode: TextEncoder | None = None
-        self.encode_prompts: Callable[[Sequence[str]], Tensor | Tokens | None] | None = None
-        self.find_users: KnownUsers | None = None
         self.num_train_pairs = 1
         self._counts: list[Tensor] = []
         """Of the batches read so far of an accumulated step, how many terms their losses are the mean of."""
@@ -182,56 +177,37 @@ class PersonalizationMethod(FeatureReader, ABC):
             ValueError: If the arguments do not fit each other, or texts or ids are given to a method that was not
                 loaded by ``load_method``.
         """
-        if isinstance(responses, str) or (users is not None and user_id is not None):
-            raise ValueError("score takes a list of texts (got one string) and either users or user_id (not both)")
-        num_responses = responses.num_rows if isinstance(responses, Tokens) else len(responses)
-        if not isinstance(responses, Tensor | Tokens):
-            encoder, texts = self.text_encoder, list(responses)
-            prompts = [prompts] * num_responses if isinstance(prompts, str) else list(prompts)
-            if not all(isinstance(text, str) for text in texts) or len(prompts) != num_responses:
-                raise ValueError(f"expected texts with one prompt each, got {len(prompts)} prompts and {texts[:3]!r}")
-            responses = encoder(prompts, texts)
-            prompt_features = self.encode_prompts(prompts) if self.encode_prompts else None
-        if user_id is not None:
-            ids = [user_id] * num_responses if isinstance(user_id, str) else list(user_id)
-            row_of = {name: row for row, name in enumerate(dict.fromkeys(ids))}
-            users, rows = self.known_users(list(row_of)), torch.tensor([row_of[name] for name in ids], dtype=torch.long)
-        if users is None:
-            users, rows = self.population_state(1), torch.zeros(num_responses, dtype=torch.long)
-        num_rows = users.num_users if rows is None else len(rows)
-        if num_rows != num_responses:
-            raise ValueError(f"expected one user per response, got {num_rows} for {num_responses} responses")
-        if isinstance(responses, Tensor):
-            self._check_width(responses)
-        read = self.conditioning(responses) if isinstance(responses, Tensor) else responses
-        if isinstance(prompt_features, Tensor):
-            prompt_features = self.conditioning.prompts(prompt_features)
-        prompt_option = self._prompt_option(prompt_features)
-        if rows is None:
-            return self._score(read, users, **prompt_option)
-        return self._score_rows(read, users, rows.to(users.num_pairs.device), **prompt_option)
-
-    @property
-    def text_encoder(self) -> TextEncoder:
-        """The encoder of texts into what the method reads.
-
-        Raises:
-            ValueError: If the method was not loaded by ``load_method``.
-        """
-        if self.encode is None:
-            raise ValueError(f"{type(self).__name__} has no encoder of texts; load it with plm.load_method(path)")
-        return self.encode
-
-    @property
-    def known_users(self) -> KnownUsers:
-        """The users in the store beside the checkpoint.
-
-        Raises:
-            ValueError: If the method was not loaded by ``load_method``.
-        """
-        if self.find_users is None:
-            raise ValueError(f"{type(self).__name__} knows no user ids; load it with plm.load_method(path)")
-        return self.find_users
+        with self.one_thread():
+            if isinstance(responses, str) or (users is not None and user_id is not None):
+                raise ValueError("score takes a list of texts (got one string) and either users or user_id (not both)")
+            num_responses = responses.num_rows if isinstance(responses, Tokens) else len(responses)
+            if not isinstance(responses, Tensor | Tokens):
+                encoder, texts = self.text_encoder, list(responses)
+                prompts = [prompts] * num_responses if isinstance(prompts, str) else list(prompts)
+                if not all(isinstance(text, str) for text in texts) or len(prompts) != num_responses:
+                    got = f"{len(prompts)} prompts and {texts[:3]!r}"
+                    raise ValueError(f"expected texts with one prompt each, got {got}")
+                responses = encoder(prompts, texts)
+                prompt_features = self.encode_prompts(prompts) if self.encode_prompts else None
+            if user_id is not None:
+                ids = [user_id] * num_responses if isinstance(user_id, str) else list(user_id)
+                row_of = {name: row for row, name in enumerate(dict.fromkeys(ids))}
+                rows = torch.tensor([row_of[name] for name in ids], dtype=torch.long)
+                users = self.known_users(list(row_of))
+            if users is None:
+                users, rows = self.population_state(1), torch.zeros(num_responses, dtype=torch.long)
+            num_rows = users.num_users if rows is None else len(rows)
+            if num_rows != num_responses:
+                raise ValueError(f"expected one user per response, got {num_rows} for {num_responses} responses")
+            if isinstance(responses, Tensor):
+                self._check_width(responses)
+            read = self.conditioning(responses) if isinstance(responses, Tensor) else responses
+            if isinstance(prompt_features, Tensor):
+                prompt_features = self.conditioning.prompts(prompt_features)
+            prompt_option = self._prompt_option(prompt_features)
+            if rows is None:
+                return self._score(read, users, **prompt_option)
+            return self._score_rows(read, users, rows.to(users.num_pairs.device), **prompt_option)
 
     def _prompt_option(self, prompt_features: Tensor | Tokens | None) -> dict[str, Any]:
         """The third argument of ``_score``, where it takes one."""

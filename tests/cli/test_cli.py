@@ -147,6 +147,8 @@ def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = fit()
+    shown = capsys.readouterr().out
+    assert "4 of 20 users were held out to test on, and the checkpoint does not know them: " in shown
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "splits.json", "metrics.json", "checkpoints", "metrics.csv"} <= names
     checkpoint = run / "checkpoints" / "best.ckpt"
@@ -154,6 +156,7 @@ def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
     assert numbers["seen"]["num_users"] == 16 and numbers["unseen"]["num_users"] == 4
     splits = json.loads((run / "splits.json").read_text())
     assert UserStore(store_path(checkpoint)).ids == splits["users"]["seen"]
+    assert all(repr(user_id) in shown for user_id in splits["users"]["unseen"])
 
     # adapt: pairs whose mean difference is known
     pairs = [

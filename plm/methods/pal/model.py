@@ -132,7 +132,7 @@ class PAL(GroupedMethod, Exporter):
         **options: Any,
     ) -> None:
         super().__init__(num_users, feature_dim, lr=lr, **options)
-        self.num_prototypes, self.variant, self.users, self.partition = num_prototypes, variant, users, partition
+        self.num_prototypes, self.variant, self.kept_as, self.partition = num_prototypes, variant, users, partition
         self.loss_kind, self.gamma, self.mixing, self.residual = loss, gamma, mixing, residual
         self.ridge, self.prototype_ridge, self.bound = ridge, prototype_ridge, bound
         check_options(self.hparams)
@@ -288,7 +288,7 @@ class PAL(GroupedMethod, Exporter):
     def _penalty(self) -> Tensor:
         """The normal priors of prototypes and base, divided by the number of pairs."""
         squares = self.ridge * self.base.square().sum()
-        if self.users == "posterior":
+        if self.kept_as == "posterior":
             mean, spread = self.geometry.prototype_squares()
             squares = squares + self.ridge * mean + self.prototype_ridge * spread
         return 0.5 * squares / self.num_train_pairs
