@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,8 @@ def _side_of(value: Any, sides: dict[str, str], expected: str) -> str:
     return sides[str(value)]
 
 
-def _lines(files: list[str], problems: Sequence[tuple[int, int, str]]) -> Iterator[str]:
-    for file, line, text in problems[:NUM_SHOWN]:
-        yield f"  {position(files[file], line)}: {text}"
-    if len(problems) > NUM_SHOWN:
-        yield f"  ... and {len(problems) - NUM_SHOWN} more"
-
-
 def report(files: list[str], problems: Sequence[tuple[int, int, str]]) -> str:
-    """The first problems (row of ``files``, line, text) and the number of all, one per line."""
-    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *_lines(files, problems)])
+    """One line for each of the first problems (row of ``files``, line, text), and how many more there are."""
+    lines = [f"  {position(files[file], line)}: {text}" for file, line, text in problems[:NUM_SHOWN]]
+    more = [f"  ... and {len(problems) - NUM_SHOWN} more"] if len(problems) > NUM_SHOWN else []
+    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *lines, *more])
