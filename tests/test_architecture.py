@@ -68,6 +68,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.backbones": of_plm("distributed"),
     "plm.method": of_plm(),
     "plm.method.abilities": of_plm("backbones"),
+    "plm.method.population": of_plm("functional"),
     "plm.method.network": of_plm("method", "backbones", "distributed"),
     "plm.method.policy": of_plm(*METHOD_NEEDS),
     "plm.method.live": of_plm("method", "backbones", "functional"),
@@ -119,7 +120,13 @@ ARROWS: dict[str, set[str]] = {
 
 FLOORS: dict[str, list[set[str]]] = {
     "plm.users": [{"database", "folder", "rows"}, {"store"}],
-    "plm.method": [{"arguments", "loaded"}, {"base"}, {"abilities", "network"}, {"live", "policy"}],
+    "plm.method": [
+        {"arguments", "conditioning", "loaded", "population"},
+        {"reading"},
+        {"base"},
+        {"abilities", "network"},
+        {"live", "policy"},
+    ],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
     "plm.audit": [{"check"}, {"report"}],
     "plm.recipe": [

@@ -124,7 +124,7 @@ def test_a_chat_template_that_is_not_there(recipe: Callable[..., str], error: Ca
 def test_a_model_without_the_linear_maps_to_adapt(recipe: Callable[..., str], error: Callable[[str], str]) -> None:
     message = error(recipe(model={"target_modules": ["q_proj", "v_proj"]}))
     assert "target_modules: expected names of linear maps of GPT2LMHeadModel, got ['q_proj', 'v_proj']" in message
-    assert "it has ['c_attn', 'c_fc', 'c_proj']: name some of them, or set null for PEFT's default" in message
+    assert "it has ['c_attn', 'c_fc', 'c_proj']: name some of them, set all-linear for all, or null for a" in message
 
 
 def test_features_for_a_method_that_reads_tokens(recipe: Callable[..., str], error: Callable[[str], str]) -> None:
