@@ -660,7 +660,7 @@ def test_options_for_the_same_thing_have_the_same_name(capsys: pytest.CaptureFix
             verbs_of.setdefault(name, set()).add(verb)
     several = {name for name, verbs in verbs_of.items() if len(verbs) > 1}
     settings = {"--max_new_tokens", "--min_new_tokens", "--temperature", "--top_k", "--top_p", "--batch_tokens"}
-    policy = {"--policy", "--template", "--dtype", "--max_prompt_length"}
+    policy = {"--policy", "--template", "--dtype", "--max_prompt_length", "--policy_url", "--concurrency"}
     assert several == set(SHARED) | settings | policy
     assert settings | policy <= verbs_of.keys() and verbs_of["--policy"] == {"generate", "sample"}
 

@@ -27,6 +27,8 @@ from plm.testing import MethodContract, PlantedData, TinyBackbone, TokenContract
 class WritingContract(MethodContract):
     """`MethodContract` of a portfolio: it is installed where other methods are fitted."""
 
+    is_fitted = False
+
     @abstractmethod
     def rows(self, method: WritingPortfolio) -> Tensor:
         """What makes a member for each objective, ``(R, P)``."""

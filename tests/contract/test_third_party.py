@@ -159,6 +159,8 @@ def test_it_passes_the_contract(package: Path) -> None:
     centroid: Any = importlib.import_module("acme_prefs.centroid").Centroid
 
     class TestCentroid(MethodContract):
+        units_matter = True
+
         def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
             made: PersonalizationMethod = centroid(num_users, feature_dim)
             return made
