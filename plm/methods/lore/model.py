@@ -51,7 +51,7 @@ class LoRe(PersonalizationMethod):
     Args:
         num_bases: Number of bases K. 0 = the backbone's own reward head, untrained; 1 = one reward for everybody.
         ridge: Precision of the normal prior on the population's reward; null = that of the Bradley-Terry model of all
-            users with the lowest validation loss, which is where training starts.
+            users with the lowest validation loss.
         basis_ridge: Precision of the normal prior on the other bases.
         temperature: What margins are divided by; null = the root mean square length of a training difference.
         lr: Learning rate, decaying linearly to zero.
@@ -144,13 +144,6 @@ class LoRe(PersonalizationMethod):
                 "model.num_bases 0 needs the reward head of the backbone, but the backbone of these data has none; "
                 "use a sequence-classification reward model as data.backbone"
             )
-
-    def on_train_start(self) -> None:
-        """Start from the ridge-tuned Bradley-Terry model, where its ridge is the method's."""
-        super().on_train_start()
-        if self.ridge is None and self.num_bases and self.trainer.global_step == 0:
-            unit = self.feature_scale if self.temperature is None else self.temperature
-            self.bases.data[:, 0] = self.bradley_terry * unit
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the evidence bound plus the priors of the bases; with one basis, its Bradley-Terry loss."""
