@@ -265,7 +265,7 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
     def on_train_start(self) -> None:
         """Count the training pairs; measure what conditions features, and the root mean square of their differences."""
         self._conditioned = None
-        if self.trainer.global_step == 0:
+        if self.view != "latents" and self.trainer.global_step == 0:
             self.conditioning.reset()
             self.num_train_pairs, scale = self.conditioning.measure(self.train_pass(), self.sum_over_processes)
             self.feature_scale.fill_(scale or 1.0)

@@ -176,6 +176,11 @@ class LiveMethod(NetworkMethod):
     def _adapt(self, context: Context) -> UserState:
         if not isinstance(context.chosen, Tensor):
             context = self._conditioned_context(self.featured_context(context))
+        elif isinstance(context.prompt, Tokens):  # features of responses, which the base has conditioned
+            prompt = self.featured_context(context).prompt
+            if isinstance(prompt, Tensor):
+                prompt = self.conditioning.prompts(prompt) * context.mask[..., None]
+            context = context._replace(prompt=prompt)
         return super()._adapt(context)  # type: ignore[safe-super]
 
     def _margin(self, batch: PreferenceBatch, users: UserState) -> Tensor:

@@ -42,8 +42,8 @@ class FeatureReader(L.LightningModule):
         self.register_buffer("reference", torch.zeros(feature_dim))
         self.register_buffer("feature_scale", torch.ones(()))
         # of the ridge-tuned model of all users on the same pairs, which a method is compared with
-        self.register_buffer("bradley_terry", torch.zeros(feature_dim), persistent=self.view == "features")
-        self.register_buffer("bradley_terry_ridge", torch.ones(()), persistent=self.view == "features")
+        self.register_buffer("bradley_terry", torch.zeros(feature_dim), persistent=on_features)
+        self.register_buffer("bradley_terry_ridge", torch.ones(()), persistent=on_features)
 
     @property
     def reference_direction(self) -> Tensor:

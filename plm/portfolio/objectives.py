@@ -291,9 +291,10 @@ class LoReBases(RewardSource):
             return self._method.score(features, UserState(tensors, torch.zeros(rows, dtype=torch.long)))
 
         with torch.no_grad():
-            bases = torch.stack([scores(torch.eye(width), basis) for basis in range(num)], dim=1)
+            origin = torch.cat([scores(torch.zeros(1, width), basis) for basis in range(num)])  # not 0 where centred
+            bases = torch.stack([scores(torch.eye(width), basis) for basis in range(num)], dim=1) - origin
             probe = torch.linspace(-1, 1, width)[None]
-            if not torch.allclose(scores(probe, 0), probe @ bases[:, 0], rtol=1e-3, atol=1e-4):
+            if not torch.allclose(scores(probe, 0) - origin[0], probe @ bases[:, 0], rtol=1e-3, atol=1e-4):
                 raise ValueError(
                     f"expected rewards linear in the features, got {type(self._method).__name__}, "
                     "whose are not; use LoRe"

@@ -54,7 +54,7 @@ def test_batches_add_up_to_one_batch() -> None:
     torch.testing.assert_close(fits[0].direction, fits[1].direction, atol=2e-3, rtol=0)
 
 
-def test_every_run_is_compared_with_it_and_lore_starts_there(tmp_path: Path) -> None:
+def test_every_run_is_compared_with_it(tmp_path: Path) -> None:
     data = PlantedData(12, feature_dim=DIM)
     margins = []
     for method in (VPL(12, DIM, latent_dim=2, hidden_dim=4), LoRe(12, DIM, num_bases=3, lr=1e-9)):
@@ -63,6 +63,3 @@ def test_every_run_is_compared_with_it_and_lore_starts_there(tmp_path: Path) -> 
             margins.append(method.evaluate(data.test_batch)["bradley_terry_margin"])
         assert float(method.bradley_terry_ridge) in [pytest.approx(ridge) for ridge in RIDGES]
     assert torch.equal(margins[0], margins[1])
-    with torch.no_grad():
-        population = method.margin(data.test_batch, method.population_state(data.test_batch.num_pairs))
-    torch.testing.assert_close(population, margins[1], atol=1e-5, rtol=1e-5)

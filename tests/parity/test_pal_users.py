@@ -235,7 +235,7 @@ def test_personal_beats_global_and_shuffled_users_do_no_harm(tmp_path: Path) -> 
 
 def test_reference_residual_starts_at_the_reference(tmp_path: Path) -> None:
     data = PlantedData(num_users=12)
-    with pytest.raises(ValueError, match="residual reference needs the reward head"):
+    with pytest.raises(ValueError, match="residual reference needs a backbone with a reward head"):
         fit(PAL(12, 8, residual="reference"), data, tmp_path, epochs=1)
     data.reference_head = data.directions[0]
     options: dict[str, Any] = {"users": "table", "freeze": ["base"], "head": "dist_squared", "conditioning": "none"}

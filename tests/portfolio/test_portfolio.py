@@ -87,13 +87,14 @@ def test_alpaca_recipe(tables: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["users", "export", *users_of, "--output", "out.jsonl"]) == 0
     exported = [json.loads(line)["state"]["weights"] for line in Path("out.jsonl").open()]
     assert exported == [[0.5, 0.25, 0.25], [0, 0, 1]]
-    assert main(["users", "delete", *users_of, "--user", "ben"]) == 0
-    kept = load_method(folder / "portfolio.ckpt").find_users
-    assert isinstance(kept, KnownUsers) and kept.store.ids == ["anna"]
     with (folder / "users.csv").open() as file:
         rows = {row["user_id"]: row for row in csv.DictReader(file)}
     assert [int(rows[name]["member"]) for name in ("ben", "anna")] == state["member"].tolist()
     assert max(float(row["certified_regret"]) for row in rows.values()) <= saved["certificate"] + 1e-5
+    assert main(["users", "delete", *users_of, "--user", "ben"]) == 0
+    kept = load_method(folder / "portfolio.ckpt").find_users
+    assert isinstance(kept, KnownUsers) and kept.store.ids == ["anna"]
+    assert "ben" not in (folder / "users.csv").read_text()
     with (folder / "sweep.csv").open() as file:
         sweep = list(csv.DictReader(file))
     rewards = np.array([member["rewards"] for member in saved["members"]])
@@ -184,7 +185,8 @@ def test_lore_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mix.tensors["weights"] = members[state.tensors["member"]].float()
     assert scorer.encode is not None
     expected = scorer.score(scorer.encode(["", ""], text), mix)
-    assert torch.allclose(method.score(text, user_id=method.user_ids[0]), expected, atol=1e-4)
+    rewards = method.score(text, user_id=method.user_ids[0])  # bases are centred, and the portfolio's mixes are not
+    assert torch.allclose(rewards.diff(), expected.diff(), atol=1e-4)
 
 
 def test_calibration_uses_the_choosing_half(tables: Path) -> None:
@@ -301,8 +303,10 @@ def test_given_users_all_bad_lines_at_once(tmp_path: Path) -> None:
         assert first == f"--weights: {len(bad) + 3} malformed rows"
         expected = '{"user_id": non-empty text, "weights": [2 finite numbers >= 0, not all 0]}'
         for number, line in enumerate(lines[: len(bad)], start=2):
-            assert line.startswith(f"{path}:{number}: expected {expected}, got {{'user"), line
-        assert lines[-3].endswith("expected a JSON object, got [1, 2]") and "malformed JSON" in lines[-2]
+            is_json = not any(name in bad[number - 2] for name in ("Infinity", "NaN"))
+            wrong = f"expected {expected}, got {{'user" if is_json else "malformed JSON ("
+            assert line.startswith(f"{path}:{number}: {wrong}"), line
+        assert "expected a JSON object, got [1, 2]" in lines[-3] and "malformed JSON" in lines[-2]
         assert lines[-1].endswith("expected each user once, got 'a' again")
     path.write_text('{"user_id": "a", "weights": [3, 1]}\n\n{"user_id": 7, "weights": [0, 0.5]}\n')
     ids, weights = read_weights(str(path), 2)

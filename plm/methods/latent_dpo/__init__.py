@@ -79,7 +79,7 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         problems.check()
         super().__init__(num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=settings.lr)
         self.hparams.update(asdict(settings))  # a checkpoint names them all, whatever later defaults are
-        del self.hparams["conditioning"]  # of features; latents are left as they are
+        self.hparams.pop("conditioning", None)  # of features; latents are left as they are
         self.options, self.prompt_dim, self.seed = settings, prompt_dim, seed
         self.family = self._family()
         self.automatic_optimization = False
