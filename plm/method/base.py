@@ -61,6 +61,7 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
         self.num_train_pairs = 1
+        self._is_last_batch = False
         self._counts: list[Tensor] = []
         """Of the batches read so far of an accumulated step, how many terms their losses are the mean of."""
 
@@ -327,12 +328,20 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
         """What is logged of the scalars of ``loss``."""
         return {key: value.detach() for key, value in scalars.items()}
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Run the last batch of a step, whose gradients `on_after_backward` weighs, and take the step."""
+        self._is_last_batch = True
+        try:
+            super().optimizer_step(*args, **kwargs)
+        finally:
+            self._is_last_batch = False
+
+    def on_after_backward(self) -> None:
         """Divide the gradients of an accumulated step by all its terms; Lightning divides by the batches of a full one.
 
         The last step of an epoch may have fewer batches.
         """
-        if not self._counts:
+        if not (self._counts and self._is_last_batch):
             return
         total = torch.stack(self._counts).sum()
         factor = self.trainer.accumulate_grad_batches * torch.where(total > 0, _unit(self._counts) / total, 0.0)

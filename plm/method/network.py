@@ -188,7 +188,6 @@ class NetworkMethod(PersonalizationMethod):
         if self.device_mesh is not None:
             for group in optimizer.param_groups:
                 group["foreach"] = False
-        super().on_before_optimizer_step(optimizer)
 
     def configure_gradient_clipping(
         self,
