@@ -173,16 +173,6 @@ class LiveMethod(NetworkMethod):
             responses = self.conditioning(self.features(responses))
         return super()._score(responses, users, **self._prompt_option(prompt_features))  # type: ignore[safe-super]
 
-    def _adapt(self, context: Context) -> UserState:
-        if not isinstance(context.chosen, Tensor):
-            context = self._conditioned_context(self.featured_context(context))
-        elif isinstance(context.prompt, Tokens):  # features of responses, which the base has conditioned
-            prompt = self.featured_context(context).prompt
-            if isinstance(prompt, Tensor):
-                prompt = self.conditioning.prompts(prompt) * context.mask[..., None]
-            context = context._replace(prompt=prompt)
-        return super()._adapt(context)  # type: ignore[safe-super]
-
     def _margin(self, batch: PreferenceBatch, users: UserState) -> Tensor:
         return super()._margin(self._read_batch(batch), users)
 

@@ -67,9 +67,13 @@ class FeatureReader(L.LightningModule):
         prompt = self.conditioning.prompts(batch.prompt) if isinstance(batch.prompt, Tensor) else batch.prompt
         return batch._replace(chosen=chosen, rejected=rejected, prompt=prompt)
 
+    def featured_context(self, context: Context) -> Context:
+        """Support pairs as the method reads them; a method that owns a language model turns tokens into features."""
+        return context
+
     def _conditioned_context(self, context: Context) -> Context:
         """A copy of support pairs with conditioned features; padding stays zero."""
-        context = Context(*map(_clone, context))
+        context = self.featured_context(Context(*map(_clone, context)))
         if self.conditioning.kind == "none" or not isinstance(context.chosen, Tensor):
             return context
         chosen, rejected = (self.conditioning(side) * context.mask[..., None] for side in context.features)
