@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+
+NUM_SHOWN = 20
 
 
 def debug() -> bool:
@@ -29,6 +31,12 @@ def missing_key(name: str, record: Iterable[str]) -> str:
     close = closest(name, record)
     advice = f"; rename {close!r}?" if close else ""
     return f"missing {name!r}, got the keys {sorted(record)}{advice}"
+
+
+def first_of(lines: Sequence[str], indent: str = "") -> list[str]:
+    """The first 20 lines of a report, and one that says how many more there are."""
+    more = [f"... and {len(lines) - NUM_SHOWN} more"] if len(lines) > NUM_SHOWN else []
+    return [f"{indent}{line}" for line in [*lines[:NUM_SHOWN], *more]]
 
 
 class Problems:

@@ -10,8 +10,7 @@ import numpy as np
 from plm.arrays import IntArray
 from plm.data.files import REQUIRED, Column, position
 from plm.data.values import short
-
-NUM_SHOWN = 20
+from plm.messages import first_of
 
 
 class Checker:
@@ -82,6 +81,5 @@ def _side_of(value: Any, sides: dict[str, str], expected: str) -> str:
 
 def report(files: list[str], problems: Sequence[tuple[int, int, str]]) -> str:
     """One line for each of the first problems (row of ``files``, line, text), and how many more there are."""
-    lines = [f"  {position(files[file], line)}: {text}" for file, line, text in problems[:NUM_SHOWN]]
-    more = [f"  ... and {len(problems) - NUM_SHOWN} more"] if len(problems) > NUM_SHOWN else []
-    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *lines, *more])
+    lines = [f"{position(files[file], line)}: {text}" for file, line, text in problems]
+    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *first_of(lines, indent="  ")])

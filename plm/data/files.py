@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from plm.arrays import IntArray
 from plm.data.values import is_number, short
-from plm.messages import closest, nearest
+from plm.messages import closest, first_of, nearest
 
 REQUIRED = ("user_id", "prompt", "chosen", "rejected")
 OPTIONAL = (
@@ -394,9 +394,6 @@ def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:
     return Column(np.concatenate(codes), values)
 
 
-_SHOWN = 20
-
-
 _Parsed = TypeVar("_Parsed")
 
 
@@ -410,9 +407,8 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], _Parsed], example: s
         except ValueError as error:
             problems.append((line, str(error)))
     if problems:
-        shown = [f"{position(path, line)}: {text}" for line, text in sorted(problems)[:_SHOWN]]
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise ValueError("\n".join([f"{len(problems)} malformed rows", *shown, *more]))
+        lines = [f"{position(path, line)}: {text}" for line, text in sorted(problems)]
+        raise ValueError("\n".join([f"{len(problems)} malformed rows", *first_of(lines)]))
     if not rows:
         raise ValueError(f"expected rows like {example} in {path}, got an empty file")
     return rows

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plm.data.checker import NUM_SHOWN
 from plm.data.schema import PairTable, make_pairs, read_pairs
 from plm.data.values import canonical_messages, plain_prompt
+from plm.messages import NUM_SHOWN
 
 ROWS = [
     {"user_id": "bob", "prompt": "p1", "chosen": "a", "rejected": "b"},
