@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from plm.methods.lora_dpo import LoRADPO
 from plm.methods.sft import SFT
 from plm.testing import quiet_trainer
 from plm.types import PreferenceBatch, Tokens
+from tests.loaders import Loader
 
 Folder = Callable[[str], Path]
 LONG = " and then some more"
@@ -62,19 +63,6 @@ METHODS: dict[str, Callable[[Path], PolicyMethod]] = {
         num_negatives=None,
     ),
 }
-
-
-class Loader:
-    """Ready batches; a list of them Lightning would take for several loaders."""
-
-    def __init__(self, batches: list[PreferenceBatch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[PreferenceBatch]:
-        return iter(self.batches)
 
 
 def batch_of(method: PolicyMethod, rows: list[int]) -> PreferenceBatch:

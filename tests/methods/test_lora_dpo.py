@@ -19,6 +19,7 @@ from plm.checkpoint import load_method
 from plm.methods.lora_dpo import LoRADPO
 from plm.testing.contract import quiet_trainer, saved
 from plm.types import Context, PreferenceBatch, Tokens
+from tests.loaders import Loader
 
 Folder = Callable[[str], Path]
 PAIRS = [
@@ -43,19 +44,6 @@ def batch_of(method: LoRADPO, users: list[int], pairs: int = len(PAIRS)) -> Pref
     sides = [method.causal_lm.represent([row[0] for row in rows], [row[side] for row in rows]) for side in (1, 2)]
     tie = torch.zeros(pairs, dtype=torch.bool)
     return PreferenceBatch(sides[0], sides[1], torch.tensor(users), torch.ones(pairs), tie)
-
-
-class Loader:
-    """Ready batches; a list of them Lightning would take for several loaders."""
-
-    def __init__(self, batches: list[PreferenceBatch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[PreferenceBatch]:
-        return iter(self.batches)
 
 
 def fit(method: LoRADPO, batches: list[PreferenceBatch], tmp_path: Path, **options: Any) -> list[float]:
