@@ -12,8 +12,12 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -27,7 +31,9 @@ from plm.testing import saved
 from plm.types import UserState
 from plm.users import UserStore, store_path
 
-FORK = multiprocessing.get_context("fork")
+CLEAN = multiprocessing.get_context("forkserver")
+"""Children of a process without threads: a fork of the tests' own waits forever for threads that it did not inherit."""
+CLEAN.set_forkserver_preload(["plm.cli", "plm.methods.lore"])
 KILLS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 100))]
 """Seeds, on each of the two databases."""
 RACES = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 50))]
@@ -42,7 +48,7 @@ def state(*values: float) -> UserState:
 
 def together(*works: Callable[[], object]) -> list[int]:
     """Run each in a process of its own, all at once; their exit codes."""
-    processes = [FORK.Process(target=work) for work in works]
+    processes = [CLEAN.Process(target=work) for work in works]
     for process in processes:
         process.start()
     for process in processes:
@@ -51,21 +57,28 @@ def together(*works: Callable[[], object]) -> list[int]:
 
 
 # ---------------------------------------------------------------------- kills
-def change_at_random(place: str, seed: int, export: Path, log: int) -> None:
+def change_at_random(place: str, seed: int, export: Path, log: Connection) -> None:
     """Add, replace, delete and export until killed; a change is announced, and acknowledged once it has returned."""
     draw = random.Random(seed)
     store = UserStore(place, "h")
     for turn in range(1, 10_000):
         name = f"person-{draw.randrange(12)}"
         verb = draw.choice(["add", "add", "delete", "export"])
-        os.write(log, f"try {verb} {name} {turn}\n".encode())
+        log.send(("try", verb, name, turn))
         if verb == "add":
             store.add([name], state(turn), pairs={name: [{"chosen": str(turn)}]})
         elif verb == "delete":
             store.delete([name])
         else:
             store.export(export)
-        os.write(log, f"done {verb} {name} {turn}\n".encode())
+        log.send(("done", verb, name, turn))
+
+
+def received(reading: Connection) -> Iterator[tuple[str, str, str, int]]:
+    """What was sent before the sender was killed."""
+    with reading, suppress(EOFError):
+        while True:
+            yield reading.recv()
 
 
 @pytest.mark.parametrize("seed", KILLS)
@@ -73,22 +86,20 @@ def test_a_kill_loses_nothing_that_was_acknowledged(place: str, seed: int, tmp_p
     store, export = UserStore(place, "h"), tmp_path / "users.jsonl"
     store.add(["person-0", "bystander"], state(7, 7))
     store.export(export)
-    reading, writing = os.pipe()
-    child = FORK.Process(target=change_at_random, args=(place, seed, export, writing))
+    reading, writing = CLEAN.Pipe(duplex=False)
+    child = CLEAN.Process(target=change_at_random, args=(place, seed, export, writing))
     child.start()
-    os.close(writing)
-    lines = os.fdopen(reading)
-    first = lines.readline()
+    writing.close()
+    first = reading.recv()
     time.sleep(random.Random(f"wait {seed}").uniform(0, 0.3))
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    told = [line.split() for line in [first, *lines] if line.endswith("\n")]
-    lines.close()
+    told = [first, *received(reading)]
 
     expected: dict[str, set[int]] = {"person-0": {7}, "bystander": {7}}  # value, 0 = unknown, after each change
     for word, verb, name, turn in told:
-        value = {"add": int(turn), "delete": 0}.get(verb)
+        value = {"add": turn, "delete": 0}.get(verb)
         if value is not None:
             expected[name] = {value} if word == "done" else {value, *expected.get(name, {0})}
     rows, known = UserStore(place, "h").get(list(expected))
@@ -111,45 +122,49 @@ def test_a_kill_loses_nothing_that_was_acknowledged(place: str, seed: int, tmp_p
 
 
 # ---------------------------------------------------------------------- races
+def write_and_count(place: str, name: int) -> None:
+    """Write six users of its own, and count up the shared one after each."""
+    store = UserStore(place, "h")
+    for turn in range(6):
+        assert store.add([f"{name}-{turn}"], state(turn))
+        while True:  # read, change, write: refused where somebody else has written meanwhile
+            user = store.find("shared")
+            assert user is not None
+            if store.add(["shared"], state(user.num_pairs + 1), versions={"shared": user.version}):
+                break
+
+
 def test_writers_at_once_lose_no_change(place: str) -> None:
     """Three processes write 6 users each, and count up the same one: no update is lost."""
     store = UserStore(place, "h")
     store.add(["shared"], state(0))
-
-    def work(name: int) -> None:
-        mine = UserStore(place, "h")
-        for turn in range(6):
-            assert mine.add([f"{name}-{turn}"], state(turn))
-            while True:  # read, change, write: refused where somebody else has written meanwhile
-                user = mine.find("shared")
-                assert user is not None
-                if mine.add(["shared"], state(user.num_pairs + 1), versions={"shared": user.version}):
-                    break
-
-    assert together(*[lambda name=name: work(name) for name in range(3)]) == [0] * 3  # type: ignore[misc]
+    assert together(*[partial(write_and_count, place, name) for name in range(3)]) == [0] * 3
     assert sorted(store.ids) == sorted(["shared", *(f"{name}-{turn}" for name in range(3) for turn in range(6))])
     shared = store.find("shared")
     assert shared is not None and (shared.num_pairs, shared.version) == (18, 19)
 
 
+def read_all_the_time(place: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        rows, known = UserStore(place, "h").get(["stays", "7"])
+        assert known[0] and rows.tensors["w"][0, 0] == 3
+        assert "stays" in UserStore(place).ids
+
+
+def write_all_the_time(place: str, seconds: float, seed: int) -> None:
+    """Add users and delete some of them."""
+    draw, store, end = random.Random(seed), UserStore(place, "h"), time.monotonic() + seconds
+    while time.monotonic() < end:
+        names = [str(draw.randrange(50)) for _ in range(5)]
+        store.add(sorted(set(names)), state(*range(len(set(names)))))
+        store.delete(names[:2])
+
+
 def test_readers_never_fail_while_others_write(place: str) -> None:
     UserStore(place, "h").add(["stays", *map(str, range(50))], state(3, *range(50)))
-    end = time.monotonic() + 1
-
-    def read() -> None:
-        while time.monotonic() < end:
-            rows, known = UserStore(place, "h").get(["stays", "7"])
-            assert known[0] and rows.tensors["w"][0, 0] == 3
-            assert "stays" in UserStore(place).ids
-
-    def write(seed: int) -> None:
-        draw, store = random.Random(seed), UserStore(place, "h")
-        while time.monotonic() < end:
-            names = [str(draw.randrange(50)) for _ in range(5)]
-            store.add(sorted(set(names)), state(*range(len(set(names)))))
-            store.delete(names[:2])
-
-    assert together(read, read, lambda: write(1), lambda: write(2)) == [0] * 4
+    writers = [partial(write_all_the_time, place, 1, seed) for seed in (1, 2)]
+    assert together(*[partial(read_all_the_time, place, 1)] * 2, *writers) == [0] * 4
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +190,14 @@ def lore() -> LoRe:
     return method
 
 
+def run(*args: str) -> None:
+    """Run one command and leave with its exit code."""
+    sys.exit(main(list(args)))
+
+
 def command(*args: str) -> Callable[[], None]:
     """What a process does that runs one command."""
-
-    def work() -> None:
-        os._exit(main(list(args)))
-
-    return work
+    return partial(run, *args)
 
 
 @pytest.mark.parametrize("seed", RACES)
