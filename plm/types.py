@@ -206,6 +206,8 @@ class PreferenceBatch(NamedTuple):
     """``(B,)`` int64, requested support pairs per user: set on batches of the few-shot curve only."""
     repeat: Tensor | None = None
     """``(B,)`` int64, which random draw of the support this is: set with ``num_shots``."""
+    pair_row: Tensor | None = None
+    """``(B,)`` int64 row of the datamodule's table: set with ``user_row``."""
 
     @property
     def num_pairs(self) -> int:

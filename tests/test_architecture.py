@@ -128,7 +128,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"live", "policy"},
     ],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
-    "plm.audit": [{"check"}, {"report"}],
+    "plm.audit": [{"check", "items"}, {"comparison", "report"}],
     "plm.recipe": [
         {"defaults", "errors", "grid", "plugins", "predict", "quiet"},
         {"parser", "read"},
@@ -155,8 +155,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"recipe_options"},
         {
             "adapt",
+            "checks",
             "dashboard",
-            "data_check",
             "export",
             "fit",
             "generate",

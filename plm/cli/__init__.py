@@ -31,7 +31,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "sample": ("sample", "write many responses of a policy to each prompt"),
     "label": ("label", "let people, rules or models compare sampled responses"),
     "judge": ("judge", "check whether users' policies write what the users like"),
-    "data": ("data_check", "check preference pairs before training on them"),
+    "data": ("checks", "check preference pairs before training on them"),
+    "compare": ("checks", "compare files of what models got right, paired by item"),
     "rewardbench": ("rewardbench", "score a checkpoint on RewardBench 2"),
     "users": ("users", "list, export or delete the users of a checkpoint"),
     "portfolio": ("portfolio", "choose few policies that serve everybody, with a certificate"),
@@ -92,7 +93,8 @@ def _dispatch(args: list[str]) -> int:
         kind = "option" if verb.startswith("-") else "command"
         valid = ["--help", "--version", "--config"] if kind == "option" else list(VERBS)
         stop(f"no {kind} {verb!r}{nearest(verb, valid)} (plm --help lists all)")
-    status: int | None = import_module(f"plm.cli.{door}").run(args if door == "fit" else args[1:])
+    is_shared = sum(door == other for other, _ in VERBS.values()) > 1
+    status: int | None = import_module(f"plm.cli.{door}").run(args if is_shared else args[1:])
     return status or 0
 
 

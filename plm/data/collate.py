@@ -52,7 +52,8 @@ def pair_batch(data: FeaturedPairs, rows: IntArray, weight: Float32Array, *, eva
         data: Table and features.
         rows: ``(B,)`` rows of the table.
         weight: ``(B,)`` loss weights.
-        evaluation: Whether to say which user of all users each pair belongs to (``user_row``).
+        evaluation: Whether to say which pair of the table each is, and of which of all users (``pair_row``,
+            ``user_row``).
 
     Returns:
         A batch without context.
@@ -68,6 +69,7 @@ def pair_batch(data: FeaturedPairs, rows: IntArray, weight: Float32Array, *, eva
         chosen_score=torch.from_numpy(table.chosen_score[rows]),
         rejected_score=torch.from_numpy(table.rejected_score[rows]),
         user_row=torch.from_numpy(table.user[rows]) if evaluation else None,
+        pair_row=torch.from_numpy(rows) if evaluation else None,
     )
 
 

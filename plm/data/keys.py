@@ -38,6 +38,12 @@ def content_keys(table: PairTable) -> Keys:
     return Keys(user, prompt, response, mix(mix(user[table.user], item[table.chosen]), item[table.rejected]))
 
 
+def pair_names(table: PairTable) -> list[str]:
+    """A name of every pair by its content, the same in every file that holds the pair; a tie is another pair."""
+    keys = content_keys(table).pair
+    return [f"{key:016x}" for key in np.where(table.tie, mix(keys, seed_key(0)), keys).tolist()]
+
+
 def digest(texts: Sequence[str]) -> KeyArray:
     """Hash texts (blake2b), the same in every process."""
     raw = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)

@@ -7,6 +7,7 @@ from plm.evaluation.report import (
     USER_COLUMNS,
     few_shot_table,
     plain_table,
+    section_table,
     summary_table,
     user_rows,
 )
@@ -19,7 +20,7 @@ from plm.evaluation.statistics import (
     summarize_few_shot,
 )
 from plm.evaluation.terminal import print_parts
-from plm.evaluation.wording import difference, interval, points, verdict
+from plm.evaluation.wording import difference, interval, p_value, points, verdict
 
 __all__ = [
     "CONFIDENCE",
@@ -40,10 +41,12 @@ __all__ = [
     "interval",
     "markdown_table",
     "minimum_detectable_effect",
+    "p_value",
     "plain_table",
     "png",
     "points",
     "print_parts",
+    "section_table",
     "summarize",
     "summarize_few_shot",
     "summary_table",

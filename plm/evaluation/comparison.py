@@ -13,10 +13,13 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 
 from plm.arrays import Float64Array
-from plm.evaluation.statistics import MIN_USERS, interval_of, resampled_means
+from plm.evaluation.statistics import CONFIDENCE, MIN_USERS, interval_of, resampled_means
+
+MAX_RESAMPLED_USERS = 100_000
+"""With more users than this the mean is normal for every purpose, and the closed form takes the bootstrap's place."""
 
 
 class Comparison(NamedTuple):
@@ -36,7 +39,8 @@ def compare(first: Float64Array, second: Float64Array, *, num_resamples: int = 1
     """Bootstrap ``mean(first - second)``, paired and clustered by user.
 
     The p-value inverts the interval of `cluster_bootstrap`: it is one minus the level at which the expanded percentile
-    interval would touch zero. It is never below ``1 / num_resamples``, the resolution of the resamples.
+    interval would touch zero. It is never below ``1 / num_resamples``, the resolution of the resamples. With more than
+    `MAX_RESAMPLED_USERS` users both are those of Student's paired t-test, whose standard error is clustered by user.
 
     Args:
         first: ``(U,)`` one value per user, seeds already averaged; nan = the user has none.
@@ -51,6 +55,8 @@ def compare(first: Float64Array, second: Float64Array, *, num_resamples: int = 1
         return Comparison(float(gain.mean()) if num_users else math.nan, math.nan, math.nan, math.nan, num_users)
     if not gain.any():
         return Comparison(0.0, 0.0, 0.0, 1.0, num_users)
+    if num_users > MAX_RESAMPLED_USERS:
+        return _closed_form(gain)
     means = resampled_means(gain, num_resamples, seed)
     low, high = interval_of(means, num_users)
     # half of the draws at exactly zero count on either side
@@ -59,6 +65,16 @@ def compare(first: Float64Array, second: Float64Array, *, num_resamples: int = 1
     quantile = NormalDist().inv_cdf(share) * math.sqrt((num_users - 1) / num_users)
     p_value = max(2 * float(stdtr(num_users - 1, quantile)), 1 / num_resamples)
     return Comparison(float(gain.mean()), low, high, min(p_value, 1.0), num_users)
+
+
+def _closed_form(gain: Float64Array) -> Comparison:
+    """The t-test of ``(U,)`` differences, one per user."""
+    num_users, mean = len(gain), float(gain.mean())
+    error = float(gain.std(ddof=1)) / math.sqrt(num_users)
+    if error == 0:
+        return Comparison(mean, mean, mean, 0.0, num_users)
+    reach = float(stdtrit(num_users - 1, (1 + CONFIDENCE) / 2)) * error
+    return Comparison(mean, mean - reach, mean + reach, 2 * float(stdtr(num_users - 1, -abs(mean) / error)), num_users)
 
 
 def holm(p_values: Float64Array) -> Float64Array:

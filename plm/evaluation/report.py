@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from plm.evaluation.page import Section
 from plm.evaluation.wording import difference, interval, points
 from plm.metrics import UserTable
 
@@ -18,6 +20,17 @@ def plain_table(title: str) -> Table:
     return Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
     )
+
+
+def section_table(section: Section) -> Table:
+    """A section's table for the terminal: the first column bold, numbers at the right."""
+    table = plain_table(section.title)
+    for column, head in enumerate(section.heads):
+        justify: Literal["left", "right"] = "right" if column and not section.is_text else "left"
+        table.add_column(head, style=None if column else "bold", justify=justify)
+    for row in section.rows:
+        table.add_row(*(Text(cell) for cell in row.cells))
+    return table
 
 
 def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:

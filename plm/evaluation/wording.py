@@ -47,3 +47,8 @@ def interval(numbers: Mapping[str, float], name: str) -> str:
 def difference(numbers: Mapping[str, float], name: str, unit: str = "") -> str:
     """Format a named number with its sign and interval, times a hundred: ``+3.4 points [2.1, 4.7]``."""
     return f"{points(numbers[name])}{unit}{interval(numbers, name)}"
+
+
+def p_value(value: float) -> str:
+    """Format a p-value with three decimals; a dash where there is none."""
+    return "–" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"

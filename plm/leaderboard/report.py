@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from plm.atomic import write_csv, write_json, write_text
-from plm.evaluation import Section, TableRow, difference, html_page, interval, markdown_table, plain_table, png, points
+from plm.evaluation import (
+    Section,
+    TableRow,
+    difference,
+    html_page,
+    interval,
+    markdown_table,
+    p_value,
+    plain_table,
+    png,
+    points,
+)
 from plm.leaderboard.results import GROUPS, BoardRow, Versus, all_pairs, ranked, verdicts, versus
 
 if TYPE_CHECKING:
@@ -121,7 +132,7 @@ class Leaderboard:
             _number(numbers.get("ece"), ".3f"),
             *(difference(numbers, name) if is_compared and name in numbers else "–" for name in _GAINS),
             _gain(test) if test and not math.isnan(test.low) else "–",
-            _p_value(test.p_holm) if test else "–",
+            p_value(test.p_holm) if test else "–",
             _points(numbers, "accuracy_p10"),
             f"{numbers['users_helped']:.0f}/{numbers['users_harmed']:.0f}" if is_compared else "–",
             _number(row.facts.get("parameters"), ",.0f"),
@@ -287,11 +298,7 @@ def _gain(test: Versus) -> str:
 
 
 def _versus(test: Versus) -> str:
-    return f"{test.first} − {test.second} {_gain(test)}, p {_p_value(test.p_holm)}"
-
-
-def _p_value(value: float) -> str:
-    return "–" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+    return f"{test.first} − {test.second} {_gain(test)}, p {p_value(test.p_holm)}"
 
 
 def _short(text: str) -> str:

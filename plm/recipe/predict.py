@@ -8,20 +8,28 @@ import lightning as L
 
 from plm.atomic import write_csv
 from plm.callbacks import is_fast_dev_run, run_dir
+from plm.data.keys import pair_names
 from plm.types import PreferenceBatch
 
-COLUMNS = ("users", "user_id", "margin", "population_margin", "other_margin")
+COLUMNS = ("item", "users", "user_id", "tie", "margin", "population_margin", "other_margin")
 
 
 class SavePredictions(L.Callback):
     """Writes ``predictions.csv`` into the folder of the run, one file per process where there are several.
 
-    One row per test pair, users in turn, each one's pairs in the order of the source: seen or unseen, user id, and the
-    margins of the personal model and of its two controls. A ``fast_dev_run`` writes none.
+    One row per test pair, users in turn, each one's pairs in the order of the source: the pair's name by its content
+    (`plm.data.keys.pair_names`), seen or unseen, user id, whether the user called it a tie, and the margins of the
+    personal model and of its two controls. ``plm compare`` reads such files. A ``fast_dev_run`` writes none.
     """
 
     def __init__(self) -> None:
         self._rows: list[list[Any]] = []
+        self._names: list[str] = []
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Name the pairs."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._names = pair_names(data.table)
 
     def on_predict_batch_end(
         self,
@@ -34,12 +42,13 @@ class SavePredictions(L.Callback):
     ) -> None:
         """Keep the margins of a batch."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        assert batch.user_row is not None
+        assert batch.user_row is not None and batch.pair_row is not None
         users = data.eval_names("predict")[dataloader_idx]
         missing = [""] * batch.num_pairs
-        facts = [outputs[key].tolist() if key in outputs else missing for key in COLUMNS[2:]]
-        for user_row, *margins in zip(batch.user_row.tolist(), *facts, strict=True):
-            self._rows.append([users, data.all_user_ids[user_row], *margins])
+        facts = [outputs[key].tolist() if key in outputs else missing for key in COLUMNS[4:]]
+        rows = (values.tolist() for values in (batch.pair_row, batch.user_row, batch.tie))
+        for pair_row, user_row, tie, *margins in zip(*rows, *facts, strict=True):
+            self._rows.append([self._names[pair_row], users, data.all_user_ids[user_row], int(tie), *margins])
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file."""

@@ -242,6 +242,7 @@ def test_predict_writes_the_margins_that_test_counts(folder: Path) -> None:
     assert main(["predict", "--config", "recipe.yaml", "--ckpt_path", checkpoint]) == 0
     with (Path("runs/plm/version_1") / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert len({row["item"] for row in rows}) == len(rows) and all(len(row["item"]) == 16 for row in rows)
     numbers = json.loads(Path("runs/plm/version_0/metrics.json").read_text())
     for users in ("seen", "unseen"):
         right: dict[str, list[float]] = {}
@@ -252,6 +253,10 @@ def test_predict_writes_the_margins_that_test_counts(folder: Path) -> None:
         assert sum(map(len, right.values())) == numbers[users]["num_pairs"]
         accuracy = sum(sum(user) / len(user) for user in right.values()) / len(right)
         assert accuracy == pytest.approx(numbers[users]["accuracy"])
+    Path("copy.csv").write_bytes((Path("runs/plm/version_1") / "predictions.csv").read_bytes())
+    assert main(["compare", "runs/plm/version_1", "copy.csv", "--output", "comparison.json"]) == 0
+    compared = json.loads(Path("comparison.json").read_text())
+    assert compared["num_users"] == 20 and compared["comparisons"][0]["difference"] == 0
 
 
 def test_two_processes_give_the_metrics_of_one(folder: Path) -> None:
@@ -583,6 +588,7 @@ WRONG = {
     "label": ["--samples", "x", "--output", "y"],
     "judge": ["--ckpt_path", "x", "--prompts", "y", "--rewards", "z", "--num_prompts", "0"],
     "data": ["check", "--strict"],
+    "compare": ["a.csv"],
     "rewardbench": ["--input", "x"],
     "users": ["lst", "--ckpt_path", "x"],
     "portfolio": ["--siz", "3"],

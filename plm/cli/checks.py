@@ -1,4 +1,4 @@
-"""``plm data check``: a report on preference pairs before anything is trained on them."""
+"""``plm data check`` and ``plm compare``: what pairs, and files of what models got right, can be trusted for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from plm.cli.options import OptionParser, integer, split_overrides
+from plm.cli.options import ROWS, OptionParser, integer, split_overrides
 from plm.messages import nearest
 
 _SPLIT = {"group_by": "group_by", "unseen_users": "unseen_users", "val_rows": "val_rows", "test_rows": "test_rows"}
@@ -17,11 +17,16 @@ _WEIGHTS = ("num_bases", "num_prototypes")
 
 
 def run(args: list[str]) -> int:
-    """Check the data of a recipe or of files; returns the exit status.
+    """Run one of the verbs, the first of the arguments; returns the exit status.
 
     Raises:
-        ValueError: If the data cannot be read; malformed rows are named by their lines.
+        ValueError: If a file cannot be read; malformed rows are named by their lines.
     """
+    return {"data": _data, "compare": _compare}[args[0]](args[1:])
+
+
+def _data(args: list[str]) -> int:
+    """Check the data of a recipe or of files."""
     if args[:1] in ([], ["-h"], ["--help"]):
         args = ["check", "--help"]
     if args[0] != "check":
@@ -80,3 +85,35 @@ def run(args: list[str]) -> int:
     for path in write(report, folder):
         console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
     return int(options.strict and report.worst == "problem")
+
+
+def _compare(args: list[str]) -> int:
+    """Compare what several models got right."""
+    parser = OptionParser(
+        prog="plm compare",
+        description="Which model is better on the same judgements? Two or more per-item files, or folders of runs\n"
+        "with the predictions.csv of plm predict. Columns: item, user (or user_id), and correct (0 to 1) or margin\n"
+        "(above 0 = right, 0 = one half); rows whose column tie is true are left out. Every two are paired by item;\n"
+        "the difference of each user counts once, intervals and p-values are over users, those of several files\n"
+        "corrected by Holm. The last column is the smallest difference that would be found four times in five.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help=f"{ROWS}, or the folder of a run; two or more")
+    parser.add_shared("--columns", help="column of the files that holds NAME, e.g. user=annotator")
+    parser.add_shared("--output", help="also write the numbers as JSON")
+    options = parser.parse(args)
+    if len(options.files) < 2:
+        parser.error("expected two files or more, got one")
+    if len(set(options.files)) < len(options.files):
+        parser.error("expected every file once")
+
+    from plm.atomic import write_json
+    from plm.audit.comparison import compare_items, sections
+    from plm.audit.items import read_items
+    from plm.evaluation import print_parts, section_table
+
+    result = compare_items([read_items(file, dict(options.columns)) for file in options.files])
+    print_parts(*map(section_table, sections(result)))
+    if options.output:
+        write_json(options.output, result)
+        print(f"written to {options.output}")
+    return 0

@@ -1,0 +1,142 @@
+"""Which of several models is better on the same judgements: paired differences over users, of files that anybody wrote.
+
+Axes: F files, N judgements, U users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from plm.arrays import Float64Array, IntArray
+from plm.audit.items import ItemScores
+from plm.evaluation import (
+    Section,
+    TableRow,
+    compare,
+    difference,
+    holm,
+    interval,
+    minimum_detectable_effect,
+    p_value,
+    points,
+)
+from plm.evaluation.comparison import MAX_RESAMPLED_USERS
+from plm.messages import first_of
+
+
+def compare_items(files: Sequence[ItemScores]) -> dict[str, Any]:
+    """Compare every file with every other, paired by item and clustered by user.
+
+    Returns:
+        ``num_items``, ``num_users``; ``files``: for each ``name``, ``accuracy`` (mean over users) with its ends
+        ``accuracy_low`` and ``accuracy_high``, ``accuracy_micro`` (mean over items) and ``labelled_ties``;
+        ``comparisons``: for each two ``first``, ``second``, ``difference`` (first minus second) with
+        ``difference_low``, ``difference_high``, ``difference_mde``, ``p_value`` and ``p_holm``; ``method``: bootstrap
+        or closed form. Ends and p-values are nan for fewer than `plm.evaluation.MIN_USERS` users.
+
+    Raises:
+        ValueError: If the files do not hold the same items of the same users.
+    """
+    for other in files[1:]:
+        _check_same(files[0], other)
+    users, owner = np.unique(files[0].users, return_inverse=True)
+    place = {item: index for index, item in enumerate(files[0].items)}
+    orders = [np.argsort([place[item] for item in file.items]) for file in files]
+    accuracy = [user_means(file.correct[order], owner, len(users)) for file, order in zip(files, orders, strict=True)]
+    zero = np.zeros(len(users))
+    entries = []
+    for file, values in zip(files, accuracy, strict=True):
+        mean = compare(values, zero)
+        ends = {"accuracy": mean.difference, "accuracy_low": mean.low, "accuracy_high": mean.high}
+        micro = float(file.correct.mean())
+        entries.append({"name": file.name, **ends, "accuracy_micro": micro, "labelled_ties": file.num_ties})
+    comparisons: list[dict[str, Any]] = []
+    for first, second in combinations(range(len(files)), 2):
+        test = compare(accuracy[first], accuracy[second])
+        comparisons.append(
+            {
+                "first": files[first].name,
+                "second": files[second].name,
+                "difference": test.difference,
+                "difference_low": test.low,
+                "difference_high": test.high,
+                "difference_mde": minimum_detectable_effect(accuracy[first] - accuracy[second]),
+                "p_value": test.p_value,
+            }
+        )
+    adjusted = holm(np.array([entry["p_value"] for entry in comparisons]))
+    for entry, value in zip(comparisons, adjusted.tolist(), strict=True):
+        entry["p_holm"] = value
+    return {
+        "num_items": len(place),
+        "num_users": len(users),
+        "method": "bootstrap" if len(users) <= MAX_RESAMPLED_USERS else "closed form",
+        "files": entries,
+        "comparisons": comparisons,
+    }
+
+
+def user_means(values: Float64Array, owner: IntArray, num_users: int) -> Float64Array:
+    """Mean of ``(N,)`` values by the user who owns each, ``(U,)``; nan for a user without any."""
+    count = np.bincount(owner, minlength=num_users)
+    total = np.bincount(owner, weights=values, minlength=num_users)
+    means: Float64Array = np.divide(total, count, out=np.full(num_users, np.nan), where=count > 0)
+    return means
+
+
+def _check_same(first: ItemScores, second: ItemScores) -> None:
+    """Raise if an item is in one file only or belongs to another user.
+
+    Raises:
+        ValueError: Naming the first such items.
+    """
+    places = [dict(zip(file.items, file.where, strict=True)) for file in (first, second)]
+    lines = [
+        f"only in {file.name}: {item!r} ({where})"
+        for file, other in ((first, places[1]), (second, places[0]))
+        for item, where in zip(file.items, file.where, strict=True)
+        if item not in other
+    ]
+    if lines:
+        raise ValueError(
+            "\n".join(
+                [
+                    f"expected the same items in {first.name} and {second.name}, got {len(lines)} in one of them only; "
+                    "score both models on the same pairs, and count what a model cannot tell as a margin of 0:",
+                    *first_of(lines, indent="  "),
+                ]
+            )
+        )
+    users = dict(zip(second.items, second.users, strict=True))
+    lines = [
+        f"{item!r}: user {user!r} ({places[0][item]}), user {users[item]!r} ({places[1][item]})"
+        for item, user in zip(first.items, first.users, strict=True)
+        if users[item] != user
+    ]
+    if lines:
+        start = f"expected the same user of every item in {first.name} and {second.name}, got {len(lines)} of others:"
+        raise ValueError("\n".join([start, *first_of(lines, indent="  ")]))
+
+
+def sections(result: dict[str, Any]) -> list[Section]:
+    """Both tables: the files, then every two of them."""
+    files = [
+        TableRow([entry["name"], points(entry["accuracy"], "") + interval(entry, "accuracy"),
+                  points(entry["accuracy_micro"], ""), str(entry["labelled_ties"])])
+        for entry in result["files"]
+    ]  # fmt: skip
+    versus = [
+        TableRow([f"{entry['first']} − {entry['second']}", difference(entry, "difference"), p_value(entry["p_value"]),
+                  p_value(entry["p_holm"]), points(entry["difference_mde"], "")])
+        for entry in result["comparisons"]
+    ]  # fmt: skip
+    title = f"Accuracy of {result['num_users']:,} users on {result['num_items']:,} items, 95% intervals over users"
+    heads = ["difference", "points", "p", "p, Holm", "found four times in five from"]
+    return [
+        Section(title, ["file", "mean over users %", "mean over items %", "ties left out"], files),
+        Section(f"Paired by item, clustered by user ({result['method']})", heads, versus),
+    ]
