@@ -321,6 +321,8 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
             return out["loss"]
         if count is None:
             count = self.sum_over_processes(batch.weight.new_tensor(float(batch.num_pairs)))
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # also after a fit that stopped within a step
+            self._counts.clear()
         self._counts.append(count)
         return out["loss"] * (count / _unit(self._counts))
 
@@ -345,7 +347,6 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
             return
         total = torch.stack(self._counts).sum()
         factor = self.trainer.accumulate_grad_batches * torch.where(total > 0, _unit(self._counts) / total, 0.0)
-        self._counts.clear()
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))

@@ -103,6 +103,29 @@ def test_accumulated_gradients_are_those_of_one_batch(case: str, causal_lm: Fold
         assert (gradient - whole).norm() < 1e-5 * whole.norm(), name
 
 
+class Interrupted(Exception):
+    """What stops a fit between two batches of one step."""
+
+
+def test_a_fit_after_one_that_was_cut_off_weighs_its_own_batches(causal_lm: Folder, tmp_path: Path) -> None:
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    torch.manual_seed(0)
+    method = METHODS["sft"](causal_lm("gpt2"))
+    method.configure_model()
+    whole = torch.cat([gradient.flatten() for gradient in gradients(method, "one batch", tmp_path)])
+    torch.manual_seed(0)
+    method = METHODS["sft"](causal_lm("gpt2"))
+    method.configure_model()
+    original, method.on_train_batch_end = method.on_train_batch_end, interrupt  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        gradients(method, "two", tmp_path)
+    method.on_train_batch_end = original  # type: ignore[method-assign]
+    again = torch.cat([gradient.flatten() for gradient in gradients(method, "two", tmp_path)])
+    assert (again - whole).norm() < 1e-5 * whole.norm()
+
+
 def test_a_step_of_no_weight_is_none(causal_lm: Folder, tmp_path: Path) -> None:
     method = METHODS["sft"](causal_lm("gpt2"))
     method.configure_model()
