@@ -87,6 +87,10 @@ def find_class(class_path: str) -> type[PersonalizationMethod]:
     return cls
 
 
+class PairsNotKeptError(ValueError):
+    """Pairs cannot be added to those that a user was learned from."""
+
+
 class KnownUsers:
     """The users a loaded method knows: those of its store, which are read when they are asked for.
 
@@ -129,7 +133,7 @@ class KnownUsers:
             since, known = self.store.num_erasures, self.store.find(user_id)
             kept = [] if anew else self.store.pairs([user_id]).get(user_id, [])
             if known is not None and not anew and not kept and known.num_pairs:
-                raise ValueError(
+                raise PairsNotKeptError(
                     f"user {user_id!r} was learned from {known.num_pairs} pairs that were not kept, so these cannot be "
                     "added to them; give anew=True to learn the user from these pairs alone"
                 )

@@ -47,7 +47,24 @@ def read_responses(path: str, user_id: str | None = None) -> list[ResponseRow]:
     Raises:
         ValueError: If the file cannot be read or rows are malformed; these are named by their lines.
     """
-    return read_rows(Path(path), lambda record: _row(record, user_id), '{"response": ...}')
+    return read_rows(Path(path), lambda record: response_row(record, user_id), '{"response": ...}')
+
+
+def response_row(record: dict[str, Any], default_user: str | None = None) -> ResponseRow:
+    """Check a row with a ``response`` and, optionally, a ``prompt`` and a ``user_id``.
+
+    An empty prompt or user, as CSV has them, counts as missing.
+
+    Raises:
+        ValueError: If something is malformed.
+    """
+    if "response" not in record:
+        raise ValueError(missing_key("response", record))
+    response = parsed("response", record["response"], to_response)
+    prompt, user = (None if record.get(name) == "" else record.get(name) for name in ("prompt", "user_id"))
+    user_id = default_user if user is None else parsed("user_id", user, to_id)
+    text = (response.history or "") if prompt is None else parsed("prompt", prompt, to_prompt)
+    return ResponseRow(text, response.text, user_id, record)
 
 
 def score_responses(
@@ -67,12 +84,12 @@ def score_responses(
     users, is_known = method.known_users.lookup(list(row_of))
     user_rows = torch.tensor([row_of[row.user_id] for row in rows], dtype=torch.long)
     rewards = method.score([row.text for row in rows], users, rows=user_rows, prompts=[row.prompt for row in rows])
-    _refuse_nan(rewards, rows, type(method).__name__)
+    refuse_nan(rewards, rows, type(method).__name__)
     wins = None if reference is None else _win_probabilities(method, users, user_rows, rewards, reference)
     return Scores(rewards, is_known[user_rows.to(is_known.device)], wins)
 
 
-def _refuse_nan(rewards: Tensor, rows: list[ResponseRow], method_name: str) -> None:
+def refuse_nan(rewards: Tensor, rows: list[ResponseRow], method_name: str) -> None:
     """Raise where rewards are not finite: they say nothing, and JSON has no word for them."""
     bad = (~rewards.isfinite()).nonzero()[:, 0].tolist()
     if bad:
@@ -102,14 +119,3 @@ def _win_probabilities(
         )
         wins[user_rows == user] = win_probability(rewards[user_rows == user], others)
     return wins
-
-
-def _row(record: dict[str, Any], default_user: str | None) -> ResponseRow:
-    """Check one row; an empty prompt or user, as CSV has them, counts as missing."""
-    if "response" not in record:
-        raise ValueError(missing_key("response", record))
-    response = parsed("response", record["response"], to_response)
-    prompt, user = (None if record.get(name) == "" else record.get(name) for name in ("prompt", "user_id"))
-    user_id = default_user if user is None else parsed("user_id", user, to_id)
-    text = (response.history or "") if prompt is None else parsed("prompt", prompt, to_prompt)
-    return ResponseRow(text, response.text, user_id, record)

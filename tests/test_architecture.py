@@ -46,6 +46,7 @@ EVERYTHING_BUT_CLI = {
     "rewardbench",
     "sampling",
     "scoring",
+    "serving",
     "users",
 }
 
@@ -86,6 +87,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.sampling": of_plm("backbones", "generation", "recipe"),
     "plm.generation": of_plm("method", "functional", "backbones"),
     "plm.checkpoint": of_plm("adapting", "method", "backbones", "users", "data.values"),
+    "plm.serving": {"plm", *of_plm("checkpoint", "data.values", "method", "querying", "scoring", "users")},
     "plm.erasure": of_plm("checkpoint", "method", "users"),
     "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
     "plm.rewardbench": of_plm("data.sources.corpus", "data.values"),
@@ -142,6 +144,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"entries", "figures", "wandb"},
         {"board", "dashboard"},
     ],
+    "plm.serving": [{"batching", "bodies", "metrics"}, {"gate", "service"}, {"app"}, {"server"}, {"check"}],
     "plm.portfolio": [
         {"features", "guarantee", "objectives", "study", "training", "writing"},
         {"held_out", "latents", "policies", "sampled"},
@@ -163,12 +166,12 @@ FLOORS: dict[str, list[set[str]]] = {
             "judge",
             "label",
             "leaderboard",
-            "methods",
             "portfolio",
             "query",
             "rewardbench",
             "sample",
             "score",
+            "serve",
             "users",
         },
     ],
@@ -273,9 +276,10 @@ def test_the_walk_sees_what_it_should() -> None:
     assert method_of("plm.methods.pal.model") == "plm.methods.pal" != method_of("plm.methods.palm.grid")
 
 
-def test_transformers_peft_and_sqlalchemy_stay_in_one_room() -> None:
-    """Backbones are the only importer of transformers and peft, users of sqlalchemy."""
+def test_each_large_dependency_stays_in_one_room() -> None:
+    """Backbones are the only importer of transformers and peft, users of sqlalchemy, serving of the web server."""
     room_of = {"transformers": "plm.backbones", "peft": "plm.backbones", "sqlalchemy": "plm.users"}
+    room_of |= dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic"), "plm.serving")
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

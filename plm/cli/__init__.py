@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("fit", "write the margins of a checkpoint on the test rows"),
     "adapt": ("adapt", "learn new users of a checkpoint from their pairs"),
     "score": ("score", "score responses for users"),
+    "serve": ("serve", "serve rewards over HTTP that know their user"),
     "export": ("export", "write the model of a user for other software"),
     "query": ("query", "choose the pairs to ask a user about"),
     "generate": ("generate", "write texts for users"),
@@ -38,7 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "portfolio": ("portfolio", "choose few policies that serve everybody, with a certificate"),
     "leaderboard": ("leaderboard", "compare methods and baselines on one split, with intervals and verdicts"),
     "dashboard": ("dashboard", "make a saved Weights & Biases workspace for a project of runs"),
-    "methods": ("methods", "list the installed methods"),
+    "methods": ("fit", "list the installed methods"),
 }
 """Verb -> module of this package whose ``run(args)`` carries it out, and its line in ``plm --help``."""
 _BUG = (

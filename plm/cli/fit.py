@@ -1,11 +1,11 @@
-"""``plm fit|validate|test|predict``: run a recipe."""
+"""``plm fit|validate|test|predict``: run a recipe; ``plm methods``: what a recipe can name."""
 
 from __future__ import annotations
 
 import os
 
 from plm.cli import VERBS
-from plm.cli.options import stop
+from plm.cli.options import OptionParser, stop
 from plm.cli.recipe_options import COMMON, check_options, show_help, wants_help
 
 _OPTIONS = {
@@ -52,6 +52,9 @@ def run(args: list[str]) -> None:
         ValueError: If the recipe, its data or the checkpoint cannot be read, in one message.
     """
     verb, rest = (args[0], args[1:]) if args[0] in VERBS else ("", args)
+    if verb == "methods":
+        _list_methods(rest)
+        return
     if verb and wants_help(rest) == "short":
         rows = [(name, text) for name, text in _OPTIONS.items() if verb == "fit" or name not in _ONLY_FIT]
         show_help(
@@ -77,3 +80,12 @@ def run(args: list[str]) -> None:
         if held_out:
             shown = ", ".join(map(repr, held_out[:5])) + (", ..." if held_out[5:] else "")
             print(_HELD_OUT.format(count=len(held_out), total=len(seen) + len(held_out), shown=shown))
+
+
+def _list_methods(args: list[str]) -> None:
+    """Print every registered method; none is imported."""
+    OptionParser(prog="plm methods", description="List the installed methods.").parse(args)
+
+    from plm.recipe.plugins import describe_methods
+
+    print(describe_methods())

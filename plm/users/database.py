@@ -72,6 +72,10 @@ ERASURES = sa.Table(
 )
 
 
+class StoreError(ValueError):
+    """A database of users cannot be read or written at the moment."""
+
+
 class Database:
     """Transactions on the tables of one store.
 
@@ -136,7 +140,7 @@ class Database:
         It is durable once the block has ended, and undone where the block raises.
 
         Raises:
-            ValueError: If another writer does not end, or the database cannot be written.
+            StoreError: If another writer does not end, or the database cannot be written.
         """
         with self._errors("written"), self._only_writer():
             if self.path is not None and not self.path.exists():
@@ -175,7 +179,7 @@ class Database:
         try:
             lock.acquire(timeout=WAIT, poll_interval=0.002)
         except Timeout:
-            raise ValueError(f"the user store {self.name!r} is written by another process; try again later") from None
+            raise StoreError(f"the user store {self.name!r} is written by another process; try again later") from None
         try:
             yield
         finally:
@@ -206,7 +210,7 @@ class Database:
             reason = str(error)
         else:
             return
-        raise ValueError(f"the user store {self.name!r} cannot be {verb}: {reason}")
+        raise StoreError(f"the user store {self.name!r} cannot be {verb}: {reason}")
 
 
 def among(connection: sa.Connection, column: sa.Column[str], user_ids: Sequence[str]) -> sa.ColumnElement[bool]:

@@ -581,6 +581,7 @@ WRONG = {
     "predict": ["--modl", "LoRe"],
     "adapt": ["--ckpt_path", "x", "--pairs", "y", "--columns", "user_id"],
     "score": ["--ckpt_path", "x"],
+    "serve": ["--ckpt_path", "x", "--port", "0"],
     "export": ["--ckpt_path", "x", "--outptu", "y"],
     "query": ["--ckpt_path", "x", "--user", "a", "--pool", "y", "--num_draws", "1"],
     "generate": ["--ckpt_path", "x", "--prompts", "y", "--best_of", "3"],

@@ -1,0 +1,78 @@
+"""``plm serve``: a reward server that knows each of its users."""
+
+from __future__ import annotations
+
+from plm.cli.options import OptionParser, integer
+
+
+def run(args: list[str]) -> int:
+    """Serve until stopped, or check that what is served is what ``plm score`` says.
+
+    Raises:
+        ValueError: If the checkpoint, its users or the keys cannot be read, or FastAPI is not installed.
+    """
+    parser = OptionParser(
+        prog="plm serve",
+        description="Serve the rewards of a checkpoint over HTTP: POST /classify and /score (vLLM's bodies),\n"
+        "/get_reward (OpenRLHF's), /v1/rewards, /v1/users/ID/pairs and /v1/users/ID/next-question; GET and DELETE\n"
+        "/v1/users/ID; GET /health, /v1/models, /metrics and /openapi.json. An unknown user gets the population's\n"
+        "reward, with user_known false. docs/serving.md shows requests. Needs pip install 'plm[serve]'.",
+    )
+    parser.add_shared("--ckpt_path", required=True)
+    parser.add_shared("--users")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=integer(1), default=8000, metavar="N", help="port (default 8000)")
+    parser.add_argument("--name", help="what clients call the model; default: the file's name without its ending")
+    parser.add_argument(
+        "--api_keys", metavar="FILE", help="keys, one a line; a request must bring one as a bearer (default: none)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="processes, each with its own copy of the model, on one store of users (default 1)",
+    )
+    parser.add_argument(
+        "--max_queue", type=integer(1), default=128, metavar="N", help="requests at once; more get 429 (default 128)"
+    )
+    parser.add_argument(
+        "--max_body", type=integer(1), default=4 * 2**20, metavar="N", help="bytes of a request (default 4194304)"
+    )
+    parser.add_argument("--label_is_user", action="store_true", help="the labels of /get_reward are ids of users")
+    parser.add_argument(
+        "--end_of_turn",
+        default="",
+        metavar="TEXT",
+        help="/get_reward takes this off the end of responses: '<|im_end|>'",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="score a few texts by HTTP and by plm score, compare, and stop"
+    )
+    options = parser.parse(args)
+
+    try:
+        from plm.serving.check import check
+        from plm.serving.server import Settings, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"plm serve needs {error.name}; pip install 'plm[serve]'") from error
+
+    settings = Settings(
+        options.ckpt_path,
+        options.users,
+        options.name,
+        options.label_is_user,
+        options.end_of_turn,
+        options.api_keys,
+        options.max_body,
+        options.max_queue,
+    )
+    if not options.check:
+        serve(settings, options.host, options.port, options.workers)
+        return 0
+    found = check(settings)
+    different = [one for one in found if one.rewards != one.expected]
+    for one in different:
+        print(f"different: {one.endpoint} for {one.user!r} gives {one.rewards}, plm score {one.expected}")
+    print(f"{len(found) - len(different)} of {len(found)} requests give the rewards of plm score, to the last bit")
+    return int(bool(different))

@@ -1,0 +1,1 @@
+"""Rewards over HTTP that know their user: the service, and the server around it."""

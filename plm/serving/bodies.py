@@ -1,0 +1,374 @@
+"""What clients send and get, as pydantic models: vLLM's, OpenRLHF's and plm's own bodies.
+
+A key that stands in no model is an error, and so is a value of another type. Keys of vLLM that are honoured in one way
+only take that value alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from plm.data.values import Response, to_id, to_prompt, to_response
+from plm.users import problem_of_id
+
+MAX_TEXTS = 2048
+"""Texts of one request."""
+MAX_CHARACTERS = 200_000
+"""Characters of one text."""
+MAX_PAIRS = 256
+"""Pairs of one request, and pairs to choose a question from."""
+
+_Value = TypeVar("_Value")
+
+
+def _checked(parse: Callable[[Any], Any]) -> AfterValidator:
+    """Raise what a converter raises, and keep the value as it was sent."""
+
+    def check(value: _Value) -> _Value:
+        parse(value)
+        return value
+
+    return AfterValidator(check)
+
+
+def user_id_of(user_id: str) -> str:
+    """The id of a user, as it is.
+
+    Raises:
+        ValueError: If it is not one that can be stored.
+    """
+    if problem := problem_of_id(user_id):
+        raise ValueError(f"expected the id of a user, got one {problem}")
+    return to_id(user_id)
+
+
+class _Sent(BaseModel):
+    """A body: strict about types, unknown keys and numbers that JSON does not have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Message(_Sent):
+    """A message of a conversation."""
+
+    role: str = Field(max_length=64)
+    content: str = Field(max_length=MAX_CHARACTERS)
+
+
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS), _checked(to_response)]
+"""A response: not blank."""
+AnyText = Annotated[str, Field(max_length=MAX_CHARACTERS), _checked(to_prompt)]
+"""A prompt, which may be empty; a text that holds the JSON of chat messages is read as these."""
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=MAX_TEXTS)]
+UserId = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(user_id_of)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+
+
+def prompt_text(prompt: str | list[Message]) -> str:
+    """A prompt as methods read it: text, or canonical JSON of its messages."""
+    return to_prompt(prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt])
+
+
+# ---------------------------------------------------------------------- vLLM
+class _Pooling(_Sent):
+    """What vLLM takes in every request of this kind."""
+
+    model: str | None = Field(None, max_length=512, description="the served model; may be left out")
+    user: UserId | None = Field(None, description="whose reward; without it, the population's")
+    request_id: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[\w.-]+$")
+    use_activation: Literal[False] | None = Field(None, description="rewards are raw: true is refused")
+    truncate_prompt_tokens: Literal[-1] | None = Field(None, description="long texts are cut at the model's length")
+    truncation_side: None = None
+    padding: None = None
+    priority: Literal[0] = 0
+    cache_salt: None = None
+    mm_processor_kwargs: None = None
+    chat_template: None = None
+    chat_template_kwargs: None = None
+
+
+class ClassifyRequest(_Pooling):
+    """vLLM's ``/classify``: texts, or one conversation whose last message is the response."""
+
+    input: Text | Texts | None = None
+    messages: Conversation | None = None
+    add_special_tokens: bool | None = Field(None, description="read as the backbone of the checkpoint does, always")
+    add_generation_prompt: Literal[False] = False
+    continue_final_message: Literal[False] = False
+    media_io_kwargs: None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("expected either input or messages")
+        if self.messages is not None:
+            self.replies()
+        return self
+
+    def replies(self) -> list[Response]:
+        """The responses, each with the messages before it."""
+        if self.messages is not None:
+            return [to_response([message.model_dump() for message in self.messages])]
+        return [to_response(text) for text in ([self.input] if isinstance(self.input, str) else self.input or [])]
+
+
+class ScoreRequest(_Pooling):
+    """vLLM's ``/score``: prompts and responses, one to one, one to many or pairwise, in any of its four spellings."""
+
+    queries: AnyText | Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    documents: Text | Texts | None = None
+    items: Text | Texts | None = None
+    data_1: AnyText | Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    data_2: Text | Texts | None = None
+    text_1: AnyText | Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    text_2: Text | Texts | None = None
+    max_tokens_per_query: Literal[0] = 0
+    max_tokens_per_doc: Literal[0] = 0
+    instruction: None = None
+
+    SPELLINGS: ClassVar = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> Self:
+        self.rows()
+        return self
+
+    def rows(self) -> tuple[list[str], list[str]]:
+        """Prompts and responses of the same number."""
+        names = {name for spelling in self.SPELLINGS for name in spelling if getattr(self, name) is not None}
+        spelling = next((spelling for spelling in self.SPELLINGS if {*spelling} == names), None)
+        if spelling is None:
+            shown = ", ".join(" and ".join(spelling) for spelling in self.SPELLINGS)
+            raise ValueError(f"expected one of {shown}, got {', '.join(sorted(names)) or 'none'}")
+        prompts, texts = ([value] if isinstance(value := getattr(self, name), str) else value for name in spelling)
+        if len(prompts) not in (1, len(texts)):
+            raise ValueError(f"expected one prompt, or one for each response, got {len(prompts)} and {len(texts)}")
+        return [prompt_text(prompt) for prompt in prompts] * (1 if len(prompts) == len(texts) else len(texts)), texts
+
+
+class Usage(BaseModel):
+    """vLLM's count of tokens, which clients may expect to find; tokens are not counted here."""
+
+    prompt_tokens: int = 0
+    total_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: None = None
+    completion_tokens_details: None = None
+
+
+class _Listed(BaseModel):
+    """The frame of vLLM's responses."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    usage: Usage = Usage()
+
+
+class Classified(BaseModel):
+    """The reward of one text, as the only class."""
+
+    index: int
+    label: None = None
+    probs: list[float] = Field(description="the raw reward: no probability")
+    num_classes: Literal[1] = 1
+    user_known: bool
+    global_reward: float = Field(description="the reward of the population")
+
+
+class ClassifyResponse(_Listed):
+    """Rewards in the order of the texts."""
+
+    data: list[Classified]
+
+
+class Scored(BaseModel):
+    """The reward of one response."""
+
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+    user_known: bool
+
+
+class ScoreResponse(_Listed):
+    """Rewards in the order of the responses."""
+
+    data: list[Scored]
+
+
+# ---------------------------------------------------------------------- OpenRLHF
+class GetRewardRequest(_Sent):
+    """OpenRLHF's ``/get_reward``: whole texts and the prompts that they begin with."""
+
+    query: Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)]
+    prompts: Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)]
+    labels: Annotated[list[Any], Field(max_length=MAX_TEXTS)] | None = None
+    users: Annotated[list[UserId | None], Field(max_length=MAX_TEXTS)] | None = Field(
+        None, description="a user for each text; OpenRLHF's own client cannot send them"
+    )
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        for name in ("prompts", "labels", "users"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.query):
+                raise ValueError(f"expected {name} of the length of query, {len(self.query)}, got {len(values)}")
+        return self
+
+
+class GetRewardResponse(BaseModel):
+    """Raw rewards; numbers only, as OpenRLHF makes tensors of all of them."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+# ---------------------------------------------------------------------- plm
+class RewardsRequest(_Sent):
+    """Responses to one prompt, compared for one user."""
+
+    model: str | None = Field(None, max_length=512)
+    user: UserId | None = None
+    prompt: AnyText | Conversation = ""
+    responses: Texts
+
+
+class Reward(BaseModel):
+    """What is known of one response."""
+
+    index: int
+    reward: float
+    global_reward: float = Field(description="the reward of the population")
+    reward_sd: float | None = Field(description="its spread over the user's posterior; null without one")
+    win_probability: float | None = Field(description="over another of the responses; null for a lone response")
+
+
+class RewardsResponse(BaseModel):
+    """Rewards in the order of the responses."""
+
+    id: str
+    object: Literal["rewards"] = "rewards"
+    created: int
+    model: str
+    user_known: bool
+    data: list[Reward]
+
+
+class Pair(_Sent):
+    """What a user prefers to what."""
+
+    prompt: AnyText | Conversation = ""
+    chosen: Text
+    rejected: Text
+    tie: bool = False
+    weight: float = Field(1.0, ge=0, le=1e30)
+
+
+class PairsRequest(_Sent):
+    """Pairs to learn a user from, after those before."""
+
+    pairs: Annotated[list[Pair], Field(min_length=1, max_length=MAX_PAIRS)]
+    anew: bool = Field(False, description="forget what was known of the user before")
+
+
+class User(BaseModel):
+    """What is known of a user."""
+
+    user: str
+    num_pairs: int
+    version: int
+    created: float = Field(description="seconds since 1970")
+    updated: float
+    served: Literal["personal", "population"] = Field(description="population: nothing was learned from pairs yet")
+
+
+class Erased(BaseModel):
+    """The receipt of an erasure, which the log in the store keeps."""
+
+    receipt: str = Field(description="a keyed hash of the id")
+    erased: str
+    was_stored: bool
+    is_wiped: bool = Field(description="whether the bytes are gone from the disk too")
+
+
+class Candidate(_Sent):
+    """A pair that may be asked about."""
+
+    prompt: AnyText | Conversation = ""
+    responses: Annotated[list[Text], Field(min_length=2, max_length=2)]
+
+    @model_validator(mode="after")
+    def _two_texts(self) -> Self:
+        if self.responses[0] == self.responses[1]:
+            raise ValueError("expected two different responses")
+        return self
+
+
+class QuestionRequest(_Sent):
+    """Pairs to choose the next question from."""
+
+    pool: Annotated[list[Candidate], Field(min_length=1, max_length=MAX_PAIRS)]
+    num_pairs: int = Field(1, ge=1, le=16)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class Question(BaseModel):
+    """A pair worth asking about."""
+
+    index: int = Field(description="its place in the pool")
+    prompt: str | list[Message]
+    responses: list[str]
+    information: float = Field(description="nats that the answer adds about the user")
+    chance: float = Field(description="that the user prefers the first response")
+
+
+class QuestionResponse(BaseModel):
+    """Questions, the first to ask first."""
+
+    user_known: bool
+    data: list[Question]
+
+
+class Permission(BaseModel):
+    """Empty: vLLM's list of permissions."""
+
+
+class Model(BaseModel):
+    """The served checkpoint."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["plm"] = "plm"
+    root: str
+    parent: None = None
+    max_model_len: None = None
+    permission: list[Permission] = []
+
+
+class Models(BaseModel):
+    """All served models: one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Problem(BaseModel):
+    """What is wrong with a request, or with the server."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class Refusal(BaseModel):
+    """The body of every error, as of vLLM."""
+
+    error: Problem

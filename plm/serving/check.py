@@ -1,0 +1,84 @@
+"""``plm serve --check``: rewards that come by HTTP are those of ``plm score``, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from plm.checkpoint import load_method
+from plm.scoring import response_row, score_responses
+from plm.serving.server import Settings, running
+
+GOLDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("What should I drink?", ("Strong tea with milk.", "Black coffee, no sugar.", "Water – 水 – is enough.")),
+    ("", ("A text without a prompt.",)),
+    (
+        '[{"role":"user","content":"Plan my evening."},{"role":"assistant","content":"With whom?"}]',
+        ("Alone: a walk by the sea.", "With friends: films, and much to eat."),
+    ),
+)
+"""Prompts and responses that are scored."""
+NUM_USERS = 3
+"""Known users who are scored for, besides an unknown one and nobody."""
+
+
+class Comparison(NamedTuple):
+    """One request, and the rewards that it should have got."""
+
+    endpoint: str
+    user: str | None
+    rewards: list[float]
+    expected: list[float]
+
+
+def check(settings: Settings) -> list[Comparison]:
+    """Score the golden texts through a server and by ``plm score``.
+
+    Args:
+        settings: What is served; keys are not asked for.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read, or does not score the texts.
+    """
+    method = load_method(settings.ckpt_path, users=settings.users)
+    known = [user.user_id for user in islice(method.users, NUM_USERS)]
+    found = []
+    with running(settings._replace(api_keys=None).app()) as url:
+        for user in (*known, "nobody who is known", None):
+            for prompt, texts in GOLDEN:
+                record = {"prompt": prompt, "user_id": user}
+                rows = [response_row({**record, "response": text}) for text in texts]
+                expected = score_responses(method, rows).rewards.tolist()
+                for endpoint, rewards in _by_http(url, user, prompt, list(texts)):
+                    found.append(Comparison(endpoint, user, rewards, expected))
+    return found
+
+
+def _by_http(url: str, user: str | None, prompt: str, texts: list[str]) -> Iterator[tuple[str, list[float]]]:
+    """Endpoint and rewards, by all endpoints that score responses to this prompt."""
+    query = {"query": [prompt + text for text in texts], "prompts": [prompt] * len(texts), "users": [user] * len(texts)}
+    yield "/get_reward", post(f"{url}/get_reward", query)["rewards"]
+    scores = post(f"{url}/score", {"queries": prompt, "documents": texts, "user": user})
+    yield "/score", [entry["score"] for entry in scores["data"]]
+    rewards = post(f"{url}/v1/rewards", {"prompt": prompt, "responses": texts, "user": user})
+    yield "/v1/rewards", [entry["reward"] for entry in rewards["data"]]
+    if not prompt:
+        classes = post(f"{url}/classify", {"input": texts, "user": user})
+        yield "/classify", [entry["probs"][0] for entry in classes["data"]]
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    """Send JSON and read JSON.
+
+    Raises:
+        ValueError: If the server refuses it.
+    """
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url} answers {error.code}: {error.read(1000).decode(errors='replace')}") from error

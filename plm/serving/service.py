@@ -1,0 +1,377 @@
+"""`RewardService`: what the server does, without the server.
+
+Every method takes and gives a pydantic model and may be called by any number of threads. Texts of requests that come at
+the same time are encoded together; each request is then scored by itself, as ``plm score`` scores its rows.
+
+Axes: B responses of a request, M draws from a posterior.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.checkpoint import PairsNotKeptError, load_method
+from plm.method import PersonalizationMethod
+from plm.querying import MAX_FLOATS, PoolPair, choose_queries, posterior_samples
+from plm.scoring import ResponseRow, refuse_nan, response_row
+from plm.serving import bodies
+from plm.serving.batching import Batcher
+from plm.types import Tokens, UserState, take_rows
+from plm.users import StoreError
+
+BATCH_TEXTS = 64
+"""Texts that are encoded at once, if as many wait; the last request may exceed it."""
+NUM_DRAWS = 64
+"""Draws from a user's posterior for the spread of a reward."""
+
+Kind = Literal["NotFoundError", "ConflictError", "UnprocessableError", "BadRequestError", "ServiceUnavailableError"]
+STATUS: dict[Kind, int] = {
+    "BadRequestError": 400,
+    "NotFoundError": 404,
+    "ConflictError": 409,
+    "UnprocessableError": 422,
+    "ServiceUnavailableError": 503,
+}
+
+
+class RequestError(Exception):
+    """What a request cannot be given, in words for its sender.
+
+    Args:
+        kind: A key of `STATUS`.
+        message: What was expected, and what came.
+        param: The field that is meant.
+    """
+
+    def __init__(self, kind: Kind, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.kind, self.param, self.status = kind, param, STATUS[kind]
+
+
+class _Job(NamedTuple):
+    """Responses to score."""
+
+    rows: list[ResponseRow]
+    wants_spread: bool
+
+
+class _Rewards(NamedTuple):
+    """What is known of B responses."""
+
+    rewards: Tensor
+    """``(B,)`` of the user of each row."""
+    population: Tensor
+    """``(B,)`` of the population."""
+    is_known: list[bool]
+    spread: Tensor | None
+    """``(B,)`` standard deviation over the posterior of the first row's user."""
+
+
+class RewardService:
+    """Scores for users, learns users and forgets them.
+
+    Args:
+        ckpt_path: A checkpoint written by ``plm fit``.
+        users: Where the users are, if not beside it: a file or ``postgresql+psycopg://...``.
+        name: What clients call the model; default: the name of the checkpoint's file without its ending.
+        label_is_user: Whether the labels of ``get_reward`` are ids of users.
+        end_of_turn: What ``get_reward`` takes off the end of responses, such as ``<|im_end|>``.
+
+    Raises:
+        ValueError: If the checkpoint, its backbone or the users cannot be read.
+    """
+
+    def __init__(
+        self,
+        ckpt_path: str | Path,
+        users: str | Path | None = None,
+        name: str | None = None,
+        *,
+        label_is_user: bool = False,
+        end_of_turn: str = "",
+    ) -> None:
+        self.method: PersonalizationMethod = load_method(ckpt_path, users=users)
+        self.name = Path(ckpt_path).stem if name is None else name
+        self.created = int(time.time())
+        self.label_is_user, self.end_of_turn = label_is_user, end_of_turn
+        self.batches: Batcher[_Job, _Rewards] = Batcher(self._work, lambda job: len(job.rows), BATCH_TEXTS)
+        refused = self._alone(_Job([response_row({"response": "a text", "prompt": "a prompt"})], False))
+        if isinstance(refused, Exception):  # what is wrong with the checkpoint shows before anybody asks
+            raise ValueError(str(refused))
+
+    # ------------------------------------------------------------------ rewards
+    def classify(self, request: bodies.ClassifyRequest) -> bodies.ClassifyResponse:
+        """Raw rewards of texts or of the last message of a conversation."""
+        rows = [self._row(reply.text, reply.history or "", request.user) for reply in request.replies()]
+        found = self._rewards(request.model, rows)
+        return bodies.ClassifyResponse(
+            **self._frame("classify", request.request_id),
+            data=[
+                bodies.Classified(index=index, probs=[reward], user_known=known, global_reward=population)
+                for index, (reward, known, population) in enumerate(
+                    zip(found.rewards.tolist(), found.is_known, found.population.tolist(), strict=True)
+                )
+            ],
+        )
+
+    def score(self, request: bodies.ScoreRequest) -> bodies.ScoreResponse:
+        """Raw rewards of responses to one prompt, or to one each."""
+        prompts, texts = request.rows()
+        rows = [self._row(text, prompt, request.user) for prompt, text in zip(prompts, texts, strict=True)]
+        found = self._rewards(request.model, rows)
+        return bodies.ScoreResponse(
+            **self._frame("score", request.request_id),
+            data=[
+                bodies.Scored(index=index, score=reward, user_known=known)
+                for index, (reward, known) in enumerate(zip(found.rewards.tolist(), found.is_known, strict=True))
+            ],
+        )
+
+    def get_reward(self, request: bodies.GetRewardRequest, user: str | None = None) -> bodies.GetRewardResponse:
+        """Raw rewards of texts that begin with their prompts.
+
+        Args:
+            request: The texts; its ``users``, or else its labels where they are users, win over ``user``.
+            user: Whose rewards, where the request does not say.
+        """
+        named = request.users
+        if named is None and self.label_is_user and request.labels is not None:
+            named = [None if label is None else self._label(label) for label in request.labels]
+        users = [user if one is None else one for one in named or [None] * len(request.query)]
+        rows = []
+        for place, (query, prompt, one) in enumerate(zip(request.query, request.prompts, users, strict=True)):
+            if not query.startswith(prompt):
+                message = (
+                    "expected a query that begins with its prompt, as a guess where the response begins may be wrong"
+                )
+                raise RequestError("BadRequestError", message, f"query.{place}")
+            text = query[len(prompt) :].removesuffix(self.end_of_turn)
+            rows.append(ResponseRow(bodies.prompt_text(prompt), text, one, {}))
+        found = self._rewards(None, rows)
+        rewards, known = found.rewards.tolist(), [float(known) for known in found.is_known]
+        return bodies.GetRewardResponse(rewards=rewards, scores=rewards, extra_logs={"user_known": known})
+
+    def rewards(self, request: bodies.RewardsRequest) -> bodies.RewardsResponse:
+        """Rewards of responses to one prompt, how sure they are, and how often each would be preferred to another."""
+        prompt = bodies.prompt_text(request.prompt)
+        rows = [self._row(text, prompt, request.user) for text in request.responses]
+        found = self._rewards(request.model, rows, wants_spread=True)
+        count = len(rows)
+        wins: Sequence[float | None] = [None]
+        if count > 1:
+            each = torch.sigmoid(found.rewards.double()[:, None] - found.rewards.double()[None])
+            wins = ((each.sum(1) - 0.5) / (count - 1)).tolist()
+        spreads: Sequence[float | None] = [None] * count if found.spread is None else found.spread.tolist()
+        rewards, population = found.rewards.tolist(), found.population.tolist()
+        return bodies.RewardsResponse(
+            id=f"rewards-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=self.name,
+            user_known=found.is_known[0],
+            data=[
+                bodies.Reward(
+                    index=index,
+                    reward=rewards[index],
+                    global_reward=population[index],
+                    reward_sd=spreads[index],
+                    win_probability=wins[index],
+                )
+                for index in range(count)
+            ],
+        )
+
+    # ------------------------------------------------------------------ users
+    def user(self, user_id: str) -> bodies.User:
+        """What is known of a user besides the state."""
+        with _store_errors():
+            found = self.method.users.find(user_id)
+        if found is None:
+            raise RequestError("NotFoundError", "no such user is known")
+        served: Literal["personal", "population"] = "personal" if found.num_pairs else "population"
+        return bodies.User(
+            user=user_id,
+            num_pairs=found.num_pairs,
+            version=found.version,
+            created=found.created,
+            updated=found.updated,
+            served=served,
+        )
+
+    def learn(self, user_id: str, request: bodies.PairsRequest) -> bodies.User:
+        """Learn a user from pairs and from those before; durable when the call returns."""
+        pairs = [{**pair.model_dump(), "prompt": bodies.prompt_text(pair.prompt)} for pair in request.pairs]
+        with _store_errors():
+            try:
+                is_stored = self.method.learn(user_id, pairs, request.anew)
+            except PairsNotKeptError as error:
+                raise RequestError("ConflictError", str(error)) from error
+            except StoreError:
+                raise
+            except ValueError as error:
+                raise RequestError("UnprocessableError", str(error), "body.pairs") from error
+        if not is_stored:
+            raise RequestError("ConflictError", "the user was deleted meanwhile and stays deleted")
+        return self.user(user_id)
+
+    def forget(self, user_id: str) -> bodies.Erased:
+        """Delete a user from the store; a user who is not there gets a receipt too."""
+        with _store_errors():
+            return bodies.Erased(**self.method.forget(user_id)._asdict())
+
+    def next_question(self, user_id: str, request: bodies.QuestionRequest) -> bodies.QuestionResponse:
+        """The pairs of a pool whose answers tell most about a user, known or not."""
+        pool = [PoolPair(bodies.prompt_text(pair.prompt), *_two(pair), {}) for pair in request.pool]
+        with _store_errors():
+            state, known = self.method.known_users.lookup([user_id])
+        try:
+            with self.method.one_thread():
+                queries = choose_queries(self.method, state, pool, request.num_pairs, seed=request.seed)
+        except ValueError as error:
+            raise RequestError("UnprocessableError", str(error)) from error
+        return bodies.QuestionResponse(
+            user_known=bool(known[0]),
+            data=[
+                bodies.Question(
+                    index=query.row,
+                    prompt=request.pool[query.row].prompt,
+                    responses=request.pool[query.row].responses,
+                    information=query.information,
+                    chance=query.chance,
+                )
+                for query in queries
+            ],
+        )
+
+    def models(self) -> bodies.Models:
+        """The served checkpoint."""
+        return bodies.Models(data=[bodies.Model(id=self.name, created=self.created, root=self.name)])
+
+    # ------------------------------------------------------------------ inside
+    def _row(self, text: str, prompt: str, user: str | None) -> ResponseRow:
+        return response_row({"response": text, "prompt": prompt, "user_id": user})
+
+    def _label(self, label: Any) -> str:
+        """A label of ``get_reward`` as the id of a user."""
+        try:
+            return bodies.user_id_of(str(label) if isinstance(label, int) and not isinstance(label, bool) else label)
+        except ValueError as error:
+            raise RequestError("BadRequestError", str(error), "body.labels") from error
+
+    def _frame(self, prefix: str, request_id: str | None) -> dict[str, Any]:
+        """The frame of vLLM's responses."""
+        number = request_id or uuid.uuid4().hex
+        return {"id": f"{prefix}-{number}", "created": int(time.time()), "model": self.name}
+
+    def _rewards(self, model: str | None, rows: list[ResponseRow], wants_spread: bool = False) -> _Rewards:
+        """Rewards of rows by the served model, encoded together with those of other requests."""
+        if model and model != self.name:
+            raise RequestError("NotFoundError", f"The model `{model}` does not exist.")
+        return self.batches(_Job(rows, wants_spread))
+
+    def _work(self, jobs: Sequence[_Job]) -> list[_Rewards | Exception]:
+        """Results of all jobs; or of each by itself, where one of them fails."""
+        try:
+            return list(self._together(jobs))
+        except Exception:
+            return [self._alone(job) for job in jobs]
+
+    def _alone(self, job: _Job) -> _Rewards | Exception:
+        try:
+            return self._together([job])[0]
+        except Exception as error:
+            return error
+
+    @torch.no_grad()
+    def _together(self, jobs: Sequence[_Job]) -> list[_Rewards]:
+        """Encode the texts of all jobs at once, look all users up at once, and score each job by itself."""
+        rows = [row for job in jobs for row in job.rows]
+        ids = list(dict.fromkeys(row.user_id for row in rows))
+        with _store_errors():
+            states, known = self.method.known_users.lookup(ids)
+        place = {user_id: number for number, user_id in enumerate(ids)}
+        prompts, encoder = [row.prompt for row in rows], self.method.text_encoder
+        results, start = [], 0
+        with self.method.one_thread():
+            try:
+                features = encoder(prompts, [row.text for row in rows])
+                prompt_features = encoder.prompts(prompts)
+            except ValueError as error:
+                raise RequestError("UnprocessableError", str(error)) from error
+            for job in jobs:
+                one = torch.arange(start, start + len(job.rows))
+                start += len(job.rows)
+                inputs = (
+                    (features, prompt_features)
+                    if len(jobs) == 1
+                    else map(_take, (features, prompt_features), (one, one))
+                )
+                mine = list(dict.fromkeys(row.user_id for row in job.rows))
+                users = states.take(torch.tensor([place[user_id] for user_id in mine]).to(states.num_pairs.device))
+                is_known = [bool(known[place[row.user_id]]) for row in job.rows]
+                results.append(self._scored(job, mine, users, is_known, *inputs))
+        return results
+
+    def _scored(
+        self,
+        job: _Job,
+        user_ids: list[str | None],
+        users: UserState,
+        is_known: list[bool],
+        features: Tensor | Tokens,
+        prompts: Tensor | Tokens | None,
+    ) -> _Rewards:
+        """Score B responses, as features or tokens, for the users of their rows."""
+        row_of = {user_id: number for number, user_id in enumerate(user_ids)}
+        user_rows = torch.tensor([row_of[row.user_id] for row in job.rows])
+        score = self.method.score
+        rewards = score(features, users, rows=user_rows, prompt_features=prompts)
+        population = score(features, prompt_features=prompts) if any(is_known) else rewards
+        for values in (rewards, population):
+            refuse_nan(values, job.rows, type(self.method).__name__)
+        spread = self._spread(features, users, prompts) if job.wants_spread else None
+        return _Rewards(rewards.cpu(), population.cpu(), is_known, spread)
+
+    def _spread(self, features: Tensor | Tokens, user: UserState, prompts: Tensor | Tokens | None) -> Tensor | None:
+        """Standard deviation of B rewards over draws from the posterior of one user; None if there is none."""
+        try:
+            draws = posterior_samples(user, NUM_DRAWS)
+        except ValueError:
+            return None
+        count = features.num_rows if isinstance(features, Tokens) else len(features)
+        at_once = max(1, MAX_FLOATS // max(1, count * self.method.feature_dim))
+        rewards = []
+        for block in torch.split(torch.arange(NUM_DRAWS), at_once):
+            pick = torch.arange(count).repeat(len(block))
+            inputs, asked = take_rows(features, pick), take_rows(prompts, pick)
+            assert inputs is not None
+            rewards.append(self.method.score(inputs, draws, rows=block.repeat_interleave(count), prompt_features=asked))
+        return torch.cat(rewards).view(NUM_DRAWS, count).std(0, correction=0).cpu()
+
+
+def _two(pair: bodies.Candidate) -> tuple[str, str]:
+    """Both responses."""
+    left, right = pair.responses
+    return left, right
+
+
+def _take(values: Tensor | Tokens | None, rows: Tensor) -> Tensor | Tokens | None:
+    """Rows of features or of tokens, which lose the padding of other texts."""
+    taken = take_rows(values, rows)
+    return taken.trimmed() if isinstance(taken, Tokens) else taken
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """Say of a database that cannot be reached that it may be later."""
+    try:
+        yield
+    except StoreError as error:
+        raise RequestError("ServiceUnavailableError", str(error)) from error
