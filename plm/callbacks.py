@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -25,9 +27,11 @@ from plm.atomic import write_csv, write_json
 from plm.evaluation import (
     USER_COLUMNS,
     calibration_figure,
+    control_notes,
     few_shot_figure,
     few_shot_table,
     gain_figure,
+    points,
     print_parts,
     summarize,
     summarize_few_shot,
@@ -35,7 +39,7 @@ from plm.evaluation import (
     user_rows,
     verdict,
 )
-from plm.metrics import FewShotMetric, PreferenceMetric
+from plm.metrics import FewShotMetric, PreferenceMetric, UserTable
 from plm.types import PreferenceBatch
 from plm.users import UserStore, shared_hash, store_path
 
@@ -111,7 +115,8 @@ class PreferenceMetrics(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log every number with its interval and write the files."""
-        tables = {name: metric.table() for name, metric in self._metrics.items()}
+        data = _datamodule(trainer)
+        tables = {name: _with_majority(metric.table(), data, name) for name, metric in self._metrics.items()}
         groups = {name: summarize(table, self.num_resamples, self.seed) for name, table in tables.items()}
         for name, numbers in groups.items():
             _log(pl_module, f"test/{name}", numbers)
@@ -119,7 +124,6 @@ class PreferenceMetrics(L.Callback):
         _log(pl_module, "test/method", report)
         if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
-        data = _datamodule(trainer)
         verdicts = {name: verdict(name, numbers) for name, numbers in groups.items()}
         metadata = {
             "method": {"name": type(pl_module).__name__, **report},
@@ -128,6 +132,8 @@ class PreferenceMetrics(L.Callback):
             "seed": self.seed,
         }
         folder = run_dir(trainer)
+        noise = _noise(data)
+        metadata |= {"noise": noise} if noise else {}
         write_json(folder / "metrics.json", {**metadata, **groups, "verdicts": verdicts})
         rows = user_rows(tables, data.all_user_ids)
         write_csv(folder / "per_user.csv", USER_COLUMNS, rows)
@@ -137,7 +143,8 @@ class PreferenceMetrics(L.Callback):
         _show(trainer, "test/histogram", gain_figure(tables), folder / "histogram.png")
         _show(trainer, "test/calibration", calibration_figure(tables), folder / "calibration.png")
         files = f"metrics.json, per_user.csv, histogram.png and calibration.png in {folder}"
-        self._report = [summary_table(groups), *verdicts.values(), files]
+        ceiling = [noise["sentence"]] if noise else []
+        self._report = [summary_table(groups), *verdicts.values(), *control_notes(groups), *ceiling, files]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print the table last, below the progress bar and Lightning's own listing."""
@@ -153,14 +160,14 @@ class PreferenceMetrics(L.Callback):
         if name == "few_shot":
             return
         metric, facts = self._metrics[name], _facts(outputs)
-        names = ("population_margin", "other_margin", "bradley_terry_margin")
+        names = ("population_margin", "other_margin", "bradley_terry_margin", "flipped_margin")
         controls = {key: facts[key].to(metric.device) for key in names if key in facts}
         rows = _required(batch, "user_row").to(metric.device)
         metric.update(facts["margin"].to(metric.device), rows, batch.tie.to(metric.device), **controls)
 
 
 class FewShotCurve(L.Callback):
-    """Accuracy of unseen users against the number of pairs they are adapted on.
+    """Accuracy, calibration and harm of unseen users against the number of pairs they are adapted on.
 
     A test logs ``test/few_shot/accuracy@<shots>``, adds ``few_shot`` to ``metrics.json`` and draws ``few_shot.png``. It
     does nothing when the data has no few-shot batches.
@@ -300,6 +307,33 @@ def _datamodule(trainer: L.Trainer) -> Any:
     if data is None:
         raise ValueError("plm's callbacks read names and users from a PreferenceDataModule, got none; pass datamodule=")
     return data
+
+
+def _with_majority(table: UserTable, data: Any, name: str) -> UserTable:
+    """Add what most training users preferred, where the test judged these pairs and they share responses with them."""
+    if not hasattr(data, "majority_pairs"):
+        return table
+    margin, user_row, tie = map(torch.from_numpy, data.majority_pairs(name))
+    metric = PreferenceMetric(len(data.all_user_ids))
+    metric.update(margin, user_row, tie)
+    judged = metric.table()
+    if not margin.any() or not np.array_equal(judged.num_pairs, table.num_pairs):
+        return table
+    return replace(table, majority_accuracy=judged.accuracy)
+
+
+def _noise(data: Any) -> dict[str, Any]:
+    """What repeated comparisons of one user say about the best accuracy there can be; empty where there are none."""
+    found = getattr(data, "repeated_comparisons", None)
+    if found is None or math.isnan(found.noise_ceiling):
+        return {}
+    asked = found.agreeing + found.contradicting
+    return {
+        **found._asdict(),
+        "ceiling": found.noise_ceiling,
+        "sentence": f"noise ceiling: accuracy {points(found.noise_ceiling, '')} %: of {asked:,} repeated comparisons "
+        f"of one user {found.contradicting:,} were answered the other way",
+    }
 
 
 def _device(pl_module: L.LightningModule) -> torch.device:

@@ -40,6 +40,9 @@ _COLUMNS = (
     "bradley_terry_pairs",
     "bradley_terry_correct",
     "bradley_terry_loss",
+    "personal_pairs",
+    "flipped_pairs",
+    "reversed_pairs",
 )
 
 
@@ -68,6 +71,14 @@ class UserTable:
     """``(U,)`` accuracy of the ridge-tuned Bradley-Terry model of the same training pairs."""
     bradley_terry_log_loss: Float64Array
     """``(U,)`` its log-loss."""
+    majority_accuracy: Float64Array
+    """``(U,)`` accuracy of what most training users preferred, where pairs share responses with theirs."""
+    personal_pairs: Float64Array
+    """``(U,)`` pairs whose margin is not that of the population; 0 = the user is served the population."""
+    flipped_pairs: int
+    """Pairs with a personal term, the margin less the population's, that were also judged with reversed labels."""
+    reversed_pairs: int
+    """Those whose personal term changes its sign when the labels of the user's support are reversed."""
     ties: int
     """Pairs whose margin is exactly zero."""
     labelled_ties: int
@@ -91,6 +102,11 @@ class UserTable:
         return self.accuracy - self.bradley_terry_accuracy
 
     @property
+    def personal_minus_majority(self) -> Float64Array:
+        """``(U,)`` gain of each user over the majority."""
+        return self.accuracy - self.majority_accuracy
+
+    @property
     def calibration_error(self) -> float:
         r"""Expected calibration error over all pairs.
 
@@ -99,8 +115,7 @@ class UserTable:
         or below zero. With ``N`` bins of equal width,
         :math:`ECE = \sum_n \frac{pairs_n}{pairs} |correctness_n - confidence_n|`, bin means on the right.
         """
-        pairs, confidence, correct = self.bins.T
-        return float(np.abs(correct - confidence).sum() / pairs.sum())
+        return calibration_error(self.bins)
 
     def estimates(self) -> dict[str, float]:
         """Estimate all numbers, macro over users unless their name says otherwise; absent controls are left out."""
@@ -127,12 +142,20 @@ class UserTable:
                 "personal_minus_global": float(np.nanmean(gain)),
                 "users_helped": int((gain > 0).sum()),
                 "users_harmed": int((gain < 0).sum()),
+                "users_served_population": int((self.personal_pairs[~np.isnan(gain)] == 0).sum()),
             }
+        if self.flipped_pairs:
+            numbers["flip_reversed"] = self.reversed_pairs / self.flipped_pairs
         if not np.isnan(self.bradley_terry_accuracy).all():
             numbers |= {
                 "bradley_terry_accuracy": float(np.nanmean(self.bradley_terry_accuracy)),
                 "bradley_terry_log_loss": float(np.nanmean(self.bradley_terry_log_loss)),
                 "personal_minus_bradley_terry": float(np.nanmean(self.personal_minus_bradley_terry)),
+            }
+        if not np.isnan(self.majority_accuracy).all():
+            numbers |= {
+                "majority_accuracy": float(np.nanmean(self.majority_accuracy)),
+                "personal_minus_majority": float(np.nanmean(self.personal_minus_majority)),
             }
         if not np.isnan(self.other_accuracy).all():
             numbers |= {
@@ -145,7 +168,7 @@ class UserTable:
 class PreferenceMetric(Metric):
     """Accuracy, log-loss, calibration and both controls of one group of users, exact across batches and processes.
 
-    Sums are float64 and added up by user row, so memory is ``U x 13`` numbers whatever the number of pairs.
+    Sums are float64 and added up by user row, so memory is ``U x 16`` numbers whatever the number of pairs.
 
     Args:
         num_users: Number U of users of the datamodule, seen and unseen: the range of ``user_row``.
@@ -172,6 +195,7 @@ class PreferenceMetric(Metric):
         population_margin: Tensor | None = None,
         other_margin: Tensor | None = None,
         bradley_terry_margin: Tensor | None = None,
+        flipped_margin: Tensor | None = None,
     ) -> None:
         """Add pairs.
 
@@ -182,6 +206,8 @@ class PreferenceMetric(Metric):
             population_margin: ``(B,)`` margins of the population state.
             other_margin: ``(B,)`` margins of another user's state.
             bradley_terry_margin: ``(B,)`` margins of the ridge-tuned Bradley-Terry model.
+            flipped_margin: ``(B,)`` margins of the users' states after all labels of their support were reversed; with
+                ``population_margin``.
 
         Raises:
             ValueError: If a user row is out of range.
@@ -195,11 +221,11 @@ class PreferenceMetric(Metric):
         for control, size in ((population_margin, 3), (other_margin, 2), (bradley_terry_margin, 3)):
             judged = [zeros] * size if control is None else [ones, *_correctness_and_loss(control[kept])]
             columns += judged[:size]
+        columns += _personal_terms(margin[kept], population_margin, flipped_margin, kept)
         self.sums.index_add_(0, rows, torch.stack(columns, dim=1))
         if tie is not None:
             self.sums[:, _COLUMNS.index("labelled_ties")].index_add_(0, user_row[tie], tie[tie].double())
-        confidence = torch.sigmoid(margin[kept].double().abs())
-        bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        confidence, bins = _bins(margin[kept])
         self.bins.index_add_(0, bins, torch.stack([ones, confidence, correct], dim=1))
 
     def table(self) -> UserTable:
@@ -231,6 +257,10 @@ class PreferenceMetric(Metric):
             other_accuracy=mean("other_correct", "other_pairs"),
             bradley_terry_accuracy=mean("bradley_terry_correct", "bradley_terry_pairs"),
             bradley_terry_log_loss=mean("bradley_terry_loss", "bradley_terry_pairs"),
+            majority_accuracy=np.full(len(rows), np.nan),
+            personal_pairs=column["personal_pairs"][rows],
+            flipped_pairs=int(column["flipped_pairs"].sum()),
+            reversed_pairs=int(column["reversed_pairs"].sum()),
             ties=int(column["ties"].sum()),
             labelled_ties=int(column["labelled_ties"].sum()),
             bins=self.bins.cpu().numpy().copy(),
@@ -238,7 +268,7 @@ class PreferenceMetric(Metric):
 
 
 class FewShotTable(NamedTuple):
-    """Accuracy of every user at every shot count and repeat."""
+    """What a method got right for every user at every shot count and repeat."""
 
     shots: IntArray
     """``(K,)`` requested support pairs, ascending."""
@@ -246,10 +276,14 @@ class FewShotTable(NamedTuple):
     """``(U,)`` row among all users of the datamodule."""
     accuracy: Float64Array
     """``(K, R, U)``, nan where a user has no pair."""
+    log_loss: Float64Array
+    """``(K, R, U)``, in nats."""
+    bins: Float64Array
+    """``(K, N, 3)`` as in `UserTable`, summed over repeats."""
 
 
 class FewShotMetric(Metric):
-    """Accuracy by shot count, repeat and user, exact across batches and processes.
+    """Accuracy, log-loss and calibration by shot count, repeat and user, exact across batches and processes.
 
     Args:
         num_users: Number U of users of the datamodule: the range of ``user_row``.
@@ -261,6 +295,7 @@ class FewShotMetric(Metric):
     higher_is_better = True
     full_state_update = False
     cells: Tensor
+    bins: Tensor
     shots: Tensor
 
     def __init__(self, num_users: int, shots: Sequence[int], num_repeats: int) -> None:
@@ -268,8 +303,10 @@ class FewShotMetric(Metric):
         self.num_users = num_users
         self.num_repeats = num_repeats
         self.register_buffer("shots", torch.tensor(sorted(set(shots)), dtype=torch.long), persistent=False)
-        zeros = torch.zeros(len(self.shots), num_repeats, num_users, 2, dtype=torch.float64)
+        zeros = torch.zeros(len(self.shots), num_repeats, num_users, 3, dtype=torch.float64)
         self.add_state("cells", zeros, dist_reduce_fx="sum")
+        bins = torch.zeros(len(self.shots), NUM_BINS, 3, dtype=torch.float64)
+        self.add_state("bins", bins, dist_reduce_fx="sum")
 
     def update(
         self, margin: Tensor, user_row: Tensor, num_shots: Tensor, repeat: Tensor, tie: Tensor | None = None
@@ -295,9 +332,13 @@ class FewShotMetric(Metric):
                 "and repeats must be those of its few-shot batches"
             )
         kept = torch.ones_like(user_row, dtype=torch.bool) if tie is None else ~tie
-        correct, _ = _correctness_and_loss(margin[kept])
+        correct, loss = _correctness_and_loss(margin[kept])
+        ones = torch.ones_like(correct)
         cell = ((shot * self.num_repeats + repeat) * self.num_users + user_row)[kept]
-        self.cells.view(-1, 2).index_add_(0, cell, torch.stack([torch.ones_like(correct), correct], dim=1))
+        self.cells.view(-1, 3).index_add_(0, cell, torch.stack([ones, correct, loss], dim=1))
+        confidence, place = _bins(margin[kept])
+        place = shot[kept] * NUM_BINS + place
+        self.bins.view(-1, 3).index_add_(0, place, torch.stack([ones, confidence, correct], dim=1))
 
     def table(self) -> FewShotTable:
         """Per-user results of all processes; every process must call it."""
@@ -306,24 +347,54 @@ class FewShotMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """``"accuracy@k"`` -> macro accuracy over users, averaged over repeats."""
-        shots, _, accuracy = self._table()
+        shots, _, accuracy, *_ = self._table()
         if not accuracy.shape[2]:
             return {}
         means = np.nanmean(accuracy, axis=1).mean(axis=1)
         return {f"accuracy@{k}": torch.tensor(mean, dtype=torch.float64) for k, mean in zip(shots, means, strict=True)}
 
     def _table(self) -> FewShotTable:
-        pairs, correct = self.cells.cpu().numpy().transpose(3, 0, 1, 2)  # (K, R, U) each
+        pairs, correct, loss = self.cells.cpu().numpy().transpose(3, 0, 1, 2)  # (K, R, U) each
         (rows,) = np.nonzero(pairs.sum(axis=(0, 1)))
-        pairs, correct = pairs[..., rows], correct[..., rows]
-        accuracy = np.where(pairs > 0, correct / np.maximum(pairs, 1), np.nan)
-        return FewShotTable(self.shots.cpu().numpy().copy(), rows.astype(np.int64), accuracy)
+        pairs = pairs[..., rows]
+        accuracy, log_loss = (
+            np.where(pairs > 0, total[..., rows] / np.maximum(pairs, 1), np.nan) for total in (correct, loss)
+        )
+        shots = self.shots.cpu().numpy().copy()
+        return FewShotTable(shots, rows.astype(np.int64), accuracy, log_loss, self.bins.cpu().numpy().copy())
 
 
 def _correctness_and_loss(margin: Tensor) -> tuple[Tensor, Tensor]:
     """Correctness (1, one half for a margin of zero, 0) and log-loss of ``(B,)`` margins, in float64."""
     margin = margin.detach().double()
     return (margin > 0).double() + 0.5 * (margin == 0).double(), -F.logsigmoid(margin)
+
+
+def _bins(margin: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence of ``(B,)`` margins in [0.5, 1], in float64, and the calibration bin of each."""
+    confidence = torch.sigmoid(margin.detach().double().abs())
+    return confidence, ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+
+
+def calibration_error(bins: Float64Array) -> float:
+    """Expected calibration error of ``(N, 3)`` bins, see `UserTable.calibration_error`."""
+    pairs, confidence, correct = bins.T
+    return float(np.abs(correct - confidence).sum() / pairs.sum())
+
+
+def _personal_terms(margin: Tensor, population: Tensor | None, flipped: Tensor | None, kept: Tensor) -> list[Tensor]:
+    """Whether pairs have a personal term, were also judged with reversed labels, and changed its sign: three ``(B,)``.
+
+    ``margin`` holds the kept pairs alone.
+    """
+    zeros = torch.zeros_like(margin, dtype=torch.float64)
+    if population is None:
+        return [zeros, zeros, zeros]
+    term = margin.detach() - population[kept].detach()
+    if flipped is None:
+        return [(term != 0).double(), zeros, zeros]
+    reverse = flipped[kept].detach() - population[kept].detach()
+    return [(term != 0).double(), (term != 0).double(), (term * reverse < 0).double()]
 
 
 def _check_rows(user_row: Tensor, num_users: int) -> None:

@@ -178,10 +178,12 @@ def test_a_test_logs_every_number(tested: tuple[L.Trainer, dict[str, float]]):
     intervals = {"accuracy", "accuracy_micro", "log_loss", "global_accuracy", "personal_minus_global"}
     intervals |= {"other_accuracy", "personal_minus_other", "personal_minus_bradley_terry"}
     plain = {"accuracy_p10", "accuracy_p50", "accuracy_p90", "ece", "global_log_loss", "users_helped", "users_harmed"}
+    plain |= {"users_served_population"}
     plain |= {"num_users", "num_pairs", "ties", "labelled_ties", "bradley_terry_accuracy", "bradley_terry_log_loss"}
     plain |= {f"personal_minus_{control}_mde" for control in ("global", "other", "bradley_terry")}
     names = intervals | plain | {f"{name}_{end}" for name in intervals for end in ("low", "high")}
     expected = {f"test/{users}/{name}" for users in ("seen", "unseen") for name in names}
+    expected |= {"test/unseen/flip_reversed"}
     expected |= {f"test/few_shot/accuracy@{shots}" for shots in SHOTS}
     assert set(logged) == expected | {"test/method/length"}  # what is not known is not logged
     assert logged["test/seen/num_users"] == SEEN
@@ -189,6 +191,7 @@ def test_a_test_logs_every_number(tested: tuple[L.Trainer, dict[str, float]]):
     assert logged["test/unseen/labelled_ties"] == UNSEEN
     assert logged["test/unseen/personal_minus_global_low"] > 0  # planted: users differ
     assert logged["test/unseen/personal_minus_other_low"] > 0
+    assert logged["test/unseen/flip_reversed"] == 1.0  # a mean of differences, whose sign the labels are
     assert logged["test/few_shot/accuracy@8"] > logged["test/few_shot/accuracy@2"] > logged["test/few_shot/accuracy@0"]
     assert logged["test/few_shot/accuracy@0"] == pytest.approx(logged["test/unseen/global_accuracy"])
 
@@ -362,4 +365,5 @@ def test_two_processes_report_the_numbers_of_one(tmp_path: Path):
     assert one["verdicts"] == two["verdicts"]
     for group in ("seen", "unseen"):
         assert one[group] == pytest.approx(two[group], rel=1e-12)
-    assert one["few_shot"] == two["few_shot"]
+    for name, values in one["few_shot"].items():
+        assert values == pytest.approx(two["few_shot"][name], rel=1e-12), name

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from plm.metrics import NUM_BINS, FewShotMetric, PreferenceMetric, UserTable
+from plm.metrics import NUM_BINS, FewShotMetric, PreferenceMetric, UserTable, calibration_error
 
 
 def random_pairs(num_pairs: int = 400, num_users: int = 17, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -48,6 +48,7 @@ def test_estimates_by_hand():
         tie=torch.tensor([False] * 6 + [True] * 2),
         population_margin=torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0]),
         other_margin=torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        flipped_margin=torch.tensor([2.0, -2.0, 3.0, -1.0, -1.0, 0.0, 5.0, -5.0]),
     )
     out = {name: value.item() for name, value in metric.compute().items()}
     assert out["accuracy"] == (0.75 + 0.25) / 2
@@ -55,6 +56,8 @@ def test_estimates_by_hand():
     assert out["global_accuracy"] == 0.5  # one of two, two of four
     assert out["personal_minus_global"] == 0.0
     assert (out["users_helped"], out["users_harmed"]) == (1, 1)
+    # terms 0, +1, -2, 0, 0, +1; reversed +1, -1, +2, 0, 0, -1: of the three that are not zero all change their sign
+    assert out["flip_reversed"] == 1.0 and out["users_served_population"] == 0
     assert out["other_accuracy"] == 0.5  # none of two, four of four
     assert out["personal_minus_other"] == 0.0
     assert (out["num_users"], out["num_pairs"], out["ties"], out["labelled_ties"]) == (2, 6, 1, 2)
@@ -154,6 +157,14 @@ def test_few_shot_by_hand():
     np.testing.assert_array_equal(table.shots, [0, 4])
     np.testing.assert_array_equal(table.user_row, [1, 3])
     np.testing.assert_array_equal(table.accuracy, [[[0.5, 0], [0.5, 0]], [[1, 1], [0.5, 1]]])
+    right, wrong = math.log1p(math.exp(-1)), math.log1p(math.exp(1))
+    half = (right + wrong) / 2
+    expected = [[[half, wrong], [half, wrong]], [[right, right], [half, right]]]
+    np.testing.assert_allclose(table.log_loss, expected)
+    # confidence 0.731 throughout, where 2 of 6 and 5 of 6 pairs are right
+    certain = 1 / (1 + math.exp(-1))
+    errors = [calibration_error(bins) for bins in table.bins]
+    np.testing.assert_allclose(errors, [certain - 2 / 6, 5 / 6 - certain])
     assert {name: value.item() for name, value in metric.compute().items()} == {"accuracy@0": 0.25, "accuracy@4": 0.875}
 
 

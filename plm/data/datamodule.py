@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plm.arrays import IntArray
+from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.backbones import Backbone, CausalLM, ReferenceLogps
+from plm.data.agreement import Repeats, majority, repeated_comparisons
 from plm.data.collate import (
     EpochPlace,
     EvalBatches,
@@ -269,6 +270,16 @@ class PreferenceDataModule(L.LightningDataModule):
             "prompts": len(np.unique(self.table.prompt)),
             "items": len(self.table.items),
         }
+
+    def majority_pairs(self, name: str) -> tuple[Float64Array, IntArray, BoolArray]:
+        """Margins of the `majority` for the test pairs of ``seen`` or ``unseen`` users, their user rows, and ties."""
+        rows = self._rows(SEEN if name == "seen" else UNSEEN, TEST)
+        return majority(self.table, self.splits)[rows], self.table.user[rows], self.table.tie[rows]
+
+    @property
+    def repeated_comparisons(self) -> Repeats | None:
+        """How often users agreed with themselves; None where users were shuffled."""
+        return None if self.shuffle_users else repeated_comparisons(self.table)
 
     def save_splits(self, path: str | Path) -> None:
         """Write the split as JSON, with the arguments that made it; see `write_splits`."""

@@ -5,6 +5,7 @@ from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_fig
 from plm.evaluation.page import Section, TableRow, html_page, markdown_table, png
 from plm.evaluation.report import (
     USER_COLUMNS,
+    control_notes,
     few_shot_table,
     plain_table,
     section_table,
@@ -32,6 +33,7 @@ __all__ = [
     "calibration_figure",
     "cluster_bootstrap",
     "compare",
+    "control_notes",
     "difference",
     "few_shot_figure",
     "few_shot_table",

@@ -33,45 +33,84 @@ def section_table(section: Section) -> Table:
     return table
 
 
+ROWS = {
+    "accuracy %": "accuracy",
+    "global %": "global_accuracy",
+    "personal − global": "personal_minus_global",
+    "personal − other": "personal_minus_other",
+    "personal − Bradley–Terry": "personal_minus_bradley_terry",
+    "accuracy − majority": "personal_minus_majority",
+    "log-loss": "log_loss",
+    "ECE": "ece",
+    "term reversed %": "flip_reversed",
+    "served population": "users_served_population",
+}
+"""Row of the table of a test -> the number it shows."""
+
+CONTROLS = {
+    "flip_reversed": "term reversed: pairs of unseen users whose personal term, the margin less the population's, "
+    "changes its sign when all labels of the user's own pairs are reversed; 0 = it ignores the labels; 100 needs a "
+    "population that wants nothing, since reversed labels contradict the population, too",
+    "users_served_population": "served population: users whose every margin is that of the population",
+}
+"""What the last rows mean, said below the table."""
+
+
 def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:
-    """Tabulate the results of a test: a row per group of users, accuracies in per cent, differences in points."""
+    """Tabulate the results of a test: a column per group of users, accuracies in per cent, differences in points."""
     table = plain_table("Test, 95% intervals over users")
-    table.add_column("", style="bold", no_wrap=True)
-    for head in (
-        "users",
-        "pairs",
-        "accuracy %",
-        "global %",
-        "personal − global",
-        "personal − other",
-        "personal − Bradley–Terry",
-        "log-loss",
-        "ECE",
-    ):
-        table.add_column(head, justify="right", no_wrap=head in ("users", "pairs", "log-loss", "ECE"))
-    for name, numbers in groups.items():
-        cells = [f"{numbers['num_users']:,.0f}", f"{numbers['num_pairs']:,.0f}"]
-        if "accuracy" in numbers:
-            cells.append(points(numbers["accuracy"], "") + interval(numbers, "accuracy"))
-            cells.append(points(numbers["global_accuracy"], "") if "global_accuracy" in numbers else "–")
-            for key in ("personal_minus_global", "personal_minus_other", "personal_minus_bradley_terry"):
-                cells.append(difference(numbers, key) if key in numbers else "–")
-            cells += [f"{numbers['log_loss']:.3f}", f"{numbers['ece']:.3f}"]
-        table.add_row(name, *cells)
+    table.add_column("", no_wrap=True)
+    for name in groups:
+        table.add_column(name, justify="right", no_wrap=True)
+    counts = ((f"{numbers[f'num_{what}']:,.0f}" for numbers in groups.values()) for what in ("users", "pairs"))
+    for head, cells in zip(("users", "pairs"), counts, strict=True):
+        table.add_row(head, *cells)
+    for head, name in ROWS.items():
+        if any(name in numbers for numbers in groups.values()):
+            table.add_row(head, *(_cell(numbers, name) for numbers in groups.values()))
     return table
+
+
+def _cell(numbers: Mapping[str, float], name: str) -> str:
+    """A number of one group as the table shows it."""
+    if name not in numbers:
+        return "–"
+    if name.startswith("personal_minus"):
+        return difference(numbers, name)
+    if name in ("log_loss", "ece"):
+        return f"{numbers[name]:.3f}"
+    if name.startswith("users"):
+        return f"{numbers[name]:,.0f}"
+    return points(numbers[name], "") + (interval(numbers, name) if name == "accuracy" else "")
+
+
+def control_notes(groups: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Sentences about those rows of the table that need one, and about the majority where it says nothing."""
+    notes = [text for name, text in CONTROLS.items() if any(name in numbers for numbers in groups.values())]
+    if not any("majority_accuracy" in numbers for numbers in groups.values()):
+        notes.append("accuracy − majority: not measured: test pairs share no response with training pairs")
+    return notes
 
 
 def few_shot_table(curve: Mapping[str, Any]) -> Table:
     """Tabulate the few-shot curve: one row per shot count."""
     title = f"Few-shot curve, {curve['num_users']:,} unseen users, {curve['num_repeats']} repeats"
     table = plain_table(title)
-    for head in ("shots", "accuracy %", "sd over repeats", "gain over 0 shots"):
+    for head in ("shots", "accuracy %", "sd", "gain over 0 shots", "harmed %", "log-loss", "ECE"):
         table.add_column(head, justify="right")
     for index, shots in enumerate(curve["shots"]):
         row = {name: values[index] for name, values in curve.items() if isinstance(values, list)}
         spread = "–" if math.isnan(row["accuracy_sd"]) else points(row["accuracy_sd"], "")
-        gain = difference(row, "gain") if shots and "gain" in row else "–"
-        table.add_row(str(shots), points(row["accuracy"], "") + interval(row, "accuracy"), spread, gain)
+        has_gain = shots and "gain" in row
+        table.add_row(
+            str(shots),
+            points(row["accuracy"], "") + interval(row, "accuracy"),
+            spread,
+            difference(row, "gain") if has_gain else "–",
+            points(row["harmed"], "") if has_gain else "–",
+            f"{row['log_loss']:.3f}",
+            f"{row['ece']:.3f}",
+        )
     return table
 
 

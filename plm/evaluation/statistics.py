@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from plm.arrays import Float64Array
-from plm.metrics import FewShotTable, UserTable
+from plm.metrics import FewShotTable, UserTable, calibration_error
 
 CONFIDENCE = 0.95
 """Level of every interval."""
@@ -112,6 +112,7 @@ def summarize(table: UserTable, num_resamples: int = 2000, seed: int = 0) -> dic
         "other_accuracy": (table.other_accuracy, equal),
         "personal_minus_other": (table.personal_minus_other, equal),
         "personal_minus_bradley_terry": (table.personal_minus_bradley_terry, equal),
+        "personal_minus_majority": (table.personal_minus_majority, equal),
     }
     low, high = cluster_bootstrap(
         np.stack([values for values, _ in columns.values()], axis=1),
@@ -153,7 +154,9 @@ def summarize_few_shot(table: FewShotTable, num_resamples: int = 2000, seed: int
     Returns:
         Lists over shot counts: ``shots``, ``accuracy`` with its user-clustered interval ``accuracy_low`` and
         ``accuracy_high``, ``accuracy_sd`` over repeats (nan for one repeat), and, where zero shots were measured, the
-        paired ``gain`` over zero shots with ``gain_low`` and ``gain_high``; plus ``num_users`` and ``num_repeats``.
+        paired ``gain`` over zero shots with ``gain_low`` and ``gain_high`` and the share of users ``harmed``, whose
+        accuracy is below that at zero shots, mean over repeats; ``log_loss``, macro over users, and ``ece`` over all
+        pairs and repeats; plus ``num_users`` and ``num_repeats``.
     """
     num_repeats = table.accuracy.shape[1]
     per_user = np.nanmean(table.accuracy, axis=1).T  # (U, K)
@@ -167,9 +170,12 @@ def summarize_few_shot(table: FewShotTable, num_resamples: int = 2000, seed: int
         "accuracy_low": low.tolist(),
         "accuracy_high": high.tolist(),
         "accuracy_sd": macro.std(axis=1, ddof=1).tolist() if num_repeats > 1 else [math.nan] * len(table.shots),
+        "log_loss": np.nanmean(table.log_loss, axis=1).mean(axis=1).tolist(),
+        "ece": [calibration_error(bins) for bins in table.bins],
     }
     if table.shots[0] == 0:
         gain = per_user - per_user[:, :1]
         low, high = cluster_bootstrap(gain, num_resamples=num_resamples, seed=seed)
         curve |= {"gain": gain.mean(axis=0).tolist(), "gain_low": low.tolist(), "gain_high": high.tolist()}
+        curve["harmed"] = (table.accuracy < table.accuracy[:1]).mean(axis=(1, 2)).tolist()
     return curve

@@ -14,7 +14,7 @@ def verdict(name: str, numbers: Mapping[str, float]) -> str:
     Helping requires two intervals above zero: over the global control, and over another user's state where measured.
     """
     if "personal_minus_global" not in numbers:
-        return f"{name}: no global control was measured"
+        return f"{name}: no verdict: the method serves every user alike"
     low, high = numbers["personal_minus_global_low"], numbers["personal_minus_global_high"]
     gain = difference(numbers, "personal_minus_global", " points")
     if math.isnan(low):
@@ -38,10 +38,22 @@ def points(value: float, sign: str = "+") -> str:
     return format(round(100 * value, 1) + 0.0, f"{sign}.1f")
 
 
+def bound(value: float) -> str:
+    """Format the end of an interval like `points`, but one that is not zero shows the digit that says so.
+
+    >>> bound(0.043), bound(0.0004), bound(-0.00001), bound(0.0)
+    ('4.3', '0.04', '-0.001', '0.0')
+    """
+    percent, digits = 100 * value, 1
+    while digits < 6 and percent and not round(percent, digits):
+        digits += 1
+    return format(round(percent, digits) + 0.0, f".{digits}f")
+
+
 def interval(numbers: Mapping[str, float], name: str) -> str:
     """Format the interval of a named number, times a hundred: `` [low, high]``; empty where there is none."""
     low, high = numbers[f"{name}_low"], numbers[f"{name}_high"]
-    return "" if math.isnan(low) else f" [{points(low, '')}, {points(high, '')}]"
+    return "" if math.isnan(low) else f" [{bound(low)}, {bound(high)}]"
 
 
 def difference(numbers: Mapping[str, float], name: str, unit: str = "") -> str:

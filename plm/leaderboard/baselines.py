@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from plm.arrays import Float64Array, IntArray
+from plm.data.agreement import majority
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, Splits
@@ -53,19 +54,6 @@ def _logistic(difference: Float64Array, ridge: float) -> Float64Array:
     mode = fit_gaussian(PairList(design, zeros, ones, ones, zeros.long(), 1)).mean[0] / ridge**0.5
     weights: Float64Array = mode.numpy()
     return weights
-
-
-def majority(table: PairTable, splits: Splits) -> Float64Array:
-    """Compute margins ``(N,)`` from how often each item won among training pairs of seen users.
-
-    An item's score is the logit of ``(wins + 1) / (pairs + 2)``: even for an item never seen.
-    """
-    rows = (splits.user_split[table.user] == SEEN) & (splits.stage == TRAIN) & ~table.tie
-    wins = np.bincount(table.chosen[rows], minlength=len(table.items))
-    losses = np.bincount(table.rejected[rows], minlength=len(table.items))
-    score = np.log((wins + 1.0) / (losses + 1.0))
-    margins: Float64Array = score[table.chosen] - score[table.rejected]
-    return margins
 
 
 def evaluate_margins(margin: Float64Array, table: PairTable, splits: Splits) -> dict[str, UserTable]:

@@ -19,7 +19,7 @@ from rich.console import Console
 import plm
 from plm.atomic import only_writer, write_csv, write_json
 from plm.atomic import replace as move
-from plm.data import surface
+from plm.data import agreement, surface
 from plm.data.datamodule import PreferenceDataModule
 from plm.evaluation import USER_COLUMNS, summarize, user_rows
 from plm.leaderboard import baselines
@@ -191,7 +191,7 @@ def _baseline_rows(data: PreferenceDataModule, root: Path, command: str) -> list
     rows = []
     for name, margins in baselines.baselines(data).items():
         row = BoardRow(name, "baseline", _DESCRIPTIONS[name], command=command)
-        text = "\n".join([data.split_hash, *(inspect.getsource(module) for module in (baselines, surface))])
+        text = "\n".join([data.split_hash, *(inspect.getsource(module) for module in (baselines, agreement, surface))])
         folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         try:
             if not folder.is_dir():

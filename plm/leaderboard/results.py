@@ -148,13 +148,17 @@ def numbers_of(users: Users) -> dict[str, float]:
         other_accuracy=values["other_accuracy"],
         bradley_terry_accuracy=np.full(len(users.ids), np.nan),  # the leaderboard has it as a row
         bradley_terry_log_loss=np.full(len(users.ids), np.nan),
+        majority_accuracy=np.full(len(users.ids), np.nan),  # a row, too
+        personal_pairs=np.zeros(len(users.ids)),  # runs do not keep it per user
+        flipped_pairs=0,
+        reversed_pairs=0,
         ties=0,
         labelled_ties=0,
         bins=one_bin,
     )
     with np.errstate(invalid="ignore"):
         numbers = summarize(table)
-    for name in ("ties", "labelled_ties", "global_log_loss"):
+    for name in ("ties", "labelled_ties", "global_log_loss", "users_served_population"):
         numbers.pop(name, None)
     return numbers
 

@@ -377,7 +377,11 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
     test_step = predict_step = validation_step
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Margins ``(B,)`` of the personal model and, outside the few-shot curve, of its two controls."""
+        """Margins ``(B,)`` of the personal model and, outside the few-shot curve, of its controls.
+
+        A method whose users have no states has no personal controls. ``flipped_margin`` is that of users adapted on
+        their support with every label reversed; it is measured on features, where adapting is cheap.
+        """
         states_of: Callable[[Tensor], UserState]
         if batch.context is not None and batch.context_row is not None:
             states_of, row, other_row = self.adapt(batch.context).take, batch.context_row, batch.other_row
@@ -386,12 +390,18 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
         states, other_states = states_of(row), None if other_row is None else states_of(other_row)
         read = self.conditioned(batch)
         facts = {"margin": self._margin(read, states)}
-        if batch.num_shots is None:
-            facts["population_margin"] = self._margin(read, self.population_state(batch.num_pairs))
-            if self.bradley_terry.any():
-                facts["bradley_terry_margin"] = read.difference.to(self.bradley_terry.dtype) @ self.bradley_terry
+        if not states.tensors:
+            return facts
         if other_states is not None:
             facts["other_margin"] = self._margin(read, other_states)
+        if batch.num_shots is not None:
+            return facts
+        facts["population_margin"] = self._margin(read, self.population_state(batch.num_pairs))
+        if self.bradley_terry.any():
+            facts["bradley_terry_margin"] = read.difference.to(self.bradley_terry.dtype) @ self.bradley_terry
+        if batch.context is not None and self.view == "features":
+            reverse = batch.context._replace(chosen=batch.context.rejected, rejected=batch.context.chosen)
+            facts["flipped_margin"] = self._margin(read, self.adapt(reverse).take(row))
         return facts
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -253,8 +253,11 @@ class MethodContract(ABC):
         for facts, batch in zip(outputs.steps, (data.test_batch, data.unseen_batch), strict=True):
             with torch.no_grad():
                 expected = method.evaluate(batch)
-            names = {"margin", "population_margin", "other_margin"}
-            names |= {"bradley_terry_margin"} if method.view == "features" and self.is_fitted else set()
+            names = {"margin"}
+            if method.user_states(torch.zeros(1, dtype=torch.long)).tensors:
+                names |= {"population_margin", "other_margin"}
+                names |= {"bradley_terry_margin"} if method.view == "features" and self.is_fitted else set()
+                names |= {"flipped_margin"} if method.view == "features" and batch.context is not None else set()
             assert facts.keys() == expected.keys() == names, f"facts {sorted(facts)}, expected {sorted(names)}"
             for name, value in expected.items():
                 assert value.shape == (batch.num_pairs,), f"{name!r} has the shape {tuple(value.shape)}"
@@ -351,10 +354,11 @@ class MethodContract(ABC):
         return data
 
     def _margins(self, method: PersonalizationMethod, data: PlantedData) -> Tensor:
-        """Personal and population margins of all test pairs: ``(2, N)``."""
+        """Personal and population margins of all test pairs: ``(2, N)``; the same where nobody has a state."""
         with torch.no_grad():
             facts = [method.eval().evaluate(batch) for batch in (data.test_batch, data.unseen_batch)]
-        return torch.stack([torch.cat([fact[name] for fact in facts]) for name in ("margin", "population_margin")])
+        names = ("margin", "population_margin")
+        return torch.stack([torch.cat([fact.get(name, fact["margin"]) for fact in facts]) for name in names])
 
     # ------------------------------------------------------------------ checkpoints and users
     def test_a_loaded_method_gives_the_same_margins(self) -> None:

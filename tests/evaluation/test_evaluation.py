@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from plm.evaluation import (
     USER_COLUMNS,
     calibration_figure,
     cluster_bootstrap,
+    control_notes,
     few_shot_figure,
     few_shot_table,
     gain_figure,
@@ -47,6 +49,10 @@ def user_table(num_users: int = 40, gain: float = 0.05, other_gain: float = 0.05
         other_accuracy=base + gain - other_gain,
         bradley_terry_accuracy=base - 0.01,
         bradley_terry_log_loss=np.full(num_users, 0.61),
+        majority_accuracy=base + 0.01,
+        personal_pairs=np.where(np.arange(num_users) < 3, 0.0, num_pairs),
+        flipped_pairs=200,
+        reversed_pairs=193,
         ties=3,
         labelled_ties=2,
         bins=np.array([[num_pairs.sum(), 0.6 * num_pairs.sum(), 0.7 * num_pairs.sum()]]),
@@ -172,7 +178,7 @@ def test_verdict(gain: tuple[float, float, float], other: tuple[float, float, fl
 
 
 def test_verdict_without_an_interval_or_a_control():
-    assert verdict("unseen", {"num_users": 5.0}) == "unseen: no global control was measured"
+    assert verdict("unseen", {"num_users": 5.0}) == "unseen: no verdict: the method serves every user alike"
     few = summarize(user_table(num_users=MIN_USERS - 1), num_resamples=100)
     assert verdict("seen", few) == f"seen: no verdict: an interval needs {MIN_USERS} users, got {MIN_USERS - 1}"
 
@@ -214,17 +220,23 @@ def few_shot(num_users: int = 50, repeats: int = 3) -> FewShotTable:
     noise = rng.normal(0, 0.01, (7, repeats, num_users))
     noise[0] = 0
     shots = np.array([0, 1, 2, 4, 8, 16, 32])
-    return FewShotTable(shots, np.arange(num_users), rng.uniform(0.6, 0.8, num_users) + gain + noise)
+    accuracy = rng.uniform(0.6, 0.8, num_users) + gain + noise
+    return FewShotTable(shots, np.arange(num_users), accuracy, 1 - accuracy, np.tile([[[10.0, 6.0, 7.0]]], (7, 1, 1)))
 
 
 def test_few_shot_curve_by_hand():
     accuracy = np.full((2, 2, 10), 0.5)
     accuracy[1] = [[1.0] * 10, [0.5] * 10]  # one draw of four shots gives every user 1.0, the other 0.5
-    curve = summarize_few_shot(FewShotTable(np.array([0, 4]), np.arange(10), accuracy), num_resamples=100)
+    bins = np.array([[[20.0, 12.0, 10.0]], [[20.0, 14.0, 15.0]]])
+    table = FewShotTable(np.array([0, 4]), np.arange(10), accuracy, 2 * accuracy, bins)
+    curve = summarize_few_shot(table, num_resamples=100)
     assert curve["accuracy"] == [0.5, 0.75]
     assert curve["accuracy_low"] == curve["accuracy_high"] == [0.5, 0.75]
     assert curve["accuracy_sd"] == pytest.approx([0, math.sqrt(0.125)])
     assert curve["gain"] == [0, 0.25]
+    assert curve["log_loss"] == [1.0, 1.5] and curve["ece"] == pytest.approx([0.1, 0.05])
+    table.accuracy[1, 0, :4] = 0.25  # 4 of 10 users harmed in one of two draws
+    assert summarize_few_shot(table, num_resamples=100)["harmed"] == [0.0, 0.2]
     assert (curve["num_users"], curve["num_repeats"], curve["shots"]) == (10, 2, [0, 4])
 
 
@@ -233,7 +245,9 @@ def test_few_shot_band_and_gain_are_clustered_by_user():
     low, mid, high = (np.array(curve[key]) for key in ("accuracy_low", "accuracy", "accuracy_high"))
     assert (low < mid).all() and (mid < high).all()
     assert high[-1] - low[-1] > 4 * (curve["gain_high"][-1] - curve["gain_low"][-1])
-    without_zero = summarize_few_shot(FewShotTable(*(few_shot()[0][1:], few_shot()[1], few_shot()[2][1:])))
+    without_zero = summarize_few_shot(
+        FewShotTable(few_shot()[0][1:], few_shot()[1], *(part[1:] for part in few_shot()[2:]))
+    )
     assert "gain" not in without_zero
     assert without_zero["accuracy"] == curve["accuracy"][1:]
 
@@ -247,7 +261,7 @@ def test_few_shot_with_one_repeat_has_no_spread(tmp_path: Path):
 
 # ---------------------------------------------------------------------- terminal and files
 def rendered(table: Any) -> str:
-    console = Console(width=140)
+    console = Console(width=80)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
@@ -261,11 +275,17 @@ def test_summary_table_shows_every_number():
     assert f"{out['log_loss']:.3f}" in text
     assert "0.100" in text  # ECE: 0.7 right at confidence 0.6
     assert "unseen" in text
+    assert "96.5" in text and re.search(r"served population +3 +–", text)
+    assert f"{100 * out['personal_minus_majority']:+.1f} [" in text
+    assert max(map(len, text.splitlines())) <= 80
+    notes = control_notes({"seen": out})
+    assert [note.split(":")[0] for note in notes] == ["term reversed", "served population"]
+    assert control_notes({"seen": numbers((0, 0, 0))})[0].startswith("accuracy − majority: not measured")
 
 
 def test_few_shot_table_shows_the_curve():
     text = rendered(few_shot_table(summarize_few_shot(few_shot(), num_resamples=200)))
-    assert "50 unseen users, 3 repeats" in text
+    assert "50 unseen users, 3 repeats" in text and max(map(len, text.splitlines())) <= 80
     assert "+6.8 [6.7, 7.0]" in text
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from plm.backbones import HashingBackbone
+from plm.data.agreement import Repeats, majority, repeated_comparisons
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, Splits
 from plm.data.surface import measure
-from plm.leaderboard.baselines import baselines, evaluate_margins, majority, probe
+from plm.leaderboard.baselines import baselines, evaluate_margins, probe
 
 TEXTS = ["a", "bb", "cccc", "dddddddd"]
 
@@ -43,6 +45,15 @@ def test_majority_counts_training_pairs_of_seen_users_only():
     groups = evaluate_margins(margins, pairs, splits)
     assert groups["seen"].accuracy.tolist() == [1.0] and groups["unseen"].accuracy.tolist() == [1.0]
     assert groups["seen"].num_pairs.tolist() == [1.0] and np.isnan(groups["seen"].global_accuracy).all()
+
+
+def test_what_users_repeat_bounds_what_a_model_can_know():
+    pairs = table([(0, 1, 0)] * 3 + [(0, 0, 1), (1, 0, 1), (1, 2, 1), (2, 3, 0)])
+    pairs = replace(pairs, dropped={"duplicates": 2})
+    # user 0 was asked again five times and said the opposite once: 4 / 5 = p^2 + (1 - p)^2
+    assert repeated_comparisons(pairs) == Repeats(agreeing=4, contradicting=1)
+    assert repeated_comparisons(pairs).noise_ceiling == pytest.approx((1 + math.sqrt(0.6)) / 2)
+    assert math.isnan(Repeats(0, 0).noise_ceiling)
 
 
 def test_probe_learns_the_sign_of_length():

@@ -264,7 +264,7 @@ def test_wrong_options_are_refused(causal_lm: Folder, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- from a recipe to new users
-@pytest.mark.filterwarnings("ignore:posterior collapse")
+@pytest.mark.filterwarnings("ignore:posterior collapse|a latent without use")
 @pytest.mark.parametrize("name", ["pal.live.LivePAL", "vpl.live.LiveVPL"])
 def test_from_a_recipe_to_rewards_of_texts_and_new_users(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

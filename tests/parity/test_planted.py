@@ -156,3 +156,28 @@ def test_shuffled_users_shrink_to_the_population(pairs_per_user: int, tmp_path: 
     assert spread.norm(dim=1).mean() < 0.1 * method.bases.detach()[:, 0].norm()
     for batch in (data.test_batch, data.unseen_batch):
         assert abs(gains(method, batch).mean()) < 0.005
+
+
+def test_reversed_labels_reverse_the_personal_term_exactly_around_a_population_that_wants_nothing() -> None:
+    """Posterior modes under a centred normal prior are odd in the labels; a population's reward breaks that."""
+    data = PlantedData(12, 40, num_shots=20)
+    torch.manual_seed(0)
+    method = LoRe(12, 8, num_bases=4)  # as initialised: the population's basis is zero
+    shares = []
+    for size in (0.0, 2.0):
+        with torch.no_grad():
+            method.bases[:, 0] = size * data.basis[:, 0]
+            facts = method.evaluate(data.unseen_batch)
+        term, flipped = (facts[name] - facts["population_margin"] for name in ("margin", "flipped_margin"))
+        shares.append(float((term * flipped < 0).float().mean()))
+    assert shares[0] == 1.0 > shares[1]
+
+
+def test_where_nobody_differs_no_basis_is_in_use(tmp_path: Path) -> None:
+    """The smallest spread is chosen, and leaves users the population to the bit."""
+    data = PlantedData(40, 60, pairs_per_user=20, num_shots=2, num_test=60, feature_dim=DIM, rank=RANK, spread=0.0)
+    method = fit(data, tmp_path, epochs=60)
+    assert method.report()["effective_bases"] == 0.0
+    with torch.no_grad():
+        facts = method.evaluate(data.test_batch)
+    assert torch.equal(facts["margin"], facts["population_margin"])

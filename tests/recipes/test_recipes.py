@@ -83,7 +83,7 @@ def test_group_of_a_method_fits_together(path):
         method(2, 3, **model["init_args"])
 
 
-@pytest.mark.filterwarnings("ignore:posterior collapse")  # of two epochs on stand-in data
+@pytest.mark.filterwarnings("ignore:posterior collapse|a latent without use")  # of two epochs on stand-in data
 @pytest.mark.filterwarnings("ignore:.* pairs have the same features on both sides")  # in an untrained latent space
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch, clap):

@@ -39,7 +39,10 @@ from plm.methods.lore.maths import (
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 PRIOR_SCALES = (1e-3, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3)
-"""Candidates for the spread of users around the population, in units of the spread that training learned."""
+"""Candidates for the spread of users around the population, in units of the spread that training learned.
+
+The smallest stands for none: users are the population, to the bit.
+"""
 
 
 class LoRe(PersonalizationMethod):
@@ -126,10 +129,11 @@ class LoRe(PersonalizationMethod):
         return PairList(projected * (self._spread() * scale), projected[:, 0], target, weight, user, num_users)
 
     def _state(self, posterior: Posterior, scale: Tensor, num_pairs: Tensor) -> UserState:
-        """Turn deviations in units of the prior into weights and their precision."""
+        """Turn deviations in units of the prior into weights and their precision; the least spread is none."""
         unit = self._spread() * scale
         precision = posterior.precision / unit[:, None] / unit
-        return UserState({"weights": self._population(1) + posterior.mean * unit, "precision": precision}, num_pairs)
+        deviation = posterior.mean * unit * (scale > PRIOR_SCALES[0])
+        return UserState({"weights": self._population(1) + deviation, "precision": precision}, num_pairs)
 
     @property
     def _is_personal(self) -> bool:

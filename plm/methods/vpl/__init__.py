@@ -393,8 +393,9 @@ class VPL(PersonalizationMethod):
                 f", and another user's latent changes validation accuracy from {100 * report['val_accuracy']:.1f} % to "
                 f"{100 * report['val_other_accuracy']:.1f} %"
             )
+            what = "posterior collapse" if report["active_units"] < 1 else "a latent without use"
             warnings.warn(
-                f"posterior collapse: {report['active_units']:.0f} of {self.latent_dim} latent dimensions are "
+                f"{what}: {report['active_units']:.0f} of {self.latent_dim} latent dimensions are "
                 f"active, the KL is {report['kl']:.3f} nats, use multiplies the latent by "
                 f"{float(self.latent_scale):.2f}{'' if math.isnan(report['val_accuracy']) else control}. Either users "
                 "do not differ in these data, "
