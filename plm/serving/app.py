@@ -71,7 +71,7 @@ def make_app(service: RewardService, **limits: Any) -> ASGIApp:
         responses=_ERRORS,
     )
 
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 while the server answers."""
         return Response()

@@ -1,0 +1,206 @@
+"""Clients that send anything, processes that are killed, and several servers on one store."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from plm.cli import main
+from plm.users import UserStore, store_path
+
+schemathesis = pytest.importorskip("schemathesis")
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["plm.cli", "plm.methods.lore", "plm.serving.server"])
+KILLS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))]
+
+
+def pair(text: str) -> dict[str, Any]:
+    return {"pairs": [{"prompt": "p", "chosen": text, "rejected": "bad"}]}
+
+
+# ---------------------------------------------------------------------- anything
+def without_limits(document: Any) -> Any:
+    """A document without the largest sizes of texts and lists: to break these by chance takes long."""
+    if isinstance(document, dict):
+        left_out = ("maxLength", "maxItems")
+        return {key: without_limits(value) for key, value in document.items() if key not in left_out}
+    return [without_limits(value) for value in document] if isinstance(document, list) else document
+
+
+def fuzz(url: str, each: int) -> dict[str, int]:
+    """Send made-up requests, so many to each operation that takes something; operation -> how many were sent.
+
+    Raises:
+        AssertionError: If one is answered by 5xx, by something that the document does not name, or not at all.
+    """
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
+    from schemathesis import GenerationMode
+    from schemathesis.checks import CHECKS
+
+    schema = schemathesis.openapi.from_dict(without_limits(httpx.get(f"{url}/openapi.json").json()))
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    names = ["not_a_server_error", "status_code_conformance", "response_schema_conformance", "content_type_conformance"]
+    checks = CHECKS.get_by_names([*names, "negative_data_rejection"])
+    counts = {operation.label: 0 for operation in operations}
+    for operation in operations:
+        takes_any = operation.body or operation.path_parameters
+        modes = list(GenerationMode) if takes_any else [GenerationMode.POSITIVE]
+
+        @settings(
+            max_examples=each if takes_any else 1,
+            database=None,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=st.one_of([operation.as_strategy(generation_mode=mode) for mode in modes]))
+        def send(case: Any) -> None:
+            counts[case.operation.label] += 1
+            case.call_and_validate(base_url=url, checks=checks, timeout=30)
+
+        send()
+    return counts
+
+
+@pytest.mark.parametrize("each", [4, pytest.param(650, marks=pytest.mark.slow)])
+def test_whatever_is_sent_is_answered_as_the_document_says(client: httpx.Client, each: int) -> None:
+    """The slow run sends more than 5,000 requests."""
+    counts = fuzz(str(client.base_url).rstrip("/"), each)
+    assert len(counts) == 11 and all(count in (1, each) for count in counts.values()), counts
+
+
+# ---------------------------------------------------------------------- kills and races
+def serve_until_killed(path: str, port: int) -> None:
+    sys.exit(main(["serve", "--ckpt_path", path, "--port", str(port), "--name", "lore"]))
+
+
+@contextmanager
+def server_of(path: Path) -> Iterator[tuple[BaseProcess, httpx.Client]]:
+    """``plm serve`` in a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = CLEAN.Process(target=serve_until_killed, args=(str(path), port))
+    process.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    client.get("/health")
+                    break
+                except httpx.ConnectError:
+                    assert time.monotonic() < deadline and process.is_alive()
+                    time.sleep(0.02)
+            yield process, client
+    finally:
+        process.kill()
+        process.join()
+
+
+def in_threads(*works: Callable[[], None]) -> list[threading.Thread]:
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+@pytest.mark.parametrize("seed", KILLS)
+def test_a_killed_server_loses_nothing_that_it_acknowledged(path: Path, seed: int) -> None:
+    """Each of three clients learns and deletes a user of its own, over and over, until the server is gone."""
+    possible: dict[str, set[int]] = {f"user-{number}": {0} for number in range(3)}  # numbers of pairs, 0 = unknown
+
+    def change(client: httpx.Client, name: str) -> None:
+        draw, count = random.Random(f"{seed} {name}"), 0
+        with suppress(httpx.TransportError):
+            for turn in range(1000):
+                after = 0 if draw.random() < 0.2 else count + 1
+                possible[name] = {count, after}
+                where = f"{client.base_url}v1/users/{name}"
+                if after:
+                    assert httpx.post(f"{where}/pairs", json=pair(f"good {turn}")).json()["num_pairs"] == after
+                else:
+                    assert httpx.delete(where).status_code == 200
+                possible[name], count = {after}, after
+
+    with server_of(path) as (process, client):
+        threads = in_threads(*[partial(change, client, name) for name in possible])
+        time.sleep(random.Random(seed).uniform(0.2, 1.5))
+        process.kill()
+        for thread in threads:
+            thread.join()
+    store = UserStore(store_path(path))
+    for name, counts in possible.items():
+        found = store.find(name)
+        assert (0 if found is None else found.num_pairs) in counts
+        assert len(store.pairs([name]).get(name, ())) == (0 if found is None else found.num_pairs)
+    assert {"ben", "eva"} <= set(store.ids)
+
+
+@pytest.mark.parametrize("num_pairs", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_two_servers_on_one_store_lose_no_pair(path: Path, num_pairs: int) -> None:
+    def teach(client: httpx.Client, name: str) -> None:
+        for turn in range(num_pairs):
+            assert client.post("/v1/users/shared/pairs", json=pair(f"{name} {turn}")).status_code == 200
+
+    with server_of(path) as (_, one), server_of(path) as (_, other):
+        for thread in in_threads(partial(teach, one, "one"), partial(teach, other, "other")):
+            thread.join()
+        assert one.get("/v1/users/shared").json() == other.get("/v1/users/shared").json()
+        assert one.get("/v1/users/shared").json()["num_pairs"] == 2 * num_pairs
+        assert one.delete("/v1/users/shared").json()["was_stored"]
+        assert other.get("/v1/users/shared").status_code == 404
+
+
+def test_what_has_begun_is_answered_when_the_server_is_told_to_stop(path: Path) -> None:
+    body = b'{"input": "strong tea"}'
+    with server_of(path) as (process, client):
+        assert client.base_url.port
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as begun:
+            head = (
+                f"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+            )
+            begun.sendall(f"{head}\r\n\r\n".encode() + body[:5])
+            time.sleep(0.2)
+            process.terminate()
+            time.sleep(0.2)
+            begun.sendall(body[5:])
+            assert begun.recv(1000).startswith(b"HTTP/1.1 200")
+        process.join(30)
+        assert process.exitcode in (0, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_workers_share_the_users(path: Path) -> None:
+    """Two processes behind one port: what is learned by one is known by both, and metrics name the process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "plm", "serve", "--ckpt_path", str(path), "--port", str(port), "--workers", "2"]
+    process = subprocess.Popen(command)
+    try:
+        url, workers, deadline = f"http://127.0.0.1:{port}", set(), time.monotonic() + 200
+        while len(workers) < 2 and time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                workers.add(httpx.get(f"{url}/metrics").text.rsplit('worker="', 1)[1].split('"')[0])
+        assert len(workers) == 2
+        for turn in range(20):
+            assert httpx.post(f"{url}/v1/users/anna/pairs", json=pair(f"good {turn}")).json()["num_pairs"] == turn + 1
+    finally:
+        process.terminate()
+        assert process.wait(60) in (0, -signal.SIGTERM)
