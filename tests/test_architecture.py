@@ -130,7 +130,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"live", "policy"},
     ],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
-    "plm.audit": [{"check", "items"}, {"comparison", "report"}],
+    "plm.audit": [{"check", "items"}, {"comparison"}, {"results", "signal"}, {"verdict"}, {"report"}],
     "plm.recipe": [
         {"defaults", "errors", "grid", "plugins", "predict", "quiet"},
         {"parser", "read"},

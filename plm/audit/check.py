@@ -97,7 +97,7 @@ def check_pairs(
     if checked_on == "schema":
         text = "this source was tested on small files with the columns of the corpus, not yet on the corpus: compare"
         findings.insert(0, Finding("warning", "source", f"{text} the counts with those of the paper"))
-    stage, user_split, found = _split(table, split)
+    stage, user_split, found = split_stages(table, split)
     leaks = leakage(table, table.row_split if (table.row_split >= 0).any() else stage)
     findings += [*found, *_leak_findings(leaks, int((stage == TEST).sum()))]
     training = np.bincount(table.user[stage == TRAIN], minlength=table.num_users)
@@ -141,6 +141,8 @@ def leakage(table: PairTable, stage: IntArray) -> list[Leak]:
         if (table.turn >= 0).any():
             turn = table.dialogue * (int(table.turn.max()) + 2) + table.turn
             units["turn"] = np.where((table.dialogue >= 0) & (table.turn >= 0), turn, -1)[None]
+    elif (turns := conversations(table)).max(initial=-1) >= 0:
+        units["conversation"] = turns[None]
     if len(np.unique(table.prompt)) > 1:
         units |= {"prompt": table.prompt[None], "prompt with one of the responses": items}
     units["response"] = table.items[items, 1]
@@ -148,6 +150,21 @@ def leakage(table: PairTable, stage: IntArray) -> list[Leak]:
         Leak(unit, *(int(_shared(values, who, test, rest).sum()) for who in (table.user, table.user * 0)))
         for unit, values in units.items()
     ]
+
+
+def conversations(table: PairTable) -> IntArray:
+    """``(N,)`` number of the conversation of a pair whose prompt continues another or is continued; -1 = alone.
+
+    A prompt of chat messages continues another where that one's messages are its first ones: two turns of one dialogue.
+    """
+    begins = {text[:-1]: row for row, text in enumerate(table.prompts) if text.startswith('[{"role":')}
+    start = np.arange(len(table.prompts))
+    for head, row in begins.items():
+        ends = [place for place in range(len(head)) if head.startswith(',{"role":', place)]
+        start[row] = next((begins[head[:end]] for end in ends if head[:end] in begins), row)
+    count = np.bincount(start, minlength=len(start))
+    alone = count[start[table.prompt]] < 2
+    return np.where(alone, -1, start[table.prompt])
 
 
 def _shared(unit: IntArray, owner: IntArray, test: IntArray, rest: IntArray) -> IntArray:
@@ -250,7 +267,7 @@ def _labels(table: PairTable) -> Iterator[Finding]:
         )
 
 
-def _split(table: PairTable, options: dict[str, Any]) -> tuple[IntArray, IntArray, list[Finding]]:
+def split_stages(table: PairTable, options: dict[str, Any]) -> tuple[IntArray, IntArray, list[Finding]]:
     """Stage of the pairs and split of the users; the corpus's own where the data module would refuse."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""A data report as a terminal table, Markdown, one HTML page with plots, and JSON."""
+"""A data report as a terminal table, Markdown, one HTML page with plots, and JSON; an audit as HTML and JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.table import Table
 
 from plm.atomic import write_json, write_text
 from plm.audit.check import DataReport, percent
-from plm.evaluation import Section, TableRow, html_page, markdown_table, png
+from plm.audit.verdict import Audit
+from plm.evaluation import Section, TableRow, difference, html_page, interval, markdown_table, png, points
 from plm.evaluation.figures import HARMED, HELPED, INK, blank
 
 _COLOUR = {"problem": "red", "warning": "yellow", "info": "dim"}
@@ -122,3 +123,87 @@ def plots(report: DataReport) -> dict[str, bytes]:
         axes.set(xlim=(0, 1.02), xlabel="held-out accuracy", title="What the surface reveals about the labels")
         pictures["surface probe"] = png(figure)
     return pictures
+
+
+# ---------------------------------------------------------------------- an audit
+_STATES = {"found": ("FOUND", "problem"), "clear": ("not found", "info"), "unknown": ("not known", "warning")}
+_CONTROLS = {
+    "personal_minus_global": "own state − population",
+    "personal_minus_other": "own state − another user's",
+    "shuffled_minus_global": "state from permuted users − population",
+    "flipped_minus_global": "state from reversed labels − population",
+}
+
+
+def fault_table(audit: Audit) -> Section:
+    """What was looked for, and whether it was found."""
+    rows = []
+    for fault in audit.faults:
+        state, kind = _STATES[fault.state]
+        rows.append(TableRow([fault.name, state, fault.text], kind))
+    return Section("What was looked for", ["", "verdict", "why"], rows, is_text=True)
+
+
+def control_tables(audit: Audit) -> list[Section]:
+    """The model that was scored, and a probe of words and surface, beside their controls."""
+    heads = ["", "points", "found four times in five from"]
+    sections = []
+    if audit.model is not None:
+        numbers = audit.model.numbers
+        accuracy = points(numbers["accuracy"], "") + interval(numbers, "accuracy")
+        rows = [TableRow(["accuracy, mean over users %", accuracy, ""])]
+        rows += [
+            TableRow([text, difference(numbers, name), points(numbers[f"{name}_mde"], "")])
+            for name, text in _CONTROLS.items()
+            if name in numbers
+        ]
+        title = f"The model that was scored: {numbers['num_users']:,} users, {audit.model.num_expected:,} pairs"
+        sections.append(Section(title, heads, rows))
+    if audit.controls:
+        rows = [
+            TableRow([control.name, difference(vars(control), "difference"), points(control.difference_mde, "")])
+            for control in audit.controls[1:]
+        ]
+        title = f"A probe of words and surface, over its {points(audit.controls[0].accuracy, '')} % for everybody"
+        sections.append(Section(title, heads, rows))
+    return sections
+
+
+def noise_lines(audit: Audit) -> list[str]:
+    """How much of the labels anything can predict."""
+    lines = []
+    if not np.isnan(audit.ceiling):
+        asked = audit.repeats.agreeing + audit.repeats.contradicting
+        text = (
+            f"{audit.repeats.contradicting:,} of {asked:,} repeated comparisons of one user were answered the other way"
+        )
+        lines.append(f"{text}: nothing is right on more than {points(audit.ceiling, '')} %")
+    else:
+        lines.append("how often users contradict themselves cannot be told: no ceiling is known")
+    if audit.num_shared:
+        text = "a model that does not know the user is right on at most"
+        ceiling = points(audit.shared_ceiling, "")
+        lines.append(f"{audit.num_shared:,} pairs compare what others compare too: {text} {ceiling} % of them")
+    return lines
+
+
+def audit_page(audit: Audit) -> str:
+    """The audit as one HTML page: the verdict, the controls, the findings on the data, and hashes of what was read."""
+    hashes = [TableRow(list(item)) for item in audit.inputs.items()]
+    sections = [
+        Section("", lines=[audit.verdict]),
+        fault_table(audit),
+        *control_tables(audit),
+        Section("Noise ceiling", lines=noise_lines(audit)),
+        _findings(audit.data),
+        *_tables(audit.data),
+        Section(f"What was read: {audit.hash}", ["file", "sha256"], hashes, is_text=True),
+    ]
+    return html_page(f"Audit: {audit.name}", sections)
+
+
+def write_audit(audit: Audit, folder: Path) -> list[Path]:
+    """Write ``audit.html`` and ``audit.json``; returns their paths."""
+    write_json(folder / "audit.json", audit.as_dict())
+    write_text(folder / "audit.html", audit_page(audit))
+    return [folder / "audit.html", folder / "audit.json"]

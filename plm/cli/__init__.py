@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "label": ("label", "let people, rules or models compare sampled responses"),
     "judge": ("judge", "check whether users' policies write what the users like"),
     "data": ("checks", "check preference pairs before training on them"),
+    "audit": ("checks", "write a verdict on pairs and on results that somebody has on them"),
     "compare": ("checks", "compare files of what models got right, paired by item"),
     "rewardbench": ("rewardbench", "score a checkpoint on RewardBench 2"),
     "users": ("users", "list, export or delete the users of a checkpoint"),

@@ -1,4 +1,4 @@
-"""``plm data check`` and ``plm compare``: what pairs, and files of what models got right, can be trusted for."""
+"""``plm data check``, ``audit`` and ``compare``: what pairs and results can be trusted for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(args: list[str]) -> int:
     Raises:
         ValueError: If a file cannot be read; malformed rows are named by their lines.
     """
-    return {"data": _data, "compare": _compare}[args[0]](args[1:])
+    return {"data": _data, "audit": _audit, "compare": _compare}[args[0]](args[1:])
 
 
 def _data(args: list[str]) -> int:
@@ -85,6 +85,55 @@ def _data(args: list[str]) -> int:
     for path in write(report, folder):
         console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
     return int(options.strict and report.worst == "problem")
+
+
+def _audit(args: list[str]) -> int:
+    """Write a verdict on pairs and on what somebody says of a model on them."""
+    parser = OptionParser(
+        prog="plm audit",
+        description="Can results on these pairs be trusted? One page of verdict on files of pairs with user ids and,\n"
+        "where given, on what somebody says of a model on them: labels in the format, dialogues on both sides of the\n"
+        "split, a shuffled user column, ties dropped from the denominator, model selection on the test; with\n"
+        "controls, noise ceiling, minimum detectable effects and hashes of all files. Writes audit.html and\n"
+        "audit.json. The split is the column row_split (train, val, test), or --test_pairs.",
+    )
+    parser.add_argument("pairs", nargs="+", metavar="PAIRS", help=f"preference pairs: {ROWS}")
+    parser.add_shared("--columns")
+    parser.add_argument("--test_pairs", nargs="+", default=[], metavar="FILE", help="pairs of the test, PAIRS train")
+    parser.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="per-item file of a model, as of plm compare; items are the column item of PAIRS, or plm predict's",
+    )
+    parser.add_argument("--reported", metavar="X", help="accuracy that is claimed of it, as printed: 0.742 or 74.2%%")
+    parser.add_argument(
+        "--candidates",
+        metavar="FILE",
+        help="the epochs or settings it was chosen from, a row each: candidate, validation, test (higher is better),\n"
+        "selected (true for one)",
+    )
+    parser.add_shared("--output", metavar="DIR", required=True, help="folder of the report")
+    options = parser.parse(args)
+    if options.reported and not options.scores:
+        parser.error("--reported goes with --scores")
+
+    from plm.audit.report import control_tables, fault_table, noise_lines, write_audit
+    from plm.audit.verdict import audit_files
+    from plm.evaluation import print_parts, section_table
+
+    audit = audit_files(
+        options.pairs,
+        columns=dict(options.columns),
+        test_pairs=options.test_pairs,
+        scores=options.scores,
+        reported=options.reported,
+        candidates=options.candidates,
+    )
+    tables = [section_table(section) for section in (fault_table(audit), *control_tables(audit))]
+    print_parts(*tables, *noise_lines(audit), audit.verdict)
+    for path in write_audit(audit, Path(options.output)):
+        print(f"written to {path}")
+    return 0
 
 
 def _compare(args: list[str]) -> int:

@@ -11,7 +11,7 @@ from plm.callbacks import is_fast_dev_run, run_dir
 from plm.data.keys import pair_names
 from plm.types import PreferenceBatch
 
-COLUMNS = ("item", "users", "user_id", "tie", "margin", "population_margin", "other_margin")
+COLUMNS = ("item", "users", "user_id", "tie", "margin", "population_margin", "other_margin", "flipped_margin")
 
 
 class SavePredictions(L.Callback):
@@ -19,7 +19,7 @@ class SavePredictions(L.Callback):
 
     One row per test pair, users in turn, each one's pairs in the order of the source: the pair's name by its content
     (`plm.data.keys.pair_names`), seen or unseen, user id, whether the user called it a tie, and the margins of the
-    personal model and of its two controls. ``plm compare`` reads such files. A ``fast_dev_run`` writes none.
+    personal model and of its controls. ``plm compare`` reads such files. A ``fast_dev_run`` writes none.
     """
 
     def __init__(self) -> None:

@@ -589,6 +589,7 @@ WRONG = {
     "label": ["--samples", "x", "--output", "y"],
     "judge": ["--ckpt_path", "x", "--prompts", "y", "--rewards", "z", "--num_prompts", "0"],
     "data": ["check", "--strict"],
+    "audit": ["a.csv", "--reported", "0.7", "--output", "b"],
     "compare": ["a.csv"],
     "rewardbench": ["--input", "x"],
     "users": ["lst", "--ckpt_path", "x"],
