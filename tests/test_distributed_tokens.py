@@ -233,11 +233,11 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        ("shared", "ddp"),
         ("per_user", "ddp"),
-        ("shared", "fsdp2"),
         ("sft", "fsdp2"),
-        ("sft_everyone", "ddp"),
+        pytest.param("shared", "ddp", marks=SLOW),
+        pytest.param("shared", "fsdp2", marks=SLOW),
+        pytest.param("sft_everyone", "ddp", marks=SLOW),
         pytest.param("sft_everyone", "fsdp2", marks=SLOW),
         pytest.param("sft", "ddp", marks=SLOW),
         pytest.param("full", "ddp", marks=SLOW),

@@ -259,6 +259,7 @@ def test_predict_writes_the_margins_that_test_counts(folder: Path) -> None:
     assert compared["num_users"] == 20 and compared["comparisons"][0]["difference"] == 0
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(folder: Path) -> None:
     run = fit()
     test = ["test", "--config", "recipe.yaml", "--ckpt_path", str(run / "checkpoints" / "best.ckpt")]

@@ -134,6 +134,7 @@ def test_it_trains_by_its_short_name(package: Path, monkeypatch: pytest.MonkeyPa
 BOARD_RECIPE = RECIPE.replace("  shots: [0, 4]\n  repeats: 1\n", "  shots: [0]\n  repeats: 1\n  val_rows: 0.2\n")
 
 
+@pytest.mark.slow
 def test_it_brings_its_search_grid_to_the_leaderboard(
     package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

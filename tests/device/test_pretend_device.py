@@ -25,12 +25,19 @@ def run(cases: str, *options: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
+def test_one_mode_of_each_method_does_there_what_it_does_on_the_cpu() -> None:
+    names = "BradleyTerry LoRe VPL PALResidual PALM LatentDPO LiveVPL SFT LoRADPOBasis CLaP"
+    run("cases.py", "-k", " or ".join([f"Test{name}]" for name in names.split()] + ["devices", "waits", "trained"]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("contracts", ["contract", "latent_dpo", "live_methods", "token_methods"])
-def test_methods_do_there_what_they_do_on_the_cpu(contracts: str) -> None:
+def test_all_modes_do_there_what_they_do_on_the_cpu(contracts: str) -> None:
     run("cases.py", PLM_DEVICE_CONTRACTS=contracts)
 
 
-@pytest.mark.parametrize("oracle", ["lora_dpo", pytest.param("logits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("oracle", ["lora_dpo", "logits"])
 def test_portfolios_are_there_what_they_are_on_the_cpu(oracle: str) -> None:
     run("portfolio_cases.py", "-k", oracle)
 

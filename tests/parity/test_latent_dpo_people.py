@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +444,7 @@ def test_the_order_of_people_and_of_their_pairs_changes_nothing(options: dict[st
     torch.testing.assert_close(method.adapt(moved).tensors["policy"], states[people], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hard_labels_leave_the_prior_and_soft_ones_do_not() -> None:
     """One direction explains all pairs. A typical draw of the prior has |z|^2 / 2 = 8; the KL is |mean|^2 / 2."""
     direction, width = torch.nn.functional.normalize(draw(1, 1, 16, seed=9), dim=-1), 16
@@ -453,6 +455,7 @@ def test_hard_labels_leave_the_prior_and_soft_ones_do_not() -> None:
     mask = torch.ones(1, 60, dtype=torch.bool)
     context = Context(chosen, rejected, mask, mask.float())
 
+    @cache
     def kl(rule: str, steps: int, kl_coef: float = 0.0) -> float:
         method = LatentDPO(1, 2 * width, family="vector", rule=rule, num_steps=steps, lr=0.05, kl_coef=kl_coef)  # type: ignore[arg-type]
         return float(method.latent_policies(method.adapt(context)).mean.square().sum() / 2)
