@@ -76,7 +76,8 @@ def _options(args: list[str]) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         default=["all"],
-        help="short names or class paths; default: all installed ones that read features",
+        help="short names, class paths, or lore_paper, pal_paper, vpl_paper: settings of the papers, not searched; "
+        "default: all installed ones that read features, and these",
     )
     parser.add_argument(
         "--seeds", type=integer(1), default=3, help="fits per row; intervals are over users (default: 3)"

@@ -215,9 +215,8 @@ def _warn_of_grids(entries: Sequence[Entry], budget: int, console: Console) -> N
     for entry in entries:
         num = len(candidates(entry, budget))
         if entry.kind == "method" and not entry.error and num < budget:
-            console.print(
-                f"{entry.name} has {num} of {budget} candidates: its search_space is empty or small", markup=False
-            )
+            why = "its settings are those of a paper" if entry.is_fixed else "its search_space is empty or small"
+            console.print(f"{entry.name} has {num} of {budget} candidates: {why}", markup=False)
 
 
 class _Progress:

@@ -26,8 +26,11 @@ from plm.leaderboard.cells import Cell, output_to, run_cells
 from plm.leaderboard.results import Kind
 from plm.messages import nearest
 from plm.method import PersonalizationMethod, constructor_arguments
-from plm.recipe.defaults import expand, read_config
+from plm.recipe.defaults import expand, find_config, read_config
 from plm.recipe.fit import RecipeReader, run_recipe
+
+PUBLISHED = {"LoRe": "lore_paper", "PAL": "pal_paper", "VPL": "vpl_paper"}
+"""Method that is an estimator of our own by default -> group of ``conf/method`` with its paper's model and settings."""
 
 _OF_A_METHOD = ("model", "select", "defaults")
 """Keys of a recipe that the other rows do not share."""
@@ -51,6 +54,8 @@ class Entry:
     mode: str = "min"
     """Whether a good validation value is low (min) or high (max)."""
     split_hash: str = ""
+    is_fixed: bool = False
+    """Whether its settings are those of a paper and not searched."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What the search picked."""
     num_candidates: int = 1
@@ -65,7 +70,10 @@ class Entry:
 
 
 def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry], dict[str, str]]:
-    """Make entries of methods by short name or class path, ``all`` = every installed one that reads features.
+    """Make entries of methods by short name, class path or group of ``conf/method`` with a paper's settings.
+
+    Where one method has both, its rows are ``LoRe (ours)`` and ``LoRe (published)``. ``all`` = every installed one that
+    reads features, and the published settings of those in `PUBLISHED`.
 
     Returns:
         The entries, and why each of the other methods that ``all`` might have meant is left out.
@@ -74,19 +82,31 @@ def of_methods(names: Sequence[str], shared: Sequence[str]) -> tuple[list[Entry]
         ValueError: If a name is not installed.
     """
     installed = {entry.name: entry for entry in sorted(entry_points(group="plm.methods"), key=lambda e: e.name)}
-    wanted = list(installed) if list(names) == ["all"] else list(names)
-    unknown = [name for name in wanted if name not in installed and "." not in name]
+    groups = {group: f"{name} (published)" for name, group in PUBLISHED.items()}
+    wanted = list(names)
+    if wanted == ["all"]:
+        # the class of a published model alone has the settings of no paper
+        wanted = [*(name for name in installed if name != "PublishedLoRe"), *groups]
+    unknown = [name for name in wanted if name not in (*installed, *groups) and "." not in name]
     if unknown:
-        near = nearest(unknown[0], installed)
-        raise ValueError(f"no method {unknown[0]!r}{near} (installed: {', '.join(installed) or 'none'})")
+        near = nearest(unknown[0], [*installed, *groups])
+        listed = ", ".join([*installed, *groups])
+        raise ValueError(f"no method {unknown[0]!r}{near} (installed: {listed})")
     entries = []
     left_out: dict[str, str] = {}
     for name in wanted:
+        if name in groups:
+            path = f"conf/method/{name}.yaml"
+            args = (*shared, "--config", str(find_config(path)))
+            entries.append(
+                Entry(groups[name], "method", f"the paper's model and settings, {path}", args, is_fixed=True)
+            )
+            continue
         if name not in installed:
             entries.append(Entry(name.rpartition(".")[2], "method", name, (*shared, "--model", name)))
             continue
         value = installed[name].value.replace(":", ".")
-        entry = Entry(name, "method", value, (*shared, "--model", value))
+        entry = Entry(f"{name} (ours)" if name in PUBLISHED else name, "method", value, (*shared, "--model", value))
         try:
             view = installed[name].load().view
         except Exception as error:
@@ -213,10 +233,10 @@ def check_search_space(method: type[PersonalizationMethod]) -> None:
 def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:
     """List the entry as it is and ``budget - 1`` draws without repetition from the ``search_space`` of its method.
 
-    The draws depend on nothing but that grid and the name of the class.
+    Settings of a paper stay as they are. The draws depend on nothing but that grid and the name of the class.
     """
     method = entry.method_class
-    if budget == 1 or method is None or not method.search_space:
+    if budget == 1 or entry.is_fixed or method is None or not method.search_space:
         return [{}]
     grid = method.search_space
     every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

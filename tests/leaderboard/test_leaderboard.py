@@ -94,11 +94,11 @@ def test_all_rows_and_controls_are_there(board: dict[str, Any], place: Path) -> 
     rows = {row["name"]: row for row in board["rows"]}
     assert set(rows) == {
         "BradleyTerry",
-        "LoRe",
+        "LoRe (ours)",
         "Broken",
         "per-user BradleyTerry",
-        "LoRe, shuffled users",
-        "LoRe, another user",
+        "LoRe (ours), shuffled users",
+        "LoRe (ours), another user",
         "reference head",
         "majority",
         "length",
@@ -106,9 +106,9 @@ def test_all_rows_and_controls_are_there(board: dict[str, Any], place: Path) -> 
         "oracle",
     }
     assert rows["Broken"]["errors"] == {"0": "RuntimeError: it does not work"} and not rows["Broken"]["numbers"]
-    assert rows["LoRe"]["facts"]["parameters_per_user"] == 8
+    assert rows["LoRe (ours)"]["facts"]["parameters_per_user"] == 8
     assert rows["BradleyTerry"]["facts"]["parameters"] == 5 * 32
-    assert rows["LoRe"]["few_shot"]["shots"] == [0, 4]
+    assert rows["LoRe (ours)"]["few_shot"]["shots"] == [0, 4]
     best = max(row["numbers"]["seen"]["accuracy"] for row in rows.values() if row["numbers"])
     assert rows["oracle"]["numbers"]["seen"]["accuracy"] == best
     assert board["left_out"] == {}
@@ -147,13 +147,13 @@ def test_finished_cells_are_kept_and_lost_ones_are_redone(
 ) -> None:
     shutil.copytree(place / "out", place / "resumed")
     root = place / "resumed" / "cells"
-    (lost,) = root.glob("LoRe-seed0-*")
+    (lost,) = root.glob("LoRe__ours_-seed0-*")
     lost.rename(lost.with_name(f"{lost.name}.part"))  # as a killed run leaves it
     done = []
     monkeypatch.setattr(cells, "run_here", lambda one, run=cells.run_here: (done.append(one.row), run(one)))
     args = ["--methods", "BradleyTerry", "LoRe", "--seeds", "1"]
     assert leaderboard(place, *args, out="resumed") == 0
-    assert done == ["LoRe"], "the shuffled control and the baselines are kept too"
+    assert done == ["LoRe (ours)"], "the shuffled control and the baselines are kept too"
     again = json.loads((place / "resumed" / "leaderboard.json").read_text())
     for row in again["rows"]:
         (before,) = [one for one in board["rows"] if one["name"] == row["name"]]
@@ -194,6 +194,22 @@ def test_candidates_are_distinct_and_start_with_the_defaults() -> None:
         *("--model.init_args.decoder", "film"),
         *("--model.init_args.ridges", "[1.0, 2.0]"),
     ]
+
+
+def test_all_methods_are_ours_and_the_published_ones(place: Path) -> None:
+    """Each with the settings of its paper, whatever the budget of the search; every row can be read."""
+    found, left_out = entries.of_methods(["all"], ["--config", str(place / "tiny.yaml")])
+    both = [f"{name} ({whose})" for name in ("LoRe", "PAL", "VPL") for whose in ("ours", "published")]
+    assert {*both, "BradleyTerry", "PALM"} == {entry.name for entry in found} and "SFT" in left_out
+    read, _ = entries.read_entries([entry for entry in found if "published" in entry.name])
+    assert [entry.error for entry in read] == [""] * 3
+    for entry in read:
+        assert candidates(entry, 12) == [{}]
+        settings = yaml.safe_load(Path(entry.args[-1]).read_text())["model"]
+        assert entry.method_class is not None
+        assert settings["class_path"].rpartition(".")[2] == entry.method_class.__name__
+    with pytest.raises(ValueError, match=r"no method 'lore_papr'; did you mean 'lore_paper'\?"):
+        entries.of_methods(["lore_papr"], [])
 
 
 def test_recipes_on_different_splits_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,7 +346,7 @@ def test_the_table_goes_to_wandb(
     assert wandb.init.call_args.kwargs["project"] == "team" and wandb.init.call_args.kwargs["config"]["seeds"] == 1
     assert set(logged) == {"leaderboard", "accuracy", "few-shot_curves", "parameters"}
     rows = {tuple(line[:3]) for line in logged["leaderboard"].data}
-    assert ("LoRe", "method", "unseen") in rows and ("oracle", "baseline", "seen") in rows
+    assert ("LoRe (ours)", "method", "unseen") in rows and ("oracle", "baseline", "seen") in rows
     assert "the run is offline, so no report was saved" in capsys.readouterr().out
 
 
