@@ -20,6 +20,7 @@ AT_ROOT = {
     "benchmarks",
     "conf",
     "docs",
+    "examples",
     "plm",
     "pyproject.toml",
     "recipes",

@@ -1,0 +1,177 @@
+"""A served checkpoint with many users under load: how long requests take, how many there can be, what learning costs.
+
+Usage: python benchmarks/serve.py [--users 1000000] [--rate 50] [--seconds 20] [--minilm]
+
+``plm serve`` runs in a process of its own with features of hashed words and LoRe's state of 8 weights. The client sends
+requests of 8 texts for random users: first at a fixed rate, each at its time whether the ones before are answered or
+not; then as fast as 16 connections take them. Then users are learned from one pair each, which is on the disk when the
+answer comes. With ``--minilm`` the texts are encoded by MiniLM inside the server, against
+``SentenceTransformer.encode`` alone on the same texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from plm.backbones import Backbone, HashingBackbone, HuggingFaceBackbone
+from plm.methods.lore import LoRe
+from plm.testing import saved
+from plm.types import UserState
+from plm.users import UserStore, store_path
+
+WORDS = "strong tea with milk black coffee a long walk by the sea and films for an evening with friends at home".split()
+TEXTS, BASES, CONNECTIONS = 8, 8, 16
+
+
+def text(draw: random.Random) -> str:
+    """Twenty words."""
+    return " ".join(draw.choices(WORDS, k=20)) + f" {draw.random():.6f}"
+
+
+@contextmanager
+def checkpoint(backbone: Backbone, num_users: int) -> Iterator[Path]:
+    """A checkpoint of random bases, with so many users in its store."""
+    torch.manual_seed(0)
+    method = LoRe(1, backbone.feature_dim, backbone=backbone.spec(), num_bases=BASES)
+    torch.nn.init.normal_(method.bases)
+    with saved(method) as path:
+        store = UserStore(store_path(path))
+        state = method.population_state(100_000)
+        for start in range(0, num_users, 100_000):
+            count = min(100_000, num_users - start)
+            drawn = {**state.tensors, "weights": torch.randn(len(state.num_pairs), BASES)}
+            users = UserState(drawn, state.num_pairs + 10).take(torch.arange(count))
+            store.add([f"user-{number}" for number in range(start, start + count)], users)
+        yield path
+
+
+@contextmanager
+def server(path: Path) -> Iterator[tuple[str, float, int]]:
+    """``plm serve``: its address, the seconds until it answered, and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "plm", "serve", "--ckpt_path", str(path), "--port", str(port)]
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            while True:
+                with suppress(httpx.TransportError):
+                    httpx.get(f"http://127.0.0.1:{port}/health")
+                    break
+                if process.poll() is not None:
+                    raise SystemExit("the server did not start")
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}", time.perf_counter() - began, process.pid
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def resident(process: int) -> float:
+    """Resident memory of a process in GB."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def at_rate(send: Callable[[], None], rate: float, seconds: float) -> np.ndarray:
+    """Milliseconds of each request, from the time at which it was to be sent: waiting counts."""
+    took: list[float] = []
+    began = time.perf_counter() + 0.5
+
+    def one(turn: int) -> None:
+        due = began + turn / rate
+        time.sleep(max(0.0, due - time.perf_counter()))
+        send()
+        took.append(1000 * (time.perf_counter() - due))
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(one, range(round(rate * seconds))))
+    return np.array(took)
+
+
+def at_once(send: Callable[[], None], seconds: float) -> float:
+    """Requests per second that all connections together get through."""
+    end = time.perf_counter() + seconds
+
+    def some(_: int) -> int:
+        count = 0
+        while time.perf_counter() < end:
+            send()
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return sum(pool.map(some, range(CONNECTIONS))) / seconds
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", type=int, default=1_000_000)
+    parser.add_argument("--rate", type=float, default=50.0)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--minilm", action="store_true", help="MiniLM of PLM_ENCODER instead of hashed words")
+    options = parser.parse_args()
+    backbone: Backbone = HashingBackbone(dim=512)
+    if options.minilm:
+        backbone = HuggingFaceBackbone(os.environ["PLM_ENCODER"])
+    draw, table = random.Random(0), Table("what", "measured", title=f"{options.users:,} users, {TEXTS} texts a request")
+    limits = httpx.Limits(max_connections=CONNECTIONS)
+    began = time.perf_counter()
+    with checkpoint(backbone, options.users) as path:
+        print(f"{options.users:,} users stored in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+        with server(path) as (url, seconds, process), httpx.Client(base_url=url, timeout=60, limits=limits) as client:
+            table.add_row("start, until /health answers", f"{seconds:.1f} s, {resident(process):.2f} GB")
+
+            def classify() -> None:
+                body = {"input": [text(draw) for _ in range(TEXTS)], "user": f"user-{draw.randrange(options.users)}"}
+                client.post("/classify", json=body).raise_for_status()
+
+            def learn() -> None:
+                pair = {"prompt": "p", "chosen": text(draw), "rejected": text(draw)}
+                where = f"/v1/users/new-{draw.random()}/pairs"
+                client.post(where, json={"pairs": [pair]}).raise_for_status()
+
+            for send in (classify, learn):
+                for _ in range(20):
+                    send()
+            for name, send, rate in (("/classify", classify, options.rate), ("learn one pair, durable", learn, 5.0)):
+                took = at_rate(send, rate, options.seconds)
+                shown = f"p50 {np.quantile(took, 0.5):.1f} ms, p99 {np.quantile(took, 0.99):.1f} ms"
+                table.add_row(f"{name} at {rate:g} requests/s", shown)
+            most = at_once(classify, options.seconds)
+            table.add_row("/classify, saturated", f"{most:.0f} requests/s, {most * TEXTS:.0f} texts/s")
+            table.add_row("memory at the end", f"{resident(process):.2f} GB")
+    if options.minilm:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(os.environ["PLM_ENCODER"], device="cpu")
+        texts = [text(draw) for _ in range(round(most * TEXTS * options.seconds) or TEXTS)]
+        model.encode(texts[:64])
+        began = time.perf_counter()
+        model.encode(texts, batch_size=64)
+        alone = len(texts) / (time.perf_counter() - began)
+        table.add_row("SentenceTransformer.encode alone", f"{alone:.0f} texts/s; served {most * TEXTS / alone:.2f}x")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
