@@ -138,7 +138,10 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return answer(error.status, error.kind, str(error), error.param)
+        response = answer(error.status, error.kind, str(error), error.param)
+        if error.status in (429, 503):
+            response.headers["retry-after"] = "1"
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:

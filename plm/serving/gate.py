@@ -87,7 +87,7 @@ class Gate:
         keys: Bearer keys, one of which a request must have; none = no key is needed.
         max_body: Bytes of a body.
         max_queue: Requests that are worked on or wait for it.
-        body_seconds: Time in which a body must have come.
+        body_seconds: Time in which a body must have come, and a part of the answer have gone.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
+            async with asyncio.timeout(self.body_seconds):  # a client that does not read gives up its place
+                await send(message)
 
         try:
             try:

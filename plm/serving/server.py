@@ -23,6 +23,7 @@ from plm.serving.service import RewardService
 
 HEAD_SECONDS = 10.0
 """Time in which a connection must send the head of a request."""
+log = logging.getLogger("plm.serving")
 _SETTINGS = "PLM_SERVE_SETTINGS"
 """Environment variable that tells worker processes what to serve."""
 
@@ -102,6 +103,8 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, workers
     """
     _start_logging()
     _allow_many_connections()
+    if settings.api_keys is None and host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("whoever reaches %s may read, teach and delete users: set --api_keys", host)
     options: dict[str, Any] = {**_OPTIONS, "host": host, "port": port}
     if workers == 1:
         uvicorn.run(settings.app(), **options)

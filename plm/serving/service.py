@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,12 +33,23 @@ BATCH_TEXTS = 64
 NUM_DRAWS = 64
 """Draws from a user's posterior for the spread of a reward."""
 
-Kind = Literal["NotFoundError", "ConflictError", "UnprocessableError", "BadRequestError", "ServiceUnavailableError"]
+NUM_WRITERS = 16
+"""Users who are learned or deleted at once: where the database is slow, rewards still find a thread."""
+
+Kind = Literal[
+    "NotFoundError",
+    "ConflictError",
+    "UnprocessableError",
+    "BadRequestError",
+    "TooManyRequests",
+    "ServiceUnavailableError",
+]
 STATUS: dict[Kind, int] = {
     "BadRequestError": 400,
     "NotFoundError": 404,
     "ConflictError": 409,
     "UnprocessableError": 422,
+    "TooManyRequests": 429,
     "ServiceUnavailableError": 503,
 }
 
@@ -102,6 +114,7 @@ class RewardService:
         self.name = Path(ckpt_path).stem if name is None else name
         self.created = int(time.time())
         self.label_is_user, self.end_of_turn = label_is_user, end_of_turn
+        self._writers = BoundedSemaphore(NUM_WRITERS)
         self.batches: Batcher[_Job, _Rewards] = Batcher(self._work, lambda job: len(job.rows), BATCH_TEXTS)
         refused = self._alone(_Job([response_row({"response": "a text", "prompt": "a prompt"})], False))
         if isinstance(refused, Exception):  # what is wrong with the checkpoint shows before anybody asks
@@ -208,7 +221,7 @@ class RewardService:
     def learn(self, user_id: str, request: bodies.PairsRequest) -> bodies.User:
         """Learn a user from pairs and from those before; durable when the call returns."""
         pairs = [{**pair.model_dump(), "prompt": bodies.prompt_text(pair.prompt)} for pair in request.pairs]
-        with _store_errors():
+        with self._writing():
             try:
                 is_stored = self.method.learn(user_id, pairs, request.anew)
             except PairsNotKeptError as error:
@@ -223,7 +236,7 @@ class RewardService:
 
     def forget(self, user_id: str) -> bodies.Erased:
         """Delete a user from the store; a user who is not there gets a receipt too."""
-        with _store_errors():
+        with self._writing():
             return bodies.Erased(**self.method.forget(user_id)._asdict())
 
     def next_question(self, user_id: str, request: bodies.QuestionRequest) -> bodies.QuestionResponse:
@@ -255,6 +268,17 @@ class RewardService:
         return bodies.Models(data=[bodies.Model(id=self.name, created=self.created, root=self.name)])
 
     # ------------------------------------------------------------------ inside
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A change of the store, one of so many at once."""
+        if not self._writers.acquire(blocking=False):
+            raise RequestError("TooManyRequests", "too many users are learned at once; try again")
+        try:
+            with _store_errors():
+                yield
+        finally:
+            self._writers.release()
+
     def _row(self, text: str, prompt: str, user: str | None) -> ResponseRow:
         return response_row({"response": text, "prompt": prompt, "user_id": user})
 

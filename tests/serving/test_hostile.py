@@ -126,22 +126,27 @@ def test_a_killed_server_loses_nothing_that_it_acknowledged(path: Path, seed: in
     """Each of three clients learns and deletes a user of its own, over and over, until the server is gone."""
     possible: dict[str, set[int]] = {f"user-{number}": {0} for number in range(3)}  # numbers of pairs, 0 = unknown
 
+    acknowledged: list[str] = []
+
     def change(client: httpx.Client, name: str) -> None:
         draw, count = random.Random(f"{seed} {name}"), 0
         with suppress(httpx.TransportError):
             for turn in range(1000):
                 after = 0 if draw.random() < 0.2 else count + 1
                 possible[name] = {count, after}
-                where = f"{client.base_url}v1/users/{name}"
+                where = client.base_url.join(f"/v1/users/{name}")
                 if after:
                     assert httpx.post(f"{where}/pairs", json=pair(f"good {turn}")).json()["num_pairs"] == after
                 else:
                     assert httpx.delete(where).status_code == 200
                 possible[name], count = {after}, after
+                acknowledged.append(name)
 
     with server_of(path) as (process, client):
         threads = in_threads(*[partial(change, client, name) for name in possible])
-        time.sleep(random.Random(seed).uniform(0.2, 1.5))
+        while len(acknowledged) < random.Random(seed).randrange(3, 30):
+            assert any(thread.is_alive() for thread in threads)
+            time.sleep(0.001)
         process.kill()
         for thread in threads:
             thread.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +205,41 @@ def test_a_full_queue_and_slow_bodies(
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
         while slow.recv(1000):
             pass  # it is closed
+
+
+def test_a_client_that_does_not_read_gives_up_its_place(service: RewardService) -> None:
+    """An answer of more than the system holds for a connection is waited for, for a while."""
+    big = make_app(service, max_queue=1, body_seconds=0.3)
+    pool = [{"responses": [letter * 190_000, letter * 180_000]} for letter in "abcdefghij"]
+    body = json.dumps({"pool": pool, "num_pairs": 10}).encode()
+    with running(big) as url, socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", urlsplit(url).port))
+        head = "POST /v1/users/a/next-question HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        lazy.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        assert lazy.recv(12) == b"HTTP/1.1 200"
+        sooner_or_later(lambda: httpx.post(f"{url}/classify", json={"input": "x"}).status_code == 200)
+
+
+def test_many_who_learn_leave_threads_for_rewards(
+    client: httpx.Client, service: RewardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the database hangs, 16 wait for it; the others are told to try again, and rewards come."""
+    hangs = threading.Event()
+    monkeypatch.setattr(type(service.method), "forget", lambda *_: hangs.wait(20))
+    statuses: list[int] = []
+
+    def forget() -> None:
+        statuses.append(httpx.delete(client.base_url.join("/v1/users/a"), timeout=60).status_code)
+
+    threads = [threading.Thread(target=forget) for _ in range(45)]
+    for thread in threads:
+        thread.start()
+    sooner_or_later(lambda: len(statuses) == 45 - 16)
+    assert set(statuses) == {429} and client.post("/classify", json={"input": "x"}).status_code == 200
+    hangs.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_connections_without_a_request_are_closed(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
