@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, cast
 from urllib.parse import unquote
 
@@ -61,7 +63,14 @@ def make_app(service: RewardService, **limits: Any) -> ASGIApp:
         **limits: ``keys``, ``max_body``, ``max_queue`` and ``body_seconds`` of `Gate`.
     """
     metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with service.method.users.held_open():
+            yield
+
     app = FastAPI(
+        lifespan=lifespan,
         title="plm",
         summary="Rewards that know their user",
         version=plm.__version__,

@@ -143,7 +143,7 @@ def running(app: ASGIApp) -> Iterator[str]:
 _OPTIONS: dict[str, Any] = {
     "http": _Impatient,
     "ws": "none",
-    "lifespan": "off",
+    "lifespan": "on",
     "log_config": None,
     "server_header": False,
     "timeout_keep_alive": 5,

@@ -152,6 +152,24 @@ class Database:
                         _make_tables(connection, shared_hash)
                 yield connection
 
+    @contextmanager
+    def held_open(self) -> Iterator[None]:
+        """Keep the files of SQLite open, for a process that works with them all the time.
+
+        Whoever closes them last moves the log into the database, which takes as long as a commit.
+        """
+        if self.path is None or not self.path.exists():
+            yield
+            return
+        with self._errors("read"):
+            connection = self._connect()
+            connection.execute(f"SELECT * FROM {FACTS.name}").fetchall()  # opens the log, too
+        try:
+            yield
+        finally:
+            with self._only_writer():
+                connection.close()
+
     def wipe(self) -> bool:
         """Remove what has been deleted from the write-ahead log too; whether nothing is left of it.
 

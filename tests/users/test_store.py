@@ -246,6 +246,22 @@ def test_every_change_is_durable_and_deleted_bytes_leave_the_files(tmp_path: Pat
 PRAGMAS = {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1}
 
 
+def test_a_store_that_is_held_open_deletes_as_thoroughly_and_ends_as_one_file(tmp_path: Path) -> None:
+    """Its log lives as long as the block, so that no call has to move it into the database."""
+    place = tmp_path / "m.users.db"
+    store = UserStore(place, "h")
+    with store.held_open():
+        assert not place.exists()  # nothing to hold yet
+    store.add(["anna", "person-7"], state(1, 7))
+    with store.held_open():
+        store.add(["ben"], state(2))
+        assert Path(f"{place}-wal").stat().st_size > 0 and UserStore(place).ids == ["anna", "person-7", "ben"]
+        assert store.delete(["person-7"])[0].is_wiped
+        assert not any(b"person-7" in file.read_bytes() for file in tmp_path.glob("m.users.db*"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.users.db", "m.users.db.lock"]
+    assert store.ids == ["anna", "ben"]
+
+
 def test_what_a_killed_deletion_left_in_the_log_goes_with_the_next(tmp_path: Path) -> None:
     store = UserStore(tmp_path / "x.users.db", "h")
     store.add(["person-a", "person-b"], state(1, 2))
