@@ -54,20 +54,23 @@ class Settings(NamedTuple):
         return make_app(service, keys=keys, max_body=self.max_body, max_queue=self.max_queue)
 
 
-class _Impatient(H11Protocol):
+class ImpatientProtocol(H11Protocol):
     """Closes connections on which no head of a request comes, and logs no paths: ids of users stand in them."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a head."""
         self._patience: asyncio.TimerHandle | None = None
         self.access_log = False  # whatever handlers the program has given uvicorn's logger
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        """Wait on, unless the head was complete."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
         super().connection_lost(exc)
         self._rest()
 
@@ -141,7 +144,8 @@ def running(app: ASGIApp) -> Iterator[str]:
 
 
 _OPTIONS: dict[str, Any] = {
-    "http": _Impatient,
+    "http": f"{__name__}:ImpatientProtocol",  # by name: a worker answers its supervisor before it imports torch
+    "timeout_worker_healthcheck": 120,
     "ws": "none",
     "lifespan": "on",
     "log_config": None,

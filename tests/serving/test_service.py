@@ -113,6 +113,28 @@ def test_a_user_is_learned_asked_and_forgotten(service: RewardService, path: Pat
     assert not service.next_question("anna", bodies.QuestionRequest(pool=pool)).user_known
 
 
+def test_two_services_share_the_users_of_a_server(path: Path, postgres: str) -> None:
+    """PostgreSQL: nobody is known to begin with; what one service learns, from two threads, the other knows."""
+    url = postgres.format("postgres")
+    one, other = (RewardService(path, users=url) for _ in "ab")
+    assert not other.rewards(bodies.RewardsRequest(responses=TEXTS, user="ben")).user_known
+
+    def teach(service: RewardService, name: str) -> None:
+        for turn in range(3):
+            pair = {"prompt": "p", "chosen": f"good {name} {turn}", "rejected": "bad"}
+            service.learn("shared", bodies.PairsRequest(pairs=[pair]))
+
+    threads = [threading.Thread(target=teach, args=(service, name)) for service, name in ((one, "one"), (other, "two"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert one.user("shared") == other.user("shared") and one.user("shared").num_pairs == 6
+    asked = bodies.RewardsRequest(responses=TEXTS, user="shared")
+    assert one.rewards(asked).data == other.rewards(asked).data and one.rewards(asked).user_known
+    assert one.forget("shared").was_stored and not other.rewards(asked).user_known
+
+
 def test_pairs_are_not_added_to_pairs_that_were_not_kept(service: RewardService) -> None:
     with pytest.raises(RequestError, match="were not kept") as error:
         service.learn("ben", bodies.PairsRequest(pairs=[PAIR]))
