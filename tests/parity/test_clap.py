@@ -389,8 +389,8 @@ def _batch(method: CLaP) -> Any:
 
 @PLACEMENTS
 def test_the_loss_is_the_published_sum(causal_lm: Folder, placement: str) -> None:
-    """L_rec + L_DG + L_con of two prompts, from likelihoods read one by one at the same draws."""
-    method = clap(causal_lm, placement=placement, num_negatives=5, kl_weight=1.0)
+    """L_rec + L_DG + L_con of two prompts, weighted, from likelihoods read one by one at the same draws."""
+    method = clap(causal_lm, placement=placement, num_negatives=5, kl_weight=0.3, contrast_weight=0.7)
     torch.manual_seed(3)
     found = method.loss(_batch(method))
     torch.manual_seed(3)
@@ -410,7 +410,7 @@ def test_the_loss_is_the_published_sum(causal_lm: Folder, placement: str) -> Non
     gap = density_gap(given, noise).mean()
     for name, expected in {"reconstruction": reconstruction, "kl": gap, "contrast": contrast}.items():
         torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found["loss"], reconstruction + gap + contrast, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["loss"], reconstruction + 0.3 * gap + 0.7 * contrast, atol=1e-4, rtol=1e-4)
 
 
 def test_skip_and_ablations_leave_values_alone(causal_lm: Folder) -> None:
@@ -481,6 +481,38 @@ def test_options_that_do_not_fit_are_refused(causal_lm: Folder) -> None:
 @pytest.mark.parametrize("group", sorted(path.stem for path in (shipped("conf") / "method").glob("clap_*.yaml")))
 def test_every_group_of_conf_fits(causal_lm: Folder, group: str) -> None:
     CLaP(1, 16, CausalLM(str(causal_lm("gpt2"))).spec(), **method_options(group))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_published_stages(causal_lm: Folder, stage: int) -> None:
+    """arXiv 2412.20834: reconstruction and KL by a frozen model, helped by the skip; then contrast, all trained."""
+    options = method_options("clap_paper" if stage == 1 else "clap_paper_stage2") | {"init_from": None}
+    method = CLaP(2, 16, CausalLM(str(causal_lm("gpt2"))).spec(), **options)
+    method.configure_model()
+    assert method.policy.network.base_model.wte.weight.requires_grad == (stage == 2)
+    assert (method.skip is None) == (stage == 2)
+    out = method.loss(_batch(method))
+    assert ("contrast" in out) == (stage == 2)
+    expected = out["reconstruction"] + out["kl"] + (out["contrast"] if stage == 2 else 0.0)
+    torch.testing.assert_close(out["loss"], expected)
+    assert method.num_negatives is None and method.kl == "marginal" and method.encoder_layers == 2
+
+
+def test_steps_are_those_of_adamw_with_the_published_decay_rates(causal_lm: Folder) -> None:
+    """Betas (0.9, 0.95): gradients 1 and 3 have the second moment .95 (.05) 1 + .05 (9), over 1 - .95^2."""
+    method = clap(causal_lm, lr=0.01, weight_decay=0.0, warmup=0)
+    method.trainer = SimpleNamespace(estimated_stepping_batches=2)  # type: ignore[assignment]
+    optimizer: Any = method.configure_optimizers()["optimizer"]  # type: ignore[call-overload,index]
+    weight = method.encoder.head.weight
+    before = weight.detach().clone()
+    for gradient in (1.0, 3.0):
+        optimizer.zero_grad()
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+    moment = (0.1 * 0.9 * 1 + 0.1 * 3) / (1 - 0.9**2)
+    square = (0.05 * 0.95 * 1 + 0.05 * 9) / (1 - 0.95**2)
+    expected = before - 0.01 - 0.01 * moment / math.sqrt(square)
+    torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------- stages and validity

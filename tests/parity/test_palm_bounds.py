@@ -67,6 +67,15 @@ def test_composition_holds() -> None:
     assert total >= DRAWS
 
 
+def test_errors_add_up_by_hand() -> None:
+    """``1 - (1 - alpha)(1 - 2 eps)``, ``2 (eps f_max + delta R_max) + gamma``; the same with tight constants."""
+    cell, error = Slack(0.25, 0.1), Slack(0.2, 0.3)
+    assert composed(cell, error, max_reward=2.0, max_cost=0.5) == pytest.approx((1 - 0.8 * 0.5, 0.65 + 0.3))
+    tight = composed(cell, error, max_reward=2.0, max_cost=0.5, tight=True)
+    assert tight == pytest.approx((1 - 0.8 * 0.75 / 1.25, 0.65 / 1.25 + 0.3))
+    assert composed(Slack(0.0, 0.0), error, max_reward=2.0) == pytest.approx(error)
+
+
 @pytest.mark.parametrize("t", [0.01, 0.05, 0.1])
 def test_four_objectives_need_the_bound_on_the_sum_of_rewards(t: float) -> None:
     """With A = (1, 1, 0, 0) and B = (0, 0, 1, 1) the oracle may answer A at the centre; 4 t are lost at v."""
