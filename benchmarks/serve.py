@@ -198,12 +198,16 @@ def main() -> None:
         from sentence_transformers import SentenceTransformer
 
         model = SentenceTransformer(os.environ["PLM_ENCODER"], device="cpu")
-        texts = [text(draw) for _ in range(2000)]
+        texts = [text(draw) for _ in range(500)]
         model.encode(texts[:64])
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         model.encode(texts, batch_size=64)
-        alone = len(texts) / (time.perf_counter() - began)
-        table.add_row("SentenceTransformer.encode alone", f"{alone:.0f} texts/s; served {most * TEXTS / alone:.2f}x")
+        alone, used = (
+            len(texts) / (time.perf_counter() - began),
+            1000 * TEXTS * (time.process_time() - used) / len(texts),
+        )
+        shown = f"{alone:.0f} texts/s, processor {used:.1f} ms for {TEXTS}; served {most * TEXTS / alone:.2f}x"
+        table.add_row("SentenceTransformer.encode alone", shown)
     Console(width=100).print(table)
 
 
