@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plm.method.conditioning import Conditioning
 from plm.method.loaded import LoadedMethod
-from plm.method.population import tuned_population
+from plm.method.population import load_validation_pairs, tuned_population
 from plm.method.reading import FeatureReader
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
 
@@ -266,6 +266,7 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
     def on_train_start(self) -> None:
         """Count the training pairs; measure what conditions features, and the root mean square of their differences."""
         self._conditioned = None
+        load_validation_pairs(self.trainer)
         if self.view != "latents" and self.trainer.global_step == 0:
             self.conditioning.reset()
             self.num_train_pairs, scale = self.conditioning.measure(self.train_pass(), self.sum_over_processes)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning import Trainer
 from scipy.optimize import minimize
 from torch import Tensor
 
@@ -33,6 +34,14 @@ class Population(NamedTuple):
     """``(D,)`` whose product with the features is the reward."""
     ridge: float
     """The precision that validation pairs chose; without any, the middle candidate."""
+
+
+def load_validation_pairs(trainer: Trainer) -> None:
+    """Make the validation loaders of a fit, which Lightning does only before the first validation, epochs later."""
+    if trainer.val_dataloaders is None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        trainer.training = True
 
 
 def tuned_population(

@@ -63,3 +63,16 @@ def test_every_run_is_compared_with_it(tmp_path: Path) -> None:
             margins.append(method.evaluate(data.test_batch)["bradley_terry_margin"])
         assert float(method.bradley_terry_ridge) in [pytest.approx(ridge) for ridge in RIDGES]
     assert torch.equal(margins[0], margins[1])
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_ridge_of_a_run_is_tuned_before_its_first_validation(every: int, tmp_path: Path) -> None:
+    """Users with 2 pairs each: the largest ridge, whenever the first validation comes."""
+    data = PlantedData(12, pairs_per_user=2, feature_dim=DIM, signal=0.3)
+    method = LoRe(12, DIM, num_bases=3)
+    options = {"max_epochs": 2, "check_val_every_n_epoch": every, "num_sanity_val_steps": 0}
+    quiet_trainer(tmp_path, **options).fit(method, datamodule=data)
+    sizes = (DIM, method.feature_scale, data.train_batch.num_pairs)
+    fit = tuned_population(lambda: [data.train_batch], lambda: [data.val_batch], *sizes, lambda x: x)
+    assert float(method.bradley_terry_ridge) == fit.ridge == 10.0
+    torch.testing.assert_close(method.bradley_terry, fit.direction, atol=1e-3, rtol=0)
