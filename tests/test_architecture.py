@@ -70,6 +70,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.method": of_plm(),
     "plm.method.abilities": of_plm("backbones"),
     "plm.method.population": of_plm("functional"),
+    "plm.method.strangers": of_plm("functional"),
     "plm.method.network": of_plm("method", "backbones", "distributed"),
     "plm.method.policy": of_plm(*METHOD_NEEDS),
     "plm.method.live": of_plm("method", "backbones", "functional"),

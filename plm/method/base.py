@@ -17,6 +17,7 @@ from plm.method.conditioning import Conditioning
 from plm.method.loaded import LoadedMethod
 from plm.method.population import load_validation_pairs, tuned_population
 from plm.method.reading import FeatureReader
+from plm.method.strangers import with_evidence
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
 
 CHECKPOINT_KEY = "plm"
@@ -145,7 +146,8 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
         try:
             # trainer.test runs under inference mode, whose tensors can never enter autograd: leave it and clone.
             with torch.inference_mode(False), torch.enable_grad():
-                return self._adapt(self._conditioned_context(context)).detach()
+                states = self._adapt(self._conditioned_context(context)).detach()
+                return with_evidence(states, self.least_pairs, self.population_state)
         finally:
             self.train(was_training)
 
@@ -276,10 +278,14 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
                 fit = tuned_population(self.train_pass, self.val_pass, *sizes, self.sum_over_processes)
                 self.bradley_terry.copy_(fit.direction)
                 self.bradley_terry_ridge.fill_(fit.ridge)
+                self.meet_strangers()
         else:
-            count = self.reference.new_tensor(float(sum(batch.num_pairs for batch in self.train_pass())))
-            self.num_train_pairs = int(self.sum_over_processes(count.double()))
+            count = self.reference.new_tensor(float(sum(batch.num_pairs for batch in self.train_pass()))).double()
+            self.num_train_pairs = int(self.sum_over_processes(count))
         self.go_on()
+
+    def meet_strangers(self) -> None:
+        """Choose how users are served whom training does not see, before the first step; see `plm.method.strangers`."""
 
     def go_on(self) -> None:
         """Let the loader skip what a resumed fit has read of its epoch; called when training starts.
@@ -378,10 +384,9 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
     test_step = predict_step = validation_step
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Margins ``(B,)`` of the personal model and, outside the few-shot curve, of its controls.
+        """Margins ``(B,)`` of the personal model and, where users have states and outside the curve, of its controls.
 
-        A method whose users have no states has no personal controls. ``flipped_margin`` is that of users adapted on
-        their support with every label reversed; it is measured on features, where adapting is cheap.
+        ``flipped_margin`` is that of users adapted on reversed labels, on features, where adapting is cheap.
         """
         states_of: Callable[[Tensor], UserState]
         if batch.context is not None and batch.context_row is not None:

@@ -26,6 +26,8 @@ class FeatureReader(L.LightningModule):
     feature_scale: Tensor
     bradley_terry: Tensor
     bradley_terry_ridge: Tensor
+    stranger_scale: Tensor
+    least_pairs: Tensor
 
     def _condition(self, kind: Conditioning, feature_dim: int) -> None:
         """Add what features are read by; called once, by the constructor of a method."""
@@ -44,6 +46,9 @@ class FeatureReader(L.LightningModule):
         # of the ridge-tuned model of all users on the same pairs, which a method is compared with
         self.register_buffer("bradley_terry", torch.zeros(feature_dim), persistent=on_features)
         self.register_buffer("bradley_terry_ridge", torch.ones(()), persistent=on_features)
+        # how users are served whom training does not see, see `plm.method.strangers`; -1 = as seen users are
+        self.register_buffer("stranger_scale", -torch.ones(()), persistent=on_features)
+        self.register_buffer("least_pairs", torch.zeros((), dtype=torch.long), persistent=on_features)
 
     @property
     def reference_direction(self) -> Tensor:

@@ -24,10 +24,12 @@ from plm.functional import (
     bt_losses,
     fit_gaussian,
     flatten_context,
+    per_user_sum,
     unit_mean_per_user,
 )
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
+from plm.method.strangers import least_harmful, meet_strangers
 from plm.methods.lore.maths import (
     ProjectedPairs,
     basis_margins,
@@ -149,6 +151,11 @@ class LoRe(PersonalizationMethod):
                 "use a sequence-classification reward model as data.backbone"
             )
 
+    def meet_strangers(self) -> None:
+        """Cross-fit the spread that unseen users are adapted with."""
+        if self._is_personal:
+            meet_strangers(self, self.prior_scale, PRIOR_SCALES)
+
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the evidence bound plus the priors of the bases; with one basis, its Bradley-Terry loss."""
         pairs = projected_pairs(batch, self._bases())
@@ -199,34 +206,33 @@ class LoRe(PersonalizationMethod):
 
     @torch.no_grad()
     def refresh_users(self) -> None:
-        """Solve every seen user's weights at the present bases; choose the spread with the lowest validation loss.
+        """Solve every seen user's weights at the present bases, at the spread that their validation pairs choose.
 
         The evidence of the training pairs overstates what they say where pairs of a user share responses or the bases
-        have been fitted to these very users; validation pairs share nothing with them.
+        have been fitted to these very users; validation pairs share nothing with them. Unseen users are adapted with
+        the spread that was cross-fitted, where there are enough users for it.
         """
         train = [projected_pairs(batch, self._bases()) for batch in self.train_pass()]
         self.num_pairs.copy_(self.sum_over_processes(pair_counts(train, self.num_users, self.device)))
         if not self._is_personal:
             return
         val = [projected_pairs(batch, self._bases()) for batch in self.val_pass()]
-        num_val = self.sum_over_processes(self.prior_scale.new_tensor(float(sum(len(part.user) for part in val))))
-        best: tuple[float, Tensor, Tensor, Tensor] | None = None
-        for number in PRIOR_SCALES:
-            scale = self.prior_scale.new_tensor(number)
-            weights, precision = self._solve(train, scale)
-            losses = [
-                (weight * bt_losses((projected * weights[index]).sum(-1), target)).double().sum()
-                for projected, target, weight, index in val
-            ]
-            total = float(
-                self.sum_over_processes(sum(losses, torch.zeros((), dtype=torch.float64, device=self.device)))
-            )
-            if best is None or total < best[0] or (num_val == 0 and number == 1.0):
-                best = (total, scale, weights, precision)
-        assert best is not None
-        self.prior_scale.copy_(best[1])
-        self.weights.copy_(best[2])
-        self.precision.copy_(best[3])
+        scales = [self.prior_scale.new_tensor(number) for number in PRIOR_SCALES]
+        solved = [self._solve(train, scale) for scale in scales]
+        losses = self.sum_over_processes(torch.stack([self._val_losses(val, weights) for weights, _ in solved]))
+        judged = losses[0] > 0
+        best = least_harmful(losses[:, judged]) if judged.any() else PRIOR_SCALES.index(1.0)
+        self.weights.copy_(solved[best][0])
+        self.precision.copy_(solved[best][1])
+        self.prior_scale.copy_(scales[best] if self.stranger_scale < 0 else self.stranger_scale)
+
+    def _val_losses(self, val: list[ProjectedPairs], weights: Tensor) -> Tensor:
+        """Summed loss of the validation pairs of every user with weights ``(U, K)``: ``(U,)``."""
+        losses = torch.zeros(self.num_users, dtype=torch.float64, device=self.device)
+        for projected, target, weight, user in val:
+            loss = weight * bt_losses((projected * weights[user]).sum(-1), target)
+            losses += per_user_sum(loss.double(), user, self.num_users)
+        return losses
 
     def _solve(self, train: list[ProjectedPairs], scale: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(U, K)`` and precision ``(U, K, K)`` of all seen users; every process adds its own users."""

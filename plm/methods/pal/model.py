@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,36 +24,29 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from plm.backbones.export import reward_backbone, reward_model, save_reward_model
-from plm.functional import bt_losses, expected_losses, targets
+from plm.functional import expected_losses, targets
 from plm.method.abilities import Exporter
 from plm.methods.pal.export import head_parts
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, as_double, distinct_pairs, distinct_rows
-from plm.methods.pal.groups import GroupedMethod
 from plm.methods.pal.heads import Head, Loss, bound_penalty, pair_losses
 from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.options import Mixing, Residual, Users, Variant, check_options, configure_groups
+from plm.methods.pal.seen import SolvedUsers
 from plm.methods.pal.solver import linearised
 from plm.methods.pal.users import (
-    MAX_STEPS,
     Prior,
     Solvable,
     context_pairs,
     gumbel_weights,
-    solve_around,
     solve_logits,
-    solve_table,
-    table_prior,
 )
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 if TYPE_CHECKING:
     from plm.backbones.modeling_reward import RewardModel
 
-PRIOR_SCALES = (1e-3, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
-"""Candidates for the spread of users around the population, in units of the spread that training learned."""
 
-
-class PAL(GroupedMethod, Exporter):
+class PAL(SolvedUsers, Exporter):
     """Ideal points mixed from K prototypes; a reward is closeness to the user's own point.
 
     Args:
@@ -234,11 +226,6 @@ class PAL(GroupedMethod, Exporter):
         scaled = pairs._replace(responses=responses / scale, prompts=prompts)
         return self.geometry.cache(scaled, responses @ self._base_direction())
 
-    @property
-    def _prior(self) -> Prior:
-        """The prior of users without pairs."""
-        return Prior(self.prior_centre, self.prior_scale)
-
     def _weights(self, logits: Tensor) -> Tensor:
         """Logits ``(..., K)`` -> weights on the simplex."""
         return torch.softmax(logits / self.log_temperature.exp(), -1)
@@ -293,75 +280,7 @@ class PAL(GroupedMethod, Exporter):
             squares = squares + self.ridge * mean + self.prototype_ridge * spread
         return 0.5 * squares / self.num_train_pairs
 
-    def refresh_users(self) -> None:
-        """Solve the weights of seen users, or take stock of their table.
-
-        With ``users: posterior`` the spread of users is the one with the lowest validation loss: the training pairs
-        overstate it, because prototypes have been fitted to these very users; its centre is where seen users are at
-        that spread. With a table, the mean and the spread of its rows become the prior of unseen users.
-        """
-        self._train_pairs, was_training = None, self.training
-        self.eval()  # no dropout
-        # validation runs under inference mode, whose tensors can never enter autograd: leave it and clone
-        with torch.inference_mode(False), torch.no_grad():
-            train = [self._solvable(batch) for batch in self.train_pass()]
-            rows = torch.cat([self.num_pairs[:0], *(pairs.row for pairs in train)])
-            self.num_pairs.copy_(self.sum_over_processes(torch.bincount(rows, minlength=self.num_users)))
-            if isinstance(self.logits, torch.nn.Parameter):
-                logits, prior = self.logits.detach(), table_prior(self.logits.detach(), self.num_pairs, self._prior)
-                self.prior_centre.copy_(prior.centre)
-                self.prior_scale.copy_(prior.scale)
-                self.precision.copy_(self._solve(train, prior, logits, num_steps=0)[1])
-            else:
-                self._choose_scale(train)
-        self.train(was_training)
-
-    def _solvable(self, batch: PreferenceBatch) -> Solvable:
-        """Prepare the pairs of a batch for the solver."""
-        prompt = self._prompts(batch.prompt, batch.num_pairs)
-        cache = as_double(self._cache(distinct_pairs(*batch.features, prompt)))
-        weight = batch.weight.clone()
-        return Solvable(cache, targets(batch.tie).to(weight), weight, batch.user_index.clone())
-
-    def _choose_scale(self, train: list[Solvable]) -> None:
-        """Solve all seen users under each candidate spread, around its own centre; keep the best by validation loss."""
-        val = [self._solvable(batch) for batch in self.val_pass()]
-        best: tuple[float, Prior, Tensor, Tensor] | None = None
-        logits, prior = torch.zeros_like(self.logits).double(), Prior(self.prior_centre.double(), self.prior_scale)
-        for number in PRIOR_SCALES if val else (1.0,):
-            prior = prior._replace(scale=logits.new_tensor(number))
-            logits, precision, prior = solve_around(partial(self._solve, train), prior, logits, self.num_pairs > 0)
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for pairs in val:
-                served = self._served(self._weights(logits), self.num_pairs)[pairs.row]
-                margin = self.geometry.margins(pairs.cache, served.double())
-                total += (pairs.weight * bt_losses(margin, pairs.target)).sum()
-            loss = float(self.sum_over_processes(total))
-            if best is None or loss < best[0]:
-                best = loss, prior, logits, precision
-        assert best is not None
-        buffers = self.prior_centre, self.prior_scale, self.logits, self.precision
-        for buffer, value in zip(buffers, (*best[1], *best[2:]), strict=True):
-            buffer.copy_(value)
-
-    def _solve(
-        self, train: list[Solvable], prior: Prior, start: Tensor, num_steps: int = MAX_STEPS
-    ) -> tuple[Tensor, Tensor]:
-        """`solve_table` over all processes, each of which adds its own users; the prior for users without pairs."""
-        solved = solve_table(self._logit_margins, train, prior, start, num_steps)
-        logits, precision, has_pairs = (self.sum_over_processes(value) for value in solved)
-        without_pairs = has_pairs[:, None] == 0
-        eye = torch.eye(self.num_prototypes, device=self.device) / prior.scale**2
-        return torch.where(without_pairs, prior.centre, logits), torch.where(without_pairs[..., None], eye, precision)
-
     # ------------------------------------------------------------------ use
-    def _served(self, weights: Tensor, num_pairs: Tensor) -> Tensor:
-        """Weights ``(U, K)`` that users are served with; with ``partition`` one-hot for users with pairs."""
-        if not self.partition:
-            return weights
-        one_hot = F.one_hot(weights.argmax(-1), self.num_prototypes).to(weights)
-        return torch.where(num_pairs[:, None] > 0, one_hot, weights)
-
     def _state(self, logits: Tensor, precision: Tensor, num_pairs: Tensor) -> UserState:
         """What is kept of users: weights on the simplex, and the precision of their logarithms."""
         precision = precision * self.log_temperature.exp().square()

@@ -27,6 +27,7 @@ from torch import Tensor
 from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
+from plm.method.strangers import least_harmful
 from plm.methods.vpl.episodes import Arranged, TargetRule, arrange, content_keys, draw_episodes, rank_within_user
 from plm.methods.vpl.networks import (
     DECODERS,
@@ -345,10 +346,11 @@ class VPL(PersonalizationMethod):
     def _choose_scale(self) -> tuple[float, float]:
         """Set ``latent_scale``; accuracy of validation pairs with their users' latents and with those of others.
 
-        Without validation pairs -1 and -1.
+        It stays 0 where no other scale has a gain larger than its error. Without validation pairs -1 and -1.
         """
         scales = self.mean.new_tensor(LATENT_SCALES if self.calibrate else [1.0])
-        sums = torch.zeros(len(scales), 4, dtype=torch.float64, device=self.device)  # loss, right, right shuffled, all
+        losses = torch.zeros(len(scales), self.num_users, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(scales), 3, dtype=torch.float64, device=self.device)  # right, right shuffled, all
         for batch in self.val_pass():
             chosen, rejected = (self.decoder.prepare(self._scaled(side)) for side in batch.features)
             other = (batch.user_index + 1) % self.num_users if batch.other_index is None else batch.other_index
@@ -359,13 +361,15 @@ class VPL(PersonalizationMethod):
                     self._reward(chosen, self.mean[index]) - self._reward(rejected, self.mean[index])
                     for index in (batch.user_index, other)
                 )
-                columns = [bt_losses(margin, target), margin > 0, shuffled > 0, torch.ones_like(margin)]
+                loss = (batch.weight * bt_losses(margin, target)).double()
+                losses[row] += per_user_sum(loss, batch.user_index, self.num_users)
+                columns = [margin > 0, shuffled > 0, torch.ones_like(margin)]
                 sums[row] += torch.stack([(batch.weight * column).sum().double() for column in columns])
-        sums = self.sum_over_processes(sums)
+        losses, sums = self.sum_over_processes(losses), self.sum_over_processes(sums)
         unscaled = int((scales == 1).nonzero()[0, 0])
-        best = int(sums[:, 0].argmin()) if sums[0, 3] > 0 else unscaled
+        best = least_harmful(losses[:, losses[0] > 0]) if sums[0, 2] > 0 else unscaled
         self.latent_scale.copy_(scales[best])
-        _, right, right_shuffled, total = sums[best].tolist()
+        right, right_shuffled, total = sums[best].tolist()
         return (right / total, right_shuffled / total) if total else (-1.0, -1.0)
 
     def report(self) -> dict[str, float]:

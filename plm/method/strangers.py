@@ -1,0 +1,228 @@
+"""What faces strangers is chosen on strangers: seen users, adapted by shared weights that were fitted without them.
+
+Axes: C candidate scales, U users, B pairs in a batch, S pairs of one user (padded), D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from plm.functional import bt_losses, per_user_sum, targets
+from plm.types import Context, PreferenceBatch, UserState
+
+NUM_FOLDS = 3
+NUM_STEPS = 60
+"""Adam steps without a fold, at the learning rates of the method, which fall linearly to zero."""
+MAX_USERS = 1_000
+"""Users of one process who take part: enough to choose one number by."""
+MIN_USERS = 24
+"""With fewer no fold says anything about strangers, and the choice is that for seen users."""
+SHOTS = (1, 2, 4, 8, 16)
+"""Numbers of pairs from which a stranger may be served a state of their own."""
+NOBODY = 2**62
+"""More pairs than anybody has: everybody is served the population."""
+_CHUNK = 64  # users adapted at once, which bounds the memory of padded pairs
+
+
+def meet_strangers(
+    method: Any,
+    scale: Tensor,
+    candidates: Sequence[float],
+    on_fit: Callable[[list[PreferenceBatch]], None] = lambda batches: None,
+) -> None:
+    """Set ``stranger_scale`` and ``least_pairs`` of a method as `choose_for_strangers` says; it takes its arguments."""
+    choice = choose_for_strangers(method, scale, candidates, on_fit) or StrangerChoice(-1.0, 0)
+    method.stranger_scale.fill_(choice.scale)
+    method.least_pairs.fill_(choice.least_pairs)
+
+
+def with_evidence(states: UserState, least_pairs: Tensor, population_state: Callable[[int], UserState]) -> UserState:
+    """The states, but those of users with fewer than ``least_pairs`` pairs are the population's."""
+    few = states.num_pairs < least_pairs
+    if not few.any():
+        return states
+    prior = population_state(states.num_users).tensors
+    tensors = {}
+    for name, value in states.tensors.items():
+        tensors[name] = value.clone()
+        tensors[name][few] = prior[name][few].to(value)
+    return UserState(tensors, states.num_pairs)
+
+
+class StrangerChoice(NamedTuple):
+    """How users whom the shared weights do not know are served."""
+
+    scale: float
+    """The candidate with the lowest loss of strangers' held-out pairs, or the first, which is the population."""
+    least_pairs: int
+    """Users with fewer pairs are served the population, which does better than a state of their own by more than the
+    error of the difference: `NOBODY` where no scale has a held-out gain."""
+
+
+def least_harmful(losses: Tensor) -> int:
+    """Index of the best candidate ``(C, U)``, or 0 where its gain is no larger than its own error.
+
+    Candidate 0 is the population; losses are summed over the held-out pairs of each user. The gain over it must exceed
+    one standard error over users: what a single user's luck makes of it is no reason to treat users differently
+    (Breiman et al. 1984, section 3.4.3).
+
+    >>> least_harmful(torch.tensor([[1.0, 1.0, 1.0], [0.4, 0.5, 0.6]])), least_harmful(torch.tensor([[1.0], [0.4]]))
+    (1, 0)
+    >>> least_harmful(torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.1, 1.2]]))  # one user gains and two lose
+    0
+    """
+    best = int(losses.sum(-1).argmin())
+    gain = losses[0] - losses[best]
+    error = gain.std() * len(gain) ** 0.5 if len(gain) > 1 else gain.new_tensor(torch.inf)
+    return best if gain.sum() > error else 0
+
+
+def choose_for_strangers(
+    method: Any, scale: Tensor, candidates: Sequence[float], on_fit: Callable[[list[PreferenceBatch]], None]
+) -> StrangerChoice | None:
+    """Cross-fit the spread of users over folds of the seen users.
+
+    For each fold the shared weights are fitted to the pairs of everybody else, from where they are now; each user of
+    the fold is then adapted on their own training pairs under every candidate, and judged by their validation pairs.
+    Folds go by the content of pairs, so that neither names nor the order of users matter. The method is left as it was.
+
+    Args:
+        method: The method, before its first step.
+        scale: ``()`` the buffer of the method that holds the candidate.
+        candidates: Scales, ascending; with the first everybody is the population.
+        on_fit: Called with the training batches of a fit at its end, to bring up to date what is solved.
+
+    Returns:
+        The choice; None where fewer than `MIN_USERS` users have training and validation pairs.
+    """
+    train, val = list(method.train_pass()), list(method.val_pass())
+    fold = _folds(train, val, method.num_users, method.device)
+    counts = torch.stack([(fold == number).sum() for number in range(NUM_FOLDS)])
+    if int(method.sum_over_processes(counts.sum())) < MIN_USERS:
+        return None
+    before, was_training = _copy(method), method.training
+    fits = []
+    try:
+        for number in range(NUM_FOLDS):
+            kept = (fold != number) & (fold >= 0)
+            method.train()
+            _fit(method, [_rows(batch, kept[batch.user_index]) for batch in train], on_fit)
+            fits.append(_copy(method))
+            method.load_state_dict(before)
+        method.eval()
+
+        def losses(scales: Sequence[float], shots: int = NOBODY) -> Tensor:
+            """Summed loss of the held-out pairs of every user, ``(C, U)``, after at most so many pairs of their own."""
+            found = torch.zeros(len(scales), method.num_users, dtype=torch.float64, device=method.device)
+            for number, state in enumerate(fits):
+                method.load_state_dict(state)
+                for users in torch.split((fold == number).nonzero()[:, 0], _CHUNK):
+                    support, held = _context(_of(train, users), users, shots), _of(val, users)
+                    for row, value in enumerate(scales):
+                        scale.fill_(value)
+                        found[row] += _losses(method, method._adapt(support), held, users)
+            total: Tensor = method.sum_over_processes(found)
+            return total[:, total[0] > 0]
+
+        with torch.no_grad():
+            of_all = losses(candidates)
+            best = least_harmful(of_all)
+            if best == 0:
+                return StrangerChoice(candidates[0], NOBODY)
+            few = {shots: losses([candidates[best]], shots)[0] for shots in SHOTS}
+            harmful = [shots for shots, of_few in few.items() if least_harmful(torch.stack([of_few, of_all[0]]))]
+            return StrangerChoice(candidates[best], max(harmful, default=-1) + 1)
+    finally:
+        method.load_state_dict(before)
+        method.train(was_training)
+
+
+def _copy(method: Any) -> dict[str, Tensor]:
+    """The weights and buffers as they are now."""
+    return {name: value.clone() for name, value in method.state_dict().items()}
+
+
+def _folds(train: list[PreferenceBatch], val: list[PreferenceBatch], num_users: int, device: torch.device) -> Tensor:
+    """``(U,)`` fold of every user; -1 for those who do not take part.
+
+    Users go into the folds in turn, in the order of the summed squares of their differences.
+    """
+    key, has_val = torch.zeros(2, num_users, dtype=torch.float64, device=device)
+    for batch in train:
+        key += per_user_sum(batch.difference.double().square().sum(-1), batch.user_index, num_users)
+    for batch in val:
+        has_val += per_user_sum(torch.ones_like(batch.weight).double(), batch.user_index, num_users)
+    users = ((key > 0) & (has_val > 0)).nonzero()[:, 0]
+    users = users[torch.argsort(key[users], stable=True)]
+    users = users[:: -(-len(users) // MAX_USERS) or 1]
+    fold = torch.full_like(key, -1, dtype=torch.long)
+    fold[users] = torch.arange(len(users), device=device) % NUM_FOLDS
+    return fold
+
+
+def _fit(method: Any, batches: list[PreferenceBatch], on_fit: Callable[[list[PreferenceBatch]], None]) -> None:
+    """Train the shared weights for `NUM_STEPS` steps of Adam; gradients are summed over processes."""
+    optimizer = torch.optim.Adam(method.param_groups())
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    counts = [method.sum_over_processes(batch.weight.new_tensor(float(batch.num_pairs))) for batch in batches]
+    num_train_pairs, method.num_train_pairs = method.num_train_pairs, int(sum(counts))
+    for step in range(NUM_STEPS):
+        batch, count = batches[step % len(batches)], counts[step % len(batches)]
+        share = batch.num_pairs / count
+        # not backward(): what DistributedDataParallel has hung on it belongs to the steps of the trainer
+        gradients = torch.autograd.grad(method.loss(batch)["loss"] * share, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else method.sum_over_processes(gradient)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / NUM_STEPS)
+        optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        on_fit(batches)
+    method.num_train_pairs = num_train_pairs
+
+
+def _rows(batch: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
+    """The pairs at rows, an index or a mask."""
+    fields: dict[str, Any] = {name: value[rows] for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**fields)
+
+
+def _of(batches: list[PreferenceBatch], users: Tensor) -> PreferenceBatch:
+    """All pairs of some users, as one batch in the order of the users."""
+    parts = [_rows(batch, torch.isin(batch.user_index, users)) for batch in batches]
+    names = ["chosen", "rejected", "user_index", "weight", "tie"]
+    names += ["prompt"] if isinstance(parts[0].prompt, Tensor) else []
+    fields: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return _rows(PreferenceBatch(**fields), torch.argsort(fields["user_index"], stable=True))
+
+
+def _context(batch: PreferenceBatch, users: Tensor, shots: int) -> Context:
+    """The first pairs of every user, at most ``shots``, padded."""
+    row = torch.searchsorted(users, batch.user_index)
+    count = torch.bincount(row, minlength=len(users))
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    kept = place < shots
+    width = int(count.clamp_max(shots).max())
+
+    def padded(values: Tensor) -> Tensor:
+        out = values.new_zeros(len(users), width, *values.shape[1:])
+        out[row[kept], place[kept]] = values[kept]
+        return out
+
+    chosen, rejected = batch.features
+    prompt = None if not isinstance(batch.prompt, Tensor) else padded(batch.prompt)
+    mask = padded(torch.ones_like(batch.tie))
+    return Context(padded(chosen), padded(rejected), mask, padded(batch.weight), prompt, padded(batch.tie))
+
+
+def _losses(method: Any, states: UserState, held: PreferenceBatch, users: Tensor) -> Tensor:
+    """Summed loss of the held-out pairs of every user: ``(U,)``."""
+    margin = method._margin(held, states.take(torch.searchsorted(users, held.user_index)))
+    loss = held.weight * bt_losses(margin, targets(held.tie).to(margin))
+    return per_user_sum(loss.double(), held.user_index, method.num_users)

@@ -1,0 +1,154 @@
+"""How PAL serves users: the weights of seen users are solved, and the spread of both kinds of users is chosen.
+
+Axes: N pairs, U users, K prototypes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plm.functional import bt_losses, per_user_sum, targets
+from plm.method.strangers import least_harmful, meet_strangers
+from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, distinct_pairs
+from plm.methods.pal.groups import GroupedMethod
+from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_around, solve_table, table_prior
+from plm.types import PreferenceBatch, Tokens
+
+PRIOR_SCALES = (1e-3, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
+"""Candidates for the spread of users around the population, in units of the spread that training learned.
+
+The smallest stands for none: seen users are the population, to the bit.
+"""
+
+
+class SolvedUsers(GroupedMethod):
+    """A method whose users are logits over prototypes, solved from their pairs or trained as a table."""
+
+    kept_as: str
+    partition: bool
+    num_prototypes: int
+    geometry: Geometry
+    logits: Tensor
+    precision: Tensor
+    num_pairs: Tensor
+    prior_centre: Tensor
+    prior_scale: Tensor
+    _train_pairs: tuple[Tensor, Distinct] | None
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        """Logits ``(..., K)`` -> weights on the simplex."""
+        raise NotImplementedError
+
+    def _logit_margins(self, cache: Cache, logits: Tensor) -> Tensor:
+        """Margins ``(N,)`` for the logits of each pair's user ``(N, K)``."""
+        raise NotImplementedError
+
+    def _prompts(self, prompt: Tensor | Tokens | None, num_rows: int) -> Tensor | None:
+        """Prompts ``(B, D)`` for a method that reads them."""
+        raise NotImplementedError
+
+    def _cache(self, pairs: Distinct) -> Cache:
+        """Compute what margins need of pairs."""
+        raise NotImplementedError
+
+    @property
+    def _prior(self) -> Prior:
+        """The prior of users without pairs."""
+        return Prior(self.prior_centre, self.prior_scale)
+
+    def refresh_users(self) -> None:
+        """Solve the weights of seen users, or take stock of their table.
+
+        With ``users: posterior`` the spread of users is the one with the lowest validation loss: the training pairs
+        overstate it, because prototypes have been fitted to these very users; its centre is where seen users are at
+        that spread. With a table, the mean and the spread of its rows become the prior of unseen users.
+        """
+        self._train_pairs, was_training = None, self.training
+        self.eval()  # no dropout
+        # validation runs under inference mode, whose tensors can never enter autograd: leave it and clone
+        with torch.inference_mode(False), torch.no_grad():
+            train = [self._solvable(batch) for batch in self.train_pass()]
+            rows = torch.cat([self.num_pairs[:0], *(pairs.row for pairs in train)])
+            self.num_pairs.copy_(self.sum_over_processes(torch.bincount(rows, minlength=self.num_users)))
+            if isinstance(self.logits, torch.nn.Parameter):
+                logits, prior = self.logits.detach(), table_prior(self.logits.detach(), self.num_pairs, self._prior)
+                self.prior_centre.copy_(prior.centre)
+                self.prior_scale.copy_(prior.scale)
+                self.precision.copy_(self._solve(train, prior, logits, num_steps=0)[1])
+            else:
+                self._choose_scale(train)
+        self.train(was_training)
+
+    def _solvable(self, batch: PreferenceBatch) -> Solvable:
+        """Prepare the pairs of a batch for the solver."""
+        prompt = self._prompts(batch.prompt, batch.num_pairs)
+        cache = as_double(self._cache(distinct_pairs(*batch.features, prompt)))
+        weight = batch.weight.clone()
+        return Solvable(cache, targets(batch.tie).to(weight), weight, batch.user_index.clone())
+
+    def _choose_scale(self, train: list[Solvable]) -> None:
+        """Solve all seen users under each candidate spread, around its own centre; keep the least harmful.
+
+        Unseen users are adapted with the cross-fitted spread where there is one, around the centre that belongs to it.
+        """
+        val = [self._solvable(batch) for batch in self.val_pass()]
+        scales = PRIOR_SCALES if val else (1.0,)
+        fits, losses = [], []
+        logits, prior = torch.zeros_like(self.logits).double(), Prior(self.prior_centre.double(), self.prior_scale)
+        for number in scales:
+            prior = prior._replace(scale=logits.new_tensor(number))
+            logits, precision, prior = solve_around(partial(self._solve, train), prior, logits, self.num_pairs > 0)
+            own = prior.centre.expand_as(logits) if number == PRIOR_SCALES[0] else logits
+            fits.append((prior, own, precision))
+            losses.append(self._val_losses(val, own))
+        total = self.sum_over_processes(torch.stack(losses))
+        best = least_harmful(total[:, total[0] > 0]) if val else 0
+        self.logits.copy_(fits[best][1])
+        self.precision.copy_(fits[best][2])
+        if self.stranger_scale >= 0:
+            best = int((self.stranger_scale - self.stranger_scale.new_tensor(scales)).abs().argmin())
+        self.prior_centre.copy_(fits[best][0].centre)
+        self.prior_scale.copy_(fits[best][0].scale)
+
+    def _val_losses(self, val: list[Solvable], logits: Tensor) -> Tensor:
+        """Summed loss of the validation pairs of every user with logits ``(U, K)``: ``(U,)``."""
+        losses = torch.zeros(self.num_users, dtype=torch.float64, device=self.device)
+        for pairs in val:
+            served = self._served(self._weights(logits), self.num_pairs)[pairs.row]
+            loss = pairs.weight * bt_losses(self.geometry.margins(pairs.cache, served.double()), pairs.target)
+            losses += per_user_sum(loss.double(), pairs.row, self.num_users)
+        return losses
+
+    def meet_strangers(self) -> None:
+        """Cross-fit the spread that unseen users are adapted with."""
+        if self.kept_as == "posterior":
+            meet_strangers(self, self.prior_scale, PRIOR_SCALES, self._place_centre)
+
+    def _place_centre(self, batches: list[PreferenceBatch]) -> None:
+        """Set the prior's centre to where the users of these pairs are at the spread that training learned."""
+        train = [self._solvable(batch) for batch in batches]
+        has_pairs = torch.bincount(torch.cat([pairs.row for pairs in train]), minlength=self.num_users) > 0
+        prior, start = Prior(self.prior_centre.double(), torch.ones_like(self.prior_scale)), self.logits.double()
+        prior = solve_around(partial(self._solve, train), prior, start, has_pairs)[2]
+        self.prior_centre.copy_(prior.centre)
+
+    def _solve(
+        self, train: list[Solvable], prior: Prior, start: Tensor, num_steps: int = MAX_STEPS
+    ) -> tuple[Tensor, Tensor]:
+        """`solve_table` over all processes, each of which adds its own users; the prior for users without pairs."""
+        solved = solve_table(self._logit_margins, train, prior, start, num_steps)
+        logits, precision, has_pairs = (self.sum_over_processes(value) for value in solved)
+        without_pairs = has_pairs[:, None] == 0
+        eye = torch.eye(self.num_prototypes, device=self.device) / prior.scale**2
+        return torch.where(without_pairs, prior.centre, logits), torch.where(without_pairs[..., None], eye, precision)
+
+    def _served(self, weights: Tensor, num_pairs: Tensor) -> Tensor:
+        """Weights ``(U, K)`` that users are served with; with ``partition`` one-hot for users with pairs."""
+        if not self.partition:
+            return weights
+        one_hot = F.one_hot(weights.argmax(-1), self.num_prototypes).to(weights)
+        return torch.where(num_pairs[:, None] > 0, one_hot, weights)
