@@ -124,7 +124,7 @@ ARROWS: dict[str, set[str]] = {
 FLOORS: dict[str, list[set[str]]] = {
     "plm.users": [{"database", "folder", "rows"}, {"store"}],
     "plm.method": [
-        {"arguments", "conditioning", "loaded", "population"},
+        {"arguments", "conditioning", "loaded", "population", "strangers"},
         {"reading"},
         {"base"},
         {"abilities", "network"},

@@ -14,6 +14,8 @@ from torch import Tensor
 from plm.functional import bt_losses, per_user_sum, targets
 from plm.types import Context, PreferenceBatch, UserState
 
+NO_SPREAD = 1e-3
+"""The spread that stands for none: who is served with it is the population, to the bit."""
 NUM_FOLDS = 3
 NUM_STEPS = 60
 """Adam steps without a fold, at the learning rates of the method, which fall linearly to zero."""

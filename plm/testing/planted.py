@@ -85,6 +85,7 @@ class PlantedData(L.LightningDataModule):
         feature_dim: Width D.
         rank: Rank R of the planted preferences; the population's direction is in their span.
         spread: Standard deviation of the users around the population, whose own direction has length 1.
+        unseen_spread: The same of the unseen users; null = as the seen ones.
         signal: What rewards are multiplied by: how sure users are.
         shuffle_users: Deal the pairs of each part out to its users at random: the control without personal signal.
         seed: Another seed plants other users.
@@ -103,6 +104,7 @@ class PlantedData(L.LightningDataModule):
         feature_dim: int = 8,
         rank: int = 2,
         spread: float = 1.0,
+        unseen_spread: float | None = None,
         signal: float = 2.0,
         shuffle_users: bool = False,
         seed: int = 0,
@@ -116,6 +118,8 @@ class PlantedData(L.LightningDataModule):
         self.basis: Tensor = torch.linalg.qr(self._normal(feature_dim, rank)).Q
         """``(D, R)`` orthonormal; the first column is the population's direction."""
         weights = spread * self._normal(num_users + num_unseen, rank)
+        if unseen_spread is not None:
+            weights[num_users:] = unseen_spread * self._normal(num_unseen, rank)
         weights[:, 0] += 1.0
         self.directions = signal * weights @ self.basis.T
         """``(U, D)`` of all users, the seen ones first."""

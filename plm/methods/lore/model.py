@@ -29,7 +29,7 @@ from plm.functional import (
 )
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
-from plm.method.strangers import least_harmful, meet_strangers
+from plm.method.strangers import NO_SPREAD, least_harmful, meet_strangers
 from plm.methods.lore.maths import (
     ProjectedPairs,
     basis_margins,
@@ -40,11 +40,8 @@ from plm.methods.lore.maths import (
 )
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
-PRIOR_SCALES = (1e-3, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3)
-"""Candidates for the spread of users around the population, in units of the spread that training learned.
-
-The smallest stands for none: users are the population, to the bit.
-"""
+PRIOR_SCALES = (NO_SPREAD, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3)
+"""Candidates for the spread of users around the population, in units of the spread that training learned."""
 
 
 class LoRe(PersonalizationMethod):
@@ -134,7 +131,7 @@ class LoRe(PersonalizationMethod):
         """Turn deviations in units of the prior into weights and their precision; the least spread is none."""
         unit = self._spread() * scale
         precision = posterior.precision / unit[:, None] / unit
-        deviation = posterior.mean * unit * (scale > PRIOR_SCALES[0])
+        deviation = posterior.mean * unit * (scale > NO_SPREAD)
         return UserState({"weights": self._population(1) + deviation, "precision": precision}, num_pairs)
 
     @property

@@ -12,17 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plm.functional import bt_losses, per_user_sum, targets
-from plm.method.strangers import least_harmful, meet_strangers
+from plm.method.strangers import NO_SPREAD, least_harmful, meet_strangers
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, distinct_pairs
 from plm.methods.pal.groups import GroupedMethod
 from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_around, solve_table, table_prior
 from plm.types import PreferenceBatch, Tokens
 
-PRIOR_SCALES = (1e-3, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
-"""Candidates for the spread of users around the population, in units of the spread that training learned.
-
-The smallest stands for none: seen users are the population, to the bit.
-"""
+PRIOR_SCALES = (NO_SPREAD, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
+"""Candidates for the spread of users around the population, in units of the spread that training learned."""
 
 
 class SolvedUsers(GroupedMethod):
@@ -102,7 +99,7 @@ class SolvedUsers(GroupedMethod):
         for number in scales:
             prior = prior._replace(scale=logits.new_tensor(number))
             logits, precision, prior = solve_around(partial(self._solve, train), prior, logits, self.num_pairs > 0)
-            own = prior.centre.expand_as(logits) if number == PRIOR_SCALES[0] else logits
+            own = prior.centre.expand_as(logits) if number == NO_SPREAD else logits
             fits.append((prior, own, precision))
             losses.append(self._val_losses(val, own))
         total = self.sum_over_processes(torch.stack(losses))
