@@ -112,7 +112,8 @@ def choose_for_strangers(
         for number in range(NUM_FOLDS):
             kept = (fold != number) & (fold >= 0)
             method.train()
-            _fit(method, [_rows(batch, kept[batch.user_index]) for batch in train], on_fit)
+            others = [_rows(batch, kept[batch.user_index]) for batch in train]
+            _fit(method, [batch for batch in others if batch.num_pairs], on_fit)
             fits.append(_copy(method))
             method.load_state_dict(before)
         method.eval()
@@ -122,7 +123,7 @@ def choose_for_strangers(
             found = torch.zeros(len(scales), method.num_users, dtype=torch.float64, device=method.device)
             for number, state in enumerate(fits):
                 method.load_state_dict(state)
-                for users in torch.split((fold == number).nonzero()[:, 0], _CHUNK):
+                for users in filter(len, torch.split((fold == number).nonzero()[:, 0], _CHUNK)):
                     support, held = _context(_of(train, users), users, shots), _of(val, users)
                     for row, value in enumerate(scales):
                         scale.fill_(value)
@@ -167,19 +168,27 @@ def _folds(train: list[PreferenceBatch], val: list[PreferenceBatch], num_users: 
 
 
 def _fit(method: Any, batches: list[PreferenceBatch], on_fit: Callable[[list[PreferenceBatch]], None]) -> None:
-    """Train the shared weights for `NUM_STEPS` steps of Adam; gradients are summed over processes."""
+    """Train the shared weights for `NUM_STEPS` steps of Adam on the pairs of all processes."""
     optimizer = torch.optim.Adam(method.param_groups())
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
-    counts = [method.sum_over_processes(batch.weight.new_tensor(float(batch.num_pairs))) for batch in batches]
-    num_train_pairs, method.num_train_pairs = method.num_train_pairs, int(sum(counts))
+
+    def total(count: int) -> Tensor:
+        """Pairs of all processes."""
+        found: Tensor = method.sum_over_processes(parameters[0].new_tensor(float(count)))
+        return found
+
+    num_train_pairs = method.num_train_pairs
+    method.num_train_pairs = int(total(sum(batch.num_pairs for batch in batches)))
     for step in range(NUM_STEPS):
-        batch, count = batches[step % len(batches)], counts[step % len(batches)]
-        share = batch.num_pairs / count
-        # not backward(): what DistributedDataParallel has hung on it belongs to the steps of the trainer
-        gradients = torch.autograd.grad(method.loss(batch)["loss"] * share, parameters, allow_unused=True)
+        gradients: Sequence[Tensor | None] = [None] * len(parameters)
+        batch = batches[step % len(batches)] if batches else None
+        share = (batch.num_pairs if batch else 0) / total(batch.num_pairs if batch else 0)
+        if batch:
+            # not backward(): what DistributedDataParallel has hung on it belongs to the steps of the trainer
+            gradients = torch.autograd.grad(method.loss(batch)["loss"] * share, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = None if gradient is None else method.sum_over_processes(gradient)
+            parameter.grad = method.sum_over_processes(torch.zeros_like(parameter) if gradient is None else gradient)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / NUM_STEPS)
         optimizer.step()

@@ -128,7 +128,8 @@ class SolvedUsers(GroupedMethod):
     def _place_centre(self, batches: list[PreferenceBatch]) -> None:
         """Set the prior's centre to where the users of these pairs are at the spread that training learned."""
         train = [self._solvable(batch) for batch in batches]
-        has_pairs = torch.bincount(torch.cat([pairs.row for pairs in train]), minlength=self.num_users) > 0
+        rows = torch.cat([self.num_pairs[:0], *(pairs.row for pairs in train)])
+        has_pairs = self.sum_over_processes(torch.bincount(rows, minlength=self.num_users)) > 0
         prior, start = Prior(self.prior_centre.double(), torch.ones_like(self.prior_scale)), self.logits.double()
         prior = solve_around(partial(self._solve, train), prior, start, has_pairs)[2]
         self.prior_centre.copy_(prior.centre)
