@@ -22,7 +22,7 @@ def run(args: list[str]) -> int:
     parser.add_shared("--users")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=integer(1), default=8000, metavar="N", help="port (default 8000)")
-    parser.add_argument("--name", help="what clients call the model; default: the file's name without its ending")
+    parser.add_argument("--model_name", help="what clients call the model; default: the file's name without its ending")
     parser.add_argument(
         "--api_keys", metavar="FILE", help="keys, one a line; a request must bring one as a bearer (default: none)"
     )
@@ -60,7 +60,7 @@ def run(args: list[str]) -> int:
     settings = Settings(
         options.ckpt_path,
         options.users,
-        options.name,
+        options.model_name,
         options.label_is_user,
         options.end_of_turn,
         options.api_keys,

@@ -88,7 +88,7 @@ def test_whatever_is_sent_is_answered_as_the_document_says(client: httpx.Client,
 
 # ---------------------------------------------------------------------- kills and races
 def serve_until_killed(path: str, port: int) -> None:
-    sys.exit(main(["serve", "--ckpt_path", path, "--port", str(port), "--name", "lore"]))
+    sys.exit(main(["serve", "--ckpt_path", path, "--port", str(port), "--model_name", "lore"]))
 
 
 @contextmanager
