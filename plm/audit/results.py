@@ -180,7 +180,7 @@ def tie_fault(model: ModelScores | None, reported: str | None, *, is_split: bool
     """
     name = "ties dropped from the denominator"
     if model is None:
-        return Fault(name, "unknown", "no scores of single pairs were given (--scores)")
+        return Fault(name, "unknown", "no scores of single pairs were given (--results)")
     share = model.num_missing / model.num_expected
     if share > 0.5 and not is_split:
         text = (

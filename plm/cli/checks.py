@@ -101,7 +101,7 @@ def _audit(args: list[str]) -> int:
     parser.add_shared("--columns")
     parser.add_argument("--test_pairs", nargs="+", default=[], metavar="FILE", help="pairs of the test, PAIRS train")
     parser.add_argument(
-        "--scores",
+        "--results",
         metavar="FILE",
         help="per-item file of a model, as of plm compare; items are the column item of PAIRS, or plm predict's",
     )
@@ -114,8 +114,8 @@ def _audit(args: list[str]) -> int:
     )
     parser.add_shared("--output", metavar="DIR", required=True, help="folder of the report")
     options = parser.parse(args)
-    if options.reported and not options.scores:
-        parser.error("--reported goes with --scores")
+    if options.reported and not options.results:
+        parser.error("--reported goes with --results")
 
     from plm.audit.report import control_tables, fault_table, noise_lines, write_audit
     from plm.audit.verdict import audit_files
@@ -125,7 +125,7 @@ def _audit(args: list[str]) -> int:
         options.pairs,
         columns=dict(options.columns),
         test_pairs=options.test_pairs,
-        scores=options.scores,
+        scores=options.results,
         reported=options.reported,
         candidates=options.candidates,
     )

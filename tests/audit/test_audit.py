@@ -146,7 +146,7 @@ def test_the_command_writes_a_page_and_numbers(tmp_path: Path, capsys: pytest.Ca
         row |= {"population_margin": -1, "flipped_margin": -row["margin"]}
     world.plant(TIES)
     found = world.audit(tmp_path)
-    args = ["audit", str(tmp_path / "pairs.jsonl"), "--scores", str(tmp_path / "scores.jsonl"), "--output"]
+    args = ["audit", str(tmp_path / "pairs.jsonl"), "--results", str(tmp_path / "scores.jsonl"), "--output"]
     assert main([*args, str(tmp_path / "out")]) == 0
     numbers = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert numbers["verdict"] in capsys.readouterr().out and numbers["verdict"].startswith(f"Not to be trusted: {TIES}")
