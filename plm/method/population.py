@@ -38,7 +38,7 @@ class Population(NamedTuple):
 
 def load_validation_pairs(trainer: Trainer) -> None:
     """Make the validation loaders of a fit, which Lightning does only before the first validation, epochs later."""
-    if trainer.val_dataloaders is None:
+    if trainer.val_dataloaders is None and trainer.enable_validation:
         trainer.validating = True
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         trainer.training = True

@@ -95,12 +95,7 @@ class SFT(PolicyMethod, Exporter):
         margin = logps - self._score(rejected, users)
         num_tokens = chosen.completion_mask.sum()
         self._nats += torch.stack([-logps.sum().double(), num_tokens.double()]).cpu()
-        facts = {"margin": margin}
-        if batch.num_shots is None:
-            facts["population_margin"] = margin
-        if batch.other_index is not None or batch.other_row is not None:
-            facts["other_margin"] = margin
-        return facts
+        return {"margin": margin}
 
     def on_validation_epoch_start(self) -> None:
         """Count nats from zero."""

@@ -57,7 +57,7 @@ DATA = {
         "repeats": 1,
     }
 }
-SMALL = ["trainer.max_epochs=4", "metrics.num_resamples=100", "few_shot.num_resamples=100"]
+SMALL = ["trainer.max_epochs=40", "metrics.num_resamples=100", "few_shot.num_resamples=100"]
 
 
 class Broken(BradleyTerry):

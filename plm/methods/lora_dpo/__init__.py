@@ -236,6 +236,8 @@ class LoRADPO(AdaptedPolicy):
             return (common * users.tensors["weights"][row].to(common)).sum(-1) if self.mode == "basis" else common
 
         facts = {"margin": margin(users, rows)}
+        if not users.tensors:
+            return facts
         if batch.num_shots is None:
             facts["population_margin"] = margin(self.population_state(1), torch.zeros_like(rows))
         if other_rows is not None:
