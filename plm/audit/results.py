@@ -75,6 +75,11 @@ def item_rows(table: PairTable) -> dict[str, int]:
     if not all("item" in one.names for one in records):
         return {name: row for row, name in enumerate(pair_names(table))}
     row_of = {tuple(where): row for row, where in enumerate(table.where.tolist())}
+    if len(row_of) < len(table.where):
+        raise ValueError(
+            f"expected one pair a line where files have a column item, got {len(table.where)} pairs in {len(row_of)} "
+            "lines: write a line for each pair of a list of ratings, or leave the column out"
+        )
     rows: dict[str, int] = {}
     places: dict[str, str] = {}
     again = []

@@ -169,6 +169,8 @@ def _split_fault(data: DataReport, table: PairTable, num_copied: int) -> Fault:
         texts.append(f"{num_copied} pairs are in the training and in the test files")
     if texts:
         return Fault(name, "found", "; ".join(texts))
+    if num_test in (0, int((table.row_split >= 0).sum())):
+        return Fault(name, "unknown", f"{num_test} pairs are of the test, and nothing is on its other side")
     known = [leak.unit for leak in data.leaks if leak.unit in ("dialogue", "conversation")]
     what = known[0] if known else "whole pair (the pairs name no dialogues)"
     return Fault(name, "clear", f"no {what} of a user is on both sides")

@@ -39,10 +39,11 @@ class Repeats(NamedTuple):
 
     @property
     def noise_ceiling(self) -> float:
-        """The accuracy of a model that knows every user's more frequent answer; nan where nobody was asked twice.
+        """A bound on the accuracy of a model that knows every user's more frequent answer; nan where none was repeated.
 
         Somebody who gives it with probability p agrees with themselves in ``a = p^2 + (1 - p)^2`` of the repetitions,
-        so that ``p = (1 + sqrt(2 a - 1)) / 2``.
+        so that ``p = (1 + sqrt(2 a - 1)) / 2``. That is exact where nobody was asked the same more than twice. With
+        more answers a comparison counts as contradicted once, and the bound is too high; so it is with copied rows.
 
         >>> round(Repeats(agreeing=82, contradicting=18).noise_ceiling, 2)
         0.9

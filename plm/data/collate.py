@@ -177,15 +177,24 @@ class TrainBatches(ResumableBatches):
 
     def __iter__(self) -> Iterator[PreferenceBatch]:
         """Yield the batches of one epoch, or what `skip` left of them."""
+        for batch, _ in self._epoch(self.take_skipped()):
+            yield batch
+
+    def whole_users(self) -> Iterator[PreferenceBatch]:
+        """Every training pair of this process once, with its own weight: losses are summed, not averaged by batch."""
+        for batch, factor in self._epoch(0):
+            yield batch if factor == 1 else batch._replace(weight=batch.weight / float(factor))
+
+    def _epoch(self, skipped: int) -> Iterator[tuple[PreferenceBatch, np.float32]]:
+        """The batches of an epoch after those skipped, and what their weights were multiplied by."""
         rank, world_size, epoch = self.place()
-        skipped = self.take_skipped()
         if len(self.start) < world_size:
             raise ValueError(
                 f"expected at least one user to train on per process, got {len(self.start)} for {world_size} processes"
             )
         num_batches = self._num_batches(world_size)
         if num_batches == 1 and self.whole is not None:
-            yield self.whole
+            yield self.whole, np.float32(self.whole.num_pairs * world_size / len(self.rows))
             return
         users = np.random.default_rng((self.seed, epoch if num_batches > 1 else 0)).permutation(len(self.start))
         # ranks hold different numbers of pairs: with this factor the mean over ranks of their means is the exact mean
@@ -198,7 +207,7 @@ class TrainBatches(ResumableBatches):
             batch = pair_batch(self.data, self.rows[index], self.weight[index] * factor, evaluation=False)
             if num_batches == 1:
                 self.whole = batch
-            yield batch
+            yield batch, factor
 
 
 class SupportDraws(NamedTuple):

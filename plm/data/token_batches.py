@@ -74,10 +74,10 @@ class TokenBatches(ResumableBatches):
             weight = self.weight[index] * np.float32(share)
             yield pair_batch(self.data, self.rows[index], weight, evaluation=False)
 
-    def whole_users(self) -> TrainBatches:
+    def whole_users(self) -> Iterator[PreferenceBatch]:
         """Every training pair of this process once, a user's in one batch; each user belongs to one process."""
         size = self.data.items.max_rows // 2
-        return TrainBatches(self.data, self.rows, self.weight, size, self.seed, self.place)
+        return TrainBatches(self.data, self.rows, self.weight, size, self.seed, self.place).whole_users()
 
     def _order(self, place: EpochPlace) -> list[tuple[IntArray, float]]:
         """Positions in ``rows`` and the weight factor of every batch of an epoch."""

@@ -110,7 +110,7 @@ def choose_for_strangers(
     fits = []
     try:
         for number in range(NUM_FOLDS):
-            kept = (fold != number) & (fold >= 0)
+            kept = fold != number
             method.train()
             others = [_rows(batch, kept[batch.user_index]) for batch in train]
             _fit(method, [batch for batch in others if batch.num_pairs], on_fit)

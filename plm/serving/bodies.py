@@ -285,7 +285,7 @@ class User(BaseModel):
     version: int
     created: float = Field(description="seconds since 1970")
     updated: float
-    served: Literal["personal", "population"] = Field(description="population: nothing was learned from pairs yet")
+    served: Literal["personal", "population"] = Field(description="population: no pairs, or too few to do better")
 
 
 class Erased(BaseModel):

@@ -206,9 +206,14 @@ class RewardService:
         """What is known of a user besides the state."""
         with _store_errors():
             found = self.method.users.find(user_id)
+            state, known = self.method.known_users.lookup([user_id])
         if found is None:
             raise RequestError("NotFoundError", "no such user is known")
-        served: Literal["personal", "population"] = "personal" if found.num_pairs else "population"
+        population = self.method.population_state(1).tensors
+        is_own = bool(known[0]) and not all(
+            torch.equal(value.cpu(), population[name].cpu()) for name, value in state.tensors.items()
+        )
+        served: Literal["personal", "population"] = "personal" if is_own else "population"
         return bodies.User(
             user=user_id,
             num_pairs=found.num_pairs,

@@ -180,6 +180,20 @@ def test_what_is_not_given_is_not_known(tmp_path: Path) -> None:
     assert audit.verdict == f"None of the faults that were looked for. Not known: {SPLIT}; {TIES}; {SELECTION}."
 
 
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_a_split_of_one_side_is_not_known(tmp_path: Path, side: str) -> None:
+    rows = [pair | {"row_split": side} for pair in World(0).pairs]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert states(audit_files([str(tmp_path / "one.jsonl")]))[SPLIT] == "unknown"
+
+
+def test_an_item_of_several_pairs_is_refused(tmp_path: Path) -> None:
+    row = {"item": "a", "user_id": "u", "prompt": "p", "responses": ["x", "y", "z"], "ratings": [3, 2, 1]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="one pair a line where files have a column item, got 3 pairs in 1 line"):
+        item_rows(read_pairs([tmp_path / "p.jsonl"]))
+
+
 @pytest.mark.filterwarnings("ignore:row_split shares", "ignore:.*duplicate pairs left out")
 def test_the_test_may_be_a_file_of_its_own(tmp_path: Path) -> None:
     """Also with pairs that are in both."""

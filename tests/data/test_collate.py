@@ -168,6 +168,24 @@ def test_ranks_share_out_whole_users_and_their_mean_is_exact(
     assert mean(batches) == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [None, 5, 13])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_pass_has_the_weights_of_the_pairs_however_they_are_batched(
+    data: FeaturedPairs, batch_size: int | None, world_size: int
+) -> None:
+    """Nothing is left of the factors that make means of batches exact, and what an epoch is to skip is there."""
+    ranks = [train(data, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    batches = [batch for rank in ranks for batch in rank.whole_users()]
+    assert items(batches) == TRAINED
+    (whole,) = train(data, None)
+    for user in range(3):
+        found = torch.cat([batch.weight[batch.user_index == user] for batch in batches])
+        assert found.tolist() == pytest.approx(whole.weight[whole.user_index == user].tolist(), rel=1e-6)
+    again = train(data, 9)
+    again.skip(2)
+    assert items(list(again.whole_users())) == TRAINED and len(list(again)) == 1
+
+
 @pytest.mark.parametrize("where", [{}, {"rank": 1, "world_size": 2}])
 def test_an_epoch_goes_on_after_the_batches_that_are_left_out(data: FeaturedPairs, where: dict[str, int]) -> None:
     again = train(data, 9, epoch=3, **where)

@@ -93,6 +93,19 @@ def test_openrlhf_names_users_by_labels_by_the_address_or_in_the_body(service: R
         service.get_reward(bodies.GetRewardRequest(query=["<bos>a tea"], prompts=["a"]))
 
 
+def test_who_has_the_state_of_the_population_is_said_to_be_served_it(service: RewardService) -> None:
+    service.learn("few", bodies.PairsRequest(pairs=[PAIR]))
+    assert service.user("few").served == "personal"
+    least: torch.Tensor = service.method.least_pairs  # type: ignore[assignment]
+    before = least.clone()
+    least.fill_(3)
+    try:
+        assert service.learn("few", bodies.PairsRequest(pairs=[WALK])).served == "population"
+    finally:
+        least.copy_(before)
+    service.forget("few")
+
+
 def test_a_user_is_learned_asked_and_forgotten(service: RewardService, path: Path) -> None:
     assert service.learn("anna", bodies.PairsRequest(pairs=[PAIR])).num_pairs == 1
     assert service.learn("anna", bodies.PairsRequest(pairs=[WALK])).num_pairs == 2
