@@ -91,6 +91,8 @@ def choose_for_strangers(
     For each fold the shared weights are fitted to the pairs of everybody else, from where they are now; each user of
     the fold is then adapted on their own training pairs under every candidate, and judged by their validation pairs.
     Folds go by the content of pairs, so that neither names nor the order of users matter. The method is left as it was.
+    All training and validation pairs are held on the device meanwhile. Of several processes only the users take part
+    whose training and validation pairs lie on the same one; where these are fewer than `MIN_USERS`, nothing is chosen.
 
     Args:
         method: The method, before its first step.
