@@ -163,7 +163,7 @@ class TrainBatches(ResumableBatches):
         self.batch_size, self.seed, self.place = batch_size, seed, place
         user = data.table.user[self.rows]
         self.start = np.flatnonzero(np.diff(user, prepend=-1))  # first row of every user
-        self.whole: PreferenceBatch | None = None
+        self.whole: tuple[PreferenceBatch, np.float32] | None = None
 
     def _num_batches(self, world_size: int) -> int:
         """Batches per epoch on every rank."""
@@ -194,7 +194,7 @@ class TrainBatches(ResumableBatches):
             )
         num_batches = self._num_batches(world_size)
         if num_batches == 1 and self.whole is not None:
-            yield self.whole, np.float32(self.whole.num_pairs * world_size / len(self.rows))
+            yield self.whole
             return
         users = np.random.default_rng((self.seed, epoch if num_batches > 1 else 0)).permutation(len(self.start))
         # ranks hold different numbers of pairs: with this factor the mean over ranks of their means is the exact mean
@@ -206,7 +206,7 @@ class TrainBatches(ResumableBatches):
             factor = np.float32(len(index) * num_batches * world_size / len(self.rows))
             batch = pair_batch(self.data, self.rows[index], self.weight[index] * factor, evaluation=False)
             if num_batches == 1:
-                self.whole = batch
+                self.whole = batch, factor
             yield batch, factor
 
 

@@ -65,6 +65,7 @@ AnyText = Annotated[str, Field(max_length=MAX_CHARACTERS), _checked(to_prompt)]
 Conversation = Annotated[list[Message], Field(min_length=1, max_length=MAX_TEXTS)]
 UserId = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(user_id_of)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+Prompts = Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
 def prompt_text(prompt: str | list[Message]) -> str:
@@ -118,12 +119,12 @@ class ClassifyRequest(_Pooling):
 class ScoreRequest(_Pooling):
     """vLLM's ``/score``: prompts and responses, one to one, one to many or pairwise, in any of its four spellings."""
 
-    queries: AnyText | Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    queries: AnyText | Prompts | None = None
     documents: Text | Texts | None = None
     items: Text | Texts | None = None
-    data_1: AnyText | Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    data_1: AnyText | Prompts | None = None
     data_2: Text | Texts | None = None
-    text_1: AnyText | Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    text_1: AnyText | Prompts | None = None
     text_2: Text | Texts | None = None
     max_tokens_per_query: Literal[0] = 0
     max_tokens_per_doc: Literal[0] = 0
@@ -205,8 +206,8 @@ class ScoreResponse(_Listed):
 class GetRewardRequest(_Sent):
     """OpenRLHF's ``/get_reward``: whole texts and the prompts that they begin with."""
 
-    query: Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)]
-    prompts: Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)]
+    query: Prompts
+    prompts: Prompts
     labels: Annotated[list[Any], Field(max_length=MAX_TEXTS)] | None = None
     users: Annotated[list[UserId | None], Field(max_length=MAX_TEXTS)] | None = Field(
         None, description="a user for each text; OpenRLHF's own client cannot send them"
