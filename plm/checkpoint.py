@@ -21,6 +21,9 @@ from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_argume
 from plm.types import Tokens, UserState
 from plm.users import UserStore, shared_hash, store_path
 
+NOBODY = ""
+"""Stands for each erased user in a checkpoint, whose tables keep their sizes; it is no id."""
+
 
 def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint written by a plm method, without running code from it.
@@ -49,12 +52,13 @@ def _check_layout(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Raise where an entry of a checkpoint is of another kind than plm writes."""
     metadata, hparams = checkpoint[CHECKPOINT_KEY], checkpoint.get("hyper_parameters", {})
     ids = metadata.get("user_ids") if isinstance(metadata, dict) else None
+    names = [name for name in ids if name != NOBODY] if isinstance(ids, list) else []
     wrong = {
         f"{CHECKPOINT_KEY} (class_path: text, user_ids: texts)": not isinstance(metadata, dict)
         or not isinstance(metadata.get("class_path"), str)
         or not isinstance(ids, list)
         or not all(isinstance(name, str) for name in ids)
-        or len(set(ids)) != len(ids),
+        or len(set(names)) != len(names),
         "hyper_parameters (a mapping)": not isinstance(hparams, dict),
         "state_dict (a mapping)": not isinstance(checkpoint.get("state_dict"), dict),
     }

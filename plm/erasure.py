@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from plm.atomic import whole_file, write_csv, write_json
-from plm.checkpoint import find_class, read_checkpoint
+from plm.checkpoint import NOBODY, find_class, read_checkpoint
 from plm.method import CHECKPOINT_KEY
 from plm.users import Receipt, UserStore, store_path
 
-NOBODY = ""
-"""Stands for an erased user in a checkpoint, whose tables keep their sizes; it is no id."""
 _FILES = ("per_user.csv", "predictions*.csv", "users.csv", "splits.json", "portfolio.json")
 """What runs and portfolios write with ids in it."""
 

@@ -87,6 +87,16 @@ def test_a_copy_without_its_store_knows_nobody_and_a_renamed_one_no_erased_user(
     assert load_method(tmp_path / "new.ckpt").known_users.lookup(IDS)[1].tolist() == [False, True, True]
 
 
+def test_several_erased_users_leave_a_checkpoint_that_loads(run: Path) -> None:
+    best = run / "checkpoints" / "best.ckpt"
+    rewards = load_method(best).score(["tea", "a long walk"], user_id="person-ben")
+    erase_users(best, ["person-anna", "person-ann"])
+    method = load_method(best)
+    assert method.user_ids == ["", "person-ben", ""]
+    assert torch.equal(method.score(["tea", "a long walk"], user_id="person-ben"), rewards)
+    assert method.known_users.lookup([*IDS, ""])[1].tolist() == [False, True, False, False]
+
+
 def test_training_goes_on_from_a_checkpoint_without_the_erased_user(run: Path) -> None:
     last = run / "checkpoints" / "last.ckpt"
     erase_users(last, ["person-anna"])

@@ -25,8 +25,8 @@ MIN_USERS = 24
 """With fewer no fold says anything about strangers, and the choice is that for seen users."""
 SHOTS = (1, 2, 4, 8, 16)
 """Numbers of pairs from which a stranger may be served a state of their own."""
-NOBODY = 2**62
-"""More pairs than anybody has: everybody is served the population."""
+UNREACHED = 2**62
+"""A number of pairs that nobody has: everybody is served the population."""
 _CHUNK = 64  # users adapted at once, which bounds the memory of padded pairs
 
 
@@ -62,7 +62,7 @@ class StrangerChoice(NamedTuple):
     """The candidate with the lowest loss of strangers' held-out pairs, or the first, which is the population."""
     least_pairs: int
     """Users with fewer pairs are served the population, which does better than a state of their own by more than the
-    error of the difference: `NOBODY` where no scale has a held-out gain."""
+    error of the difference: `UNREACHED` where no scale has a held-out gain."""
 
 
 def least_harmful(losses: Tensor) -> int:
@@ -120,7 +120,7 @@ def choose_for_strangers(
             method.load_state_dict(before)
         method.eval()
 
-        def losses(scales: Sequence[float], shots: int = NOBODY) -> Tensor:
+        def losses(scales: Sequence[float], shots: int = UNREACHED) -> Tensor:
             """Summed loss of the held-out pairs of every user, ``(C, U)``, after at most so many pairs of their own."""
             found = torch.zeros(len(scales), method.num_users, dtype=torch.float64, device=method.device)
             for number, state in enumerate(fits):
@@ -137,7 +137,7 @@ def choose_for_strangers(
             of_all = losses(candidates)
             best = least_harmful(of_all)
             if best == 0:
-                return StrangerChoice(candidates[0], NOBODY)
+                return StrangerChoice(candidates[0], UNREACHED)
             few = {shots: losses([candidates[best]], shots)[0] for shots in SHOTS}
             harmful = [shots for shots, of_few in few.items() if least_harmful(torch.stack([of_few, of_all[0]]))]
             return StrangerChoice(candidates[best], max(harmful, default=-1) + 1)

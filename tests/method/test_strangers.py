@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from plm.method.strangers import MIN_USERS, NOBODY, least_harmful, with_evidence
+from plm.method.strangers import MIN_USERS, UNREACHED, least_harmful, with_evidence
 from plm.methods.lore import LoRe, model
 from plm.methods.lore.model import PRIOR_SCALES
 from plm.methods.pal import PAL
@@ -51,7 +51,7 @@ def test_users_without_evidence_get_the_population() -> None:
 def test_strangers_of_a_population_that_agrees_are_served_the_population(name: str, tmp_path: Path) -> None:
     data = PlantedData(30, 20, pairs_per_user=12, feature_dim=6, spread=0.0, seed=1)
     method = fit(data, tmp_path, name, epochs=4)
-    assert int(method.least_pairs) == NOBODY and float(method.stranger_scale) == pytest.approx(PRIOR_SCALES[0])
+    assert int(method.least_pairs) == UNREACHED and float(method.stranger_scale) == pytest.approx(PRIOR_SCALES[0])
     with torch.no_grad():
         facts = method.evaluate(data.unseen_batch)
     assert torch.equal(facts["margin"], facts["population_margin"])
