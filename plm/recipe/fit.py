@@ -59,7 +59,20 @@ class SaveRecipe(SaveConfigCallback):
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI whose recipe wins over checkpoints, and that can select hyper-parameters before a fit."""
+    """LightningCLI whose recipe wins over checkpoints, and that can select hyper-parameters before a fit.
+
+    It knows the options of its verb alone, where the first argument is one: to collect them takes most of the time that
+    a short command takes.
+    """
+
+    def __init__(self, model_class: type, datamodule_class: type, args: list[str], **options: Any) -> None:
+        self._verb = args[0] if args else ""
+        super().__init__(model_class, datamodule_class, args=args, **options)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # as Lightning calls it
+        """Arguments of methods of the trainer that are no options, by verb."""
+        known = LightningCLI.subcommands()
+        return {self._verb: known[self._verb]} if self._verb in known else known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of plm, the callbacks of every run, and the links from data to method."""
