@@ -53,7 +53,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[Sample]]:
@@ -76,7 +76,7 @@ def sample(
         temperature: What vocabulary scores are divided by; 0 always takes the most likely token.
         top_k: Draw from so many most likely tokens.
         top_p: Draw from the most likely tokens that together have this probability.
-        seed: Seed of what is random.
+        seed: Seed of what is random, one for all prompts or one each.
         batch_tokens: Most tokens, of prompts and responses, that are written at once.
         progress: Called with the number of responses finished since the last call.
 
@@ -96,6 +96,9 @@ def sample(
         raise ValueError(f"expected a method whose users write, got {type(method).__name__}; take best_of_n")
     policy = method if isinstance(method, Policy) else method.policy
     states, state_row = _states(method, len(prompts), users, user_id, rows)
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"expected one seed, or one per prompt, got {len(seeds)} for {len(prompts)} prompts")
     read = [policy.backbone.prompt_tokens(prompt) for prompt in prompts]
     _check_room(policy, prompts, read, max_new_tokens)
     ends = torch.tensor(policy.end_tokens, dtype=torch.long, device=policy.device)
@@ -108,7 +111,8 @@ def sample(
             order = [row for row, _ in batch]
             if not isinstance(method, LatentWriter):
                 order = list(dict.fromkeys(order))  # a prompt is read once for all its texts
-            keys = torch.tensor([text_key(seed, prompts[row], number) for row, number in batch], device=policy.device)
+            text_keys = [text_key(seeds[row], prompts[row], number) for row, number in batch]
+            keys = torch.tensor(text_keys, device=policy.device)
             writing: TextWriter
             if isinstance(method, Policy) or states is None:
                 writing = policy.write()

@@ -88,7 +88,10 @@ ARROWS: dict[str, set[str]] = {
     "plm.sampling": of_plm("backbones", "generation", "recipe"),
     "plm.generation": of_plm("method", "functional", "backbones"),
     "plm.checkpoint": of_plm("adapting", "method", "backbones", "users", "data.values"),
-    "plm.serving": {"plm", *of_plm("checkpoint", "data.values", "method", "querying", "scoring", "users")},
+    "plm.serving": {
+        "plm",
+        *of_plm("backbones", "checkpoint", "data.values", "generation", "method", "querying", "scoring", "users"),
+    },
     "plm.erasure": of_plm("checkpoint", "method", "users"),
     "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
     "plm.rewardbench": of_plm("data.sources.corpus", "data.values"),
@@ -145,7 +148,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"entries", "figures", "wandb"},
         {"board", "dashboard"},
     ],
-    "plm.serving": [{"batching", "bodies", "metrics"}, {"gate", "service"}, {"app"}, {"server"}, {"check"}],
+    "plm.serving": [{"batching", "bodies", "metrics"}, {"gate", "service"}, {"chat"}, {"app"}, {"server"}, {"check"}],
     "plm.portfolio": [
         {"features", "guarantee", "objectives", "study", "training", "writing"},
         {"held_out", "latents", "policies", "sampled"},

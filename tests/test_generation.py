@@ -181,6 +181,14 @@ def test_a_text_does_not_depend_on_its_company(causal_lm: Folder, kind: str) -> 
     assert ids_of(sample(policy, PROMPTS, num_samples=4, **{**settings, "seed": 6})) != crowd
 
 
+def test_prompts_may_have_seeds_of_their_own(causal_lm: Folder) -> None:
+    policy = policy_of(causal_lm)
+    out = sample(policy, PROMPTS[:3], max_new_tokens=8, seed=[4, 5, 4])
+    assert out == [sample(policy, [PROMPTS[row]], max_new_tokens=8, seed=(4, 5, 4)[row])[0] for row in range(3)]
+    with pytest.raises(ValueError, match="one seed, or one per prompt, got 2 for 3"):
+        sample(policy, PROMPTS[:3], max_new_tokens=8, seed=[4, 5])
+
+
 @KINDS
 def test_padding_on_the_left_changes_nothing(causal_lm: Folder, kind: str) -> None:
     policy = policy_of(causal_lm, kind)

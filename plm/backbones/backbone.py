@@ -9,7 +9,8 @@ import importlib
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -47,6 +48,20 @@ def plain_text(prompt: str, response: str) -> str:
         return f"{prompt}\n\n{response}" if prompt else response
     turns = [*messages, {"role": "assistant", "content": response}]
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+@contextmanager
+def template_errors(model: str, messages: Sequence[Mapping[str, str]]) -> Iterator[None]:
+    """Raise a ValueError that names the roles where the chat template of a model refuses messages."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise ValueError(
+            f"the chat template of {model!r} refuses messages of roles {roles}: {error}; set template='plain'"
+        ) from error
 
 
 class Backbone(ABC):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from plm.backbones.backbone import Key, chat_messages, choose, plain_text
+from plm.backbones.backbone import Key, chat_messages, choose, plain_text, template_errors
 from plm.backbones.huggingface import FIXED_DATE, HFBackbone
 from plm.types import Tokens
 
@@ -209,15 +209,16 @@ class CausalLM(HFBackbone):
         if response is not None:
             messages = [*messages, {"role": "assistant", "content": response}]
         template = FIXED_DATE + self.tokenizer.chat_template
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                chat_template=template,
-                add_generation_prompt=response is None,
-                **(self.chat_template_kwargs or {}),
+        with template_errors(self.model, messages):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    chat_template=template,
+                    add_generation_prompt=response is None,
+                    **(self.chat_template_kwargs or {}),
+                )
             )
-        )
 
     @cached_property
     def closing_token(self) -> int | None:

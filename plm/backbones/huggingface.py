@@ -18,7 +18,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from plm.backbones.backbone import Backbone, Key, chat_messages, choose, device, plain_text, readable_positions
+from plm.backbones.backbone import (
+    Backbone,
+    Key,
+    chat_messages,
+    choose,
+    device,
+    plain_text,
+    readable_positions,
+    template_errors,
+)
 from plm.backbones.weights import content_hash, score_weight
 
 CPU_BATCH_TOKENS = 1024
@@ -275,18 +284,9 @@ class HFBackbone(Backbone):
         if messages is None:
             messages = [{"role": "user", "content": prompt}] if prompt else []
         messages.append({"role": "assistant", "content": response})
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, chat_template=FIXED_DATE + self.tokenizer.chat_template
-            )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
-            raise ValueError(
-                f"the chat template of {self.model!r} refuses messages of roles {roles}: {error}; set template='plain'"
-            ) from error
-        return str(text)
+        template = FIXED_DATE + self.tokenizer.chat_template
+        with template_errors(self.model, messages):
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, of which at most the last ``max_tokens`` stay."""

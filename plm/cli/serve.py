@@ -15,8 +15,10 @@ def run(args: list[str]) -> int:
         prog="plm serve",
         description="Serve the rewards of a checkpoint over HTTP: POST /classify and /score (vLLM's bodies),\n"
         "/get_reward (OpenRLHF's), /v1/rewards, /v1/users/ID/pairs and /v1/users/ID/next-question; GET and DELETE\n"
-        "/v1/users/ID; GET /health, /v1/models, /metrics and /openapi.json. An unknown user gets the population's\n"
-        "reward, with user_known false. docs/serving.md shows requests. Needs pip install 'plm[serve]'.",
+        "/v1/users/ID; GET /health, /v1/models, /metrics and /openapi.json. A policy also writes for its users: POST\n"
+        "/v1/chat/completions (OpenAI's); large ones go by plm export --all and vLLM. An unknown user gets the\n"
+        "population's reward or text, with user_known false. docs/serving.md shows requests. Needs pip install\n"
+        "'plm[serve]'.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--users")
@@ -47,12 +49,14 @@ def run(args: list[str]) -> int:
         help="/get_reward takes this off the end of responses: '<|im_end|>'",
     )
     parser.add_argument(
-        "--check", action="store_true", help="score a few texts by HTTP and by plm score, compare, and stop"
+        "--check",
+        action="store_true",
+        help="score, and write, by HTTP and by plm score and generate, compare, and stop",
     )
     options = parser.parse(args)
 
     try:
-        from plm.serving.check import check
+        from plm.serving.check import CHAT, check
         from plm.serving.server import Settings, serve
     except ModuleNotFoundError as error:
         raise ValueError(f"plm serve needs {error.name}; pip install 'plm[serve]'") from error
@@ -71,8 +75,14 @@ def run(args: list[str]) -> int:
         serve(settings, options.host, options.port, options.workers)
         return 0
     found = check(settings)
-    different = [one for one in found if one.rewards != one.expected]
-    for one in different:
-        print(f"different: {one.endpoint} for {one.user!r} gives {one.rewards}, plm score {one.expected}")
-    print(f"{len(found) - len(different)} of {len(found)} requests give the rewards of plm score, to the last bit")
-    return int(bool(different))
+    for one in found:
+        if one.found != one.expected:
+            command = "plm generate" if one.endpoint == CHAT else "plm score"
+            print(f"different: {one.endpoint} for {one.user!r} gives {one.found}, {command} {one.expected}")
+    scored, written = (
+        [one.found == one.expected for one in found if (one.endpoint == CHAT) == is_text] for is_text in (False, True)
+    )
+    print(f"{sum(scored)} of {len(scored)} requests give the rewards of plm score, to the last bit")
+    if written:
+        print(f"{sum(written)} of {len(written)} the texts of plm generate")
+    return int(not all(scored + written))

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 import plm
 from plm.serving import bodies
+from plm.serving.chat import Chat, ChatCompletion, ChatRequest
 from plm.serving.gate import Gate, problem_json
 from plm.serving.metrics import Metrics
 from plm.serving.service import RequestError, RewardService
@@ -62,7 +63,7 @@ def make_app(service: RewardService, **limits: Any) -> ASGIApp:
         service: What answers.
         **limits: ``keys``, ``max_body``, ``max_queue`` and ``body_seconds`` of `Gate`.
     """
-    metrics = Metrics()
+    metrics, chat = Metrics(), Chat(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -92,7 +93,9 @@ def make_app(service: RewardService, **limits: Any) -> ASGIApp:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def counters() -> PlainTextResponse:
         """Prometheus' text format."""
-        return PlainTextResponse(metrics.text(batches=service.batches.num_batches))
+        return PlainTextResponse(
+            metrics.text(batches=service.batches.num_batches, chat_batches=chat.batches.num_batches)
+        )
 
     @app.post("/classify")
     def classify(request: bodies.ClassifyRequest) -> bodies.ClassifyResponse:
@@ -114,6 +117,11 @@ def make_app(service: RewardService, **limits: Any) -> ASGIApp:
     def rewards(request: bodies.RewardsRequest) -> bodies.RewardsResponse:
         """Rewards of responses to one prompt, their spread, and how often each would be preferred to another."""
         return service.rewards(request)
+
+    @app.post("/v1/chat/completions")
+    def complete(request: ChatRequest) -> ChatCompletion:
+        """Responses to a conversation, in OpenAI's shape; 404 for a checkpoint that writes none."""
+        return chat.complete(request)
 
     @app.get("/v1/users/{user_id}")
     def user(user_id: UserOfPath) -> bodies.User:

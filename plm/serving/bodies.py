@@ -45,13 +45,13 @@ def user_id_of(user_id: str) -> str:
     return to_id(user_id)
 
 
-class _Sent(BaseModel):
+class Sent(BaseModel):
     """A body: strict about types, unknown keys and numbers that JSON does not have."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Message(_Sent):
+class Message(Sent):
     """A message of a conversation."""
 
     role: str = Field(max_length=64)
@@ -74,7 +74,7 @@ def prompt_text(prompt: str | list[Message]) -> str:
 
 
 # ---------------------------------------------------------------------- vLLM
-class _Pooling(_Sent):
+class _Pooling(Sent):
     """What vLLM takes in every request of this kind."""
 
     model: str | None = Field(None, max_length=512, description="the served model; may be left out")
@@ -203,7 +203,7 @@ class ScoreResponse(_Listed):
 
 
 # ---------------------------------------------------------------------- OpenRLHF
-class GetRewardRequest(_Sent):
+class GetRewardRequest(Sent):
     """OpenRLHF's ``/get_reward``: whole texts and the prompts that they begin with."""
 
     query: Prompts
@@ -231,7 +231,7 @@ class GetRewardResponse(BaseModel):
 
 
 # ---------------------------------------------------------------------- plm
-class RewardsRequest(_Sent):
+class RewardsRequest(Sent):
     """Responses to one prompt, compared for one user."""
 
     model: str | None = Field(None, max_length=512)
@@ -261,7 +261,7 @@ class RewardsResponse(BaseModel):
     data: list[Reward]
 
 
-class Pair(_Sent):
+class Pair(Sent):
     """What a user prefers to what."""
 
     prompt: AnyText | Conversation = ""
@@ -271,7 +271,7 @@ class Pair(_Sent):
     weight: float = Field(1.0, ge=0, le=1e30)
 
 
-class PairsRequest(_Sent):
+class PairsRequest(Sent):
     """Pairs to learn a user from, after those before."""
 
     pairs: Annotated[list[Pair], Field(min_length=1, max_length=MAX_PAIRS)]
@@ -298,7 +298,7 @@ class Erased(BaseModel):
     is_wiped: bool = Field(description="whether the bytes are gone from the disk too")
 
 
-class Candidate(_Sent):
+class Candidate(Sent):
     """A pair that may be asked about."""
 
     prompt: AnyText | Conversation = ""
@@ -311,7 +311,7 @@ class Candidate(_Sent):
         return self
 
 
-class QuestionRequest(_Sent):
+class QuestionRequest(Sent):
     """Pairs to choose the next question from."""
 
     pool: Annotated[list[Candidate], Field(min_length=1, max_length=MAX_PAIRS)]

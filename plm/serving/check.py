@@ -1,4 +1,4 @@
-"""``plm serve --check``: rewards that come by HTTP are those of ``plm score``, to the last bit."""
+"""``plm serve --check``: what comes by HTTP is what ``plm score`` says, to the last bit, and ``plm generate``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
+from plm.backbones import device
 from plm.checkpoint import load_method
+from plm.generation import sample
+from plm.method import PersonalizationMethod
+from plm.method.abilities import Writer
 from plm.scoring import response_row, score_responses
 from plm.serving.server import Settings, running
 
@@ -25,17 +29,23 @@ NUM_USERS = 3
 """Known users who are scored for, besides an unknown one and nobody."""
 
 
+CHAT = "/v1/chat/completions"
+ASKED = '[{"role":"user","content":"Tea or coffee?"}]'
+"""What a policy is asked."""
+NUM_TOKENS = 16
+
+
 class Comparison(NamedTuple):
-    """One request, and the rewards that it should have got."""
+    """One request, and the rewards, or the text, that it should have got."""
 
     endpoint: str
     user: str | None
-    rewards: list[float]
-    expected: list[float]
+    found: list[Any]
+    expected: list[Any]
 
 
 def check(settings: Settings) -> list[Comparison]:
-    """Score the golden texts through a server and by ``plm score``.
+    """Score the golden texts through a server and by ``plm score``; where users write, write through both, too.
 
     Args:
         settings: What is served; keys are not asked for.
@@ -44,6 +54,8 @@ def check(settings: Settings) -> list[Comparison]:
         ValueError: If the checkpoint cannot be read, or does not score the texts.
     """
     method = load_method(settings.ckpt_path, users=settings.users)
+    if isinstance(method, Writer):
+        method.to(device())
     known = [user.user_id for user in islice(method.users, NUM_USERS)]
     found = []
     with running(settings._replace(api_keys=None).app()) as url:
@@ -54,6 +66,8 @@ def check(settings: Settings) -> list[Comparison]:
                 expected = score_responses(method, rows).rewards.tolist()
                 for endpoint, rewards in _by_http(url, user, prompt, list(texts)):
                     found.append(Comparison(endpoint, user, rewards, expected))
+            if isinstance(method, Writer) and method.can_write:
+                found.append(_written(method, url, user))
     return found
 
 
@@ -68,6 +82,15 @@ def _by_http(url: str, user: str | None, prompt: str, texts: list[str]) -> Itera
     if not prompt:
         classes = post(f"{url}/classify", {"input": texts, "user": user})
         yield "/classify", [entry["probs"][0] for entry in classes["data"]]
+
+
+def _written(method: PersonalizationMethod, url: str, user: str | None) -> Comparison:
+    """A text of one user."""
+    state = method.known_users.lookup([user])[0]
+    [[expected]] = sample(method, [ASKED], state, max_new_tokens=NUM_TOKENS)
+    body = {"messages": json.loads(ASKED), "user": user, "seed": 0, "max_tokens": NUM_TOKENS}
+    [choice] = post(url + CHAT, body)["choices"]
+    return Comparison(CHAT, user, [choice["message"]["content"]], [expected.text])
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

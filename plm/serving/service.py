@@ -19,8 +19,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from plm.backbones import device
 from plm.checkpoint import PairsNotKeptError, load_method
 from plm.method import PersonalizationMethod
+from plm.method.abilities import Writer
 from plm.querying import MAX_FLOATS, PoolPair, choose_queries, posterior_samples
 from plm.scoring import ResponseRow, refuse_nan, response_row
 from plm.serving import bodies
@@ -111,6 +113,8 @@ class RewardService:
         end_of_turn: str = "",
     ) -> None:
         self.method: PersonalizationMethod = load_method(ckpt_path, users=users)
+        if isinstance(self.method, Writer):
+            self.method.to(device())  # a language model is what needs it
         self.name = Path(ckpt_path).stem if name is None else name
         self.created = int(time.time())
         self.label_is_user, self.end_of_turn = label_is_user, end_of_turn
@@ -204,7 +208,7 @@ class RewardService:
     # ------------------------------------------------------------------ users
     def user(self, user_id: str) -> bodies.User:
         """What is known of a user besides the state."""
-        with _store_errors():
+        with store_errors():
             found = self.method.users.find(user_id)
             state, known = self.method.known_users.lookup([user_id])
         if found is None:
@@ -247,7 +251,7 @@ class RewardService:
     def next_question(self, user_id: str, request: bodies.QuestionRequest) -> bodies.QuestionResponse:
         """The pairs of a pool whose answers tell most about a user, known or not."""
         pool = [PoolPair(bodies.prompt_text(pair.prompt), *_two(pair), {}) for pair in request.pool]
-        with _store_errors():
+        with store_errors():
             state, known = self.method.known_users.lookup([user_id])
         try:
             with self.method.one_thread():
@@ -272,6 +276,15 @@ class RewardService:
         """The served checkpoint."""
         return bodies.Models(data=[bodies.Model(id=self.name, created=self.created, root=self.name)])
 
+    def check_model(self, model: str | None) -> None:
+        """Refuse a model that is not the served one.
+
+        Raises:
+            RequestError: If it is another.
+        """
+        if model and model != self.name:
+            raise RequestError("NotFoundError", f"The model `{model}` does not exist.")
+
     # ------------------------------------------------------------------ inside
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -279,7 +292,7 @@ class RewardService:
         if not self._writers.acquire(blocking=False):
             raise RequestError("TooManyRequests", "too many users are learned at once; try again")
         try:
-            with _store_errors():
+            with store_errors():
                 yield
         finally:
             self._writers.release()
@@ -301,8 +314,7 @@ class RewardService:
 
     def _rewards(self, model: str | None, rows: list[ResponseRow], wants_spread: bool = False) -> _Rewards:
         """Rewards of rows by the served model, encoded together with those of other requests."""
-        if model and model != self.name:
-            raise RequestError("NotFoundError", f"The model `{model}` does not exist.")
+        self.check_model(model)
         return self.batches(_Job(rows, wants_spread))
 
     def _work(self, jobs: Sequence[_Job]) -> list[_Rewards | Exception]:
@@ -323,7 +335,7 @@ class RewardService:
         """Encode the texts of all jobs at once, look all users up at once, and score each job by itself."""
         rows = [row for job in jobs for row in job.rows]
         ids = list(dict.fromkeys(row.user_id for row in rows))
-        with _store_errors():
+        with store_errors():
             states, known = self.method.known_users.lookup(ids)
         place = {user_id: number for number, user_id in enumerate(ids)}
         prompts, encoder = [row.prompt for row in rows], self.method.text_encoder
@@ -398,7 +410,7 @@ def _take(values: Tensor | Tokens | None, rows: Tensor) -> Tensor | Tokens | Non
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """Say of a database that cannot be reached that it may be later."""
     try:
         yield

@@ -200,3 +200,12 @@ def test_chat_prompts_stay_lists(chat_models: dict[str, Path], tmp_path: Path, c
     capsys.readouterr()
     assert main(command) == 0
     assert "0 prompts written, 2 were there already" in capsys.readouterr().out
+
+
+def test_roles_that_a_template_refuses_are_named(chat_models: dict[str, Path]) -> None:
+    lm = CausalLM(str(chat_models["words"]), template="chat")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    lm.tokenizer.chat_template = refusing
+    prompt = json.dumps([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+    with pytest.raises(ValueError, match=r"refuses messages of roles \['system', 'user'\]: no system role"):
+        lm.prompt_tokens(prompt)

@@ -44,7 +44,7 @@ def fitted(method: PersonalizationMethod, data: PlantedData, folder: Path) -> Pe
 
 def differ(path: Path) -> None:
     """What is compared are rewards that mean something: those of users differ from those of the population."""
-    found = {(one.endpoint, one.user, len(one.rewards)): one.rewards for one in check(Settings(str(path)))}
+    found = {(one.endpoint, one.user, len(one.found)): one.found for one in check(Settings(str(path)))}
     assert found["/score", "seen-0", 3] != found["/score", None, 3]
     assert all(len(set(rewards)) == len(rewards) for rewards in found.values())
 

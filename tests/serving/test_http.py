@@ -307,7 +307,7 @@ def test_the_check_of_the_command(path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "40 of 40 requests give the rewards of plm score, to the last bit\n"
     found = check(Settings(str(path)))
     assert {one.user for one in found} == {"ben", "eva", "nobody who is known", None}
-    assert len({tuple(one.rewards) for one in found}) == 9  # three prompts for three states
+    assert len({tuple(one.found) for one in found}) == 9  # three prompts for three states
     monkeypatch.setattr("fastapi.Request.json", _changed)
     assert main(["serve", "--ckpt_path", str(path), "--check"]) == 1
     assert "different: /score for 'ben' gives" in capsys.readouterr().out
