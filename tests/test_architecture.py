@@ -148,7 +148,14 @@ FLOORS: dict[str, list[set[str]]] = {
         {"entries", "figures", "wandb"},
         {"board", "dashboard"},
     ],
-    "plm.serving": [{"batching", "bodies", "metrics"}, {"gate", "service"}, {"chat"}, {"app"}, {"server"}, {"check"}],
+    "plm.serving": [
+        {"batching", "bodies", "embeddings", "metrics"},
+        {"gate", "service"},
+        {"chat"},
+        {"app"},
+        {"server"},
+        {"check"},
+    ],
     "plm.portfolio": [
         {"features", "guarantee", "objectives", "study", "training", "writing"},
         {"held_out", "latents", "policies", "sampled"},

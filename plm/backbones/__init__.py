@@ -17,7 +17,7 @@ from plm.backbones.policy import Completions, Policy, TextWriter, Writing
 from plm.backbones.prefix import PrefixShape
 from plm.backbones.reading import Reading, SplitTexts, split_texts
 from plm.backbones.reference import ReferenceLogps
-from plm.backbones.remote import RemotePolicy, text_key
+from plm.backbones.remote import RemoteError, RemotePolicy, ask, text_key
 from plm.backbones.warpers import Warpers, draw, gumbel_noise
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "PrefixShape",
     "Reading",
     "ReferenceLogps",
+    "RemoteError",
     "RemotePolicy",
     "SplitTexts",
     "TargetModules",
@@ -46,6 +47,7 @@ __all__ = [
     "TooLong",
     "Warpers",
     "Writing",
+    "ask",
     "completion_tokens",
     "device",
     "draw",

@@ -125,29 +125,72 @@ class RemotePolicy:
 
     def _ask(self, path: str, body: Mapping[str, Any] | None, retries: int = RETRIES) -> dict[str, Any]:
         """One request, repeated while it fails in passing."""
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
-        wait = _FIRST_WAIT
-        for tries_left in range(retries, -1, -1):
-            asked_to_wait = None
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    answer = json.loads(response.read())
-                    if not isinstance(answer, dict):
-                        raise ValueError(f"expected a JSON object from {request.full_url}, got {type(answer).__name__}")
+        try:
+            return ask(f"{self.url}/{path}", body, KEY_VARIABLE, retries=retries)
+        except RemoteError as error:
+            raise ValueError(f"--policy_url: {error}; what was written is kept") from error
+
+
+class RemoteError(ValueError):
+    """A server does not answer as it should.
+
+    Args:
+        message: What it did.
+        status: Of HTTP; None = no answer, or no JSON.
+        is_passing: Whether it may answer later.
+    """
+
+    def __init__(self, message: str, status: int | None, is_passing: bool) -> None:
+        super().__init__(message)
+        self.status, self.is_passing = status, is_passing
+
+
+def ask(
+    url: str,
+    body: Mapping[str, Any] | None,
+    key_variable: str,
+    *,
+    retries: int,
+    timeout: float = TIMEOUT,
+    longest_wait: float = _LONGEST_WAIT,
+) -> dict[str, Any]:
+    """Ask an OpenAI-compatible server for a JSON object, and again while it fails in passing.
+
+    Args:
+        url: The address.
+        body: What is sent; None = nothing, by GET.
+        key_variable: Environment variable with the key, if the server wants one.
+        retries: How often more.
+        timeout: Seconds without a byte after which an attempt has failed.
+        longest_wait: Seconds between two attempts, whatever the server says; a quarter is added by chance.
+
+    Raises:
+        RemoteError: If it refuses the request, or keeps failing.
+    """
+    headers = {"Content-Type": "application/json"}
+    if os.environ.get(key_variable):
+        headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
+    wait = _FIRST_WAIT
+    for tries_left in range(retries, -1, -1):
+        asked_to_wait, status = None, None
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                answer = json.loads(response.read())
+                if isinstance(answer, dict):
                     return answer
-            except urllib.error.HTTPError as error:
-                reason = f"status {error.code}: {error.read(500).decode(errors='replace')}"
-                asked_to_wait = error.headers.get("Retry-After")
-                passing = error.code in _PASSING or error.code >= 500
-            except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-                reason, passing = str(error) or type(error).__name__, True
-            if not passing or not tries_left:
-                raise ValueError(f"--policy_url: {request.full_url} failed ({reason}); what was written is kept")
-            seconds = float(asked_to_wait) if asked_to_wait and asked_to_wait.isdigit() else wait
-            time.sleep(min(seconds, _LONGEST_WAIT) * (1 + 0.25 * random.random()))
-            wait *= 2
-        raise AssertionError
+                reason, is_passing = f"expected a JSON object, got {type(answer).__name__}", False
+        except urllib.error.HTTPError as error:
+            status = error.code
+            reason = f"status {status}: {error.read(500).decode(errors='replace')}"
+            asked_to_wait = error.headers.get("Retry-After")
+            is_passing = status in _PASSING or status >= 500
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            reason, is_passing = str(error) or type(error).__name__, True
+        if not is_passing or not tries_left:
+            raise RemoteError(f"{url} failed ({reason})", status, is_passing)
+        seconds = float(asked_to_wait) if asked_to_wait and asked_to_wait.isdigit() else wait
+        time.sleep(min(seconds, longest_wait) * (1 + 0.25 * random.random()))
+        wait *= 2
+    raise AssertionError

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 import plm
 from plm.serving import bodies
 from plm.serving.chat import Chat, ChatCompletion, ChatRequest
+from plm.serving.embeddings import EncoderError
 from plm.serving.gate import Gate, problem_json
 from plm.serving.metrics import Metrics
 from plm.serving.service import RequestError, RewardService
@@ -33,7 +34,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": bodies.Refusal, "description": "too long, or nothing that the method can read"},
     429: {"model": bodies.Refusal, "description": "too many requests at once"},
     500: {"model": bodies.Refusal, "description": "an error of the server"},
-    503: {"model": bodies.Refusal, "description": "the users cannot be read or written now"},
+    502: {"model": bodies.Refusal, "description": "the encoder's server gives no features"},
+    503: {"model": bodies.Refusal, "description": "the users, or the encoder, cannot be reached now"},
 }
 
 
@@ -157,6 +159,14 @@ def _answer_errors(app: FastAPI) -> None:
     async def refused(request: Request, error: RequestError) -> Response:
         response = answer(error.status, error.kind, str(error), error.param)
         if error.status in (429, 503):
+            response.headers["retry-after"] = "1"
+        return response
+
+    @app.exception_handler(EncoderError)
+    async def not_encoded(request: Request, error: EncoderError) -> Response:
+        kind = "ServiceUnavailableError" if error.status == 503 else "BadGateway"
+        response = answer(error.status, kind, str(error))
+        if error.status == 503:
             response.headers["retry-after"] = "1"
         return response
 

@@ -14,17 +14,9 @@ from plm.generation import sample
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
 from plm.scoring import response_row, score_responses
+from plm.serving.embeddings import GOLDEN
 from plm.serving.server import Settings, running
 
-GOLDEN: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("What should I drink?", ("Strong tea with milk.", "Black coffee, no sugar.", "Water – 水 – is enough.")),
-    ("", ("A text without a prompt.",)),
-    (
-        '[{"role":"user","content":"Plan my evening."},{"role":"assistant","content":"With whom?"}]',
-        ("Alone: a walk by the sea.", "With friends: films, and much to eat."),
-    ),
-)
-"""Prompts and responses that are scored."""
 NUM_USERS = 3
 """Known users who are scored for, besides an unknown one and nobody."""
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from plm.serving.app import make_app
+from plm.serving.embeddings import EncoderServer
 from plm.serving.gate import read_keys
 from plm.serving.service import RewardService
 
@@ -40,6 +41,9 @@ class Settings(NamedTuple):
     """File of keys, one a line."""
     max_body: int = 4 * 2**20
     max_queue: int = 128
+    encoder_url: str | None = None
+    encoder_model: str = ""
+    encoder_unchecked: bool = False
 
     def app(self) -> ASGIApp:
         """Load the checkpoint and make the application."""
@@ -49,9 +53,16 @@ class Settings(NamedTuple):
             self.name,
             label_is_user=self.label_is_user,
             end_of_turn=self.end_of_turn,
+            encoder=self._encoder,
         )
         keys = () if self.api_keys is None else read_keys(Path(self.api_keys).read_text(encoding="utf-8").splitlines())
         return make_app(service, keys=keys, max_body=self.max_body, max_queue=self.max_queue)
+
+    @property
+    def _encoder(self) -> EncoderServer | None:
+        if self.encoder_url is None:
+            return None
+        return EncoderServer(self.encoder_url, self.encoder_model, self.encoder_unchecked)
 
 
 class ImpatientProtocol(H11Protocol):

@@ -27,6 +27,7 @@ from plm.querying import MAX_FLOATS, PoolPair, choose_queries, posterior_samples
 from plm.scoring import ResponseRow, refuse_nan, response_row
 from plm.serving import bodies
 from plm.serving.batching import Batcher
+from plm.serving.embeddings import EncoderError, EncoderServer
 from plm.types import Tokens, UserState, take_rows
 from plm.users import StoreError
 
@@ -98,6 +99,7 @@ class RewardService:
         name: What clients call the model; default: the name of the checkpoint's file without its ending.
         label_is_user: Whether the labels of ``get_reward`` are ids of users.
         end_of_turn: What ``get_reward`` takes off the end of responses, such as ``<|im_end|>``.
+        encoder: A server that encodes texts, instead of this process.
 
     Raises:
         ValueError: If the checkpoint, its backbone or the users cannot be read.
@@ -111,10 +113,13 @@ class RewardService:
         *,
         label_is_user: bool = False,
         end_of_turn: str = "",
+        encoder: EncoderServer | None = None,
     ) -> None:
         self.method: PersonalizationMethod = load_method(ckpt_path, users=users)
         if isinstance(self.method, Writer):
             self.method.to(device())  # a language model is what needs it
+        if encoder is not None:
+            encoder.attach(self.method)
         self.name = Path(ckpt_path).stem if name is None else name
         self.created = int(time.time())
         self.label_is_user, self.end_of_turn = label_is_user, end_of_turn
@@ -321,6 +326,8 @@ class RewardService:
         """Results of all jobs; or of each by itself, where one of them fails."""
         try:
             return list(self._together(jobs))
+        except EncoderError as error:  # one by one they would wait for it, one after the other
+            return [error] * len(jobs)
         except Exception:
             return [self._alone(job) for job in jobs]
 
