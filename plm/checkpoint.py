@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -141,13 +142,38 @@ class KnownUsers:
                     f"user {user_id!r} was learned from {known.num_pairs} pairs that were not kept, so these cannot be "
                     "added to them; give anew=True to learn the user from these pairs alone"
                 )
+            learned = _distinct([*kept, *added])
             with self.lock:
-                state = adapt_user(self.method, user_id, [*kept, *added])
+                state = adapt_user(self.method, user_id, learned)
             versions = {user_id: 0 if known is None else known.version}
-            if self.store.add([user_id], state, pairs={user_id: [*kept, *added]}, since=since, versions=versions):
+            if self.store.add([user_id], state, pairs={user_id: learned}, since=since, versions=versions):
                 return int(state.num_pairs[0])
             if user_id not in self.store:
                 return 0
+
+    def unlearn(self, user_id: str, version: int) -> bool:
+        """Fit a user to all kept pairs but the last; without another pair the user gets the population state.
+
+        Args:
+            user_id: Whose last pair.
+            version: Of the user whose last pair it is; nothing happens if there is another version by now.
+
+        Returns:
+            Whether it happened.
+
+        Raises:
+            PairsNotKeptError: If no pair of the user was kept.
+        """
+        since, known = self.store.num_erasures, self.store.find(user_id)
+        kept = self.store.pairs([user_id]).get(user_id, [])
+        if known is None or known.version != version:
+            return False
+        if not kept:
+            raise PairsNotKeptError(f"no pair of user {user_id!r} was kept, so the last one cannot be taken back")
+        *before, _ = kept
+        with self.lock, torch.no_grad():
+            state = adapt_user(self.method, user_id, before) if before else self.method.population_state(1)
+        return bool(self.store.add([user_id], state, pairs={user_id: before}, since=since, versions={user_id: version}))
 
     def __call__(self, user_ids: Sequence[str]) -> UserState:
         """States of B users by id; an unknown id gets the population state, with one warning for all of them."""
@@ -173,6 +199,15 @@ def _as_dict(pair: Pair) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"expected pairs of prompt, chosen, rejected, tie and weight, got the keys {unknown}")
     return dict(pair)
+
+
+def _distinct(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each pair once, where it first came: what is sent again is no second answer."""
+    first: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        texts = [pair.get(name) for name in ("prompt", "chosen", "rejected")]
+        first.setdefault(json.dumps([*texts, pair.get("tie", False)], default=str), pair)
+    return list(first.values())
 
 
 class TextEncoder:

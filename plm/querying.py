@@ -9,6 +9,7 @@ Axes: N candidate pairs, U users, M posterior samples, D feature width, K weight
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,6 +209,30 @@ def read_pool(path: str) -> tuple[list[PoolPair], int]:
     return list(distinct.values()), len(rows)
 
 
+class EncodedPool(NamedTuple):
+    """A pool as a method reads it."""
+
+    left: Tensor
+    """``(N, D)``"""
+    right: Tensor
+    """``(N, D)``"""
+    prompts: Tensor | Tokens | None
+    """``(N, D)`` or tokens, for a method that reads prompts."""
+
+
+def encode_pool(method: PersonalizationMethod, pool: Sequence[PoolPair]) -> EncodedPool:
+    """Features of N pairs.
+
+    Raises:
+        ValueError: If the method reads tokens.
+    """
+    prompts = [pair.prompt for pair in pool]
+    features = method.text_encoder(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
+    if not isinstance(features, Tensor):
+        raise ValueError(f"choosing pairs needs a method that reads features, got {type(method).__name__}")
+    return EncodedPool(features[: len(pool)], features[len(pool) :], method.text_encoder.prompts(prompts))
+
+
 def choose_queries(
     method: PersonalizationMethod,
     user: UserState,
@@ -231,13 +256,8 @@ def choose_queries(
         ValueError: If the method reads tokens, or the user's state holds no posterior.
     """
     samples = posterior_samples(user, num_draws, seed)
-    prompts = [pair.prompt for pair in pool]
-    features = method.text_encoder(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
-    if not isinstance(features, Tensor):
-        raise ValueError(f"plm query needs a method that reads features, got {type(method).__name__}")
-    left, right = features[: len(pool)], features[len(pool) :]
-    chances = sampled_chances(method, left, right, samples, method.text_encoder.prompts(prompts))
-    return choose_pairs(chances, num_pairs, seed)
+    left, right, prompts = encode_pool(method, pool)
+    return choose_pairs(sampled_chances(method, left, right, samples, prompts), num_pairs, seed)
 
 
 def _pool_pair(record: dict[str, Any]) -> PoolPair:

@@ -90,7 +90,9 @@ ARROWS: dict[str, set[str]] = {
     "plm.checkpoint": of_plm("adapting", "method", "backbones", "users", "data.values"),
     "plm.serving": {
         "plm",
-        *of_plm("backbones", "checkpoint", "data.values", "generation", "method", "querying", "scoring", "users"),
+        *of_plm(
+            "adapting", "backbones", "checkpoint", "data.values", "generation", "method", "querying", "scoring", "users"
+        ),
     },
     "plm.erasure": of_plm("checkpoint", "method", "users"),
     "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
@@ -150,8 +152,8 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "plm.serving": [
         {"batching", "bodies", "embeddings", "metrics"},
-        {"gate", "service"},
-        {"chat"},
+        {"gate", "pages", "service"},
+        {"chat", "interviews"},
         {"app"},
         {"server"},
         {"check"},

@@ -63,6 +63,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--num_samples": {"type": integer(1), "metavar": "N"},
     "--output": {"metavar": "FILE"},
     "--pairs": {"nargs": "+", "metavar": "FILE", "help": f"preference pairs: {ROWS}"},
+    "--pool": {"metavar": "FILE"},
     "--project": {"metavar": "PROJECT"},
     "--prompts": {"metavar": "FILE", "help": PROMPTS},
     "--rewards": {"metavar": "YAML", "help": REWARDS},

@@ -26,7 +26,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--user", required=True, help="whom to ask")
     parser.add_shared("--users")
-    parser.add_argument("--pool", required=True, metavar="FILE", help=f"pairs to choose from: {ROWS}")
+    parser.add_shared("--pool", required=True, help=f"pairs to choose from: {ROWS}")
     parser.add_argument("--num_pairs", type=integer(1), default=5, metavar="N", help="pairs to choose (default 5)")
     parser.add_argument(
         "--num_draws", type=integer(2), default=256, metavar="M", help="draws from the user's posterior (default 256)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plm.cli.options import OptionParser, integer
+from plm.cli.options import ROWS, OptionParser, integer
 
 
 def run(args: list[str]) -> int:
@@ -14,14 +14,16 @@ def run(args: list[str]) -> int:
     parser = OptionParser(
         prog="plm serve",
         description="Serve the rewards of a checkpoint over HTTP: POST /classify and /score (vLLM's bodies),\n"
-        "/get_reward (OpenRLHF's), /v1/rewards, /v1/users/ID/pairs and /v1/users/ID/next-question; GET and DELETE\n"
-        "/v1/users/ID; GET /health, /v1/models, /metrics and /openapi.json. A policy also writes for its users: POST\n"
-        "/v1/chat/completions (OpenAI's); large ones go by plm export --all and vLLM. An unknown user gets the\n"
-        "population's reward or text, with user_known false. docs/serving.md shows requests. Needs pip install\n"
-        "'plm[serve]'.",
+        "/get_reward (OpenRLHF's), /v1/rewards, /v1/users/ID/pairs, next-question, beliefs and undo; GET and DELETE\n"
+        "/v1/users/ID; GET /v1/users, /health, /v1/models, /metrics and /openapi.json. A policy also writes for its\n"
+        "users: POST /v1/chat/completions (OpenAI's); large ones go by plm export --all and vLLM. At / is a page for\n"
+        "a browser: compare users, ask a person which of two responses is better, see who is known. An unknown user\n"
+        "gets the population's reward or text, with user_known false. docs/serving.md shows requests. It needs\n"
+        "pip install 'plm[serve]'.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--users")
+    parser.add_shared("--pool", help=f"pairs that the page asks people about, at most 1024: {ROWS}, as of plm query")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=integer(1), default=8000, metavar="N", help="port (default 8000)")
     parser.add_argument("--model_name", help="what clients call the model; default: the file's name without its ending")
@@ -87,6 +89,7 @@ def run(args: list[str]) -> int:
         options.encoder_url,
         options.encoder_model or "",
         options.encoder_unchecked,
+        options.pool,
     )
     if not options.check:
         serve(settings, options.host, options.port, options.workers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, cast
 from urllib.parse import unquote
@@ -15,10 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import plm
-from plm.serving import bodies
+from plm.querying import PoolPair
+from plm.serving import bodies, pages
 from plm.serving.chat import Chat, ChatCompletion, ChatRequest
 from plm.serving.embeddings import EncoderError
 from plm.serving.gate import Gate, problem_json
+from plm.serving.interviews import Interviews
 from plm.serving.metrics import Metrics
 from plm.serving.service import RequestError, RewardService
 
@@ -58,14 +60,15 @@ UserOfPath = Annotated[str, Depends(_user_of_path)]
 UserOfQuery = Annotated[str | None, Depends(_user_of_query)]
 
 
-def make_app(service: RewardService, **limits: Any) -> ASGIApp:
+def make_app(service: RewardService, pool: Sequence[PoolPair] = (), **limits: Any) -> ASGIApp:
     """The application of a service.
 
     Args:
         service: What answers.
+        pool: Pairs to ask users about where a request brings none.
         **limits: ``keys``, ``max_body``, ``max_queue`` and ``body_seconds`` of `Gate`.
     """
-    metrics, chat = Metrics(), Chat(service)
+    metrics, chat, interviews = Metrics(), Chat(service), Interviews(service, pool)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -125,6 +128,13 @@ def make_app(service: RewardService, **limits: Any) -> ASGIApp:
         """Responses to a conversation, in OpenAI's shape; 404 for a checkpoint that writes none."""
         return chat.complete(request)
 
+    @app.get("/v1/users")
+    def users(
+        after: Annotated[int, Query(ge=-1, lt=2**63, description="next_after of the part before")] = -1,
+    ) -> bodies.Users:
+        """What is known of users, in the order in which they were added, a part at a time."""
+        return interviews.users(after)
+
     @app.get("/v1/users/{user_id}")
     def user(user_id: UserOfPath) -> bodies.User:
         """What is known of a user."""
@@ -143,8 +153,19 @@ def make_app(service: RewardService, **limits: Any) -> ASGIApp:
     @app.post("/v1/users/{user_id}/next-question")
     def next_question(user_id: UserOfPath, request: bodies.QuestionRequest) -> bodies.QuestionResponse:
         """The pairs whose answers would tell most about the user."""
-        return service.next_question(user_id, request)
+        return interviews.next_question(user_id, request)
 
+    @app.post("/v1/users/{user_id}/beliefs")
+    def beliefs(user_id: UserOfPath, request: bodies.BeliefsRequest) -> bodies.Beliefs:
+        """Where a user, known or not, is believed to differ from others, and how well answers were foretold."""
+        return interviews.beliefs(user_id, request)
+
+    @app.post("/v1/users/{user_id}/undo")
+    def undo(user_id: UserOfPath, request: bodies.UndoRequest) -> bodies.User:
+        """Take back the last pair: the user is fitted anew to those before it, on the disk when the answer comes."""
+        return interviews.undo(user_id, request)
+
+    pages.add_page(app, num_questions=len(pool), needs_key=bool(limits.get("keys")))
     _answer_errors(app)
     return Gate(app, metrics, **limits)
 

@@ -310,13 +310,36 @@ class Candidate(Sent):
             raise ValueError("expected two different responses")
         return self
 
+    def both(self) -> tuple[str, str]:
+        """Both responses."""
+        left, right = self.responses
+        return left, right
+
+
+Pool = Annotated[list[Candidate], Field(min_length=1, max_length=MAX_PAIRS)]
+
 
 class QuestionRequest(Sent):
     """Pairs to choose the next question from."""
 
-    pool: Annotated[list[Candidate], Field(min_length=1, max_length=MAX_PAIRS)]
+    pool: Pool | None = Field(None, description="without it, the server's own, if it has one")
     num_pairs: int = Field(1, ge=1, le=16)
     seed: int = Field(0, ge=0, lt=2**63)
+    skip_answered: bool = Field(False, description="leave out pairs that the user was learned from")
+
+
+class BeliefsRequest(Sent):
+    """Pairs about which the model says what it holds to be true of a user."""
+
+    pool: Pool | None = Field(None, description="without it, the server's own, if it has one")
+
+
+class UndoRequest(Sent):
+    """What is to be taken back."""
+
+    version: int = Field(
+        ge=1, lt=2**63, description="of the user whose last pair it is; 409 if there is another by now"
+    )
 
 
 class Question(BaseModel):
@@ -329,11 +352,56 @@ class Question(BaseModel):
     chance: float = Field(description="that the user prefers the first response")
 
 
+class Share(BaseModel):
+    """A share of guesses, with its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+
+
 class QuestionResponse(BaseModel):
     """Questions, the first to ask first."""
 
     user_known: bool
     data: list[Question]
+    num_open: int = Field(description="pairs of the pool that may still be asked about")
+    expected_accuracy: Share = Field(description="of guesses of the answers to the whole pool, by the model itself")
+
+
+class Belief(BaseModel):
+    """A pair on which a user and the population differ."""
+
+    index: int = Field(description="its place in the pool")
+    prompt: str | list[Message]
+    responses: list[str]
+    chance: float = Field(description="that the user prefers the first response")
+    population_chance: float
+
+
+class Foretold(BaseModel):
+    """Answers of a user, each predicted by the model that had learned those before it."""
+
+    chances: list[float] = Field(description="of the response that was chosen, oldest first; ties are left out")
+    accuracy: Share
+    population_accuracy: Share = Field(description="of one model for all")
+
+
+class Beliefs(BaseModel):
+    """What the model holds to be true of a user."""
+
+    user: User | None = Field(description="null if the user is unknown")
+    num_kept: int = Field(description="pairs of the user that were kept, of which the last can be taken back")
+    data: list[Belief] = Field(description="the pairs on which the user differs most from the population")
+    foretold: Foretold | None
+
+
+class Users(BaseModel):
+    """A part of the users, in the order in which they were added."""
+
+    num_users: int = Field(description="of all")
+    data: list[User]
+    next_after: int | None = Field(description="where the next part begins: ?after=; null after the last")
 
 
 class Permission(BaseModel):

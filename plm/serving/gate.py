@@ -23,9 +23,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from plm.serving.metrics import Metrics
 
-OPEN = {"/health"}
-"""Paths that need no key and always have room."""
-QUERIES = {"/get_reward": {"user"}}
+OPEN = {"/health", "/", "/page.css", "/page.js"}
+"""Paths that need no key and always have room: nothing of users or texts is there."""
+QUERIES = {"/get_reward": {"user"}, "/v1/users": {"after"}}
 """Path -> parameters that may stand behind a question mark."""
 HELD_BODIES = 64
 """Largest bodies that may be in memory at once, whole or in part."""

@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from plm.querying import read_pool
 from plm.serving.app import make_app
 from plm.serving.embeddings import EncoderServer
 from plm.serving.gate import read_keys
@@ -44,6 +45,8 @@ class Settings(NamedTuple):
     encoder_url: str | None = None
     encoder_model: str = ""
     encoder_unchecked: bool = False
+    pool: str | None = None
+    """File of pairs to ask users about."""
 
     def app(self) -> ASGIApp:
         """Load the checkpoint and make the application."""
@@ -56,7 +59,8 @@ class Settings(NamedTuple):
             encoder=self._encoder,
         )
         keys = () if self.api_keys is None else read_keys(Path(self.api_keys).read_text(encoding="utf-8").splitlines())
-        return make_app(service, keys=keys, max_body=self.max_body, max_queue=self.max_queue)
+        pool = [] if self.pool is None else read_pool(self.pool)[0]
+        return make_app(service, pool, keys=keys, max_body=self.max_body, max_queue=self.max_queue)
 
     @property
     def _encoder(self) -> EncoderServer | None:

@@ -23,13 +23,13 @@ from plm.backbones import device
 from plm.checkpoint import PairsNotKeptError, load_method
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
-from plm.querying import MAX_FLOATS, PoolPair, choose_queries, posterior_samples
+from plm.querying import MAX_FLOATS, posterior_samples
 from plm.scoring import ResponseRow, refuse_nan, response_row
 from plm.serving import bodies
 from plm.serving.batching import Batcher
 from plm.serving.embeddings import EncoderError, EncoderServer
 from plm.types import Tokens, UserState, take_rows
-from plm.users import StoreError
+from plm.users import StoredUser, StoreError
 
 BATCH_TEXTS = 64
 """Texts that are encoded at once, if as many wait; the last request may exceed it."""
@@ -215,27 +215,36 @@ class RewardService:
         """What is known of a user besides the state."""
         with store_errors():
             found = self.method.users.find(user_id)
-            state, known = self.method.known_users.lookup([user_id])
         if found is None:
             raise RequestError("NotFoundError", "no such user is known")
-        population = self.method.population_state(1).tensors
-        is_own = bool(known[0]) and not all(
-            torch.equal(value.cpu(), population[name].cpu()) for name, value in state.tensors.items()
-        )
-        served: Literal["personal", "population"] = "personal" if is_own else "population"
-        return bodies.User(
-            user=user_id,
-            num_pairs=found.num_pairs,
-            version=found.version,
-            created=found.created,
-            updated=found.updated,
-            served=served,
-        )
+        return self.described([found])[0]
+
+    def described(self, users: Sequence[StoredUser]) -> list[bodies.User]:
+        """What is known of stored users, and whether they are served their own state."""
+        if not users:
+            return []
+        with store_errors():
+            states, known = self.method.known_users.lookup([user.user_id for user in users])
+        population = self.method.population_state(len(users)).tensors
+        is_own = torch.zeros_like(known)
+        for name, value in states.tensors.items():
+            is_own |= (value != population[name]).reshape(len(users), -1).any(1).cpu()
+        return [
+            bodies.User(
+                user=user.user_id,
+                num_pairs=user.num_pairs,
+                version=user.version,
+                created=user.created,
+                updated=user.updated,
+                served="personal" if own else "population",
+            )
+            for user, own in zip(users, (is_own & known).tolist(), strict=True)
+        ]
 
     def learn(self, user_id: str, request: bodies.PairsRequest) -> bodies.User:
         """Learn a user from pairs and from those before; durable when the call returns."""
         pairs = [{**pair.model_dump(), "prompt": bodies.prompt_text(pair.prompt)} for pair in request.pairs]
-        with self._writing():
+        with self.writing():
             try:
                 is_stored = self.method.learn(user_id, pairs, request.anew)
             except PairsNotKeptError as error:
@@ -250,32 +259,8 @@ class RewardService:
 
     def forget(self, user_id: str) -> bodies.Erased:
         """Delete a user from the store; a user who is not there gets a receipt too."""
-        with self._writing():
+        with self.writing():
             return bodies.Erased(**self.method.forget(user_id)._asdict())
-
-    def next_question(self, user_id: str, request: bodies.QuestionRequest) -> bodies.QuestionResponse:
-        """The pairs of a pool whose answers tell most about a user, known or not."""
-        pool = [PoolPair(bodies.prompt_text(pair.prompt), *_two(pair), {}) for pair in request.pool]
-        with store_errors():
-            state, known = self.method.known_users.lookup([user_id])
-        try:
-            with self.method.one_thread():
-                queries = choose_queries(self.method, state, pool, request.num_pairs, seed=request.seed)
-        except ValueError as error:
-            raise RequestError("UnprocessableError", str(error)) from error
-        return bodies.QuestionResponse(
-            user_known=bool(known[0]),
-            data=[
-                bodies.Question(
-                    index=query.row,
-                    prompt=request.pool[query.row].prompt,
-                    responses=request.pool[query.row].responses,
-                    information=query.information,
-                    chance=query.chance,
-                )
-                for query in queries
-            ],
-        )
 
     def models(self) -> bodies.Models:
         """The served checkpoint."""
@@ -292,7 +277,7 @@ class RewardService:
 
     # ------------------------------------------------------------------ inside
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """A change of the store, one of so many at once."""
         if not self._writers.acquire(blocking=False):
             raise RequestError("TooManyRequests", "too many users are learned at once; try again")
@@ -402,12 +387,6 @@ class RewardService:
             assert inputs is not None
             rewards.append(self.method.score(inputs, draws, rows=block.repeat_interleave(count), prompt_features=asked))
         return torch.cat(rewards).view(NUM_DRAWS, count).std(0, correction=0).cpu()
-
-
-def _two(pair: bodies.Candidate) -> tuple[str, str]:
-    """Both responses."""
-    left, right = pair.responses
-    return left, right
 
 
 def _take(values: Tensor | Tokens | None, rows: Tensor) -> Tensor | Tokens | None:

@@ -136,16 +136,18 @@ class UserStore:
 
     def __iter__(self) -> Iterator[StoredUser]:
         """All users in the order in which they were added, read in parts."""
-        columns = (USERS.c.number, *(USERS.c[name] for name in StoredUser._fields))
         last = -1
-        while True:
-            page = sa.select(*columns).where(USERS.c.number > last).order_by(USERS.c.number).limit(_AT_ONCE)
-            with self._reading() as connection:
-                rows = [] if connection is None else connection.execute(page).all()
-            yield from (StoredUser(*row[1:]) for row in rows)
-            if len(rows) < _AT_ONCE:
-                return
-            last = rows[-1].number
+        while page := self.page(last):
+            yield from page.values()
+            last = max(page)
+
+    def page(self, after: int = -1, count: int = _AT_ONCE) -> dict[int, StoredUser]:
+        """Number -> user, of ``count`` users with a number above ``after``, in the order in which they were added."""
+        columns = (USERS.c.number, *(USERS.c[name] for name in StoredUser._fields))
+        query = sa.select(*columns).where(USERS.c.number > after).order_by(USERS.c.number).limit(count)
+        with self._reading() as connection:
+            rows = [] if connection is None else connection.execute(query).all()
+        return {row.number: StoredUser(*row[1:]) for row in rows}
 
     def __len__(self) -> int:
         """Number of users."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,8 +16,8 @@ from plm.serving.service import RewardService
 from plm.testing import saved
 
 
-@pytest.fixture
-def path() -> Iterator[Path]:
+@contextmanager
+def checkpoint_of_two() -> Iterator[Path]:
     """Two random bases; ben and eva have random weights, and were trained on pairs that are not kept."""
     torch.manual_seed(0)
     method = LoRe(2, 64, backbone=HashingBackbone(dim=64).spec(), num_bases=2)
@@ -26,6 +27,19 @@ def path() -> Iterator[Path]:
         method.weights.normal_()
     method.num_pairs.fill_(5)
     with saved(method) as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with checkpoint_of_two() as checkpoint:
+        yield checkpoint
+
+
+@pytest.fixture(scope="module")
+def shared_path() -> Iterator[Path]:
+    """The checkpoint of all tests of a module."""
+    with checkpoint_of_two() as checkpoint:
         yield checkpoint
 
 

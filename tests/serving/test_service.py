@@ -15,6 +15,7 @@ from plm.checkpoint import load_method
 from plm.scoring import response_row, score_responses
 from plm.serving import bodies
 from plm.serving.batching import Batcher
+from plm.serving.interviews import Interviews
 from plm.serving.service import RequestError, RewardService, _Job
 
 TEXTS = ["strong tea with milk", "black coffee", "a long walk by the sea"]
@@ -115,7 +116,7 @@ def test_a_user_is_learned_asked_and_forgotten(service: RewardService, path: Pat
     expected = reference.score(TEXTS, user_id="twin", prompts=PAIR["prompt"]).tolist()
     assert [entry.reward for entry in service.rewards(pair).data] == expected
     pool = [{"prompt": "p", "responses": TEXTS[:2]}, {"prompt": "p", "responses": TEXTS[1:]}]
-    asked = service.next_question("anna", bodies.QuestionRequest(pool=pool, num_pairs=2))
+    asked = Interviews(service).next_question("anna", bodies.QuestionRequest(pool=pool, num_pairs=2))
     assert asked.user_known and sorted(entry.index for entry in asked.data) == [0, 1]
     assert service.user("anna").version == 2 and service.user("anna").served == "personal"
     assert service.forget("anna").was_stored and not service.forget("anna").was_stored
@@ -123,7 +124,7 @@ def test_a_user_is_learned_asked_and_forgotten(service: RewardService, path: Pat
         service.user("anna")
     assert error.value.status == 404
     assert not service.rewards(pair).user_known
-    assert not service.next_question("anna", bodies.QuestionRequest(pool=pool)).user_known
+    assert not Interviews(service).next_question("anna", bodies.QuestionRequest(pool=pool)).user_known
 
 
 def test_two_services_share_the_users_of_a_server(path: Path, postgres: str) -> None:
