@@ -180,6 +180,7 @@ class EncoderServer(NamedTuple):
         local = encoder.local
         try:
             texts = [local.render(prompt, response) for prompt, responses in GOLDEN for response in responses]
+            num_short = len(texts)
             if isinstance(local, HFBackbone) and local.max_tokens <= MOST_CUT:
                 texts.append(local.render("", " ".join(f"{number} cups of tea" for number in range(local.max_tokens))))
             here = local.encode(texts).double()
@@ -191,14 +192,15 @@ class EncoderServer(NamedTuple):
             ) from error
         local.release()
         there = encoder.encode(texts).double()
-        cosine = float(torch.nn.functional.cosine_similarity(here, there).min())
+        cosines = torch.nn.functional.cosine_similarity(here, there)
         ratio = there.norm(dim=1) / here.norm(dim=1)
-        low, high = float(ratio.min()), float(ratio.max())
+        cosine, low, high = float(cosines.min()), float(ratio.min()), float(ratio.max())
         if not (cosine >= LEAST_COSINE and low >= 1 - LENGTH_TOLERANCE and high <= 1 + LENGTH_TOLERANCE):
+            where = "one that is longer than the encoder reads here" if cosines.argmin() >= num_short else "a short one"
             raise ValueError(
                 f"--encoder_url: expected the features of the checkpoint's encoder, cosines of at least {LEAST_COSINE} "
-                f"and lengths within {LENGTH_TOLERANCE:.0%}, got from {self.model!r} cosines down to {cosine:.6f} and "
-                f"{low:.4g} to {high:.4g} times the length; its model, pooling, normalisation, precision or longest "
-                "text differ"
+                f"and lengths within {LENGTH_TOLERANCE:.0%}, got from {self.model!r} for {len(texts)} texts cosines "
+                f"down to {cosine:.6f}, the least for {where}, and {low:.4g} to {high:.4g} times the length; its "
+                "model, pooling, normalisation, precision or longest text differ"
             )
         log.info("%s at %s gives the checkpoint's features: cosines from %.6f", self.model, self.url, cosine)
