@@ -213,10 +213,15 @@ class RewardService:
     # ------------------------------------------------------------------ users
     def user(self, user_id: str) -> bodies.User:
         """What is known of a user besides the state."""
+        if (user := self._find(user_id)) is None:
+            raise RequestError("NotFoundError", "no such user is known")
+        return user
+
+    def _find(self, user_id: str) -> bodies.User | None:
         with store_errors():
             found = self.method.users.find(user_id)
         if found is None:
-            raise RequestError("NotFoundError", "no such user is known")
+            return None
         return self.described([found])[0]
 
     def described(self, users: Sequence[StoredUser]) -> list[bodies.User]:
@@ -253,9 +258,10 @@ class RewardService:
                 raise
             except ValueError as error:
                 raise RequestError("UnprocessableError", str(error), "body.pairs") from error
-        if not is_stored:
+        user = self._find(user_id) if is_stored else None
+        if user is None:
             raise RequestError("ConflictError", "the user was deleted meanwhile and stays deleted")
-        return self.user(user_id)
+        return user
 
     def forget(self, user_id: str) -> bodies.Erased:
         """Delete a user from the store; a user who is not there gets a receipt too."""

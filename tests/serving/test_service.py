@@ -127,6 +127,24 @@ def test_a_user_is_learned_asked_and_forgotten(service: RewardService, path: Pat
     assert not Interviews(service).next_question("anna", bodies.QuestionRequest(pool=pool)).user_known
 
 
+def test_who_is_deleted_while_being_learned_is_a_conflict(
+    service: RewardService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the pairs are stored, or after and before the answer: not that there is no such user."""
+    learn = type(service.method).learn
+
+    def learn_and_forget(self: Any, user_id: str, *args: Any) -> int:
+        num_pairs = learn(self, user_id, *args)
+        self.forget(user_id)
+        return num_pairs
+
+    for change in (learn_and_forget, lambda *_: 0):
+        monkeypatch.setattr(type(service.method), "learn", change)
+        with pytest.raises(RequestError, match="deleted meanwhile") as error:
+            service.learn("gone", bodies.PairsRequest(pairs=[PAIR]))
+        assert error.value.status == 409
+
+
 def test_two_services_share_the_users_of_a_server(path: Path, postgres: str) -> None:
     """PostgreSQL: nobody is known to begin with; what one service learns, from two threads, the other knows."""
     url = postgres.format("postgres")
