@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,18 @@ def postgres() -> Iterator[str]:
     yield f"postgresql+psycopg://postgres@/{{}}?host={folder}"
     call(bin_folder / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def database(postgres: str) -> Iterator[str]:
+    """The URL of a new database of that server."""
+    import sqlalchemy as sa
+
+    name = f"users_{uuid.uuid4().hex}"
+    engine = sa.create_engine(postgres.format("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield postgres.format(name)
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -93,16 +94,19 @@ def test_whatever_is_sent_is_answered_as_the_document_says(client: httpx.Client,
 
 
 # ---------------------------------------------------------------------- kills and races
-def serve_until_killed(path: str, port: int) -> None:
-    sys.exit(main(["serve", "--ckpt_path", path, "--port", str(port), "--model_name", "lore"]))
+def serve_until_killed(path: str, port: int, users: str | None) -> None:
+    """Serve, from a process that may hold few files open to begin with."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    place = [] if users is None else ["--users", users]
+    sys.exit(main(["serve", "--ckpt_path", path, "--port", str(port), "--model_name", "lore", *place]))
 
 
 @contextmanager
-def server_of(path: Path) -> Iterator[tuple[BaseProcess, httpx.Client]]:
+def server_of(path: Path, users: str | None = None) -> Iterator[tuple[BaseProcess, httpx.Client]]:
     """``plm serve`` in a process of its own."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = CLEAN.Process(target=serve_until_killed, args=(str(path), port))
+    process = CLEAN.Process(target=serve_until_killed, args=(str(path), port, users))
     process.start()
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
