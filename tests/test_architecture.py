@@ -20,7 +20,7 @@ MODULES = {
 }
 MAX_LINES = 450
 
-DATA_LEAVES = {"plm.data.schema", "plm.data.files", "plm.data.checker", "plm.data.values", "plm.data.keys"}
+DATA_LEAVES = {f"plm.data.{name}" for name in ("schema", "files", "columns", "layouts", "checker", "values", "keys")}
 EVERYBODY = {"plm.arrays", "plm.atomic", "plm.messages", "plm.types"}
 """What every room needs and nobody owns."""
 METHOD_NEEDS = {"backbones", "distributed", "functional", "method", "optimizer"}

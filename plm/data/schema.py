@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from plm.arrays import BoolArray, Float32Array, Float64Array, IntArray
-from plm.data.checker import Checker, report, sorted_by_winner
-from plm.data.files import OPTIONAL, REQUIRED, Column, column_names, factorise, position, read_columns, stack
+from plm.data.checker import Checker, report
+from plm.data.columns import OPTIONAL, REQUIRED, Column, column_names, factorise, stack
+from plm.data.files import position
+from plm.data.layouts import read_columns, sorted_by_winner
 from plm.data.values import (
     USER_SPLITS,
     Response,

@@ -1,0 +1,106 @@
+"""Columns of pairs under our names, factorised: each distinct value is stored once.
+
+Axes: N rows of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from plm.arrays import IntArray
+from plm.messages import nearest
+
+REQUIRED = ("user_id", "prompt", "chosen", "rejected")
+OPTIONAL = (
+    "weight",
+    "chosen_score",
+    "rejected_score",
+    "tie",
+    "dialogue_id",
+    "turn",
+    "timestamp",
+    "row_split",
+    "user_split",
+    "winner",
+)
+
+
+class Column(NamedTuple):
+    """A factorised column: distinct values stored once."""
+
+    codes: IntArray  # (N,) row of values, -1 = null
+    values: list[Any]
+
+
+class RawPairs(NamedTuple):
+    """Columns of one file under our names, unvalidated."""
+
+    columns: dict[str, Column]
+    lines: IntArray
+    problems: list[tuple[int, str]]
+
+
+def column_names(columns: dict[str, str | None]) -> dict[str, str]:
+    """Our name -> the file's name, for every column that is to be read."""
+    known = (*REQUIRED, *OPTIONAL)
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise ValueError(
+            f"columns: expected keys among {', '.join(known)}, got {unknown!r}{nearest(unknown[0], known)}"
+        )
+    unread = [name for name in REQUIRED if name in columns and columns[name] is None]
+    if unread:
+        raise ValueError(f"columns: {unread!r} are required and cannot be null")
+    named = {name: columns.get(name, name) for name in known}
+    return {name: file_name for name, file_name in named.items() if file_name is not None}
+
+
+def factorise_arrow(column: Any) -> Column:
+    """Number the distinct values of a column of an Arrow table; null is null."""
+    kind = column.type
+    if pa.types.is_nested(kind):
+        return factorise(column.to_pylist())
+    encoded = column.unify_dictionaries() if pa.types.is_dictionary(kind) else column.dictionary_encode()
+    if encoded.num_chunks == 0:
+        return Column(np.zeros(0, dtype=np.int64), [])
+    array = encoded.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    codes = array.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    values = array.dictionary.to_pylist()
+    nulls = [code for code, value in enumerate(values) if value is None]
+    return Column(np.where(np.isin(codes, nulls), -1, codes) if nulls else codes, values)
+
+
+def factorise(values: Iterable[Any]) -> Column:
+    """Number distinct values by first occurrence; None is null."""
+    rows: dict[Any, int] = {}
+    distinct: list[Any] = []
+    codes = []
+    for value in values:
+        if value is None:
+            codes.append(-1)
+            continue
+        key = value if type(value) is str else (type(value), value if isinstance(value, int | float) else repr(value))
+        code = rows.get(key)
+        if code is None:
+            code = rows[key] = len(distinct)
+            distinct.append(value)
+        codes.append(code)
+    return Column(np.array(codes, dtype=np.int64), distinct)
+
+
+def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:
+    """Concatenate one column over the files; None where no file has it."""
+    if not any(name in raw.columns for raw in raws):
+        return None
+    codes: list[IntArray] = []
+    values: list[Any] = []
+    for raw in raws:
+        column = raw.columns.get(name, Column(np.full(len(raw.lines), -1, dtype=np.int64), []))
+        codes.append(np.where(column.codes >= 0, column.codes + len(values), -1))
+        values += column.values
+    return Column(np.concatenate(codes), values)
