@@ -39,7 +39,7 @@ from plm.evaluation import (
     user_rows,
     verdict,
 )
-from plm.metrics import FewShotMetric, PreferenceMetric, UserTable
+from plm.metrics import CONTROL_MARGINS, FewShotMetric, PreferenceMetric, UserTable
 from plm.types import PreferenceBatch
 from plm.users import UserStore, shared_hash, store_path
 
@@ -160,8 +160,7 @@ class PreferenceMetrics(L.Callback):
         if name == "few_shot":
             return
         metric, facts = self._metrics[name], _facts(outputs)
-        names = ("population_margin", "other_margin", "bradley_terry_margin", "flipped_margin")
-        controls = {key: facts[key].to(metric.device) for key in names if key in facts}
+        controls = {key: facts[key].to(metric.device) for key in CONTROL_MARGINS if key in facts}
         rows = _required(batch, "user_row").to(metric.device)
         metric.update(facts["margin"].to(metric.device), rows, batch.tie.to(metric.device), **controls)
 
@@ -327,12 +326,12 @@ def _noise(data: Any) -> dict[str, Any]:
     found = getattr(data, "repeated_comparisons", None)
     if found is None or math.isnan(found.noise_ceiling):
         return {}
-    asked = found.agreeing + found.contradicting
+    num_repeated = found.agreeing + found.contradicting
     return {
         **found._asdict(),
         "ceiling": found.noise_ceiling,
-        "sentence": f"noise ceiling: accuracy {points(found.noise_ceiling, '')} %: of {asked:,} repeated comparisons "
-        f"of one user {found.contradicting:,} were answered the other way",
+        "sentence": f"noise ceiling: accuracy {points(found.noise_ceiling, '')} %: of {num_repeated:,} repeated "
+        f"comparisons of one user {found.contradicting:,} were answered the other way",
     }
 
 

@@ -26,6 +26,10 @@ NUM_BINS = 15
 QUANTILES = {"accuracy_p10": 0.1, "accuracy_p50": 0.5, "accuracy_p90": 0.9}
 """Which per-user quantiles are reported, and their names."""
 
+CONTROL_MARGINS = ("population_margin", "other_margin", "bradley_terry_margin", "flipped_margin")
+"""Margins of a test pair by other states than the user's: the population's, another user's, the Bradley-Terry model of
+all users, and the user's own learned from reversed labels."""
+
 _COLUMNS = (
     "num_pairs",
     "correct",

@@ -20,17 +20,13 @@ from plm.data.files import read_rows
 from plm.data.values import Response, parsed, short, to_prompt, to_response
 from plm.messages import missing_key
 from plm.method import PersonalizationMethod
-from plm.types import Tokens, UserState, take_rows
+from plm.types import POSTERIORS, Tokens, UserState, take_rows
 
 MAX_SEQUENCES = 1024
 """Most sequences of answers that are distinguished while several pairs are chosen at once; beyond, a sample of them."""
 
 MAX_FLOATS = 2**24
 """Feature values scored at once (64 MiB)."""
-
-
-FORMS = (("mean", "log_var"), ("weights", "precision"), ("weights", "log_precision"))
-"""Tensors of a user's state that are a posterior: where it is, and how wide."""
 
 
 POOL_ROW = '{"prompt": ..., "responses": [..., ...]}'
@@ -74,9 +70,9 @@ def posterior_samples(users: UserState, num_samples: int, seed: int = 0) -> User
         ValueError: If the states hold no normal posterior, or an improper one.
     """
     tensors = users.tensors
-    names = next((pair for pair in FORMS if set(pair) <= tensors.keys()), None)
+    names = next((pair for pair in POSTERIORS if set(pair) <= tensors.keys()), None)
     if names is None:
-        forms = ", ".join(" and ".join(pair) for pair in FORMS)
+        forms = ", ".join(" and ".join(pair) for pair in POSTERIORS)
         raise ValueError(
             f"choosing pairs needs users with an uncertainty, one of {forms}, got {sorted(tensors) or 'nothing'}; use "
             "a method with a posterior, such as LoRe, PAL or VPL"

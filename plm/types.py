@@ -138,6 +138,10 @@ class Context(NamedTuple):
         return chosen - rejected
 
 
+POSTERIORS = (("mean", "log_var"), ("weights", "precision"), ("weights", "log_precision"))
+"""Tensors of a user's state that are a posterior: where it is, and how wide."""
+
+
 class UserState(NamedTuple):
     """What a method knows about U users: named tensors with a leading user axis."""
 

@@ -1,1 +1,1 @@
-"""Reports on preference pairs before anything is trained on them."""
+"""Reports on preference pairs before anything is trained on them, and on files of what models got right."""

@@ -15,7 +15,7 @@ import numpy as np
 from plm.arrays import IntArray
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable, spelt_alike
-from plm.data.splits import SEEN, TEST, TRAIN, split_pairs
+from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, split_pairs
 from plm.data.surface import MARGIN, MIN_PAIRS, Probe, Share, probe_surface
 
 Level = Literal["problem", "warning", "info"]
@@ -114,7 +114,7 @@ def check_pairs(
         "dialogues": len(np.unique(table.dialogue[table.dialogue >= 0])),
         "ties": int(table.tie.sum()),
         "users seen": int((user_split == SEEN).sum()),
-        "users unseen": int((user_split == SEEN + 1).sum()),
+        "users unseen": int((user_split == UNSEEN).sum()),
         "pairs train or support": int((stage == TRAIN).sum()),
         "pairs test or query": int((stage == TEST).sum()),
         **{f"left out: {why.replace('_', ' ')}": count for why, count in table.dropped.items()},
@@ -299,7 +299,7 @@ def _leak_findings(leaks: list[Leak], num_test: int) -> Iterator[Finding]:
 
 
 def _sizes(table: PairTable, training: IntArray, user_split: IntArray, num_weights: int | None) -> Iterator[Finding]:
-    for code, kind in ((SEEN, "seen"), (SEEN + 1, "unseen")):
+    for code, kind in ((SEEN, "seen"), (UNSEEN, "unseen")):
         counts = training[user_split == code] if len(user_split) else training[:0]
         if not len(counts):
             continue

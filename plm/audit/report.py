@@ -173,9 +173,10 @@ def noise_lines(audit: Audit) -> list[str]:
     """How much of the labels anything can predict."""
     lines = []
     if not np.isnan(audit.ceiling):
-        asked = audit.repeats.agreeing + audit.repeats.contradicting
+        num_repeated = audit.repeats.agreeing + audit.repeats.contradicting
         text = (
-            f"{audit.repeats.contradicting:,} of {asked:,} repeated comparisons of one user were answered the other way"
+            f"{audit.repeats.contradicting:,} of {num_repeated:,} repeated comparisons of one user were answered the "
+            "other way"
         )
         lines.append(f"{text}: nothing is right on more than {points(audit.ceiling, '')} %")
     else:

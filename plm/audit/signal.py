@@ -12,7 +12,6 @@ Axes: N pairs, U users, D features.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from plm.arrays import Float64Array, IntArray
 from plm.audit.comparison import user_means
 from plm.data.schema import PairTable
 from plm.data.splits import TEST, TRAIN, VAL
-from plm.data.surface import FORMAT, LENGTH, MAX_PAIRS, MIN_PAIRS, measure
+from plm.data.surface import FORMAT, LENGTH, MAX_PAIRS, MIN_PAIRS, measure, separating_weights
 from plm.evaluation import MIN_USERS, compare, minimum_detectable_effect
 
 NUM_WORDS = 128
@@ -119,7 +118,7 @@ def read_signal(table: PairTable, stage: IntArray) -> tuple[UserSignal | None, l
 
 def _signal(x: Float64Array, user: IntArray) -> UserSignal:
     """The score test and what it could have found."""
-    score, variance, unit = _effect(x, expit(-(x @ _logistic(x))), user)
+    score, variance, unit = _effect(x, expit(-(x @ separating_weights(x, penalty=0.1))), user)
     high, found_from = (
         math.sqrt(max(value, 0.0) / unit) if unit > 0 else math.inf for value in (score + _BOUND, EVIDENCE + _POWER)
     )
@@ -128,7 +127,7 @@ def _signal(x: Float64Array, user: IntArray) -> UserSignal:
 
 def _controls(train: _Part, val: _Part, test: _Part) -> list[Control]:
     """Accuracies of the probes on test pairs."""
-    weights = _logistic(train.x)
+    weights = separating_weights(train.x, penalty=0.1)
     base = test.x @ weights
     shuffled = _Part(train.x, np.random.default_rng(0).permutation(train.user))
     variance = _variance(train, val, weights)
@@ -182,17 +181,6 @@ def _differences(table: PairTable, rows: IntArray) -> Float64Array:
     scaled = np.clip(np.divide(raw, scale, out=np.zeros_like(raw), where=scale > 0), -5, 5)
     length: Float64Array = scaled / math.sqrt(max(int((scale > 0).sum()), 1))
     return length
-
-
-def _logistic(x: Float64Array) -> Float64Array:
-    """Weights ``(D,)`` of one logistic model of all pairs."""
-    from sklearn.linear_model import LogisticRegression
-
-    signs = np.where(np.arange(len(x)) % 2, 1.0, -1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        weights: Float64Array = LogisticRegression(fit_intercept=False, C=10.0).fit(x * signs[:, None], signs).coef_[0]
-    return weights
 
 
 def _effect(x: Float64Array, residual: Float64Array, user: IntArray) -> tuple[float, float, float]:

@@ -111,20 +111,20 @@ class RemotePolicy:
     def _text(self, prompt: str, key: int, body: Mapping[str, Any]) -> str:
         """One text."""
         messages = chat_messages(prompt)
-        asked: dict[str, Any] = {"model": self.model, "seed": key % 2**31, "n": 1, **body}
+        request: dict[str, Any] = {"model": self.model, "seed": key % 2**31, "n": 1, **body}
         if self.template == "chat":
-            asked["messages"] = messages or [{"role": "user", "content": prompt}]
-            choices = self._ask("chat/completions", asked).get("choices") or [{}]
+            request["messages"] = messages or [{"role": "user", "content": prompt}]
+            choices = self._ask("chat/completions", request).get("choices") or [{}]
             text = (choices[0].get("message") or {}).get("content")
         else:
-            asked["prompt"] = prompt if messages is None else plain_text(prompt, "")
-            text = (self._ask("completions", asked).get("choices") or [{}])[0].get("text")
+            request["prompt"] = prompt if messages is None else plain_text(prompt, "")
+            text = (self._ask("completions", request).get("choices") or [{}])[0].get("text")
         if not isinstance(text, str):
             raise ValueError(f"expected a text from {self.url}, got none to the prompt {prompt[:60]!r}")
         return text
 
     def _ask(self, path: str, body: Mapping[str, Any] | None, retries: int = RETRIES) -> dict[str, Any]:
-        """One request, repeated while it fails in passing."""
+        """One request, repeated while it fails for a transient reason."""
         try:
             return ask(f"{self.url}/{path}", body, KEY_VARIABLE, retries=retries)
         except RemoteError as error:

@@ -24,9 +24,9 @@ def run(args: list[str]) -> None:
         "--all one folder of an adapter for every user; README.md says how vLLM and SGLang serve them.",
     )
     parser.add_shared("--ckpt_path", required=True)
-    whose = parser.add_mutually_exclusive_group()
-    whose.add_argument("--user", **SHARED["--user"], help="whose model; default: the population's")
-    whose.add_argument("--all", action="store_true", help="the adapters of all users; the network is loaded once")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--user", **SHARED["--user"], help="whose model; default: the population's")
+    choice.add_argument("--all", action="store_true", help="the adapters of all users; the network is loaded once")
     parser.add_shared("--users")
     parser.add_shared("--output", required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument(

@@ -125,18 +125,18 @@ def _argument_texts(docstring: str) -> dict[str, str]:
     return texts
 
 
-def show_help(usage: str, about: str, rows: Sequence[tuple[str, str]], ending: str = "") -> None:
+def show_help(usage: str, purpose: str, rows: Sequence[tuple[str, str]], ending: str = "") -> None:
     """Print the help of a verb whose recipe has more options than are shown.
 
     Args:
         usage: The command line.
-        about: What the verb does.
+        purpose: What the verb does.
         rows: Options and their descriptions.
         ending: Lines after the options.
     """
     formatter = argparse.RawDescriptionHelpFormatter("plm", max_help_position=30, width=_WIDTH)
     formatter.add_text(f"usage: {usage}")
-    formatter.add_text(textwrap.fill(about, _WIDTH, break_on_hyphens=False))
+    formatter.add_text(textwrap.fill(purpose, _WIDTH, break_on_hyphens=False))
     formatter.start_section("options")
     for name, text in rows:
         formatter.add_argument(

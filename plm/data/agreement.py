@@ -48,8 +48,8 @@ class Repeats(NamedTuple):
         >>> round(Repeats(agreeing=82, contradicting=18).noise_ceiling, 2)
         0.9
         """
-        asked = self.agreeing + self.contradicting
-        return (1 + math.sqrt(max(2 * self.agreeing / asked - 1, 0.0))) / 2 if asked else math.nan
+        num_repeated = self.agreeing + self.contradicting
+        return (1 + math.sqrt(max(2 * self.agreeing / num_repeated - 1, 0.0))) / 2 if num_repeated else math.nan
 
 
 def repeated_comparisons(table: PairTable) -> Repeats:

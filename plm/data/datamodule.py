@@ -68,7 +68,7 @@ class PreferenceDataModule(L.LightningDataModule):
         batch_size: About how many pairs per training batch and process; null = the whole split as one batch, the
             fastest on features, and 16 on tokens. Batches of features are whole users.
         pairs_per_user: Tokens only: a training batch holds this many pairs of every user in it, for methods that train
-            a part of their own for each; null = pairs of similar length, whosever.
+            a part of their own for each; null = pairs of similar length, of any users.
         prompts_per_batch: Tokens only: a training batch holds all pairs of this many prompts, for methods that hold
             responses to one prompt against each other; null = as above.
         macro: Whether every user weighs the same in training, whatever the number of pairs.

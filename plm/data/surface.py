@@ -172,7 +172,7 @@ def held_out(
     margin = np.full(len(difference), np.nan)
     for train, test in _parts(user, prompt, chosen, rejected):
         if train.sum() >= MIN_PAIRS // 2:
-            margin[test] = difference[test] @ _fit(difference[train])
+            margin[test] = difference[test] @ separating_weights(difference[train])
     return margin
 
 
@@ -204,14 +204,19 @@ def _folds(group: IntArray, num_folds: int) -> IntArray:
     return fold[number.reshape(group.shape)]
 
 
-def _fit(difference: Float64Array) -> Float64Array:
-    """Weights of a logistic regression that separates chosen minus rejected from rejected minus chosen."""
+def separating_weights(difference: Float64Array, penalty: float = 1.0) -> Float64Array:
+    """Weights ``(D,)`` of a logistic regression that separates chosen minus rejected from rejected minus chosen.
+
+    Args:
+        difference: ``(B, D)`` chosen minus rejected.
+        penalty: Half the squared length of the weights counts so many times in the summed loss.
+    """
     from sklearn.linear_model import LogisticRegression
 
     signs = np.where(np.arange(len(difference)) % 2, 1.0, -1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = LogisticRegression(fit_intercept=False, C=1.0, max_iter=100).fit(difference * signs[:, None], signs)
+        model = LogisticRegression(fit_intercept=False, C=1 / penalty).fit(difference * signs[:, None], signs)
     weights: Float64Array = model.coef_[0]
     return weights
 
@@ -253,7 +258,7 @@ def probe_surface(table: PairTable, seed: int = 0) -> Probe | None:
         right, tested_cluster = (np.sign(margins[:, is_tested]) + 1) / 2, cluster[is_tested]
         length, surface = (clustered(values, tested_cluster) for values in right)
         gain = clustered(right[1] - (right[0] if length.value > 0.5 else 0.5), tested_cluster)
-    weights = _fit(both)[len(LENGTH) :]
+    weights = separating_weights(both)[len(LENGTH) :]
     order = np.argsort(-np.abs(weights))
     names = list(FORMAT)
     return Probe(

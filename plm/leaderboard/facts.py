@@ -11,9 +11,9 @@ import torch
 
 from plm.atomic import write_json
 from plm.callbacks import run_dir
-from plm.types import PreferenceBatch, UserState
+from plm.types import POSTERIORS, PreferenceBatch, UserState
 
-UNCERTAINTY = ("precision", "log_precision", "log_var")
+UNCERTAINTY = {width for _, width in POSTERIORS}
 """Tensors of a state that hold the uncertainty of the others: no parameters."""
 
 

@@ -13,10 +13,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from plm.method.accumulation import AccumulatedSteps
 from plm.method.conditioning import Conditioning
 from plm.method.loaded import LoadedMethod
 from plm.method.population import load_validation_pairs, tuned_population
-from plm.method.reading import FeatureReader
 from plm.method.strangers import with_evidence
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
 
@@ -24,7 +24,7 @@ CHECKPOINT_KEY = "plm"
 """Where a checkpoint keeps what is not a weight: class path, format version, seen user ids."""
 
 
-class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
+class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
     """A preference model that knows each of its users.
 
     A subclass writes ``loss``, ``_score``, ``_adapt``, ``user_states`` and ``population_state``; steps, logging, guards
@@ -62,9 +62,6 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
         self.num_train_pairs = 1
-        self._is_last_batch = False
-        self._counts: list[Tensor] = []
-        """Of the batches read so far of an accumulated step, how many terms their losses are the mean of."""
 
     # ------------------------------------------------------------------ what a method writes
     @abstractmethod
@@ -282,12 +279,12 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
         else:
             count = self.reference.new_tensor(float(sum(batch.num_pairs for batch in self.train_pass()))).double()
             self.num_train_pairs = int(self.sum_over_processes(count))
-        self.go_on()
+        self.resume_epoch()
 
     def meet_strangers(self) -> None:
         """Choose how users are served whom training does not see, before the first step; see `plm.method.strangers`."""
 
-    def go_on(self) -> None:
+    def resume_epoch(self) -> None:
         """Let the loader skip what a resumed fit has read of its epoch; called when training starts.
 
         Lightning does so itself only where nobody has asked for the length of the fit before, as schedules do.
@@ -311,60 +308,13 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
         for batch in loader or []:
             yield self.conditioned(self.trainer.strategy.batch_to_device(batch, self.device))
 
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        """Sum a tensor over the processes of a distributed run."""
-        total: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")
-        return total
-
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Log every scalar of ``loss`` under ``train/`` and return the loss.
-
-        Of an accumulated step, the loss is multiplied by the terms it is the mean of, in units of the first batch's.
-        """
-        out = self.loss(self.training_batch(batch))
-        count = out.pop("count", None)
-        self.log_dict({f"train/{key}": value for key, value in self.logged(out).items()}, batch_size=batch.num_pairs)
-        if self.trainer.accumulate_grad_batches == 1:
-            return out["loss"]
-        if count is None:
-            count = self.sum_over_processes(batch.weight.new_tensor(float(batch.num_pairs)))
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # also after a fit that stopped within a step
-            self._counts.clear()
-        self._counts.append(count)
-        return out["loss"] * (count / _unit(self._counts))
-
-    def logged(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is logged of the scalars of ``loss``."""
-        return {key: value.detach() for key, value in scalars.items()}
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Run the last batch of a step, whose gradients `on_after_backward` weighs, and take the step."""
-        self._is_last_batch = True
-        try:
-            super().optimizer_step(*args, **kwargs)
-        finally:
-            self._is_last_batch = False
-
-    def on_after_backward(self) -> None:
-        """Divide the gradients of an accumulated step by all its terms; Lightning divides by the batches of a full one.
-
-        The last step of an epoch may have fewer batches.
-        """
-        if not (self._counts and self._is_last_batch):
-            return
-        total = torch.stack(self._counts).sum()
-        factor = self.trainer.accumulate_grad_batches * torch.where(total > 0, _unit(self._counts) / total, 0.0)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor.to(parameter.grad.dtype))
-
     def on_train_batch_end(self, outputs: Any, batch: PreferenceBatch, batch_idx: int) -> None:
         """Let a fit end with a validation, wherever in or between epochs its epochs, steps or time run out."""
         trainer = self.trainer
         is_last = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
         is_last |= 0 <= trainer.max_steps <= trainer.global_step
         if is_last or (trainer.should_stop and trainer.fit_loop._can_stop_early):
-            trainer.should_stop = True  # Lightning then validates at this batch, of an epoch that has its turn
+            trainer.should_stop = True  # Lightning validates at this batch, where the epoch is one that is validated
             trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch and 1
 
     def on_validation_epoch_start(self) -> None:
@@ -443,8 +393,3 @@ class PersonalizationMethod(FeatureReader, LoadedMethod, ABC):
     def prior_row(self, name: str, state_dict: Mapping[str, Tensor]) -> Tensor | None:
         """Row of a user table for a user a checkpoint does not know; None = as initialised."""
         return None
-
-
-def _unit(counts: list[Tensor]) -> Tensor:
-    """What counts of an accumulated step are measured in: the first, or one where it is none."""
-    return torch.where(counts[0] > 0, counts[0], 1.0)

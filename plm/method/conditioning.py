@@ -104,11 +104,6 @@ class FeatureConditioning(torch.nn.Module):
         direction: Tensor = torch.linalg.solve(self.factor.double(), raw.double()).to(raw)
         return direction
 
-    def raw_direction(self, direction: Tensor) -> Tensor:
-        """The inverse of ``direction``."""
-        raw: Tensor = self.factor @ direction if self.factor.dim() == 2 else direction * self.factor
-        return raw
-
     @torch.no_grad()
     def measure(self, batches: Iterable[PreferenceBatch], total: Callable[[Tensor], Tensor]) -> tuple[int, float]:
         """Measure training pairs of raw features.

@@ -88,7 +88,7 @@ class PolicyMethod(NetworkMethod, Writer):
     # ------------------------------------------------------------------ Lightning
     def on_train_start(self) -> None:
         """Go on where a resumed fit stopped; a policy has no feature scale to measure."""
-        self.go_on()
+        self.resume_epoch()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over ``param_groups()`` with the schedule."""

@@ -72,7 +72,7 @@ def tuned_population(
 
 
 def _kept(passes: Passes) -> Passes:
-    """The same, where one batch holds all pairs without asking for it again."""
+    """The passes, or, where one batch holds all pairs, that batch kept instead of read anew in every pass."""
     first = list(islice(passes(), 2))
     return passes if len(first) > 1 else lambda: first
 

@@ -1,4 +1,4 @@
-"""What faces strangers is chosen on strangers: seen users, adapted by shared weights that were fitted without them.
+"""How users are served whom training does not see, chosen on seen users left out of fits of the shared weights.
 
 Axes: C candidate scales, U users, B pairs in a batch, S pairs of one user (padded), D feature width.
 """

@@ -1,4 +1,4 @@
-"""Bradley-Terry: one reward for everybody, the opponent every personal method must beat.
+"""Bradley-Terry: one reward for everybody, the baseline every personal method must beat.
 
 Paper: Bradley & Terry, "Rank analysis of incomplete block designs" (Biometrika 39, 1952).
 Reference code: none.

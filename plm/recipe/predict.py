@@ -9,9 +9,11 @@ import lightning as L
 from plm.atomic import write_csv
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.data.keys import pair_names
+from plm.metrics import CONTROL_MARGINS
 from plm.types import PreferenceBatch
 
-COLUMNS = ("item", "users", "user_id", "tie", "margin", "population_margin", "other_margin", "flipped_margin")
+_MARGINS = ("margin", *CONTROL_MARGINS)
+COLUMNS = ("item", "users", "user_id", "tie", *_MARGINS)
 
 
 class SavePredictions(L.Callback):
@@ -45,7 +47,7 @@ class SavePredictions(L.Callback):
         assert batch.user_row is not None and batch.pair_row is not None
         users = data.eval_names("predict")[dataloader_idx]
         missing = [""] * batch.num_pairs
-        facts = [outputs[key].tolist() if key in outputs else missing for key in COLUMNS[4:]]
+        facts = [outputs[key].tolist() if key in outputs else missing for key in _MARGINS]
         rows = (values.tolist() for values in (batch.pair_row, batch.user_row, batch.tie))
         for pair_row, user_row, tie, *margins in zip(*rows, *facts, strict=True):
             self._rows.append([self._names[pair_row], users, data.all_user_ids[user_row], int(tie), *margins])

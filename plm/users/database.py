@@ -26,7 +26,8 @@ from sqlalchemy.pool import NullPool
 from plm.atomic import replace
 
 SCHEMA = 1
-"""Number of the tables below; a store of a later number is refused."""
+"""Version of the tables below; a store of a later version is refused, and a new version says how to bring an older one
+up to it."""
 WAIT = 60.0
 """Seconds that a writer waits for the others."""
 PATIENCE = 5.0
@@ -209,11 +210,11 @@ class Database:
         for left in (new, Path(f"{new}-wal"), Path(f"{new}-shm")):
             left.unlink(missing_ok=True)
         new.touch()
-        made = Database(new)
-        connection = made._connect()
+        copy = Database(new)
+        connection = copy._connect()
         connection.execute("PRAGMA journal_mode=WAL")
         connection.close()
-        with made._writer.begin() as tables:
+        with copy._writer.begin() as tables:
             _make_tables(tables, shared_hash)
         replace(new, path)
 

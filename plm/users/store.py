@@ -183,8 +183,8 @@ class UserStore:
             States with leading axis B, and ``(B,)`` bool, True = known; the rows of unknown users hold zeros. Where
             nobody is known there are no tensors.
         """
-        asked = list(dict.fromkeys(user_id for user_id in user_ids if user_id is not None))
-        wanted = [user_id for user_id in asked if not problem_of_id(user_id)]
+        distinct = list(dict.fromkeys(user_id for user_id in user_ids if user_id is not None))
+        wanted = [user_id for user_id in distinct if not problem_of_id(user_id)]
         found: dict[str | None, tuple[bytes, int]] = {}
         with self._reading() as connection:
             if connection is not None:

@@ -132,7 +132,7 @@ class ClapLatents(LatentBackbone):
         return {"engine": "plm.methods.clap", "content": self.content, "features": "posterior"}
 
     def render(self, prompt: str, response: str) -> str:
-        """Both texts, apart."""
+        """Prompt and response as two entries of a JSON list."""
         return json.dumps([prompt, response], ensure_ascii=False)
 
     @cached_property

@@ -370,9 +370,9 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         """``beta E h(z)`` over the posterior of each response: ``(B, 2Z)`` -> ``(B,)``."""
         return self._reward(responses, self.latent_policies(users, prompt_features))
 
-    def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **asked: Any) -> Tensor:
+    def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **prompts: Any) -> Tensor:
         """The same without a copy of a user's network for every response."""
-        return self._reward(responses, self.latent_policies(users, asked.get("prompt_features"), rows))
+        return self._reward(responses, self.latent_policies(users, prompts.get("prompt_features"), rows))
 
     def _reward(self, responses: Tensor | Tokens, policy: Gaussian) -> Tensor:
         assert isinstance(responses, Tensor), "a method whose view is latents gets features"

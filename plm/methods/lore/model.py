@@ -10,7 +10,6 @@ Axes: B pairs in a batch, N pairs of several users, D feature width, K bases, U 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +37,7 @@ from plm.methods.lore.maths import (
     pair_counts,
     projected_pairs,
 )
+from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 PRIOR_SCALES = (NO_SPREAD, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3)
@@ -195,11 +195,8 @@ class LoRe(PersonalizationMethod):
         if not self.num_bases:
             return torch.optim.SGD([self.bases], lr=0.0)
         optimizer = torch.optim.Adam(self.param_groups())
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            return optimizer
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1.0 - step / max(steps, 1), 0.0))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        decayed: OptimizerLRScheduler = with_decay(optimizer, self.trainer.estimated_stepping_batches)
+        return decayed
 
     @torch.no_grad()
     def refresh_users(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from plm.method import PersonalizationMethod
-from plm.optimizer import RowAdam
+from plm.optimizer import RowAdam, with_decay
 
 
 class GroupedMethod(PersonalizationMethod):
@@ -31,11 +30,9 @@ class GroupedMethod(PersonalizationMethod):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """`RowAdam`, lazy on the table of users, whose learning rates fall linearly to zero over the fit."""
-        groups, steps = self.param_groups(), self.trainer.estimated_stepping_batches
+        groups = self.param_groups()
         if not groups:
             return None
         optimizer = RowAdam(groups, lr=self.lr)
-        if math.isinf(steps):
-            return optimizer
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1.0 - step / max(steps, 1), 0.0))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        decayed: OptimizerLRScheduler = with_decay(optimizer, self.trainer.estimated_stepping_batches)
+        return decayed

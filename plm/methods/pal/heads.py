@@ -48,6 +48,8 @@ def head_reward(
 ) -> Tensor:
     """Reward of items for ideal points; all arguments broadcast.
 
+    Exported models have it again, as ``closeness`` of `plm.backbones.modeling_reward`, which they carry with them.
+
     Args:
         head: dot = 2 <e, u>; dist = -|e - u|; dist_squared = |u|^2 - |e - u|^2, where the first term, the same for all
             items, keeps far points exact; dist_normalization = -|e/|e| - u/|u||; dist_logistic =

@@ -30,7 +30,7 @@ def linearised(margin: Margin, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Derivatives(NamedTuple):
-    """Of the objective of every user."""
+    """First and second derivatives of the objective of every user."""
 
     gradient: Tensor
     """``(U, K)``."""

@@ -43,6 +43,7 @@ from plm.methods.vpl.networks import (
     on_sphere,
     swap_guide,
 )
+from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 LATENT_SCALES = (0.0, 0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.4)
@@ -303,8 +304,6 @@ class VPL(PersonalizationMethod):
         """AdamW, whose learning rate decays to zero as ``schedule`` says."""
         optimizer = torch.optim.AdamW(self.param_groups(), weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            return optimizer
         warm_up = WARM_UP * steps if self.schedule == "cosine" else 0.0
 
         def factor(step: int) -> float:
@@ -313,8 +312,8 @@ class VPL(PersonalizationMethod):
             left = max(1.0 - (step - warm_up) / max(steps - warm_up, 1.0), 0.0)
             return (1 - math.cos(math.pi * left)) / 2 if self.schedule == "cosine" else left
 
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        decayed: OptimizerLRScheduler = with_decay(optimizer, steps, factor)
+        return decayed
 
     # ------------------------------------------------------------------ seen users and collapse
     @torch.no_grad()
