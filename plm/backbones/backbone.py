@@ -165,7 +165,7 @@ def readable_positions(config: Any) -> int:
     import transformers
 
     with torch.device("meta"):
-        network = transformers.AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        network = transformers.AutoModel.from_config(config)
     tables = [table for table in network.modules() if isinstance(table, torch.nn.Embedding)]
     padding = [
         table.padding_idx

@@ -320,6 +320,6 @@ def _four_bit(dtype: str) -> Any:
             f"{'no bitsandbytes' if find_spec('bitsandbytes') is None else 'no CUDA device'}; "
             "pip install 'plm[quantization]' on a machine with a GPU, or set quantization to null"
         )
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
     )

@@ -148,7 +148,7 @@ class FreshCausalLM(CausalLM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             config = self._fresh_config(len(tokenizer), tokenizer.eos_token_id)
-            network = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            network = AutoModelForCausalLM.from_config(config)
         network.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         write_text(folder / SETTINGS_FILE, json.dumps(self.settings, indent=1))
@@ -168,7 +168,7 @@ class FreshCausalLM(CausalLM):
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        return PreTrainedTokenizerFast(
             tokenizer_object=tokenizer,
             bos_token=END,
             eos_token=END,

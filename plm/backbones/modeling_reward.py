@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 SMALL, FLOOR = 1e-12, 0.05
 
 
-class RewardConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class RewardConfig(PreTrainedConfig):  # type: ignore[misc]
     """What the model is made of.
 
     Args:
@@ -60,7 +60,7 @@ class RewardConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.skip_token_id, self.head, self.width, self.projector = skip_token_id, head, width, projector
         self.prompt_projector, self.num_prototypes = prompt_projector, num_prototypes
         self.unit_prototypes, self.factor_dims = unit_prototypes, factor_dims
-        super().__init__(num_labels=1, **{k: v for k, v in common.items() if k != "num_labels"})  # type: ignore[call-arg]
+        super().__init__(num_labels=1, **{k: v for k, v in common.items() if k != "num_labels"})
 
 
 class Mlp(nn.Module):
@@ -165,7 +165,7 @@ class RewardHead(nn.Module):
         return response @ self.direction + closeness(self.kind, item, point, size, self.scale)
 
 
-class RewardModel(PreTrainedModel):
+class RewardModel(PreTrainedModel):  # type: ignore[misc]
     """Backbone, pooling and `RewardHead`.
 
     Args:
@@ -179,9 +179,9 @@ class RewardModel(PreTrainedModel):
     def __init__(self, config: RewardConfig) -> None:
         super().__init__(config)
         base = AutoConfig.for_model(**config.base)
-        self.model = AutoModel.from_config(base)  # type: ignore[no-untyped-call]
+        self.model = AutoModel.from_config(base)
         self.head = RewardHead(config, base.get_text_config().hidden_size)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Pooled hidden states ``(B, D)`` of texts ``(B, T)``, padded on either side."""
@@ -220,5 +220,5 @@ class RewardModel(PreTrainedModel):
         return SequenceClassifierOutput(logits=reward[:, None])
 
 
-RewardConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
-RewardModel.register_for_auto_class("AutoModelForSequenceClassification")  # type: ignore[no-untyped-call]
+RewardConfig.register_for_auto_class()
+RewardModel.register_for_auto_class("AutoModelForSequenceClassification")
