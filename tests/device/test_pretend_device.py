@@ -42,5 +42,6 @@ def test_portfolios_are_there_what_they_are_on_the_cpu(oracle: str) -> None:
     run("portfolio_cases.py", "-k", oracle)
 
 
+@pytest.mark.slow
 def test_the_host_waits_seldom() -> None:
     run("waits_cases.py")

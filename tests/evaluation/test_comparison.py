@@ -70,6 +70,7 @@ def test_intervals_cover_the_truth_in_500_simulations():
             assert ALLOWED[0] <= shares[name] <= ALLOWED[1], (num_users, name, shares)
 
 
+@pytest.mark.slow
 def test_verdicts_are_right_on_planted_users():
     """LoRe on two data sets of each world; benchmarks/verdicts.py runs more, and more methods."""
     results = simulate_worlds(2, ["LoRe"])

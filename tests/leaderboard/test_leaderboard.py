@@ -263,6 +263,7 @@ def test_two_leaderboards_do_not_share_a_folder(place: Path, capsys: pytest.Capt
     assert running.is_dir()
 
 
+@pytest.mark.slow
 def test_a_leaderboard_that_failed_gives_its_folder_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = OSError("no space left")  # held here, its traceback keeps the frames of the command alive
     monkeypatch.setattr(command, "write", MagicMock(side_effect=full))
@@ -311,6 +312,7 @@ def test_a_process_that_dies_leaves_its_reason(tmp_path: Path, monkeypatch: pyte
     assert one.error == "the process ended with status -9: MemoryError"
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_process_that_started_it() -> None:
     """The parent is killed without a chance to say so; its run must not go on beside those of the next command."""
     run = "import time; from plm.leaderboard.cells import end_with_parent; end_with_parent(0.05)"

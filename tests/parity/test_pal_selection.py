@@ -26,6 +26,7 @@ trainer: {max_epochs: 30, check_val_every_n_epoch: 30, enable_progress_bar: fals
 """
 
 
+@pytest.mark.slow
 def test_conflicting_groups_ask_for_more_than_one_prototype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

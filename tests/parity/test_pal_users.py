@@ -219,6 +219,7 @@ def test_report_tells_personal_users_from_shuffled_ones(options: dict[str, Any],
 
 
 # ---------------------------------------------------------------------- fits
+@pytest.mark.slow
 def test_personal_beats_global_and_shuffled_users_do_no_harm(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_prototypes": 6, "residual": "bradley_terry"}
     data = PlantedData(num_users=120, num_unseen=120, pairs_per_user=30, num_shots=30, num_test=40)
@@ -303,6 +304,7 @@ def test_prompts_decide_in_variant_b(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.stack(list(sides)).diff(dim=0)[0], -method.margin(batch), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_conflicting_groups_are_told_apart_by_five_pairs(tmp_path: Path) -> None:
     """PAL-B with one prototype per planted group; whoever does not know the user is right half of the time."""
     data = PreferenceDataModule(

@@ -81,6 +81,9 @@ def with_shots(batch: PreferenceBatch, count: int) -> PreferenceBatch:
     return batch._replace(context=batch.context._replace(mask=batch.context.mask & (torch.arange(64) < count)))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoRe, PlantedData]:
     """100 pairs of each of 80 users."""
@@ -114,7 +117,9 @@ def test_the_gain_grows_with_shots(rich: tuple[LoRe, PlantedData]) -> None:
     assert all(later > earlier + 0.01 for earlier, later in pairwise(curve)), curve
 
 
-@pytest.mark.parametrize(("pairs_per_user", "copies"), [(2, 1), (5, 1), (10, 1), (5, 4)])
+@pytest.mark.parametrize(
+    ("pairs_per_user", "copies"), [(2, 1), pytest.param(5, 1, marks=SLOW), pytest.param(10, 1, marks=SLOW), (5, 4)]
+)
 def test_few_pairs_do_not_pretend(pairs_per_user: int, copies: int, tmp_path: Path) -> None:
     """Few pairs of 40 users leave the subspace open, and what is claimed about users holds on new pairs.
 
@@ -147,6 +152,7 @@ def test_few_pairs_do_not_pretend(pairs_per_user: int, copies: int, tmp_path: Pa
         assert cluster_bootstrap(gain)[1] < oracle_gain(method, batch, data)
 
 
+@pytest.mark.slow
 def test_more_users_with_as_few_pairs_recover_the_subspace(tmp_path: Path) -> None:
     """10 pairs of 200 users are as many as 50 of 40: overlap 0.92, where 10 pairs of 40 users reach 0.56."""
     data = PlantedData(200, 60, pairs_per_user=10, num_shots=10, num_test=60, feature_dim=DIM, rank=RANK)
@@ -155,7 +161,7 @@ def test_more_users_with_as_few_pairs_recover_the_subspace(tmp_path: Path) -> No
     assert cluster_bootstrap(gains(method, data.unseen_batch))[0] > 0.05
 
 
-@pytest.mark.parametrize("pairs_per_user", [10, 60])
+@pytest.mark.parametrize("pairs_per_user", [10, pytest.param(60, marks=SLOW)])
 def test_shuffled_users_shrink_to_the_population(pairs_per_user: int, tmp_path: Path) -> None:
     data = PlantedData(
         60, 40, pairs_per_user, num_shots=30, num_test=100, feature_dim=DIM, rank=RANK, shuffle_users=True

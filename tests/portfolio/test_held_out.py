@@ -36,7 +36,7 @@ def test_losses_are_those_of_the_member_that_serves_and_the_worst_is_that_of_the
     """No weights of a fine lattice lose more than the worst, and some nearly as much."""
     made, members = values(), [3, 0]
     net = made.policies[members].mean(1) + 0.2 * np.random.default_rng(2).normal(size=(2, 3))  # as measured before
-    grid = as_array(lattice(100, 3))
+    grid = as_array(lattice(40, 3))
     own, worst, *_ = held_out(made, members, net, grid)
     served = (grid @ net.T).argmax(1)
     assert [row.member for row in own] == served.tolist()

@@ -327,6 +327,7 @@ def write_recipe(folder: Path, name: str, *callbacks: dict[str, Any]) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_killed_command_is_resumed_by_ckpt_path(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
