@@ -146,13 +146,13 @@ class MethodContract(ABC):
         return PlantedData(self.num_users, feature_dim=self.feature_dim)
 
     def fit(self, data: PlantedData, *callbacks: L.Callback, epochs: int | None = None) -> PersonalizationMethod:
-        """Train a new method by ``lightning.Trainer`` and return it without its trainer."""
+        """Train a new method by ``lightning.Trainer``, validated once, and return it without its trainer."""
         torch.manual_seed(0)
+        length = dict.fromkeys(("max_epochs", "check_val_every_n_epoch"), epochs or self.fit_epochs)
         method = self.make(data.num_users, data.feature_dim)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = quiet_trainer(folder, max_epochs=epochs or self.fit_epochs, callbacks=list(callbacks))
-            trainer.fit(method, datamodule=data)
+            quiet_trainer(folder, callbacks=list(callbacks), **length).fit(method, datamodule=data)
         method.trainer = None
         return method
 

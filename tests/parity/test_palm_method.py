@@ -87,7 +87,7 @@ def test_training_finds_objectives_and_a_portfolio() -> None:
     for size in (1, 4):
         torch.manual_seed(0)
         method = PALM(60, data.feature_dim, num_objectives=4, size=size)
-        quiet_trainer(".", max_epochs=60).fit(method, datamodule=data)
+        quiet_trainer(".", max_epochs=60, check_val_every_n_epoch=60).fit(method, datamodule=data)
         method.trainer = None
         assert len(method.member_weights) <= size
         with torch.no_grad():
