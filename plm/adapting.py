@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plm.data.collate import FeaturedPairs, build_context
-from plm.data.encoding import encode_pairs
+from plm.data.encoding import TextReader, encode_pairs
 from plm.data.schema import PairTable, make_pairs
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
@@ -30,7 +33,11 @@ def adapt_users(
     Returns:
         User ids, those with the fewest pairs first, and their states in the same order, on the CPU.
     """
-    data = _encoded(method, table)
+    return _adapted(method, _encoded(method, table), users_at_once)
+
+
+def _adapted(method: PersonalizationMethod, data: FeaturedPairs, users_at_once: int) -> tuple[list[str], UserState]:
+    """See `adapt_users`."""
     table = data.table
     num_pairs = np.bincount(table.user, minlength=table.num_users)
     by_length = np.argsort(num_pairs, kind="stable")  # little padding per group
@@ -47,7 +54,60 @@ def adapt_user(method: PersonalizationMethod, user_id: str, pairs: Sequence[Mapp
     Raises:
         ValueError: If a pair is malformed, or none is short enough for the method.
     """
-    return adapt_users(method, make_pairs([{**pair, "user_id": user_id} for pair in pairs], "pair"))[1]
+    return _adapted(method, _encoded(method, _pairs_of(user_id, pairs), is_remembered=True), 1)[1]
+
+
+MAX_FLOATS = 2**24
+"""Feature values in memory while answers are predicted (64 MiB)."""
+
+
+class RecentFeatures:
+    """Reads features as an encoder does and remembers the last ones, as users are learned from the same texts again.
+
+    One thread at a time. Texts are not kept: features are found by a hash of prompt and response.
+
+    Args:
+        encoder: What reads the others; tokens are not remembered.
+        most: Texts whose features are kept.
+    """
+
+    def __init__(self, encoder: TextReader, most: int = 8192) -> None:
+        self.encoder, self.most = encoder, most
+        self._rows: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor | Tokens:
+        """Features ``(B, D)`` of B responses to B prompts."""
+        keys = [_digest(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        found = self._read(
+            keys, lambda rows: self.encoder([prompts[row] for row in rows], [texts[row] for row in rows])
+        )
+        assert found is not None
+        return found
+
+    def prompts(self, prompts: Sequence[str]) -> Tensor | Tokens | None:
+        """Features ``(B, F)`` of B prompts alone."""
+        keys = [_digest(prompt) for prompt in prompts]
+        return self._read(keys, lambda rows: self.encoder.prompts([prompts[row] for row in rows]))
+
+    def _read(
+        self, keys: Sequence[bytes], encode: Callable[[Sequence[int]], Tensor | Tokens | None]
+    ) -> Tensor | Tokens | None:
+        unread = [row for row, key in enumerate(keys) if key not in self._rows]
+        if unread or not keys:
+            features = encode(unread)
+            if not keys or not isinstance(features, Tensor):
+                return features
+            self._rows.update((keys[row], one.clone()) for row, one in zip(unread, features, strict=True))
+        read = torch.stack([self._rows[key] for key in keys])
+        for key in keys:
+            self._rows.move_to_end(key)
+        while len(self._rows) > self.most:
+            self._rows.popitem(last=False)
+        return read
+
+
+def _digest(*texts: str) -> bytes:
+    return hashlib.sha256(json.dumps(texts).encode()).digest()
 
 
 class Foretold(NamedTuple):
@@ -76,7 +136,7 @@ def foretold_chances(method: PersonalizationMethod, pairs: Sequence[Mapping[str,
     Raises:
         ValueError: If a pair is malformed, or the method reads tokens.
     """
-    data = _encoded(method, make_pairs([{**pair, "user_id": "user"} for pair in pairs], "pair"))
+    data = _encoded(method, _pairs_of("user", pairs), is_remembered=True)
     one = _to(build_context(data, np.arange(data.table.num_pairs), np.zeros(1, dtype=np.int64)), method.device)
     if isinstance(one.chosen, Tokens):
         raise ValueError(f"predicting answers needs a method that reads features, got {type(method).__name__}")
@@ -84,13 +144,16 @@ def foretold_chances(method: PersonalizationMethod, pairs: Sequence[Mapping[str,
     judged = torch.arange(max(0, num_pairs - num_last), num_pairs, device=method.device)
     before = torch.arange(num_pairs, device=method.device) < judged[:, None]  # (R, S)
 
-    def repeated(values: Tensor) -> Tensor:
-        return values * before.reshape(*before.shape, *[1] * (values.dim() - 2))
+    def fitted(mask: Tensor) -> UserState:
+        return method.adapt(
+            Context(*[_map(v, lambda v: v * mask.reshape(*mask.shape, *[1] * (v.dim() - 2))) for v in one])
+        )
 
     def of_judged(values: Tensor) -> Tensor:
         return values[0, judged]
 
-    states = method.adapt(Context(*[_map(value, repeated) for value in one]))
+    at_once = max(1, MAX_FLOATS // max(1, one.chosen.numel()))
+    states = UserState.cat([fitted(mask) for mask in torch.split(before, at_once)])
     better, worse, prompts = (_map(value, of_judged) for value in (one.chosen, one.rejected, one.prompt))
 
     @torch.no_grad()
@@ -109,12 +172,18 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value.map(change) if isinstance(value, Tokens) else None if value is None else change(value)
 
 
-def _encoded(method: PersonalizationMethod, table: PairTable) -> FeaturedPairs:
-    """Pairs of new users with the features, or tokens, that the method reads."""
+def _pairs_of(user_id: str, pairs: Sequence[Mapping[str, Any]]) -> PairTable:
+    """Check pairs of one user."""
+    return make_pairs([{**pair, "user_id": user_id} for pair in pairs], "pair")
+
+
+def _encoded(method: PersonalizationMethod, table: PairTable, is_remembered: bool = False) -> FeaturedPairs:
+    """Pairs of new users with the features, or tokens, that the method reads, or has read lately."""
     if isinstance(method, PolicyMethod):
         return encode_pairs(table, method.causal_lm)
     encoder = method.text_encoder
-    return encode_pairs(table, encoder.backbone, encoder, prompt_features=method.reads_prompts)
+    reader = encoder.recent if is_remembered else encoder
+    return encode_pairs(table, encoder.backbone, reader, prompt_features=method.reads_prompts)
 
 
 def _to(context: Context, device: torch.device) -> Context:

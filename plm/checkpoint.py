@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plm.adapting import adapt_user
+from plm.adapting import RecentFeatures, adapt_user
 from plm.backbones import Backbone, CausalLM, TooLong
 from plm.data.values import plain_prompt, short
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
@@ -228,6 +228,11 @@ class TextEncoder:
         if not self.spec:
             raise ValueError("the checkpoint names no backbone: give features (B, D), not texts")
         return Backbone.from_spec(self.spec)
+
+    @cached_property
+    def recent(self) -> RecentFeatures:
+        """The same with a memory, for one thread at a time; its rows may differ in the last digits, as padding does."""
+        return RecentFeatures(self)
 
     def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor | Tokens:
         """Features ``(B, D)``, or tokens, of B responses to B prompts.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from plm.data.encoding import TextReader
 from plm.data.files import read_rows
 from plm.data.values import Response, parsed, short, to_prompt, to_response
 from plm.messages import missing_key
@@ -216,17 +217,24 @@ class EncodedPool(NamedTuple):
     """``(N, D)`` or tokens, for a method that reads prompts."""
 
 
-def encode_pool(method: PersonalizationMethod, pool: Sequence[PoolPair]) -> EncodedPool:
+def encode_pool(
+    method: PersonalizationMethod, pool: Sequence[PoolPair], reader: TextReader | None = None
+) -> EncodedPool:
     """Features of N pairs.
+
+    Args:
+        method: A method of ``load_method``.
+        pool: The pairs.
+        reader: Reads them; default: the encoder of the method.
 
     Raises:
         ValueError: If the method reads tokens.
     """
-    prompts = [pair.prompt for pair in pool]
-    features = method.text_encoder(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
+    read, prompts = reader or method.text_encoder, [pair.prompt for pair in pool]
+    features = read(prompts * 2, [pair.left for pair in pool] + [pair.right for pair in pool])
     if not isinstance(features, Tensor):
         raise ValueError(f"choosing pairs needs a method that reads features, got {type(method).__name__}")
-    return EncodedPool(features[: len(pool)], features[len(pool) :], method.text_encoder.prompts(prompts))
+    return EncodedPool(features[: len(pool)], features[len(pool) :], read.prompts(prompts))
 
 
 def choose_queries(

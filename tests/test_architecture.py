@@ -83,7 +83,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.adapting": of_plm("data", "method"),
     "plm.scoring": of_plm("data.files", "data.values", "functional", "method"),
     "plm.exporting": of_plm("backbones", "method"),
-    "plm.querying": of_plm("data.files", "data.values", "method"),
+    "plm.querying": of_plm("data.encoding", "data.files", "data.values", "method"),
     "plm.sampling": of_plm("backbones", "generation", "recipe"),
     "plm.generation": of_plm("method", "functional", "backbones"),
     "plm.checkpoint": of_plm("adapting", "method", "backbones", "users", "data.values"),

@@ -8,10 +8,8 @@ Axes: N pairs of a pool, M draws from a posterior, R answers.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +19,12 @@ from torch import Tensor
 from plm.adapting import Foretold, foretold_chances
 from plm.checkpoint import PairsNotKeptError
 from plm.data.values import from_prompt
-from plm.querying import EncodedPool, PoolPair, choose_pairs, encode_pool, posterior_samples, sampled_chances
+from plm.querying import PoolPair, choose_pairs, encode_pool, posterior_samples, sampled_chances
 from plm.serving import bodies
 from plm.serving.service import RequestError, RewardService, store_errors
 from plm.types import UserState
 
+log = logging.getLogger("plm.serving")
 NUM_DRAWS = 256
 """Draws from a user's posterior."""
 MAX_FORETOLD = 64
@@ -36,8 +35,6 @@ USERS_AT_ONCE = 50
 """Users of one page of the list."""
 MAX_POOL = 1024
 """Pairs of the server's own pool."""
-HELD_POOLS = 8
-"""Pools whose features are in memory."""
 
 
 class Interviews:
@@ -48,14 +45,18 @@ class Interviews:
         pool: Pairs to ask about where a request brings none.
 
     Raises:
-        ValueError: If the pool is larger than can be looked through before every question.
+        ValueError: If the pool is larger than can be looked through before every question, or the method has no
+            posterior of users, or reads tokens.
     """
 
     def __init__(self, service: RewardService, pool: Sequence[PoolPair] = ()) -> None:
         if len(pool) > MAX_POOL:
             raise ValueError(f"--pool: expected at most {MAX_POOL} pairs, got {len(pool)}; take a sample of them")
         self.service, self.method, self.pool = service, service.method, list(pool)
-        self._encoded: OrderedDict[bytes, EncodedPool] = OrderedDict()
+        if pool:
+            log.info("reading the texts of %d pairs to ask about", len(pool))
+            with self.method.one_thread():
+                self._chances(pool, posterior_samples(self.method.population_state(1), 1))
 
     def users(self, after: int) -> bodies.Users:
         """Users in the order in which they were added, a page at a time."""
@@ -144,19 +145,8 @@ class Interviews:
 
     def _chances(self, pool: Sequence[PoolPair], states: UserState) -> Tensor:
         """Probability that each of M states prefers the left of each pair: ``(M, N)``; by one thread at a time."""
-        left, right, prompts = self._read(pool)
+        left, right, prompts = encode_pool(self.method, pool, self.method.text_encoder.recent)
         return sampled_chances(self.method, left, right, states, prompts).cpu()
-
-    def _read(self, pool: Sequence[PoolPair]) -> EncodedPool:
-        """Features of a pool, which are kept for its next question."""
-        texts = json.dumps([(pair.prompt, pair.left, pair.right) for pair in pool])
-        digest = hashlib.sha256(texts.encode()).digest()
-        if digest not in self._encoded:
-            self._encoded[digest] = encode_pool(self.method, pool)
-        self._encoded.move_to_end(digest)
-        if len(self._encoded) > HELD_POOLS:
-            self._encoded.popitem(last=False)
-        return self._encoded[digest]
 
 
 def expected_accuracy(chances: Tensor) -> bodies.Share:

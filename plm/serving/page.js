@@ -300,10 +300,11 @@ function showBeliefs() {
   if (foretold) {
     const dots = foretold.chances.map((chance) => make("i", chance > 0.5 ? "" : chance < 0.5 ? "wrong" : "even", { title: `${percent(chance)} for what you chose` }));
     const { accuracy: own, population_accuracy: usual } = foretold;
+    const right = ({ share }) => Math.round(2 * share * dots.length) / 2; // one half is half right
     find(".dots").replaceChildren(...dots);
     find(".foretold p").replaceChildren(
-      make("b", "", {}, `${own.share * dots.length} of ${dots.length} right`),
-      ` (${percent(own.low)} to ${percent(own.high)}); one model for all: ${usual.share * dots.length}. `,
+      make("b", "", {}, `${right(own)} of ${dots.length} right`),
+      ` (${percent(own.low)} to ${percent(own.high)}); one model for all: ${right(usual)}. `,
       make("span", "hint", {}, "It asks where it is least sure, so elsewhere it should be right more often."),
     );
   }
@@ -425,7 +426,7 @@ find(".to-playground").addEventListener("click", () => {
 
 const KEYS = { ArrowLeft: () => answer(0), ArrowRight: () => answer(1), ArrowDown: () => answer(null), Backspace: undo };
 document.addEventListener("keydown", (event) => {
-  const isTyping = event.target.closest("input, textarea, select, dialog");
+  const isTyping = event.target.closest?.("input, textarea, select, dialog");
   if (isTyping || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
   if (interview.hidden || find(".interview", interview).hidden || find("dialog[open]") || !KEYS[event.key]) return;
   guarded(KEYS[event.key])(event);

@@ -10,14 +10,18 @@ import httpx
 import pytest
 import torch
 
+from plm.adapting import RecentFeatures
+from plm.backbones import HashingBackbone
 from plm.checkpoint import load_method
 from plm.cli import main
+from plm.methods.bradley_terry import BradleyTerry
 from plm.querying import PoolPair
 from plm.serving import bodies, interviews
 from plm.serving.app import make_app
 from plm.serving.interviews import Interviews, expected_accuracy, share_right
 from plm.serving.server import Settings, running
 from plm.serving.service import RequestError, RewardService
+from plm.testing import saved
 
 POOL = [PoolPair("What next?", f"a walk in wood {number}", f"a film of {number} hours", {}) for number in range(6)]
 SENT = [{"prompt": pair.prompt, "responses": [pair.left, pair.right]} for pair in POOL]
@@ -97,6 +101,16 @@ def test_beliefs_are_the_pairs_on_which_user_and_population_differ_most(asker: I
         assert entry.responses == [POOL[entry.index].left, POOL[entry.index].right]
 
 
+def test_a_pool_for_a_method_that_cannot_choose_is_refused_at_the_start() -> None:
+    with saved(BradleyTerry(2, 64, backbone=HashingBackbone(dim=64).spec())) as checkpoint:
+        service = RewardService(checkpoint)
+        with pytest.raises(ValueError, match="choosing pairs needs users with an uncertainty"):
+            Interviews(service, POOL)
+        with pytest.raises(RequestError, match="choosing pairs needs users with an uncertainty") as error:
+            Interviews(service).next_question("anna", bodies.QuestionRequest(pool=SENT))
+        assert error.value.status == 422
+
+
 def test_what_was_answered_is_not_asked_again(asker: Interviews) -> None:
     """Nor the other way round; without the request for it everything may be asked."""
     teach(asker, pair(0), pair(2))
@@ -118,11 +132,44 @@ def test_without_a_pool_there_is_nothing_to_ask(service: RewardService) -> None:
         assert error.value.status == 400 and error.value.param == "body.pool"
 
 
-def test_features_of_few_pools_are_held(asker: Interviews) -> None:
-    for number in range(interviews.HELD_POOLS + 3):
-        sent = [{"responses": [f"one {number}", "two"]}]
-        asker.next_question("anna", bodies.QuestionRequest(pool=sent))
-    assert len(asker._encoded) == interviews.HELD_POOLS
+def test_a_text_is_encoded_once(asker: Interviews, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the pool at the start; a user's questions, answers and beliefs ask the encoder for nothing more."""
+    read: list[str] = []
+    encode = type(asker.method.text_encoder).__call__
+
+    def counted(self: Any, prompts: Any, texts: Any) -> Any:
+        read.extend(texts)
+        return encode(self, prompts, texts)
+
+    monkeypatch.setattr(type(asker.method.text_encoder), "__call__", counted)
+    teach(asker, pair(0), pair(2))
+    asker.next_question("anna", bodies.QuestionRequest())
+    asker.beliefs("anna", bodies.BeliefsRequest())
+    assert read == []
+    teach(asker, {"prompt": "What next?", "chosen": "to sleep", "rejected": "to dance"}, pair(1))
+    assert sorted(read) == ["to dance", "to sleep"]
+
+
+def test_features_are_those_of_the_encoder_and_few_are_kept() -> None:
+    """Of a reader that numbers its calls: what was read lately is read again from memory, in any order and number."""
+
+    class Reader:
+        calls = 0
+
+        def __call__(self, prompts: Any, texts: Any) -> torch.Tensor:
+            self.calls += 1
+            return torch.tensor(
+                [[len(prompt), len(text), self.calls] for prompt, text in zip(prompts, texts, strict=True)]
+            )
+
+        def prompts(self, prompts: Any) -> torch.Tensor:
+            return torch.tensor([[len(prompt)] for prompt in prompts])
+
+    recent = RecentFeatures(Reader(), most=3)  # type: ignore[arg-type]
+    assert recent(["a", "ab"], ["x", "x"]).tolist() == [[1, 1, 1], [2, 1, 1]]  # type: ignore[union-attr]
+    assert recent(["ab", "a", "", "ab"], ["x"] * 4).tolist() == [[2, 1, 1], [1, 1, 1], [0, 1, 2], [2, 1, 1]]  # type: ignore[union-attr]
+    assert recent.prompts(["a", "abc"]).tolist() == [[1], [3]]  # type: ignore[union-attr]
+    assert recent(["ab", "a"], ["x", "x"]).tolist() == [[2, 1, 1], [1, 1, 3]]  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------------- undo
