@@ -151,15 +151,19 @@ def test_latent_users_write_too(steered: Callable[[int], CLaP]) -> None:
         method.policies.data.normal_()
         method.num_pairs.fill_(7)
         with saved(method) as path:
-            loaded = load_method(path)
-            chat = Chat(RewardService(path))
-            for user in ("anna", "ben", None):
-                asked = ChatRequest(messages=[{"role": "user", "content": "a"}], user=user, seed=2, max_tokens=12)
-                prompt = '[{"role":"user","content":"a"}]'
+            loaded, chat, prompt = load_method(path), Chat(RewardService(path)), '[{"role":"user","content":"a"}]'
+            messages = [{"role": "user", "content": "a"}]
+            users = ("anna", "ben", None)
+            options: dict[str, Any] = {"messages": messages, "seed": 2, "max_tokens": 20, "n": 6}
+            jobs = [chat.job(ChatRequest(user=user, **options)) for user in users]
+            together = chat._work(jobs)
+            for user, found in zip(users, together, strict=True):
                 whose: dict[str, Any] = {} if user is None else {"user_id": user}
-                [[expected]] = sample(loaded, [prompt], seed=2, max_new_tokens=12, **whose)  # type: ignore[arg-type]
-                found = chat.complete(asked)
-                assert found.choices[0].message.content == expected.text and found.user_known == (user is not None)
+                [expected] = sample(loaded, [prompt], seed=2, max_new_tokens=20, num_samples=6, **whose)  # type: ignore[arg-type]
+                assert not isinstance(found, Exception)
+                assert [one.text for one in found.texts] == [one.text for one in expected]
+                assert found.user_known == (user is not None)
+            assert len({str(found) for found in together}) == 3
 
 
 def test_users_share_a_batch_and_write_what_they_write_alone(service: RewardService) -> None:
@@ -181,7 +185,8 @@ def test_users_share_a_batch_and_write_what_they_write_alone(service: RewardServ
 
     def answer(request: ChatRequest) -> list[str]:
         try:
-            return [choice.message.content for choice in chat.complete(request).choices]
+            found = chat.complete(request)
+            return [f"{found.user_known} {choice.message.content}" for choice in found.choices]
         except RequestError as error:
             return [str(error.param)]
 
