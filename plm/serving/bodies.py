@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from plm.data.values import Response, to_id, to_prompt, to_response
 from plm.users import problem_of_id
@@ -65,6 +65,9 @@ AnyText = Annotated[str, Field(max_length=MAX_CHARACTERS), _checked(to_prompt)]
 Conversation = Annotated[list[Message], Field(min_length=1, max_length=MAX_TEXTS)]
 UserId = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(user_id_of)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+No = Annotated[Literal[False], BeforeValidator(lambda value: value if isinstance(value, bool) else None)]
+"""Only false, not 0, which equals it in Python."""
+Zero = Annotated[int, Field(ge=0, le=0)]
 Prompts = Annotated[list[AnyText], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
@@ -80,11 +83,11 @@ class _Pooling(Sent):
     model: str | None = Field(None, max_length=512, description="the served model; may be left out")
     user: UserId | None = Field(None, description="whose reward; without it, the population's")
     request_id: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[\w.-]+$")
-    use_activation: Literal[False] | None = Field(None, description="rewards are raw: true is refused")
+    use_activation: No | None = Field(None, description="rewards are raw: true is refused")
     truncate_prompt_tokens: Literal[-1] | None = Field(None, description="long texts are cut at the model's length")
     truncation_side: None = None
     padding: None = None
-    priority: Literal[0] = 0
+    priority: Zero = 0
     cache_salt: None = None
     mm_processor_kwargs: None = None
     chat_template: None = None
@@ -97,8 +100,8 @@ class ClassifyRequest(_Pooling):
     input: Text | Texts | None = None
     messages: Conversation | None = None
     add_special_tokens: bool | None = Field(None, description="read as the backbone of the checkpoint does, always")
-    add_generation_prompt: Literal[False] = False
-    continue_final_message: Literal[False] = False
+    add_generation_prompt: No = False
+    continue_final_message: No = False
     media_io_kwargs: None = None
 
     @model_validator(mode="after")
@@ -126,8 +129,8 @@ class ScoreRequest(_Pooling):
     data_2: Text | Texts | None = None
     text_1: AnyText | Prompts | None = None
     text_2: Text | Texts | None = None
-    max_tokens_per_query: Literal[0] = 0
-    max_tokens_per_doc: Literal[0] = 0
+    max_tokens_per_query: Zero = 0
+    max_tokens_per_doc: Zero = 0
     instruction: None = None
 
     SPELLINGS: ClassVar = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), ("text_1", "text_2"))

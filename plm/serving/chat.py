@@ -23,7 +23,7 @@ from plm.data.values import to_prompt
 from plm.generation import BATCH_TOKENS, Sample, sample
 from plm.method.abilities import Writer
 from plm.serving.batching import Batcher
-from plm.serving.bodies import MAX_CHARACTERS, MAX_TEXTS, Sent, UserId
+from plm.serving.bodies import MAX_CHARACTERS, MAX_TEXTS, No, Sent, UserId
 from plm.serving.service import RequestError, RewardService, store_errors
 from plm.types import UserState
 
@@ -73,17 +73,17 @@ class ChatRequest(Sent):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="a response ends before it; it is written on and then cut"
     )
-    stream: Literal[False] | None = Field(None, description="responses come whole: true is refused")
+    stream: No | None = Field(None, description="responses come whole: true is refused")
     stream_options: None = None
-    logprobs: Literal[False] | None = None
+    logprobs: No | None = None
     top_logprobs: None = None
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: None = None
     response_format: TextFormat | None = None
     tools: None = None
     tool_choice: Literal["none"] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

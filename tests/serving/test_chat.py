@@ -259,6 +259,8 @@ def test_stops_lengths_and_seeds(client: httpx.Client) -> None:
         ({"tool_choice": "auto"}, 400, "body.tool_choice"),
         ({"logprobs": True}, 400, "body.logprobs"),
         ({"frequency_penalty": 0.5}, 400, "body.frequency_penalty"),
+        ({"frequency_penalty": False}, 400, "body.frequency_penalty"),
+        ({"stream": 0}, 400, "body.stream"),
         ({"response_format": {"type": "json_object"}}, 400, "body.response_format.type"),
         ({"reasoning_effort": "low"}, 400, "body.reasoning_effort"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "body.messages.0.role"),
