@@ -150,9 +150,8 @@ function rewardsCard(user, found) {
   const known = user === null ? "one model for all" : found.user_known ? "known" : "not known: the reward of everyone";
   const card = make("article", "card person", {}, make("header", "", {}, make("h2", "", {}, make("bdi", "", {}, user ?? "Everyone")), make("span", "hint", {}, known)));
   rows.forEach(({ reward, half, win, sd }, index) => {
-    const value = make("span", "value", {}, reward.toFixed(2).replace("-", "−"), ...(sd === null ? [] : [make("small", "", {}, ` ± ${half.toFixed(2)}`)]));
-    const row = make("div", `reward${reward === best && rows.length > 1 ? " best" : ""}`, {}, make("span", "letter", {}, letterOf(index)), gauge(reward - half, reward, reward + half, scale), value);
-    if (win !== null) row.append(make("span", "hint", {}, `chosen ${percent(win)}`));
+    const value = make("span", "value", {}, reward.toFixed(2).replace("-", "−"), ...(sd === null ? [] : [` ± ${half.toFixed(2)}`]));
+    const row = make("div", `reward${reward === best && rows.length > 1 ? " best" : ""}`, {}, make("span", "letter", {}, letterOf(index)), gauge(reward - half, reward, reward + half, scale), make("span", "chance", {}, win === null ? "" : percent(win)), value);
     card.append(row);
   });
   return card;
@@ -170,7 +169,7 @@ async function compare() {
   const users = [null, ...people];
   const found = await Promise.all(users.map((user) => call("POST", "v1/rewards", { prompt, responses, ...(user !== null && { user }) })));
   if (turn === comparison) {
-    const note = "Dots are rewards, bars their 95 % intervals, on a scale of each person: compare them within a card. Chosen: how often the person would take the response over another of them.";
+    const note = "Dots are rewards and bars their 95 % intervals, on a scale of each person: compare them within a card. The percentage is how often the person would take the response over another of them: compare it between people, too.";
     find(".results").replaceChildren(...found.map((one, index) => rewardsCard(users[index], one)), make("p", "hint", {}, note));
   }
 }
@@ -424,10 +423,10 @@ find(".to-playground").addEventListener("click", () => {
   openPlayground.done = false;
 });
 
+// the keys of the questions, of which no part takes text
 const KEYS = { ArrowLeft: () => answer(0), ArrowRight: () => answer(1), ArrowDown: () => answer(null), Backspace: undo };
 document.addEventListener("keydown", (event) => {
-  const isTyping = event.target.closest?.("input, textarea, select, dialog");
-  if (isTyping || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
   if (interview.hidden || find(".interview", interview).hidden || find("dialog[open]") || !KEYS[event.key]) return;
   guarded(KEYS[event.key])(event);
 });
@@ -473,7 +472,7 @@ async function openUsers() {
   shownAfter = -1;
   const body = find("tbody", list);
   const { num_users: total, data, next_after: next } = await call("GET", "v1/users");
-  find(".summary").textContent = `${count(total, "user is", "users are")} known. Everybody else is served the population's rewards, and so is who is marked so.`;
+  find(".summary").textContent = `${count(total, "user is", "users are")} known. Everybody else, and whoever is marked population, is served one model for all.`;
   body.replaceChildren(...data.map(userRow));
   if (!data.length) body.append(make("tr", "", {}, make("td", "empty", { colspan: 6 }, "Nobody yet. Whoever answers a question under Ask appears here.")));
   shownAfter = next;

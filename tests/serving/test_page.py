@@ -160,7 +160,7 @@ def test_a_person_answers_ten_pairs_takes_one_back_and_is_forgotten(
 
 
 def test_keys_answer_questions_and_nothing_else(person: Callable[..., Any], served: RewardService) -> None:
-    """Not while somebody types, not twice for a double click or a held key, not behind a dialog or on another page."""
+    """Not before there is one, not twice for a double click or a held key, not behind a dialog or on another page."""
     page = person()
     page.fill("#person", "bo")
     page.keyboard.press("ArrowLeft")
@@ -171,8 +171,8 @@ def test_keys_answer_questions_and_nothing_else(person: Callable[..., Any], serv
         page.dblclick(".choice >> nth=0")
     with changing(page):
         page.evaluate(
-            """for (const repeat of [false, true, true, false])
-                 document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft", repeat, bubbles: true}))"""
+            """for (const [key, repeat] of [["ArrowLeft", false], ["ArrowRight", false], ["ArrowDown", true]])
+                 document.body.dispatchEvent(new KeyboardEvent("keydown", {key, repeat, bubbles: true}))"""
         )
     page.keyboard.press("Control+ArrowLeft")
     page.click(".forget")
@@ -261,9 +261,10 @@ def test_ids_and_texts_are_shown_as_text_and_fit_a_narrow_window(
         press(page, "ArrowLeft")
         page.click("aside .leave")
     begin(page, HOSTILE)
-    while not {HOSTILE, RTL, "x" * 600, "`${1}`"} <= shown or not any("<b>Hi</b>" in text for text in shown):
+    while page.is_visible(".asked"):
         look()
         press(page, "ArrowLeft")
+    assert {HOSTILE, RTL, "x" * 600, "`${1}`"} <= shown and any("<b>Hi</b>" in text for text in shown)
     page.click("nav a >> nth=2")
     page.wait_for_selector("#users tbody tr", state="visible")
     assert set(ids) <= set(page.locator("tbody th").all_inner_texts())
