@@ -67,7 +67,7 @@ def service(checkpoint: Path) -> RewardService:
     return RewardService(checkpoint, name="writer")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(service: RewardService) -> Iterator[httpx.Client]:
     with running(make_app(service)) as url, httpx.Client(base_url=url, timeout=60) as made:
         yield made
