@@ -5,7 +5,7 @@ Axes: B pairs in a batch, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -25,6 +25,14 @@ MAX_STEPS = 200
 
 Passes = Callable[[], Iterable[PreferenceBatch]]
 """Every pair of this process once, at each call."""
+
+
+class _Rows(NamedTuple):
+    """What the loss reads of a batch."""
+
+    difference: Tensor  # (B, D)
+    target: Tensor  # (B,)
+    weight: Tensor  # (B,)
 
 
 class Population(NamedTuple):
@@ -60,41 +68,45 @@ def tuned_population(
         num_pairs: Number of training pairs of all processes.
         total: Sums a tensor over all processes.
     """
-    train, val = _kept(train), _kept(val)
+    train_rows, val_rows = _kept(train), _kept(val)
     start: Float64Array = np.zeros(width)
     fits: dict[float, tuple[float, Float64Array]] = {}
     for ridge in sorted(RIDGES, reverse=True):
-        start = _solve(train, ridge, scale, num_pairs, total, start)
-        fits[ridge] = float(_loss(val, start, scale, total)[0]), start
+        start = _solve(train_rows, ridge, scale, num_pairs, total, start)
+        fits[ridge] = float(_loss(val_rows, start, scale, total)[0]), start
     has_val = any(loss for loss, _ in fits.values())
     best = min(fits, key=lambda ridge: fits[ridge][0]) if has_val else RIDGES[len(RIDGES) // 2]
     return Population(torch.from_numpy(fits[best][1]).to(scale) / scale, best)
 
 
-def _kept(passes: Passes) -> Passes:
-    """The passes, or, where one batch holds all pairs, that batch kept instead of read anew in every pass."""
-    first = list(islice(passes(), 2))
-    return passes if len(first) > 1 else lambda: first
+def _kept(passes: Passes) -> Callable[[], Iterable[_Rows]]:
+    """Passes over what the loss reads; where one batch holds all pairs, it is read once and kept."""
+
+    def rows() -> Iterator[_Rows]:
+        for batch in passes():
+            yield _Rows(batch.difference, targets(batch.tie).to(batch.weight), batch.weight)
+
+    first = list(islice(rows(), 2))
+    return rows if len(first) > 1 else lambda: first
 
 
 def _loss(
-    batches: Passes, direction: Float64Array, scale: Tensor, total: Callable[[Tensor], Tensor]
+    passes: Callable[[], Iterable[_Rows]], direction: Float64Array, scale: Tensor, total: Callable[[Tensor], Tensor]
 ) -> tuple[float, Float64Array]:
     """Summed loss of all processes at a direction ``(D,)`` in units of the scale, and its gradient."""
     vector = torch.from_numpy(direction).to(scale) / scale
     sums = torch.zeros(len(vector) + 1, dtype=torch.float64, device=scale.device)
-    for batch in batches():
-        difference, target = batch.difference, targets(batch.tie).to(scale)
+    for difference, target, weight in passes():
         margin = difference @ vector
-        sums[0] += (batch.weight * bt_losses(margin, target)).double().sum()
-        sums[1:] += (difference.T @ (batch.weight * (torch.sigmoid(margin) - target))).double()
+        sums[0] += (weight * bt_losses(margin, target)).double().sum()
+        sums[1:] += (difference.T @ (weight * (torch.sigmoid(margin) - target))).double()
     sums = total(sums)
     gradient: Float64Array = (sums[1:] / scale.double()).cpu().numpy()
     return float(sums[0]), gradient
 
 
 def _solve(
-    batches: Passes,
+    passes: Callable[[], Iterable[_Rows]],
     ridge: float,
     scale: Tensor,
     num_pairs: int,
@@ -104,7 +116,7 @@ def _solve(
     """The direction ``(D,)`` of the least penalised loss, in units of the scale."""
 
     def objective(direction: Float64Array) -> tuple[float, Float64Array]:
-        loss, gradient = _loss(batches, direction, scale, total)
+        loss, gradient = _loss(passes, direction, scale, total)
         penalty = 0.5 * ridge * float(direction @ direction)
         return (loss + penalty) / num_pairs, (gradient + ridge * direction) / num_pairs
 
