@@ -301,7 +301,7 @@ class HFBackbone(Backbone):
         )["input_ids"]
         for text, row in zip(texts, rows, strict=True):
             if not row:
-                raise ValueError(f"expected a text with at least one token, got {text!r} for {self.model!r}")
+                raise ValueError(f"expected a text with at least one token, got {text[:60]!r} for {self.model!r}")
             if chat and tokenizer.bos_token and text.startswith(tokenizer.bos_token):
                 row[0] = tokenizer.bos_token_id  # attention leans on it: it stays where truncation took the beginning
         return rows

@@ -145,6 +145,20 @@ class RemoteError(ValueError):
         self.status, self.is_passing = status, is_passing
 
 
+def _body(response: http.client.HTTPResponse, seconds: float) -> bytes:
+    """What a server answers, if it comes in time.
+
+    Raises:
+        TimeoutError: If it does not.
+    """
+    end, parts = time.monotonic() + seconds, []
+    while part := response.read1(2**16):
+        parts.append(part)
+        if time.monotonic() > end:
+            raise TimeoutError(f"the answer did not end within {seconds:g} s")
+    return b"".join(parts)
+
+
 def ask(
     url: str,
     body: Mapping[str, Any] | None,
@@ -161,7 +175,7 @@ def ask(
         body: What is sent; None = nothing, by GET.
         key_variable: Environment variable with the key, if the server wants one.
         retries: How often more.
-        timeout: Seconds without a byte after which an attempt has failed.
+        timeout: Seconds after which an attempt has failed, whether nothing comes or too little.
         longest_wait: Seconds between two attempts, whatever the server says; a quarter is added by chance.
 
     Raises:
@@ -176,18 +190,21 @@ def ask(
     for tries_left in range(retries, -1, -1):
         asked_to_wait, status = None, None
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
-                answer = json.loads(response.read())
+            try:
+                with urllib.request.urlopen(request, timeout=timeout) as response:
+                    answer = json.loads(_body(response, timeout))
+            except urllib.error.HTTPError as error:
+                status, asked_to_wait = error.code, error.headers.get("Retry-After")
+                reason = f"status {status}: {error.read(500).decode(errors='replace')}"
+                is_passing = status in _PASSING or status >= 500
+            else:
                 if isinstance(answer, dict):
                     return answer
                 reason, is_passing = f"expected a JSON object, got {type(answer).__name__}", False
-        except urllib.error.HTTPError as error:
-            status = error.code
-            reason = f"status {status}: {error.read(500).decode(errors='replace')}"
-            asked_to_wait = error.headers.get("Retry-After")
-            is_passing = status in _PASSING or status >= 500
-        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+        except (OSError, http.client.HTTPException) as error:  # also while the words of an error are read
             reason, is_passing = str(error) or type(error).__name__, True
+        except ValueError as error:  # no JSON, or none in UTF-8: the page of a proxy, say
+            reason, is_passing = f"expected JSON, got other bytes ({error})", False
         if not is_passing or not tries_left:
             raise RemoteError(f"{url} failed ({reason})", status, is_passing)
         seconds = float(asked_to_wait) if asked_to_wait and asked_to_wait.isdigit() else wait

@@ -7,13 +7,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from plm.backbones import RemotePolicy, remote
+from plm.backbones import RemoteError, RemotePolicy, remote
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
 from plm.testing import saved
@@ -82,6 +83,16 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"choices": [choice]}, {})
 
 
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server while the block lasts."""
+    odd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=odd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"http://127.0.0.1:{odd.server_address[1]}/"
+    odd.shutdown()
+    odd.server_close()
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
@@ -121,6 +132,41 @@ def test_what_fails_in_passing_is_tried_again_and_what_is_refused_is_not(server:
     with pytest.raises(ValueError, match=r"status 400: .*too long"):
         policy.texts(["two"], 1)
     assert len(server.bodies) == 5 + 1 + remote.RETRIES + 1
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"\xff\xfe{}", b"[1]"])
+def test_answers_without_a_json_object_are_refusals(answer: bytes) -> None:
+    class Odd(Handler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+    with serving(Odd) as url, pytest.raises(RemoteError, match=r"expected (a JSON object|JSON)") as error:
+        remote.ask(url, {}, "NO_KEY", retries=3)
+    assert not error.value.is_passing
+
+
+def test_an_error_whose_words_do_not_come_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an answer that trickles has failed when its time is over."""
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
+    tries: list[int] = []
+
+    class Cut(Handler):
+        def do_POST(self) -> None:
+            tries.append(1)
+            self.send_response(500 if len(tries) == 1 else 200)
+            self.send_header("Content-Length", "999")
+            self.end_headers()
+            for _ in range(2 if len(tries) == 1 else 40):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.02)
+            self.connection.close()
+
+    with serving(Cut) as url, pytest.raises(RemoteError) as error:
+        remote.ask(url, {}, "NO_KEY", retries=1, timeout=0.2)
+    assert len(tries) == 2 and error.value.is_passing and "did not end within 0.2 s" in str(error.value)
 
 
 def test_only_so_many_requests_are_under_way(server: Server) -> None:
