@@ -202,12 +202,12 @@ def _as_dict(pair: Pair) -> dict[str, Any]:
 
 
 def _distinct(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each pair once, where it first came: what is sent again is no second answer."""
-    first: dict[str, dict[str, Any]] = {}
+    """Each pair once, where it first came and as it came last: what is sent again is no second answer."""
+    last: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         texts = [pair.get(name) for name in ("prompt", "chosen", "rejected")]
-        first.setdefault(json.dumps([*texts, pair.get("tie", False)], default=str), pair)
-    return list(first.values())
+        last[json.dumps([*texts, pair.get("tie", False)], default=str)] = pair
+    return list(last.values())
 
 
 class TextEncoder:

@@ -62,6 +62,17 @@ def test_pairs_one_by_one_teach_what_all_at_once_do(path: Path) -> None:
     assert method.users.pairs(["one"])["one"] == [dict(zip(("prompt", "chosen", "rejected"), WALK, strict=True))]
 
 
+def test_a_pair_that_is_sent_again_counts_once_with_its_latest_weight(path: Path) -> None:
+    method = load_method(path)
+    tea = dict(zip(("prompt", "chosen", "rejected"), TEA, strict=True))
+    method.learn("late", [{**tea, "weight": 1.0}, WALK])
+    method.learn("late", [{**tea, "weight": 5.0}])
+    method.learn("once", [{**tea, "weight": 5.0}, WALK])
+    late, once = method.known_users(["late"]), method.known_users(["once"])
+    assert all(torch.equal(late.tensors[name], value) for name, value in once.tensors.items())
+    assert late.num_pairs.tolist() == [2]
+
+
 def test_pairs_are_not_added_to_a_state_whose_pairs_were_not_kept(path: Path) -> None:
     method = load_method(path)
     with pytest.raises(ValueError, match=r"'ben' was learned from 5 pairs that were not kept.*anew=True"):
