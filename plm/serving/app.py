@@ -28,6 +28,7 @@ _TOO_LONG = {"too_long", "string_too_long"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": bodies.Refusal, "description": "not what is expected here"},
     401: {"model": bodies.Refusal, "description": "no known key"},
+    403: {"model": bodies.Refusal, "description": "without keys: a request to this machine under another host's name"},
     404: {"model": bodies.Refusal, "description": "no such model, user or path"},
     408: {"model": bodies.Refusal, "description": "the body did not come in time"},
     409: {"model": bodies.Refusal, "description": "pairs cannot be added to those that were not kept"},
@@ -171,7 +172,7 @@ def make_app(service: RewardService, pool: Sequence[PoolPair] = (), **limits: An
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Give every error the body of vLLM's; what was sent is never repeated."""
+    """Give every error the body of vLLM's; of what was sent only the first characters of a wrong pair are repeated."""
 
     def answer(status: int, kind: str, message: str, param: str | None = None) -> Response:
         return Response(problem_json(status, kind, message, param), status, media_type="application/json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import json
 import logging
 import re
@@ -185,6 +186,10 @@ class Gate:
         # ids may hold any character: the path is matched as it was sent, and its parts are decoded one by one
         scope["path"] = scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0]
         path = scope["path"]
+        if not self.digests and not _is_of_this_machine(scope, headers.get(b"host", b"localhost").decode("latin-1")):
+            raise _Refused(
+                403, "Forbidden", "expected the host localhost: without --api_keys pages of other hosts are not let in"
+            )
         if self.digests and path not in OPEN:
             scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             if scheme.lower() != "bearer" or _digest(key.strip()) not in self.digests:
@@ -214,6 +219,24 @@ class Gate:
 
     def _busy(self) -> _Refused:
         return _Refused(429, "TooManyRequests", "too many requests at once; try again", **{"retry-after": "1"})
+
+
+def _is_of_this_machine(scope: Scope, host: str) -> bool:
+    """Whether a request to a loopback address names it, or localhost; true where it came to another address.
+
+    A page of another host can make its name resolve to this machine, and is then of the same origin to a browser.
+    """
+    if not _is_loopback((scope.get("server") or ("",))[0]):
+        return True
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    return name.lower() == "localhost" or _is_loopback(name.strip("[]"))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _digest(key: str) -> bytes:

@@ -18,8 +18,9 @@ from tests.serving.test_hostile import in_threads, pair, server_of
 
 NUM_IDLE, NUM_HALF = 1000, 200
 HALVES = (
-    b"POST /classify HTTP/1.1\r\nhost: x\r\nx-",
-    b'POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"input": "',
+    b"POST /classify HTTP/1.1\r\nhost: localhost\r\nx-",
+    b"POST /classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+    b'{"input": "',
 )
 """The half of a head, and a head with the half of a body."""
 

@@ -188,9 +188,8 @@ def test_what_has_begun_is_answered_when_the_server_is_told_to_stop(path: Path) 
     with server_of(path) as (process, client):
         assert client.base_url.port
         with socket.create_connection(("127.0.0.1", client.base_url.port)) as begun:
-            head = (
-                f"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-            )
+            head = "POST /classify HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            head += f"content-length: {len(body)}"
             begun.sendall(f"{head}\r\n\r\n".encode() + body[:5])
             time.sleep(0.2)
             process.terminate()

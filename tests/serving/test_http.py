@@ -184,12 +184,21 @@ def test_keys(narrow: httpx.Client) -> None:
         assert narrow.get("/health", headers={"authorization": key}).status_code == 200
 
 
+def test_a_page_of_another_host_is_not_let_in(client: httpx.Client, narrow: httpx.Client) -> None:
+    """Whose name resolves to this machine, so that a browser takes it for the same origin; keys let everybody in."""
+    for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example:8000"):
+        assert problem(client.get("/v1/users", headers={"host": host}))[0] == 403
+        assert narrow.get("/v1/users", headers={"host": host}).status_code == 200
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:1", "[::1]:8000", "127.8.8.8"):
+        assert client.get("/v1/users", headers={"host": host}).status_code == 200
+
+
 def test_a_full_queue_and_slow_bodies(
     narrow: httpx.Client, service: RewardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that is worked on takes the only place; one whose body does not come takes none."""
     place = urlsplit(str(narrow.base_url))
-    head = b"POST /classify HTTP/1.1\r\nhost: x\r\nauthorization: Bearer kkkkkkkkkkkkkkkk\r\n"
+    head = b"POST /classify HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer kkkkkkkkkkkkkkkk\r\n"
     head += b"content-type: application/json\r\ncontent-length: 14\r\n\r\n"
     body = b'{"input": "x"}'
     assert place.hostname and place.port
@@ -215,7 +224,7 @@ def test_a_client_that_does_not_read_gives_up_its_place(service: RewardService) 
     with running(big) as url, socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.connect(("127.0.0.1", urlsplit(url).port))
-        head = "POST /v1/users/a/next-question HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = "POST /v1/users/a/next-question HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         lazy.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         assert lazy.recv(12) == b"HTTP/1.1 200"
         sooner_or_later(lambda: httpx.post(f"{url}/classify", json={"input": "x"}).status_code == 200)
