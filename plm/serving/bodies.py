@@ -298,7 +298,7 @@ class Erased(BaseModel):
     receipt: str = Field(description="a keyed hash of the id")
     erased: str
     was_stored: bool
-    is_wiped: bool = Field(description="whether the bytes are gone from the disk too")
+    is_wiped: bool = Field(description="whether the bytes are gone from the disk of the store too")
 
 
 class Candidate(Sent):

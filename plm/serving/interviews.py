@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import BoundedSemaphore
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from plm.adapting import Foretold, foretold_chances
 from plm.checkpoint import PairsNotKeptError
-from plm.data.values import from_prompt
+from plm.data.values import from_prompt, to_prompt, to_response
 from plm.querying import PoolPair, choose_pairs, encode_pool, posterior_samples, sampled_chances
 from plm.serving import bodies
 from plm.serving.service import RequestError, RewardService, store_errors
 from plm.types import UserState
+from plm.users import StoreError
 
 log = logging.getLogger("plm.serving")
 NUM_DRAWS = 256
@@ -33,6 +37,8 @@ NUM_BELIEFS = 3
 """Pairs that are shown of those on which a user and the population differ."""
 USERS_AT_ONCE = 50
 """Users of one page of the list."""
+MAX_ASKED = 8
+"""Requests for questions and beliefs that are worked on, or wait for the model."""
 MAX_POOL = 1024
 """Pairs of the server's own pool."""
 
@@ -53,6 +59,13 @@ class Interviews:
         if len(pool) > MAX_POOL:
             raise ValueError(f"--pool: expected at most {MAX_POOL} pairs, got {len(pool)}; take a sample of them")
         self.service, self.method, self.pool = service, service.method, list(pool)
+        self._places = BoundedSemaphore(MAX_ASKED)
+        for number, pair in enumerate(pool, 1):
+            try:
+                bodies.Candidate.model_validate(_sent(pair))
+            except ValidationError as error:
+                problem = error.errors()[0]["msg"]
+                raise ValueError(f"--pool: pair {number} could not be answered through the server: {problem}") from None
         if pool:
             log.info("reading the texts of %d pairs to ask about", len(pool))
             with self.method.one_thread():
@@ -74,13 +87,14 @@ class Interviews:
         pool = self._pool(request.pool)
         with store_errors():
             state, known = self.method.known_users.lookup([user_id])
-            answered = {_key(pair) for pair in self._kept(user_id)} if request.skip_answered else set()
+            kept = self._kept(user_id) if request.skip_answered else []
         try:
-            with self.method.one_thread():
+            answered = {_question(*_read(pair)) for pair in kept}
+            with self._place(), self.method.one_thread():
                 chances = self._chances(pool, posterior_samples(state, NUM_DRAWS, request.seed))
         except ValueError as error:
             raise RequestError("UnprocessableError", str(error)) from error
-        rows = [row for row, pair in enumerate(pool) if _key(pair._asdict()) not in answered]
+        rows = [row for row, pair in enumerate(pool) if _question(pair.prompt, pair.left, pair.right) not in answered]
         queries = choose_pairs(chances[:, rows], request.num_pairs, request.seed)
         return bodies.QuestionResponse(
             user_known=bool(known[0]),
@@ -99,7 +113,7 @@ class Interviews:
             found, kept = self.method.users.find(user_id), self._kept(user_id)
             state, _ = self.method.known_users.lookup([user_id])
         try:
-            with self.method.one_thread():
+            with self._place(), self.method.one_thread():
                 chances, usual = (self._chances(pool, one)[0] for one in (state, self.method.population_state(1)))
                 foretold = foretold_chances(self.method, kept, MAX_FORETOLD) if kept else None
         except ValueError as error:
@@ -123,6 +137,10 @@ class Interviews:
                 is_undone = self.method.known_users.unlearn(user_id, request.version)
             except PairsNotKeptError as error:
                 raise RequestError("ConflictError", str(error)) from error
+            except StoreError:
+                raise
+            except ValueError as error:
+                raise RequestError("UnprocessableError", str(error)) from error
         if not is_undone:
             self.service.user(user_id)  # or 404
             message = f"the user has another version than {request.version} by now: look before you undo"
@@ -130,6 +148,16 @@ class Interviews:
         return self.service.user(user_id)
 
     # ------------------------------------------------------------------ inside
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the few places for those who wait for the model, so that rewards still find a thread."""
+        if not self._places.acquire(blocking=False):
+            raise RequestError("TooManyRequests", "too many users are asked at once; try again")
+        try:
+            yield
+        finally:
+            self._places.release()
+
     def _pool(self, sent: Sequence[bodies.Candidate] | None) -> list[PoolPair]:
         """The pairs of a request, or else the server's own."""
         if sent is not None:
@@ -196,13 +224,20 @@ def _foretold(answers: Foretold) -> bodies.Foretold | None:
     )
 
 
-def _key(pair: dict[str, Any]) -> tuple[str, frozenset[str]]:
+def _question(prompt: str, left: str, right: str) -> tuple[str, frozenset[str]]:
     """What makes two pairs the same question."""
-    left, right = ("left", "right") if "left" in pair else ("chosen", "rejected")
-    return pair["prompt"], frozenset((pair[left], pair[right]))
+    return prompt, frozenset((left, right))
+
+
+def _read(pair: dict[str, Any]) -> tuple[str, str, str]:
+    """Prompt and responses of a kept pair as a pool has them; programs may have given chat messages."""
+    return to_prompt(pair["prompt"]), to_response(pair["chosen"]).text, to_response(pair["rejected"]).text
 
 
 def _shown(row: int, pool: Sequence[PoolPair]) -> dict[str, Any]:
-    """A pair of a pool as it was sent."""
-    pair = pool[row]
-    return {"index": row, "prompt": from_prompt(pair.prompt), "responses": [pair.left, pair.right]}
+    """A pair of a pool as it was sent, and where it stands there."""
+    return {"index": row, **_sent(pool[row])}
+
+
+def _sent(pair: PoolPair) -> dict[str, Any]:
+    return {"prompt": from_prompt(pair.prompt), "responses": [pair.left, pair.right]}

@@ -251,7 +251,7 @@ async function refresh(one) {
   ]);
   const [question] = next.data;
   if (question && Math.random() < 0.5) question.responses.reverse(); // nobody shall learn that the left one is better
-  Object.assign(one, { question, about, open: next.num_open, expected: next.expected_accuracy });
+  Object.assign(one, { question, about, open: next.num_open, expected: next.expected_accuracy, isStale: false });
   one.shares.push(next.expected_accuracy.share);
 }
 
@@ -327,10 +327,18 @@ function showBeliefs() {
 }
 
 /** Do something for the person who is asked, unless something is being done. */
-async function busily(work) {
+let working = Promise.resolve();
+
+function busily(work) {
   const one = session;
-  if (!one || one.isBusy) return;
+  if (!one || one.isBusy) return working;
   one.isBusy = true;
+  const done = alone(one, work);
+  working = done.catch(() => {});
+  return done;
+}
+
+async function alone(one, work) {
   interview.classList.add("busy");
   try {
     say("");
@@ -345,12 +353,18 @@ async function busily(work) {
 /** Learn which side was chosen; null = neither. */
 const answer = (side) =>
   busily(async (one) => {
+    if (one.isStale) {
+      await refresh(one);
+      if (one === session) showInterview();
+      return;
+    }
     if (!one.question) return;
     const { prompt, responses } = one.question;
     if (side !== null) findAll(".choice")[side].classList.add("chosen");
     const pair = { prompt, chosen: responses[side ?? 0], rejected: responses[1 - (side ?? 0)], tie: side === null };
     await call("POST", at(one.user, "/pairs"), { pairs: [pair], anew: one.isAnew });
     one.isAnew = false;
+    one.isStale = true; // the question is answered, whatever becomes of the next one
     await refresh(one);
     if (one !== session) return;
     showInterview();
@@ -388,13 +402,14 @@ function confirmForgetting(user) {
 /** Delete a user after a question; whether it was done. */
 async function forget(user) {
   if (!(await confirmForgetting(user))) return false;
+  await working; // an answer under way would bring the user back
   const { receipt, is_wiped: isWiped } = await call("DELETE", at(user));
   tabs.postMessage(user);
   if (session?.user === user) leave();
   const index = people.indexOf(user);
   if (index >= 0) people.splice(index, 1);
   showPeople();
-  say(`Forgotten. ${isWiped ? "Nothing is left on the disk." : "The database removes the bytes from the disk later."} Receipt ${receipt.slice(0, 12)}…`);
+  say(`Forgotten. ${isWiped ? "Nothing is left in the store of users." : "The database removes the bytes from its disk later."} Receipt ${receipt.slice(0, 12)}…`);
   return true;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import httpx
@@ -125,6 +126,35 @@ def test_what_was_answered_is_not_asked_again(asker: Interviews) -> None:
     assert done.data == [] and done.num_open == 0
 
 
+def test_what_a_program_taught_as_chat_messages_is_not_asked_again(asker: Interviews) -> None:
+    chat = [{"role": "user", "content": "What next?"}]
+    walk, film = ([{"role": "assistant", "content": text}] for text in ("a walk", "a film"))
+    asker.method.learn("anna", [{"prompt": chat, "chosen": walk, "rejected": film}])
+    pool = [bodies.Candidate(prompt=chat, responses=["a film", "a walk"]), bodies.Candidate(**SENT[0])]
+    asked = asker.next_question("anna", bodies.QuestionRequest(pool=pool, num_pairs=2, skip_answered=True))
+    assert [entry.index for entry in asked.data] == [1] and asked.num_open == 1
+
+
+def test_only_so_many_wait_to_be_asked(asker: Interviews, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that rewards find a thread; and a place is given back, also by a request that failed."""
+    monkeypatch.setattr(asker, "_places", BoundedSemaphore(1))
+    with asker._place():
+        for ask in (
+            lambda: asker.next_question("anna", bodies.QuestionRequest()),
+            lambda: asker.beliefs("anna", bodies.BeliefsRequest()),
+        ):
+            with pytest.raises(RequestError, match="too many users are asked at once") as error:
+                ask()
+            assert error.value.status == 429
+    assert asker.next_question("anna", bodies.QuestionRequest()).data
+
+
+def test_a_pool_whose_answers_would_be_refused_is_refused_at_the_start(service: RewardService) -> None:
+    pool = [POOL[0], PoolPair("p", "a" * (bodies.MAX_CHARACTERS + 1), "b", {})]
+    with pytest.raises(ValueError, match="--pool: pair 2 could not be answered through the server"):
+        Interviews(service, pool)
+
+
 def test_without_a_pool_there_is_nothing_to_ask(service: RewardService) -> None:
     for ask in (Interviews(service).next_question, Interviews(service).beliefs):
         with pytest.raises(RequestError, match="plm serve --pool") as error:
@@ -194,6 +224,20 @@ def test_undo_of_the_only_pair_leaves_the_population(asker: Interviews) -> None:
         asker.undo("anna", bodies.UndoRequest(version=undone.version))
     assert error.value.status == 409
     assert teach(asker, pair(1)).num_pairs == 1 and rewards(asker) != expected
+
+
+def test_pairs_that_cannot_be_fitted_any_more_are_told_by_422(
+    asker: Interviews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = teach(asker, pair(0), pair(1)).version
+
+    def refused(*args: Any) -> Any:
+        raise ValueError("expected prompts that leave room")
+
+    monkeypatch.setattr("plm.checkpoint.adapt_user", refused)
+    with pytest.raises(RequestError, match="leave room") as error:
+        asker.undo("anna", bodies.UndoRequest(version=version))
+    assert error.value.status == 422
 
 
 def test_who_was_forgotten_is_not_brought_back_by_undo(asker: Interviews, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_a_person_answers_ten_pairs_takes_one_back_and_is_forgotten(
     page.click(".forget")
     page.click("dialog .yes")
     page.wait_for_selector("#person", state="visible")
-    assert "Nothing is left on the disk" in page.inner_text(".message")
+    assert "Nothing is left in the store of users" in page.inner_text(".message")
     assert rows(shared_path, "anna/α") == [0, 0]
     assert b"anna" not in b"".join(file.read_bytes() for file in shared_path.parent.glob("*.db*"))
     page.reload()
@@ -218,6 +218,24 @@ def test_who_was_trained_on_pairs_that_were_not_kept_starts_anew(
     page.keyboard.press("Backspace")  # there is nothing of this person to take back
     press(page, "ArrowLeft")
     assert served.user("eva").num_pairs == 1
+
+
+def test_an_answer_that_was_learned_is_not_given_again_where_the_next_question_fails(
+    person: Callable[..., Any], served: RewardService
+) -> None:
+    page = person()
+    begin(page, "stale")
+    page.route("**/beliefs", lambda route: route.fulfill(status=429, json={"error": {"message": "busy for a while"}}))
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("() => document.querySelector('.message').innerText.includes('busy for a while')")
+    assert served.user("stale").num_pairs == 1
+    page.unroute("**/beliefs")
+    press(page, "ArrowRight")  # asks for the next question alone
+    assert served.user("stale").num_pairs == 1
+    press(page, "ArrowRight")
+    assert served.user("stale").num_pairs == 2
+    assert len(page.complaints) == 1 and "429" in page.complaints.pop()
+    served.forget("stale")
 
 
 def test_questions_may_be_pasted(person: Callable[..., Any], served: RewardService, shared_path: Path) -> None:
