@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from plm.functional import Posterior, targets
 from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.lore.maths import cosine_anchor, evidence_losses, kept_bases, l2_anchor, warm_up
+from plm.methods.lore.model import PRIOR_SCALES
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import PreferenceBatch, UserState
 
@@ -485,3 +487,22 @@ def test_report_counts_the_directions_in_which_users_differ() -> None:
 
 def test_one_base_is_no_direction_in_which_users_differ() -> None:
     assert PublishedLoRe(3, 4, num_bases=1).report() == {}
+
+
+def test_few_solutions_are_held_while_a_spread_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and precisions of all users at every candidate would be nine times what is stored of them."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+    solve = LoRe._solve
+
+    def counted(self: LoRe, *args: Any) -> tuple[Tensor, Tensor]:
+        nonlocal most
+        solved = solve(self, *args)
+        alive.append(weakref.ref(solved[1]))
+        most = max(most, sum(one() is not None for one in alive))
+        return solved
+
+    monkeypatch.setattr(LoRe, "_solve", counted)
+    method = fit(LoRe(40, 8, num_bases=2), PlantedData(40), tmp_path, epochs=2)
+    assert len(alive) >= len(PRIOR_SCALES) and most <= 4
+    assert float(method.prior_scale) > 0

@@ -212,12 +212,19 @@ class LoRe(PersonalizationMethod):
             return
         val = [projected_pairs(batch, self._bases()) for batch in self.val_pass()]
         scales = [self.prior_scale.new_tensor(number) for number in PRIOR_SCALES]
-        solved = [self._solve(train, scale) for scale in scales]
-        losses = self.sum_over_processes(torch.stack([self._val_losses(val, weights) for weights, _ in solved]))
+        untold = PRIOR_SCALES.index(1.0)  # where nothing was validated
+        losses: list[Tensor] = []
+        solved: dict[int, tuple[Tensor, Tensor]] = {}  # of the scales that may still be chosen: users may be many
+        for number, scale in enumerate(scales):
+            solved[number] = self._solve(train, scale)
+            losses.append(self.sum_over_processes(self._val_losses(val, solved[number][0])))
+            lowest = min(range(len(losses)), key=lambda index: float(losses[index].sum()))
+            solved = {index: solution for index, solution in solved.items() if index in (0, untold, lowest)}
         judged = losses[0] > 0
-        best = least_harmful(losses[:, judged]) if judged.any() else PRIOR_SCALES.index(1.0)
-        self.weights.copy_(solved[best][0])
-        self.precision.copy_(solved[best][1])
+        best = least_harmful(torch.stack(losses)[:, judged]) if judged.any() else untold
+        weights, precision = solved[best] if best in solved else self._solve(train, scales[best])
+        self.weights.copy_(weights)
+        self.precision.copy_(precision)
         self.prior_scale.copy_(scales[best] if self.stranger_scale < 0 else self.stranger_scale)
 
     def _val_losses(self, val: list[ProjectedPairs], weights: Tensor) -> Tensor:
