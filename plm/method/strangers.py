@@ -6,7 +6,7 @@ Axes: C candidate scales, U users, B pairs in a batch, S pairs of one user (padd
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ class StrangerChoice(NamedTuple):
     error of the difference: `UNREACHED` where no scale has a held-out gain."""
 
 
+Solution = TypeVar("Solution")
+
+
 def least_harmful(losses: Tensor) -> int:
     """Index of the best candidate ``(C, U)``, or 0 where its gain is no larger than its own error.
 
@@ -81,6 +84,43 @@ def least_harmful(losses: Tensor) -> int:
     gain = losses[0] - losses[best]
     error = gain.std() * len(gain) ** 0.5 if len(gain) > 1 else gain.new_tensor(torch.inf)
     return best if gain.sum() > error else 0
+
+
+class Candidates(Generic[Solution]):
+    """Solutions of all users at one candidate after another, of which those are held that may still be chosen.
+
+    Args:
+        default: The candidate that is chosen where nobody has held-out pairs.
+    """
+
+    def __init__(self, default: int) -> None:
+        self.default = default
+        self._losses: list[Tensor] = []
+        self._solved: dict[int, Solution] = {}
+
+    def add(self, losses: Tensor, solution: Solution) -> None:
+        """Take the next candidate.
+
+        Args:
+            losses: ``(U,)`` summed loss of the held-out pairs of every user, of all processes; 0 where there is none.
+            solution: What was solved.
+        """
+        number = len(self._losses)
+        self._losses.append(losses)
+        lowest = int(self._judged().sum(-1).argmin())
+        self._solved[number] = solution
+        self._solved = {index: one for index, one in self._solved.items() if index in (0, self.default, lowest)}
+
+    def choose(self) -> tuple[int, Solution]:
+        """The least harmful candidate, and its solution."""
+        judged = self._judged()
+        best = least_harmful(judged) if judged.shape[1] else self.default
+        return best, self._solved[best]
+
+    def _judged(self) -> Tensor:
+        """Losses ``(C, U)`` of the users who have held-out pairs."""
+        losses = torch.stack(self._losses)
+        return losses[:, losses[0] > 0]
 
 
 def choose_for_strangers(

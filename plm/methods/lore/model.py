@@ -28,7 +28,7 @@ from plm.functional import (
 )
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
-from plm.method.strangers import NO_SPREAD, least_harmful, meet_strangers
+from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
 from plm.methods.lore.maths import (
     ProjectedPairs,
     basis_margins,
@@ -212,17 +212,11 @@ class LoRe(PersonalizationMethod):
             return
         val = [projected_pairs(batch, self._bases()) for batch in self.val_pass()]
         scales = [self.prior_scale.new_tensor(number) for number in PRIOR_SCALES]
-        untold = PRIOR_SCALES.index(1.0)  # where nothing was validated
-        losses: list[Tensor] = []
-        solved: dict[int, tuple[Tensor, Tensor]] = {}  # of the scales that may still be chosen: users may be many
-        for number, scale in enumerate(scales):
-            solved[number] = self._solve(train, scale)
-            losses.append(self.sum_over_processes(self._val_losses(val, solved[number][0])))
-            lowest = min(range(len(losses)), key=lambda index: float(losses[index].sum()))
-            solved = {index: solution for index, solution in solved.items() if index in (0, untold, lowest)}
-        judged = losses[0] > 0
-        best = least_harmful(torch.stack(losses)[:, judged]) if judged.any() else untold
-        weights, precision = solved[best] if best in solved else self._solve(train, scales[best])
+        candidates: Candidates[tuple[Tensor, Tensor]] = Candidates(default=PRIOR_SCALES.index(1.0))
+        for scale in scales:
+            solved = self._solve(train, scale)
+            candidates.add(self.sum_over_processes(self._val_losses(val, solved[0])), solved)
+        best, (weights, precision) = candidates.choose()
         self.weights.copy_(weights)
         self.precision.copy_(precision)
         self.prior_scale.copy_(scales[best] if self.stranger_scale < 0 else self.stranger_scale)

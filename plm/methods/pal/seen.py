@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plm.functional import bt_losses, per_user_sum, targets
-from plm.method.strangers import NO_SPREAD, least_harmful, meet_strangers
+from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, distinct_pairs
 from plm.methods.pal.groups import GroupedMethod
 from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_around, solve_table, table_prior
@@ -94,22 +94,22 @@ class SolvedUsers(GroupedMethod):
         """
         val = [self._solvable(batch) for batch in self.val_pass()]
         scales = PRIOR_SCALES if val else (1.0,)
-        fits, losses = [], []
+        candidates: Candidates[tuple[Tensor, Tensor]] = Candidates(default=0)
+        priors = []
         logits, prior = torch.zeros_like(self.logits).double(), Prior(self.prior_centre.double(), self.prior_scale)
         for number in scales:
             prior = prior._replace(scale=logits.new_tensor(number))
             logits, precision, prior = solve_around(partial(self._solve, train), prior, logits, self.num_pairs > 0)
             own = prior.centre.expand_as(logits) if number == NO_SPREAD else logits
-            fits.append((prior, own, precision))
-            losses.append(self._val_losses(val, own))
-        total = self.sum_over_processes(torch.stack(losses))
-        best = least_harmful(total[:, total[0] > 0]) if val else 0
-        self.logits.copy_(fits[best][1])
-        self.precision.copy_(fits[best][2])
+            priors.append(prior)
+            candidates.add(self.sum_over_processes(self._val_losses(val, own)), (own, precision))
+        best, (own, precision) = candidates.choose()
+        self.logits.copy_(own)
+        self.precision.copy_(precision)
         if self.stranger_scale >= 0:
             best = int((self.stranger_scale - self.stranger_scale.new_tensor(scales)).abs().argmin())
-        self.prior_centre.copy_(fits[best][0].centre)
-        self.prior_scale.copy_(fits[best][0].scale)
+        self.prior_centre.copy_(priors[best].centre)
+        self.prior_scale.copy_(priors[best].scale)
 
     def _val_losses(self, val: list[Solvable], logits: Tensor) -> Tensor:
         """Summed loss of the validation pairs of every user with logits ``(U, K)``: ``(U,)``."""
