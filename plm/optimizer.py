@@ -207,17 +207,23 @@ def clip_norms(gradients: list[Tensor], limit: float) -> None:
         part.mul_(_column(share, part))
 
 
-def with_decay(optimizer: torch.optim.Optimizer, steps: float, factor: Callable[[int], float] | None = None) -> Any:
+Factor = Callable[[int], float]
+
+
+def with_decay(optimizer: torch.optim.Optimizer, steps: float, factor: Factor | list[Factor] | None = None) -> Any:
     """An optimizer whose learning rates fall over the steps of a fit, for ``configure_optimizers``.
 
     Args:
         optimizer: The optimizer.
         steps: Steps of the fit; infinite = their number is not known, and the rates stay.
-        factor: Share of the learning rate after a number of steps; None = linearly to zero.
+        factor: Share of the learning rate after a number of steps, of all groups or of each; None = linearly to zero.
     """
     if math.isinf(steps):
         return optimizer
-    linear: Callable[[int], float] = lambda step: max(1.0 - step / max(steps, 1), 0.0)  # noqa: E731
+
+    def linear(step: int) -> float:
+        return max(1.0 - step / max(steps, 1), 0.0)
+
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, factor or linear)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 

@@ -20,7 +20,7 @@ from plm.messages import Problems
 from plm.method import CHECKPOINT_KEY
 from plm.method.abilities import Writer
 from plm.method.network import NetworkMethod
-from plm.optimizer import Schedule, rate_factor
+from plm.optimizer import Schedule, rate_factor, with_decay
 from plm.types import Tokens, UserState
 
 
@@ -111,8 +111,8 @@ class PolicyMethod(NetworkMethod, Writer):
             else (lambda step: float(rate_factor(self.schedule, self.warmup, torch.tensor(step), torch.tensor(total))))
             for is_constant in has_schedule or [False] * len(optimizer.param_groups)
         ]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        decayed: OptimizerLRScheduler = with_decay(optimizer, total, factors)
+        return decayed
 
     @property
     def num_steps(self) -> int:
