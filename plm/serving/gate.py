@@ -226,13 +226,14 @@ def _is_of_this_machine(scope: Scope, host: str) -> bool:
 
     A page of another host can make its name resolve to this machine, and is then of the same origin to a browser.
     """
-    if not _is_loopback((scope.get("server") or ("",))[0]):
+    if not is_loopback((scope.get("server") or ("",))[0]):
         return True
     name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
-    return name.lower() == "localhost" or _is_loopback(name.strip("[]"))
+    return name.lower() == "localhost" or is_loopback(name.strip("[]"))
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether an address is one of this machine alone."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from plm.querying import read_pool
 from plm.serving.app import make_app
 from plm.serving.embeddings import EncoderServer
-from plm.serving.gate import read_keys
+from plm.serving.gate import is_loopback, read_keys
 from plm.serving.service import RewardService
 
 HEAD_SECONDS = 10.0
@@ -121,7 +121,7 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, workers
     """
     _start_logging()
     _allow_many_connections()
-    if settings.api_keys is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if settings.api_keys is None and not (host == "localhost" or is_loopback(host)):
         log.warning("whoever reaches %s may read, teach and delete users: set --api_keys", host)
     options: dict[str, Any] = {**_OPTIONS, "host": host, "port": port}
     if workers == 1:
