@@ -12,7 +12,6 @@ import uuid
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from threading import BoundedSemaphore
 from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
@@ -24,7 +23,7 @@ from plm.generation import BATCH_TOKENS, Sample, sample
 from plm.method.abilities import Writer
 from plm.serving.batching import Batcher
 from plm.serving.bodies import MAX_CHARACTERS, MAX_TEXTS, No, Sent, UserId
-from plm.serving.service import RequestError, RewardService, store_errors
+from plm.serving.service import Places, RequestError, RewardService, store_errors
 from plm.types import UserState
 
 MAX_CHOICES = 16
@@ -194,7 +193,7 @@ class Chat:
         method = service.method
         self.writer: Writer | None = method if isinstance(method, Writer) and method.can_write else None
         self.batches: Batcher[_Job, _Written] = Batcher(self._work, self._size_of, BATCH_TOKENS)
-        self._places = BoundedSemaphore(NUM_WRITING)
+        self.places = Places(NUM_WRITING, "too many conversations at once")
 
     def complete(self, request: ChatRequest) -> ChatCompletion:
         """Write responses to a conversation.
@@ -209,12 +208,8 @@ class Chat:
                 f"`{self.service.name}` scores responses and writes none: it answers /classify, /score, /get_reward, "
                 "/v1/rewards and /v1/users; serve a checkpoint of LoRADPO, LatentDPO or another method that writes",
             )
-        if not self._places.acquire(blocking=False):
-            raise RequestError("TooManyRequests", "too many conversations at once; try again")
-        try:
+        with self.places.one():
             written = self.batches(self.job(request))
-        finally:
-            self._places.release()
         texts = written.texts if len(written.texts) > 1 else written.texts * (request.n or 1)
         num_tokens = sum(text.num_tokens for text in texts)
         return ChatCompletion(

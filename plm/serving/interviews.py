@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from threading import BoundedSemaphore
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +18,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from plm.adapting import Foretold, foretold_chances
-from plm.checkpoint import PairsNotKeptError
 from plm.data.values import from_prompt, to_prompt, to_response
 from plm.querying import PoolPair, choose_pairs, encode_pool, posterior_samples, sampled_chances
 from plm.serving import bodies
-from plm.serving.service import RequestError, RewardService, store_errors
+from plm.serving.service import Places, RequestError, RewardService, store_errors
 from plm.types import UserState
-from plm.users import StoreError
 
 log = logging.getLogger("plm.serving")
 NUM_DRAWS = 256
@@ -59,7 +55,7 @@ class Interviews:
         if len(pool) > MAX_POOL:
             raise ValueError(f"--pool: expected at most {MAX_POOL} pairs, got {len(pool)}; take a sample of them")
         self.service, self.method, self.pool = service, service.method, list(pool)
-        self._places = BoundedSemaphore(MAX_ASKED)
+        self.places = Places(MAX_ASKED, "too many users are asked at once")
         for number, pair in enumerate(pool, 1):
             try:
                 bodies.Candidate.model_validate(_sent(pair))
@@ -90,7 +86,7 @@ class Interviews:
             kept = self._kept(user_id) if request.skip_answered else []
         try:
             answered = {_question(*_read(pair)) for pair in kept}
-            with self._place(), self.method.one_thread():
+            with self.places.one(), self.method.one_thread():
                 chances = self._chances(pool, posterior_samples(state, NUM_DRAWS, request.seed))
         except ValueError as error:
             raise RequestError("UnprocessableError", str(error)) from error
@@ -113,7 +109,7 @@ class Interviews:
             found, kept = self.method.users.find(user_id), self._kept(user_id)
             state, _ = self.method.known_users.lookup([user_id])
         try:
-            with self._place(), self.method.one_thread():
+            with self.places.one(), self.method.one_thread():
                 chances, usual = (self._chances(pool, one)[0] for one in (state, self.method.population_state(1)))
                 foretold = foretold_chances(self.method, kept, MAX_FORETOLD) if kept else None
         except ValueError as error:
@@ -132,15 +128,8 @@ class Interviews:
 
     def undo(self, user_id: str, request: bodies.UndoRequest) -> bodies.User:
         """Fit a user anew without the last pair; durable when the call returns."""
-        with self.service.writing():
-            try:
-                is_undone = self.method.known_users.unlearn(user_id, request.version)
-            except PairsNotKeptError as error:
-                raise RequestError("ConflictError", str(error)) from error
-            except StoreError:
-                raise
-            except ValueError as error:
-                raise RequestError("UnprocessableError", str(error)) from error
+        with self.service.learning():
+            is_undone = self.method.known_users.unlearn(user_id, request.version)
         if not is_undone:
             self.service.user(user_id)  # or 404
             message = f"the user has another version than {request.version} by now: look before you undo"
@@ -148,16 +137,6 @@ class Interviews:
         return self.service.user(user_id)
 
     # ------------------------------------------------------------------ inside
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        """One of the few places for those who wait for the model, so that rewards still find a thread."""
-        if not self._places.acquire(blocking=False):
-            raise RequestError("TooManyRequests", "too many users are asked at once; try again")
-        try:
-            yield
-        finally:
-            self._places.release()
-
     def _pool(self, sent: Sequence[bodies.Candidate] | None) -> list[PoolPair]:
         """The pairs of a request, or else the server's own."""
         if sent is not None:

@@ -71,6 +71,28 @@ class RequestError(Exception):
         self.kind, self.param, self.status = kind, param, STATUS[kind]
 
 
+class Places:
+    """Room for so many requests at once; the others are refused, so that those for rewards still find a thread.
+
+    Args:
+        count: How many.
+        message: What the others are told.
+    """
+
+    def __init__(self, count: int, message: str) -> None:
+        self._free, self.message = BoundedSemaphore(count), message
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A place while the block lasts."""
+        if not self._free.acquire(blocking=False):
+            raise RequestError("TooManyRequests", f"{self.message}; try again")
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
 class _Job(NamedTuple):
     """Responses to score."""
 
@@ -123,7 +145,7 @@ class RewardService:
         self.name = Path(ckpt_path).stem if name is None else name
         self.created = int(time.time())
         self.label_is_user, self.end_of_turn = label_is_user, end_of_turn
-        self._writers = BoundedSemaphore(NUM_WRITERS)
+        self._writers = Places(NUM_WRITERS, "too many users are learned at once")
         self.batches: Batcher[_Job, _Rewards] = Batcher(self._work, lambda job: len(job.rows), BATCH_TEXTS)
         refused = self._alone(_Job([response_row({"response": "a text", "prompt": "a prompt"})], False))
         if isinstance(refused, Exception):  # what is wrong with the checkpoint shows before anybody asks
@@ -249,15 +271,8 @@ class RewardService:
     def learn(self, user_id: str, request: bodies.PairsRequest) -> bodies.User:
         """Learn a user from pairs and from those before; durable when the call returns."""
         pairs = [{**pair.model_dump(), "prompt": bodies.prompt_text(pair.prompt)} for pair in request.pairs]
-        with self.writing():
-            try:
-                is_stored = self.method.learn(user_id, pairs, request.anew)
-            except PairsNotKeptError as error:
-                raise RequestError("ConflictError", str(error)) from error
-            except StoreError:
-                raise
-            except ValueError as error:
-                raise RequestError("UnprocessableError", str(error), "body.pairs") from error
+        with self.learning("body.pairs"):
+            is_stored = self.method.learn(user_id, pairs, request.anew)
         user = self._find(user_id) if is_stored else None
         if user is None:
             raise RequestError("ConflictError", "the user was deleted meanwhile and stays deleted")
@@ -285,13 +300,21 @@ class RewardService:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A change of the store, one of so many at once."""
-        if not self._writers.acquire(blocking=False):
-            raise RequestError("TooManyRequests", "too many users are learned at once; try again")
-        try:
-            with store_errors():
+        with self._writers.one(), store_errors():
+            yield
+
+    @contextmanager
+    def learning(self, param: str | None = None) -> Iterator[None]:
+        """A change of a user's state that is fitted to pairs, which ``param`` of the request names."""
+        with self.writing():
+            try:
                 yield
-        finally:
-            self._writers.release()
+            except PairsNotKeptError as error:
+                raise RequestError("ConflictError", str(error)) from error
+            except StoreError:
+                raise
+            except ValueError as error:
+                raise RequestError("UnprocessableError", str(error), param) from error
 
     def _row(self, text: str, prompt: str, user: str | None) -> ResponseRow:
         return response_row({"response": text, "prompt": prompt, "user_id": user})

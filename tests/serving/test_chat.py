@@ -25,7 +25,7 @@ from plm.methods.lora_dpo import LoRADPO
 from plm.serving.app import make_app
 from plm.serving.chat import Chat, ChatRequest
 from plm.serving.server import running
-from plm.serving.service import RequestError, RewardService
+from plm.serving.service import Places, RequestError, RewardService
 from plm.testing import saved
 from tests.serving.test_hostile import fuzz
 
@@ -311,12 +311,10 @@ def test_a_checkpoint_of_rewards_says_what_it_answers(path: Path) -> None:
 
 def test_too_many_conversations_are_told_to_try_again(service: RewardService) -> None:
     chat = Chat(service)
-    chat._places = threading.BoundedSemaphore(1)
-    chat._places.acquire()
-    with pytest.raises(RequestError, match="try again") as caught:
+    chat.places = Places(1, chat.places.message)
+    with chat.places.one(), pytest.raises(RequestError, match="try again") as caught:
         chat.complete(ChatRequest(messages=DRINK, **DRAWN))
     assert caught.value.status == 429
-    chat._places.release()
     assert chat.complete(ChatRequest(messages=DRINK, **DRAWN)).choices
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from threading import BoundedSemaphore
 from typing import Any
 
 import httpx
@@ -21,7 +20,7 @@ from plm.serving import bodies, interviews
 from plm.serving.app import make_app
 from plm.serving.interviews import Interviews, expected_accuracy, share_right
 from plm.serving.server import Settings, running
-from plm.serving.service import RequestError, RewardService
+from plm.serving.service import Places, RequestError, RewardService
 from plm.testing import saved
 
 POOL = [PoolPair("What next?", f"a walk in wood {number}", f"a film of {number} hours", {}) for number in range(6)]
@@ -137,8 +136,8 @@ def test_what_a_program_taught_as_chat_messages_is_not_asked_again(asker: Interv
 
 def test_only_so_many_wait_to_be_asked(asker: Interviews, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that rewards find a thread; and a place is given back, also by a request that failed."""
-    monkeypatch.setattr(asker, "_places", BoundedSemaphore(1))
-    with asker._place():
+    monkeypatch.setattr(asker, "places", Places(1, asker.places.message))
+    with asker.places.one():
         for ask in (
             lambda: asker.next_question("anna", bodies.QuestionRequest()),
             lambda: asker.beliefs("anna", bodies.BeliefsRequest()),
