@@ -7,8 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,16 @@ from plm.backbones import RemoteError, RemotePolicy, remote
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
 from plm.testing import saved
+from tests.http_servers import LocalServer
 
 CHAT = [{"role": "user", "content": "a bird?"}]
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
     """Answers with a text that tells prompt and seed; fails as it is told."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.models = ["tiny"]
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -37,10 +35,6 @@ class Server(ThreadingHTTPServer):
         self.busy = self.most_busy = 0
         self.pause = 0.0
         self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -83,24 +77,12 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"choices": [choice]}, {})
 
 
-@contextmanager
-def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server while the block lasts."""
-    odd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=odd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield f"http://127.0.0.1:{odd.server_address[1]}/"
-    odd.shutdown()
-    odd.server_close()
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
     server = Server()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with server.running():
+        yield server
 
 
 def test_a_text_is_asked_for_with_a_seed_of_its_own(server: Server) -> None:
@@ -142,8 +124,9 @@ def test_answers_without_a_json_object_are_refusals(answer: bytes) -> None:
             self.end_headers()
             self.wfile.write(answer)
 
-    with serving(Odd) as url, pytest.raises(RemoteError, match=r"expected (a JSON object|JSON)") as error:
-        remote.ask(url, {}, "NO_KEY", retries=3)
+    odd = LocalServer(Odd)
+    with odd.running(), pytest.raises(RemoteError, match=r"expected (a JSON object|JSON)") as error:
+        remote.ask(odd.url, {}, "NO_KEY", retries=3)
     assert not error.value.is_passing
 
 
@@ -164,8 +147,9 @@ def test_an_error_whose_words_do_not_come_is_tried_again(monkeypatch: pytest.Mon
                 time.sleep(0.02)
             self.connection.close()
 
-    with serving(Cut) as url, pytest.raises(RemoteError) as error:
-        remote.ask(url, {}, "NO_KEY", retries=1, timeout=0.2)
+    cut = LocalServer(Cut)
+    with cut.running(), pytest.raises(RemoteError) as error:
+        remote.ask(cut.url, {}, "NO_KEY", retries=1, timeout=0.2)
     assert len(tries) == 2 and error.value.is_passing and "did not end within 0.2 s" in str(error.value)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,22 @@ from plm.serving.embeddings import MOST_TEXTS, EncoderServer
 from plm.serving.server import Settings, running
 from plm.serving.service import RewardService
 from plm.testing import saved, tiny_causal_lm
+from tests.http_servers import LocalServer
 
 TEXTS = [f"strong tea number {number}" for number in range(70)]
 
 
-class Encoder(ThreadingHTTPServer):
+class Encoder(LocalServer):
     """``/v1/embeddings`` of a backbone, which may be told to do something else."""
 
-    daemon_threads = True
-
     def __init__(self, backbone: Backbone) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.backbone = backbone
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.failures: list[int] = []
         self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
         self.warp: Callable[[torch.Tensor], torch.Tensor] = lambda features: features
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -76,10 +70,8 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Encoder]:
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
     monkeypatch.setattr(embeddings, "LONGEST_WAIT", 0.005)
     server = Encoder(HashingBackbone(dim=64))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with server.running():
+        yield server
 
 
 def test_rewards_are_those_of_the_encoder_here(path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
