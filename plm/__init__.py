@@ -1,6 +1,7 @@
 """plm: train, judge, adapt and serve preference models that know each of their users.
 
 The public names below are imported on first use, so that ``import plm`` and the light commands never wait for torch.
+Every installed method is a name of plm as well, by its entry point.
 """
 
 from __future__ import annotations
@@ -59,10 +60,15 @@ __all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from the module that defines it."""
-    if name not in _MODULE_OF:
+    """Import a public name, or an installed method, from the module that defines it."""
+    from importlib.metadata import entry_points  # slow to import
+
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    elif not name.startswith("_") and (found := entry_points(group="plm.methods", name=name)):
+        value = next(iter(found)).load()
+    else:
         raise AttributeError(f"module 'plm' has no attribute {name!r}")
-    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

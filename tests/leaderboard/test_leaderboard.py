@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,10 +200,11 @@ def test_candidates_are_distinct_and_start_with_the_defaults() -> None:
 def test_all_methods_are_ours_and_the_published_ones(place: Path) -> None:
     """Each with the settings of its paper, whatever the budget of the search; every row can be read."""
     found, left_out = entries.of_methods(["all"], ["--config", str(place / "tiny.yaml")])
-    both = [f"{name} ({whose})" for name in ("LoRe", "PAL", "VPL") for whose in ("ours", "published")]
-    assert {*both, "BradleyTerry", "PALM"} == {entry.name for entry in found} and "SFT" in left_out
+    both = {f"{name} ({whose})" for name in entries.PUBLISHED for whose in ("ours", "published")}
+    installed = {point.name for point in entry_points(group="plm.methods")} - {"PublishedLoRe", *entries.PUBLISHED}
+    assert both | installed - set(left_out) == {entry.name for entry in found} and "SFT" in left_out
     read, _ = entries.read_entries([entry for entry in found if "published" in entry.name])
-    assert [entry.error for entry in read] == [""] * 3
+    assert [entry.error for entry in read] == [""] * len(entries.PUBLISHED)
     for entry in read:
         assert candidates(entry, 12) == [{}]
         settings = yaml.safe_load(Path(entry.args[-1]).read_text())["model"]

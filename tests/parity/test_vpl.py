@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 import plm.methods.vpl as vpl
+from plm.method.episodes import arrange, draw_episodes, response_ids, response_nodes
 from plm.methods.vpl import VPL, is_collapsed, target_bound
-from plm.methods.vpl.episodes import arrange, draw_episodes, response_ids, response_nodes
 from plm.methods.vpl.networks import (
     DECODERS,
     POSTERIORS,

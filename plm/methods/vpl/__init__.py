@@ -27,8 +27,8 @@ from torch import Tensor
 from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
+from plm.method.episodes import Arranged, TargetRule, arrange, content_keys, draw_episodes, rank_within_user
 from plm.method.strangers import least_harmful
-from plm.methods.vpl.episodes import Arranged, TargetRule, arrange, content_keys, draw_episodes, rank_within_user
 from plm.methods.vpl.networks import (
     DECODERS,
     POSTERIORS,

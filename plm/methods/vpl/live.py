@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from plm.method.episodes import Arranged, arrange
 from plm.method.live import LiveMethod
 from plm.methods.vpl import VPL
-from plm.methods.vpl.episodes import Arranged, arrange
 from plm.types import PreferenceBatch
 
 

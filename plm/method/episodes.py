@@ -1,4 +1,4 @@
-"""Episodes of VPL: which pairs of a user are context and which are targets, drawn anew at every training step.
+"""Episodes: which pairs of a user are context and which are targets, drawn anew at every training step.
 
 Axes: N pairs in a batch, D feature width, E episodes (one per user of the batch), M nodes.
 """
