@@ -10,6 +10,7 @@ import torch
 
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.fast_weights import FastWeights
 from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
@@ -172,6 +173,13 @@ class TestVPLGuided(TestVPL):
         "latent_map": "sphere",
         "free_bits": 0.1,
     }
+
+
+class TestFastWeights(MethodContract):
+    options: dict[str, Any] = {"num_keys": 4}  # noqa: RUF012 - read only
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return FastWeights(num_users, feature_dim, **self.options)
 
 
 class TestPALM(MethodContract):
