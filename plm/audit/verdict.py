@@ -91,7 +91,7 @@ class Audit:
 def audit_files(
     pairs: Sequence[str],
     *,
-    columns: Mapping[str, str] | None = None,
+    reading: Mapping[str, Any] | None = None,
     test_pairs: Sequence[str] = (),
     scores: str | None = None,
     reported: str | None = None,
@@ -101,7 +101,7 @@ def audit_files(
 
     Args:
         pairs: Files of preference pairs.
-        columns: Our column name -> the file's.
+        reading: How the files are read: other arguments of `read_pairs`.
         test_pairs: Files of the test's pairs, where ``pairs`` are those of training.
         scores: Per-item file of a model, or the folder of its run.
         reported: The accuracy that is claimed of it, as it is printed.
@@ -111,7 +111,7 @@ def audit_files(
         ValueError: If a file cannot be read, or they contradict each other.
     """
     files, test_files = local_files(pairs), local_files(test_pairs)
-    table = read_pairs([*files, *test_files], dict(columns or {}))
+    table = read_pairs([*files, *test_files], **(reading or {}))
     num_copied = 0
     if test_files:
         if (table.row_split >= 0).any():
@@ -120,7 +120,7 @@ def audit_files(
             )
         stage = np.where(table.where[:, 0] < len(files), TRAIN, TEST)
         table = replace(table, row_split=stage)
-        names = (set(pair_names(read_pairs(some, dict(columns or {})))) for some in (files, test_files))
+        names = (set(pair_names(read_pairs(some, **(reading or {})))) for some in (files, test_files))
         num_copied = len(set.intersection(*names))
     is_split = bool((table.row_split >= 0).any())
     name = ", ".join(Path(file).name for file in [*files, *test_files])

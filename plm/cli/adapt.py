@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plm.cli.options import OptionParser
+from plm.cli.options import OptionParser, reading_of
 
 
 def run(args: list[str]) -> None:
@@ -19,6 +19,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
     parser.add_shared("--columns")
+    parser.add_shared("--winner")
     parser.add_shared("--users")
     options = parser.parse(args)
 
@@ -33,7 +34,7 @@ def run(args: list[str]) -> None:
     method = load_method(options.ckpt_path, users=options.users)
     store = method.known_users.store
     since = store.num_erasures
-    user_ids, states = adapt_users(method, read_pairs(options.pairs, dict(options.columns)))
+    user_ids, states = adapt_users(method, read_pairs(options.pairs, **reading_of(options)))
     num_known = int(store.get(user_ids)[1].sum())
     num_written = len(store.add(user_ids, states, since=since))
     pairs = states.num_pairs.float()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from plm.cli.options import ROWS, OptionParser, integer, split_overrides
+from plm.cli.options import ROWS, OptionParser, integer, reading_of, split_overrides
 from plm.messages import nearest
 
 _SPLIT = {"group_by": "group_by", "unseen_users": "unseen_users", "val_rows": "val_rows", "test_rows": "test_rows"}
@@ -40,6 +40,7 @@ def _data(args: list[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="recipe whose data are checked")
     parser.add_shared("--pairs", help="instead of a recipe: files of preference pairs, JSONL(.gz), CSV or Parquet")
     parser.add_shared("--columns")
+    parser.add_shared("--winner")
     parser.add_shared("--output", metavar="DIR", help="folder of the report; default: runs/data_check/<name>")
     parser.add_argument(
         "--num_weights", type=integer(1), metavar="K", help="weights per user; default: the recipe's num_bases"
@@ -51,8 +52,8 @@ def _data(args: list[str]) -> int:
         parser.error("give either --config or --pairs")
     if options.pairs and overrides:
         parser.error(f"{overrides[0].partition('=')[0]!r} overrides a recipe; it needs --config")
-    if options.columns and not options.pairs:
-        parser.error("--columns goes with --pairs")
+    if (options.columns or options.winner) and not options.pairs:
+        parser.error("--columns and --winner go with --pairs")
 
     from rich.console import Console
 
@@ -66,7 +67,7 @@ def _data(args: list[str]) -> int:
     source: PairSource
     num_weights = options.num_weights
     if options.pairs:
-        source = PairFiles(options.pairs, dict(options.columns))
+        source = PairFiles(options.pairs, **reading_of(options))
     else:
         recipe = merged_recipe(options.config, overrides)
         source, split = build_source(recipe), recipe.get("data") or {}
@@ -99,6 +100,7 @@ def _audit(args: list[str]) -> int:
     )
     parser.add_argument("pairs", nargs="+", metavar="PAIRS", help=f"preference pairs: {ROWS}")
     parser.add_shared("--columns")
+    parser.add_shared("--winner")
     parser.add_argument("--test_pairs", nargs="+", default=[], metavar="FILE", help="pairs of the test, PAIRS train")
     parser.add_argument(
         "--results",
@@ -123,7 +125,7 @@ def _audit(args: list[str]) -> int:
 
     audit = audit_files(
         options.pairs,
-        columns=dict(options.columns),
+        reading=reading_of(options),
         test_pairs=options.test_pairs,
         scores=options.results,
         reported=options.reported,

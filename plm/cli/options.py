@@ -69,6 +69,14 @@ SHARED: dict[str, dict[str, Any]] = {
     "--rewards": {"metavar": "YAML", "help": REWARDS},
     "--seed": {"type": int, "default": 0, "metavar": "N"},
     "--user": {"metavar": "ID"},
+    "--winner": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "KEY=TEXT",
+        "type": assignment("KEY=TEXT"),
+        "help": "column that names the preferred response, and its labels: column=comparison left=A right=B tie=same; "
+        "several labels: tie=same tie=neither; no column does: column=",
+    },
     "--users": {
         "metavar": "PLACE",
         "help": "where the users are: a file or postgresql+psycopg://... (default: <stem>.users.db of the checkpoint)",
@@ -113,6 +121,14 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Stop with one message and status 2."""
         stop(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+def reading_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``--columns`` and ``--winner`` say, as arguments of `plm.data.schema.read_pairs`."""
+    winner: dict[str, Any] = {}
+    for key, text in options.winner:
+        winner[key] = (text or None) if key == "column" else [*winner.get(key, []), text]
+    return {"columns": dict(options.columns), "winner": winner or None}
 
 
 def split_overrides(args: list[str]) -> tuple[list[str], list[str]]:

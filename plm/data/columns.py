@@ -5,7 +5,7 @@ Axes: N rows of a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +25,11 @@ OPTIONAL = (
     "timestamp",
     "row_split",
     "user_split",
-    "winner",
 )
+LISTED = ("responses", "ratings")
+"""Columns of rows with K rated responses."""
+NAMED = ("status",)
+"""Columns that are read only where the options name them."""
 
 
 class Column(NamedTuple):
@@ -42,11 +45,14 @@ class RawPairs(NamedTuple):
     columns: dict[str, Column]
     lines: IntArray
     problems: list[tuple[int, str]]
+    dropped: Mapping[str, int] = {}
 
 
-def column_names(columns: dict[str, str | None]) -> dict[str, str]:
+def column_names(columns: Mapping[str, str | None]) -> dict[str, str]:
     """Our name -> the file's name, for every column that is to be read."""
-    known = (*REQUIRED, *OPTIONAL)
+    known = (*REQUIRED, *OPTIONAL, *LISTED, *NAMED)
+    if "winner" in columns:
+        raise ValueError(f"columns: the winner has options of its own; set winner: {{column: {columns['winner']}}}")
     unknown = [name for name in columns if name not in known]
     if unknown:
         raise ValueError(
@@ -55,7 +61,7 @@ def column_names(columns: dict[str, str | None]) -> dict[str, str]:
     unread = [name for name in REQUIRED if name in columns and columns[name] is None]
     if unread:
         raise ValueError(f"columns: {unread!r} are required and cannot be null")
-    named = {name: columns.get(name, name) for name in known}
+    named = {name: columns.get(name, None if name in NAMED else name) for name in known}
     return {name: file_name for name, file_name in named.items() if file_name is not None}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from plm.arrays import BoolArray, Float32Array, Float64Array, IntArray
 from plm.data.checker import Checker, report
 from plm.data.columns import OPTIONAL, REQUIRED, Column, column_names, factorise, stack
 from plm.data.files import position
-from plm.data.layouts import read_columns, sorted_by_winner
+from plm.data.layouts import read_columns
 from plm.data.values import (
     USER_SPLITS,
     Response,
@@ -38,6 +39,7 @@ from plm.data.values import (
     to_timestamp,
     to_weight,
 )
+from plm.data.winners import sides_of, sorted_by_winner
 
 
 @dataclass(frozen=True)
@@ -189,45 +191,48 @@ def pair_table(
 
 
 def read_pairs(
-    paths: Sequence[str | Path], columns: dict[str, str | None] | None = None, winner: dict[str, str] | None = None
+    paths: Sequence[str | Path],
+    columns: Mapping[str, str | None] | None = None,
+    winner: Mapping[str, Any] | None = None,
 ) -> PairTable:
-    """Read and validate pairs from JSONL, CSV (both also .gz) and Parquet files.
+    """Read and validate pairs from JSONL, JSON, CSV (all also .gz) and Parquet files.
 
-    A line of JSONL may hold ``responses`` and their ``ratings`` instead of ``chosen`` and ``rejected``: all pairs of
-    them, which share the weight of the line.
+    A row may hold ``responses`` and their ``ratings`` instead of ``chosen`` and ``rejected``: all pairs of them, which
+    share the weight of the row.
 
     Args:
         paths: Files; their rows are concatenated.
         columns: Our column name -> the file's; None leaves an optional column of the file unread.
-        winner: What the column ``winner`` says where the response read as chosen was preferred (``left``), where the
-            one read as rejected was (``right``), and where neither (``tie``); beside the names of the two columns and
-            the words left, right and tie themselves.
+        winner: ``column``: the one that names the preferred response, None = no column does. ``left``, ``right`` and
+            ``tie``: what it says, a label or a list of them, where the response read as chosen was preferred, where the
+            one read as rejected was, and where neither; beside the names of the two columns and ``winners.WORDS``.
 
     Returns:
         The pairs without duplicates and without rows whose ``user_split`` is neither seen nor unseen; both are counted
         in ``dropped`` and warned about.
 
     Raises:
-        ValueError: With every malformed row (the first 20 and the count), each as ``file:line: what is wrong``.
+        ValueError: With every malformed row (the first 20 and the count), each as ``file:line: what is wrong``; or if
+            a column seems to name the preferred response and is not read.
     """
     names = column_names(columns or {})
-    sides = {"left": "left", "right": "right", "tie": "tie", names["chosen"]: "left", names["rejected"]: "right"}
-    unknown = [side for side in winner or {} if side not in ("left", "right", "tie")]
-    if unknown:
-        raise ValueError(f"winner: expected keys among left, right, tie, got {unknown!r}")
-    sides |= {str(value): side for side, value in (winner or {}).items()}
+    sides = sides_of(winner, names) if winner is not None else {}
+    if winner is not None and winner["column"] is not None:
+        names["winner"] = winner["column"]
+    no_winner = winner is not None and winner["column"] is None
     problems: list[tuple[int, int, str]] = []
     raws = []
     for index, path in enumerate(paths):
-        raw = read_columns(Path(path), names)
+        raw = read_columns(Path(path), names, no_winner)
         problems += [(index, line, text) for line, text in raw.problems]
         raws.append(raw)
     files = [str(path) for path in paths]
     lines = [np.stack([np.full(len(raw.lines), i), raw.lines], axis=1) for i, raw in enumerate(raws)]
     where = np.concatenate(lines).astype(np.int64) if lines else np.zeros((0, 2), dtype=np.int64)
     checker = Checker(where, problems)
-    stacked = {name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL)}
-    table = _validate(sorted_by_winner(stacked, sides, checker), checker, files, {})
+    stacked = {name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL, "winner")}
+    dropped: Counter[str] = sum((Counter(raw.dropped) for raw in raws), Counter())
+    table = _validate(sorted_by_winner(stacked, sides, checker), checker, files, dropped)
     if problems:
         raise ValueError(report(files, sorted(set(problems))))  # pairs of one line may share one problem
     assert table is not None

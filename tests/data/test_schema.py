@@ -233,38 +233,6 @@ def test_other_responses_beside_a_pair_are_not_read(tmp_path: Path) -> None:
         assert plain(read_pairs([write(tmp_path / name, rows)])) == [tuple(row.values()) for row in ROWS]
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.csv", "pairs.parquet"])
-def test_a_column_names_the_winner(tmp_path: Path, name: str) -> None:
-    answers = [("a", "b", "B"), ("c", "d", "A"), ("e", "f", "same")]
-    rows = [
-        {"user_id": "u", "prompt": "p", "one": left, "two": right, "better": word, "s1": 1.0, "s2": 2.0}
-        for left, right, word in answers
-    ]
-    path = write(tmp_path / name, rows)
-    columns: dict[str, str | None] = {"chosen": "one", "rejected": "two", "chosen_score": "s1", "rejected_score": "s2"}
-    table = read_pairs([path], {**columns, "winner": "better"}, {"left": "A", "right": "B", "tie": "same"})
-    assert [pair[2:] for pair in plain(table)] == [("b", "a"), ("c", "d"), ("e", "f")]
-    assert table.tie.tolist() == [False, False, True]
-    assert table.chosen_score.tolist() == [2, 1, 1] and table.rejected_score.tolist() == [1, 2, 2]
-    with pytest.raises(ValueError, match=r"the column 'better' seems to say .*set columns: {winner: better}"):
-        read_pairs([path], columns)
-    assert [pair[2:] for pair in plain(read_pairs([path], {**columns, "winner": None}))] == [
-        tuple(a[:2]) for a in answers
-    ]
-    with pytest.raises(ValueError, match=r"winner: expected one of left, right, tie, one, two .*, got 'B'"):
-        read_pairs([path], {**columns, "winner": "better"})
-    with pytest.raises(ValueError, match="winner: expected keys among left, right, tie, got \\['first'\\]"):
-        read_pairs([path], {**columns, "winner": "better"}, {"first": "A"})
-
-
-def test_a_winner_may_be_the_name_of_a_column_and_must_be_given(tmp_path: Path) -> None:
-    columns: dict[str, str | None] = {"chosen": "one", "rejected": "two", "winner": "best"}
-    row = {"user_id": "u", "prompt": "p", "one": "a", "two": "b", "best": "two"}
-    assert plain(read(tmp_path, row, **columns)) == [("u", "p", "b", "a")]
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: winner: missing or null"):
-        read(tmp_path, row, {**row, "best": None, "prompt": "q"}, **columns)
-
-
 def test_all_bad_rows_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     bad = json.dumps({**ROWS[0], "chosen": ""})

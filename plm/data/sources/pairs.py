@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from plm.data.schema import PairTable, read_pairs
 from plm.data.sources import PairSource
@@ -16,25 +17,28 @@ class PairFiles(PairSource):
     test) and user_split (seen or unseen; rows with any other value are left out). Prompts and responses are texts or
     chat messages; a prompt may be an empty text, a response may not. Of duplicate rows the first is kept.
 
-    Where the file has two responses and a column that names the preferred one, as tools of annotation write, the column
-    is ``winner``: ``columns: {chosen: response_a, rejected: response_b, winner: preferred}``.
+    Where the file has two responses and a column that names the preferred one, as tools of annotation write, say so:
+    ``columns: {chosen: response_a, rejected: response_b}`` with ``winner: {column: preferred, left: A, right: B}``. A
+    file with such a column that nothing reads is refused. Users and winners may be lists of one length: as many pairs.
 
-    A line of JSONL may hold ``responses`` and their ``ratings``, two lists, instead of chosen and rejected: all pairs
-    of them, the higher rating chosen, equal ones a tie, with the weight of one pair in all.
+    A row may hold ``responses`` and their ``ratings``, two lists, instead of chosen and rejected: all pairs of them,
+    the higher rating chosen, equal ones a tie, with the weight of one pair in all.
 
     Args:
         path: A file or several, ending in .jsonl, .json, .csv (all also .gz) or .parquet; may hold ``~`` and ``*``. A
             relative path that does not exist here is looked up in the folder named by the PLM_DATA variable.
-        columns: Our column name -> the name in the file, where they differ; null leaves an optional column unread.
-        winner: What the winner column says, where it is neither the name of a response's column nor left, right or tie:
-            ``{left: A, right: B, tie: same}``.
+        columns: Our column name -> the name in the file, where they differ, with dots on the way to a part of a value;
+            null leaves an optional column unread.
+        winner: ``column`` names the preferred response, null = none does. ``left``, ``right`` and ``tie``: its labels,
+            one or a list each, for the response of ``chosen``, of ``rejected``, and for neither; not needed for left,
+            right, tie, a, b, model_a, model_b and the names of the two columns.
     """
 
     def __init__(
         self,
         path: str | list[str],
         columns: dict[str, str | None] | None = None,
-        winner: dict[str, str] | None = None,
+        winner: dict[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.columns = columns

@@ -65,6 +65,12 @@ def test_real_sets(name: str, num_pairs: int, num_users: int) -> None:
     ("group", "header", "left", "right"),
     [
         ("label_studio", "prompt,answer1,answer2,id,comparison,annotator", "left", "right"),
+        (
+            "argilla",
+            "prompt,response-0,response-1,id,preference.responses,preference.responses.users",
+            "['response-0']",
+            "['response-1']",
+        ),
         ("two_responses", "prompt,response_a,response_b,id,winner,user_id", "model_a", "model_b"),
         ("two_responses", "prompt,response_a,response_b,id,winner,user_id", "response_a", "response_b"),
     ],
@@ -79,7 +85,8 @@ def test_exports_of_annotation_tools_give_the_right_labels(
         sides = (short, long) if number % 3 else (long, short)
         for user in ("anna", "ben"):
             liked = short if user == "anna" else long
-            rows.append(f'p{number},"{sides[0]}","{sides[1]}",{number},{left if sides[0] == liked else right},{user}')
+            by = f"['{user}']" if group == "argilla" else user
+            rows.append(f'p{number},"{sides[0]}","{sides[1]}",{number},{left if sides[0] == liked else right},{by}')
     path = tmp_path / "export.csv"
     path.write_text("\n".join([header, *rows]))
     spec = yaml.safe_load((ROOT / f"conf/data/{group}.yaml").read_text())["data"]["source"]["init_args"]
