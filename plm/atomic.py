@@ -10,6 +10,9 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import date, timedelta
+from datetime import time as clock_time
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,11 +115,42 @@ def write_json(path: str | Path, entries: Mapping[str, Any], merge: bool = False
     write_text(path, json.dumps(_finite({**kept, **entries}), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def json_line(row: Mapping[str, Any]) -> str:
+    """One row of results as a line of JSON.
+
+    Dates, spans of time and decimal numbers, which Parquet holds, become texts; nan and infinities become null.
+
+    Raises:
+        ValueError: For a value that JSON cannot hold, such as bytes, with its column.
+    """
+    try:
+        return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=_as_text) + "\n"
+    except TypeError as error:
+        wrong = next((name for name, value in row.items() if not _fits_json(value)), "?")
+        raise ValueError(f"column {wrong!r}: expected values that JSON can hold, {error}; leave it out") from error
+
+
 def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write a CSV file in one step; None becomes an empty cell."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *rows])
     write_text(path, text.getvalue())
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no type for but a text says in full."""
+    if isinstance(value, date | clock_time | timedelta | Decimal):
+        return str(value)
+    raise TypeError(f"got {type(value).__name__}")
+
+
+def _fits_json(value: Any) -> bool:
+    """Whether a value can be written."""
+    try:
+        json.dumps(value, default=_as_text)
+    except TypeError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import RLock
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from plm.adapting import RecentFeatures, adapt_user
 from plm.backbones import Backbone, CausalLM, TooLong
-from plm.data.values import plain_prompt, short
+from plm.data.values import parsed, plain_prompt, short, to_text
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
 from plm.types import Tokens, UserState
 from plm.users import UserStore, shared_hash, store_path
@@ -39,7 +41,11 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        lines = str(error).splitlines()
+        reason = "it is no archive that torch writes, or a part of one"
+        if zipfile.is_zipfile(path):
+            unsafe = "it holds more than tensors and plain values, or is damaged"
+            reason = unsafe if isinstance(error, UnpicklingError) or not lines else lines[0]
         raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} cannot be read: {reason}") from error
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} has no {CHECKPOINT_KEY!r} entry")
@@ -238,8 +244,11 @@ class TextEncoder:
         """Features ``(B, D)``, or tokens, of B responses to B prompts.
 
         Raises:
-            ValueError: For a prompt that leaves no room for a response, with the number of its row.
+            ValueError: For a text with half of a character, or a prompt that leaves no room for a response, with the
+                number of its row.
         """
+        for row, pair in enumerate(zip(prompts, texts, strict=True), start=1):
+            parsed(f"row {row} of {len(texts)}", pair, lambda both: [to_text(text) for text in both])
         if not texts and self.method.view == "features":
             return self.method.reference.new_zeros(0, self.method.feature_dim)
         try:

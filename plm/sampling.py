@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plm.atomic import only_writer, write_text
+from plm.atomic import json_line, only_writer, write_text
 from plm.backbones import Policy, RemotePolicy
 from plm.generation import sample_texts
 from plm.recipe.prompts import Prompt, prompt_of
@@ -64,7 +64,7 @@ def write_samples(
                 samples = sample_texts(policy, texts, num_samples=num_samples, progress=on_progress, **settings)
                 for prompt, row in zip(part, samples, strict=True):
                     record = {**prompt.record, "prompt": prompt.value, "responses": row}
-                    file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+                    file.write(json_line(record))
                 file.flush()
                 os.fsync(file.fileno())
     return len(missing)

@@ -239,6 +239,11 @@ def _plain(text: str) -> str:
 def _labels(table: PairTable) -> Iterator[Finding]:
     if table.tie.any():
         yield Finding("info", "ties", f"{table.tie.sum()} of {table.num_pairs} pairs are ties ({table.tie.mean():.1%})")
+    silent = np.bincount(table.user, weights=table.weight, minlength=table.num_users) == 0
+    if silent.any():
+        first = table.user_ids[int(silent.argmax())]
+        text = f"{silent.sum()} users, such as {first!r}, have no pair that weighs more than 0: they teach nothing"
+        yield Finding("warning", "weights", text)
     equal = ~table.tie & (table.chosen_score == table.rejected_score)
     if equal.any():
         yield Finding(

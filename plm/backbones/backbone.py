@@ -124,7 +124,7 @@ class Backbone(ABC):
         """Rebuild a backbone from its ``spec``.
 
         Raises:
-            ValueError: If the class cannot be imported or is no backbone.
+            ValueError: If the class cannot be imported, is no backbone or takes other arguments.
         """
         class_path = spec["class_path"]
         module, _, name = class_path.rpartition(".")
@@ -138,7 +138,12 @@ class Backbone(ABC):
             raise ValueError(
                 f"expected the class of a backbone, got {class_path!r}, which is no plm.backbones.Backbone"
             )
-        return cls(**spec.get("init_args", {}))
+        arguments = spec.get("init_args", {})
+        try:
+            inspect.signature(cls).bind(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{class_path}: {error}; expected the init_args of the installed class") from error
+        return cls(**arguments)
 
 
 def choose(name: str, value: str, choices: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from plm.atomic import write_text
+from plm.atomic import json_line, write_text
 from plm.backbones import CausalLM, Policy, RemotePolicy, device
 
 
@@ -58,7 +57,7 @@ def with_results(record: dict[str, Any], user_id: str | None, **results: Any) ->
 
 def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
     """Write rows as JSONL to a file, or to standard output where none is named."""
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)  # str: dates of Parquet
+    text = "".join(map(json_line, rows))
     if output:
         write_text(output, text)
     else:

@@ -70,6 +70,12 @@ def parquet_errors(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowException, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
+    except OSError as error:
+        if type(error) is not OSError:  # not its content: there is no such file, or it may not be read
+            raise
+        raise ValueError(
+            f"{path}: expected a whole Parquet file, got a damaged one ({error}); write it again"
+        ) from error
 
 
 def named_once(path: Path, names: Sequence[str]) -> None:
@@ -131,8 +137,13 @@ def _parsed_json(text: bytes) -> Any:
     Raises:
         ValueError: If it is none, with a key given twice, or with brackets too deep to read.
     """
+    if b"\0" in text:
+        raise ValueError("expected UTF-8, got zero bytes, as UTF-16 has them; save the file as UTF-8")
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        byte = text[error.start]
+        raise ValueError(f"expected UTF-8, got byte 0x{byte:02x} at {error.start}; save the file as UTF-8") from None
     except RecursionError:
         raise ValueError("its brackets are too deep to read") from None
 

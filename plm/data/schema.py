@@ -32,10 +32,10 @@ from plm.data.values import (
     to_bool,
     to_id,
     to_integer,
-    to_number,
     to_prompt,
     to_response,
     to_row_split,
+    to_score,
     to_timestamp,
     to_weight,
 )
@@ -352,8 +352,8 @@ def _optional_columns(columns: dict[str, Column | None], checker: Checker) -> di
     """Optional columns that the files have, as arrays with our null values."""
     specs: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
         "weight": (to_weight, 1.0, np.float32),
-        "chosen_score": (to_number, math.nan, np.float32),
-        "rejected_score": (to_number, math.nan, np.float32),
+        "chosen_score": (to_score, math.nan, np.float32),
+        "rejected_score": (to_score, math.nan, np.float32),
         "tie": (to_bool, False, np.bool_),
         "turn": (to_integer, -1, np.int64),
         "timestamp": (to_timestamp, math.nan, np.float64),

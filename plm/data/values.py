@@ -14,6 +14,7 @@ _Value = TypeVar("_Value")
 _MESSAGE = ("role", "content")
 ROW_SPLITS = ("train", "val", "test")
 USER_SPLITS = ("seen", "unseen")
+MOST_SCORE = 1e38
 
 
 def canonical_messages(messages: Sequence[dict[str, str]]) -> str:
@@ -200,6 +201,14 @@ def to_weight(value: Any) -> float:
     number = to_number(value)
     if not 0 <= number <= 1e30:
         raise ValueError("expected a weight between 0 and 1e30")
+    return number
+
+
+def to_score(value: Any) -> float:
+    """Convert to a reward that float32 holds; nan stands for none."""
+    number = to_number(value)
+    if abs(number) > MOST_SCORE:
+        raise ValueError(f"expected a number between -{MOST_SCORE:g} and {MOST_SCORE:g}")
     return number
 
 

@@ -37,9 +37,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"the config {str(path)!r} is not valid YAML: its brackets are too deep to read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"expected a mapping in the config {str(path)!r}, got a {type(content).__name__}")
-    return content or {}
+    if not isinstance(content, dict):
+        got = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"expected a mapping in the config {str(path)!r}, got {got}")
+    return content
 
 
 def find_config(path: str) -> Path:

@@ -41,7 +41,9 @@ def read_folder(folder: Path) -> FormerStore | None:
         tensors = load_file(folder / Path(index["tensors"]).name)
         num_pairs = tensors.pop("num_pairs")
         named = {name.removeprefix("state."): value for name, value in tensors.items()}
-        ids = [str(user_id) for user_id in index["user_ids"]]
+        ids = index["user_ids"]
+        if not isinstance(ids, list) or not all(isinstance(user_id, str) for user_id in ids):
+            raise ValueError("expected user ids that are texts")
         if len({*ids}) != len(ids) or any(len(value) != len(ids) for value in [num_pairs, *named.values()]):
             raise ValueError("expected one state per distinct user id")
         return FormerStore(str(index["shared_hash"]), ids, UserState(named, num_pairs))

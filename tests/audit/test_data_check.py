@@ -231,6 +231,12 @@ def test_ids_and_texts_that_a_tool_has_changed_are_problems(row: dict[str, Any],
     assert [text for text in found if "became a word" in text or "spellings" in text] == ([problem] if problem else [])
 
 
+def test_users_whose_pairs_all_weigh_nothing_are_told() -> None:
+    rows = [{"user_id": "v", "weight": 0}, {"user_id": "v", "prompt": "q", "weight": 0}, {"weight": 0}, {"prompt": "q"}]
+    told = [finding.text for finding in check_pairs(make(rows), "x").findings if finding.topic == "weights"]
+    assert told == ["1 users, such as 'v', have no pair that weighs more than 0: they teach nothing"]
+
+
 def test_too_few_pairs_for_the_weights_to_fit() -> None:
     report = check_pairs(SyntheticPairs(num_users=20, pairs_per_user=10).load(), "few", num_weights=16)
     texts = [finding.text for finding in report.findings if finding.topic == "pairs per user"]
