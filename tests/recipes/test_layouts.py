@@ -30,9 +30,7 @@ def judgements(num_users: int = 30, num_pairs: int = 20) -> list[tuple[str, str,
         for number in range(num_pairs):
             red_left = rng.random() < 0.5
             texts = [f"{LIKED[red]} {rng.randrange(10**6)}" for red in (red_left, not red_left)]
-            rows.append(
-                (f"u{user}", f"Paint {user} {number}.", *texts, (red_left == bool(user % 2)) != (rng.random() < 0.1))
-            )
+            rows.append((f"u{user}", f"Paint {user} {number}.", *texts, red_left == bool(user % 2)))
     return rows
 
 
