@@ -50,13 +50,13 @@ def pair_rows(records: Records, names: Mapping[str, str]) -> PairRows:
 
 
 def _judgements(row: dict[str, Any], dropped: Counter[str]) -> Iterator[dict[str, Any]]:
-    """One row for each person whose judgement a row holds, where users and winners are lists; else the row.
+    """One row for each person whose judgement a row holds, where the winner is a list; else the row.
 
     Those without a winner, or with a status other than submitted, are left out and counted.
     """
     several = {name: _flat(row[name]) for name in ("user_id", "winner", "status") if name in row}
     listed = {name: values for name, values in several.items() if isinstance(values, list)}
-    if not listed:
+    if "winner" not in listed:
         yield row
         return
     lengths = {name: len(values) for name, values in listed.items()}
@@ -68,7 +68,7 @@ def _judgements(row: dict[str, Any], dropped: Counter[str]) -> Iterator[dict[str
         judgement = {**row, **dict(zip(listed, values, strict=True))}
         if judgement.get("status", _SUBMITTED) != _SUBMITTED:
             dropped["not_submitted"] += 1
-        elif "winner" in listed and judgement["winner"] in (None, ""):
+        elif judgement["winner"] in (None, ""):
             dropped["unanswered"] += 1
         else:
             yield judgement
