@@ -29,7 +29,7 @@ from plm.method import PersonalizationMethod, constructor_arguments
 from plm.recipe.defaults import expand, find_config, read_config
 from plm.recipe.fit import RecipeReader, run_recipe
 
-PUBLISHED = {"LoRe": "lore_paper", "PAL": "pal_paper", "VPL": "vpl_paper"}
+PUBLISHED = {"LoRe": "lore_paper", "MRM": "mrm_paper", "PAL": "pal_paper", "VPL": "vpl_paper"}
 """Method that is an estimator of our own by default -> group of ``conf/method`` with its paper's model and settings."""
 
 _OF_A_METHOD = ("model", "select", "defaults")

@@ -12,6 +12,7 @@ from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.fast_weights import FastWeights
 from plm.methods.lore import LoRe, PublishedLoRe
+from plm.methods.mrm import MRM
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
 from plm.methods.vpl import VPL
@@ -180,6 +181,11 @@ class TestFastWeights(MethodContract):
 
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
         return FastWeights(num_users, feature_dim, **self.options)
+
+
+class TestMRM(MethodContract):
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return MRM(num_users, feature_dim, num_bases=3)
 
 
 class TestPALM(MethodContract):
