@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plm.cli.options import OptionParser, reading_of
+from plm.cli.options import OptionParser, add_reading, reading_of
 
 
 def run(args: list[str]) -> None:
@@ -18,8 +18,7 @@ def run(args: list[str]) -> None:
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
-    parser.add_shared("--columns")
-    parser.add_shared("--winner")
+    add_reading(parser)
     parser.add_shared("--users")
     options = parser.parse(args)
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from plm.cli.options import ROWS, OptionParser, integer, reading_of, split_overrides
+from plm.cli.options import READING, ROWS, OptionParser, add_reading, integer, reading_of, split_overrides
 from plm.messages import nearest
 
 _SPLIT = {"group_by": "group_by", "unseen_users": "unseen_users", "val_rows": "val_rows", "test_rows": "test_rows"}
@@ -39,8 +39,7 @@ def _data(args: list[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="recipe whose data are checked")
     parser.add_shared("--pairs", help="instead of a recipe: files of preference pairs, JSONL(.gz), CSV or Parquet")
-    parser.add_shared("--columns")
-    parser.add_shared("--winner")
+    add_reading(parser)
     parser.add_shared("--output", metavar="DIR", help="folder of the report; default: runs/data_check/<name>")
     parser.add_argument(
         "--num_weights", type=integer(1), metavar="K", help="weights per user; default: the recipe's num_bases"
@@ -52,8 +51,9 @@ def _data(args: list[str]) -> int:
         parser.error("give either --config or --pairs")
     if options.pairs and overrides:
         parser.error(f"{overrides[0].partition('=')[0]!r} overrides a recipe; it needs --config")
-    if (options.columns or options.winner) and not options.pairs:
-        parser.error("--columns and --winner go with --pairs")
+    named = [name for name in READING if getattr(options, name.removeprefix("--"))]
+    if named and not options.pairs:
+        parser.error(f"{named[0]} goes with --pairs")
 
     from rich.console import Console
 
@@ -99,8 +99,7 @@ def _audit(args: list[str]) -> int:
         "audit.json. The split is the column row_split (train, val, test), or --test_pairs.",
     )
     parser.add_argument("pairs", nargs="+", metavar="PAIRS", help=f"preference pairs: {ROWS}")
-    parser.add_shared("--columns")
-    parser.add_shared("--winner")
+    add_reading(parser)
     parser.add_argument("--test_pairs", nargs="+", default=[], metavar="FILE", help="pairs of the test, PAIRS train")
     parser.add_argument(
         "--results",

@@ -52,14 +52,22 @@ def assignment(example: str) -> Callable[[str], tuple[str, str]]:
 
 
 SHARED: dict[str, dict[str, Any]] = {
+    "--attributes": {
+        "nargs": "+",
+        "default": [],
+        "metavar": "COLUMN=WEIGHT",
+        "type": assignment("COLUMN=WEIGHT"),
+        "help": "columns whose weighted sum is the rating, e.g. helpful=1 polite=0.5",
+    },
     "--ckpt_path": {"metavar": "FILE", "help": "checkpoint written by plm fit"},
     "--columns": {
         "nargs": "+",
         "default": [],
         "metavar": "NAME=COLUMN",
         "type": assignment("NAME=COLUMN"),
-        "help": "column of the files that holds NAME, e.g. user_id=uid",
+        "help": "column of the files that holds NAME, e.g. user_id=uid; user_id= for none",
     },
+    "--layout": {"metavar": "NAME", "help": "known layout of the files, such as argilla or helpsteer2: docs/data.md"},
     "--num_samples": {"type": integer(1), "metavar": "N"},
     "--output": {"metavar": "FILE"},
     "--pairs": {"nargs": "+", "metavar": "FILE", "help": f"preference pairs: {ROWS}"},
@@ -123,12 +131,37 @@ class OptionParser(argparse.ArgumentParser):
         stop(f"{message.removeprefix('argument ')} ({self.prog} --help)")
 
 
+READING = ("--layout", "--columns", "--winner", "--attributes")
+"""How files of pairs are read."""
+
+
+def add_reading(parser: OptionParser) -> None:
+    """Add the options of how files of pairs are read."""
+    for name in READING:
+        parser.add_shared(name)
+
+
 def reading_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what ``--columns`` and ``--winner`` say, as arguments of `plm.data.schema.read_pairs`."""
+    """Return what `add_reading` added, as arguments of `plm.data.schema.read_pairs`.
+
+    Raises:
+        ValueError: If a weight is no number.
+    """
     winner: dict[str, Any] = {}
     for key, text in options.winner:
         winner[key] = (text or None) if key == "column" else [*winner.get(key, []), text]
-    return {"columns": dict(options.columns), "winner": winner or None}
+    weights = {}
+    for column, text in options.attributes:
+        try:
+            weights[column] = float(text)
+        except ValueError:
+            raise ValueError(f"--attributes: expected a number as the weight of {column}, got {text!r}") from None
+    return {
+        "columns": {name: column or None for name, column in options.columns},
+        "winner": winner or None,
+        "attributes": weights or None,
+        "layout": options.layout,
+    }
 
 
 def split_overrides(args: list[str]) -> tuple[list[str], list[str]]:

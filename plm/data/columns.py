@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from plm.arrays import IntArray
-from plm.messages import nearest
 
 REQUIRED = ("user_id", "prompt", "chosen", "rejected")
 OPTIONAL = (
@@ -26,10 +25,6 @@ OPTIONAL = (
     "row_split",
     "user_split",
 )
-LISTED = ("responses", "ratings")
-"""Columns of rows with K rated responses."""
-NAMED = ("status",)
-"""Columns that are read only where the options name them."""
 
 
 class Column(NamedTuple):
@@ -46,23 +41,6 @@ class RawPairs(NamedTuple):
     lines: IntArray
     problems: list[tuple[int, str]]
     dropped: Mapping[str, int] = {}
-
-
-def column_names(columns: Mapping[str, str | None]) -> dict[str, str]:
-    """Our name -> the file's name, for every column that is to be read."""
-    known = (*REQUIRED, *OPTIONAL, *LISTED, *NAMED)
-    if "winner" in columns:
-        raise ValueError(f"columns: the winner has options of its own; set winner: {{column: {columns['winner']}}}")
-    unknown = [name for name in columns if name not in known]
-    if unknown:
-        raise ValueError(
-            f"columns: expected keys among {', '.join(known)}, got {unknown!r}{nearest(unknown[0], known)}"
-        )
-    unread = [name for name in REQUIRED if name in columns and columns[name] is None]
-    if unread:
-        raise ValueError(f"columns: {unread!r} are required and cannot be null")
-    named = {name: columns.get(name, None if name in NAMED else name) for name in known}
-    return {name: file_name for name, file_name in named.items() if file_name is not None}
 
 
 def factorise_arrow(column: Any) -> Column:

@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from plm.arrays import BoolArray, Float32Array, Float64Array, IntArray
 from plm.data.checker import Checker, report
-from plm.data.columns import OPTIONAL, REQUIRED, Column, column_names, factorise, stack
+from plm.data.columns import OPTIONAL, REQUIRED, Column, factorise, stack
 from plm.data.files import position
-from plm.data.layouts import read_columns
+from plm.data.layouts import layout_of
+from plm.data.reading import read_columns
 from plm.data.values import (
     USER_SPLITS,
     Response,
@@ -39,7 +40,7 @@ from plm.data.values import (
     to_timestamp,
     to_weight,
 )
-from plm.data.winners import sides_of, sorted_by_winner
+from plm.data.winners import sorted_by_winner
 
 
 @dataclass(frozen=True)
@@ -194,36 +195,31 @@ def read_pairs(
     paths: Sequence[str | Path],
     columns: Mapping[str, str | None] | None = None,
     winner: Mapping[str, Any] | None = None,
+    attributes: Mapping[str, float] | None = None,
+    layout: str | None = None,
 ) -> PairTable:
     """Read and validate pairs from JSONL, JSON, CSV (all also .gz) and Parquet files.
 
-    A row may hold ``responses`` and their ``ratings`` instead of ``chosen`` and ``rejected``: all pairs of them, which
-    share the weight of the row.
-
     Args:
         paths: Files; their rows are concatenated.
-        columns: Our column name -> the file's; None leaves an optional column of the file unread.
-        winner: ``column``: the one that names the preferred response, None = no column does. ``left``, ``right`` and
-            ``tie``: what it says, a label or a list of them, where the response read as chosen was preferred, where the
-            one read as rejected was, and where neither; beside the names of the two columns and ``winners.WORDS``.
+        columns: As of ``plm.data.layouts.layout_of``, and so the others.
+        winner: Which column names the preferred response, and by which labels.
+        attributes: Columns whose weighted sum is the rating.
+        layout: Name of a layout of ``plm.data.layouts.LAYOUTS``.
 
     Returns:
         The pairs without duplicates and without rows whose ``user_split`` is neither seen nor unseen; both are counted
-        in ``dropped`` and warned about.
+        in ``dropped`` and warned about, as are judgements that are no pairs.
 
     Raises:
         ValueError: With every malformed row (the first 20 and the count), each as ``file:line: what is wrong``; or if
             a column seems to name the preferred response and is not read.
     """
-    names = column_names(columns or {})
-    sides = sides_of(winner, names) if winner is not None else {}
-    if winner is not None and winner["column"] is not None:
-        names["winner"] = winner["column"]
-    no_winner = winner is not None and winner["column"] is None
+    described = layout_of(layout, columns, winner, attributes)
     problems: list[tuple[int, int, str]] = []
     raws = []
     for index, path in enumerate(paths):
-        raw = read_columns(Path(path), names, no_winner)
+        raw = read_columns(Path(path), described)
         problems += [(index, line, text) for line, text in raw.problems]
         raws.append(raw)
     files = [str(path) for path in paths]
@@ -232,7 +228,9 @@ def read_pairs(
     checker = Checker(where, problems)
     stacked = {name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL, "winner")}
     dropped: Counter[str] = sum((Counter(raw.dropped) for raw in raws), Counter())
-    table = _validate(sorted_by_winner(stacked, sides, checker), checker, files, dropped)
+    for why, count in dropped.items():
+        warnings.warn(f"{count} judgements left out: {why.replace('_', ' ')}", stacklevel=2)
+    table = _validate(sorted_by_winner(stacked, described.sides, checker), checker, files, dropped)
     if problems:
         raise ValueError(report(files, sorted(set(problems))))  # pairs of one line may share one problem
     assert table is not None

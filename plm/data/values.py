@@ -127,7 +127,7 @@ def _messages(value: Any) -> list[dict[str, str]] | None:
         try:
             inside = json.loads(value)
         except (ValueError, RecursionError):
-            if value.startswith(("[{'role':", "[{'content':")):
+            if value.startswith(("[{'role':", "[{'content':", "[{'from':")):
                 raise ValueError("expected chat messages as JSON, got the printed form of Python's") from None
             return None
         return _messages(inside) if any(isinstance(entry, dict) and "role" in entry for entry in inside) else None

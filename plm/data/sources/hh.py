@@ -12,18 +12,16 @@ Licence: MIT. The texts hold offensive content.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
 
+from plm.data.conversations import transcript
 from plm.data.sources.corpus import corpus_files, corpus_rows
 from plm.data.sources.typed import TARGET, TEST, TypedPairs, TypedPool
 from plm.data.values import canonical_messages
 
 REPO = "Anthropic/hh-rlhf"
 TYPES = ("helpful", "harmless")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 def split_dialogue(text: str) -> tuple[str, str] | None:
@@ -33,12 +31,8 @@ def split_dialogue(text: str) -> tuple[str, str] | None:
         >>> split_dialogue("\n\nHuman: Hi\n\nAssistant: Hello.")
         ('[{"role":"user","content":"Hi"}]', 'Hello.')
     """
-    pieces = _SPEAKER.split(text)[1:]
-    messages = [
-        {"role": _ROLES[role], "content": content.strip()}
-        for role, content in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+    messages = transcript(text)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
         return None
     return canonical_messages(messages[:-1]), messages[-1]["content"]
 

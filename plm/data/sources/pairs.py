@@ -11,27 +11,28 @@ from plm.data.sources.corpus import local_files
 
 
 class PairFiles(PairSource):
-    """Preference pairs from files with the columns user_id, prompt, chosen and rejected.
+    """Preference pairs from files with the columns user_id, prompt, chosen and rejected, or in another layout.
 
     Optional columns: weight, chosen_score, rejected_score, tie, dialogue_id, turn, timestamp, row_split (train, val or
     test) and user_split (seen or unseen; rows with any other value are left out). Prompts and responses are texts or
     chat messages; a prompt may be an empty text, a response may not. Of duplicate rows the first is kept.
 
-    Where the file has two responses and a column that names the preferred one, as tools of annotation write, say so:
-    ``columns: {chosen: response_a, rejected: response_b}`` with ``winner: {column: preferred, left: A, right: B}``. A
-    file with such a column that nothing reads is refused. Users and winners may be lists of one length: as many pairs.
-
-    A row may hold ``responses`` and their ``ratings``, two lists, instead of chosen and rejected: all pairs of them,
-    the higher rating chosen, equal ones a tie, with the weight of one pair in all.
+    Instead of chosen and rejected a row may have several graded responses: ``responses`` with their ``ratings`` (higher
+    is better) or ``ranking`` (1 is the best), or ``best_first``; or one ``response`` with its ``rating`` or ``rank``,
+    where the rows of a user and a prompt belong together. All pairs are taken, equal grades as a tie, with the weight
+    of one pair in all. docs/data.md shows every layout.
 
     Args:
         path: A file or several, ending in .jsonl, .json, .csv (all also .gz) or .parquet; may hold ``~`` and ``*``. A
             relative path that does not exist here is looked up in the folder named by the PLM_DATA variable.
         columns: Our column name -> the name in the file, where they differ, with dots on the way to a part of a value;
-            null leaves an optional column unread.
+            null leaves a column unread. ``user_id: null``: no users are told apart; ``prompt: null``: the prompt is
+            what both conversations share.
         winner: ``column`` names the preferred response, null = none does. ``left``, ``right`` and ``tie``: its labels,
             one or a list each, for the response of ``chosen``, of ``rejected``, and for neither; not needed for left,
             right, tie, a, b, model_a, model_b and the names of the two columns.
+        attributes: Columns whose weighted sum is the rating -> weight.
+        layout: A known layout, such as argilla, helpsteer2 or nectar; the other options go before what it says.
     """
 
     def __init__(
@@ -39,10 +40,10 @@ class PairFiles(PairSource):
         path: str | list[str],
         columns: dict[str, str | None] | None = None,
         winner: dict[str, Any] | None = None,
+        attributes: dict[str, float] | None = None,
+        layout: str | None = None,
     ) -> None:
-        self.path = path
-        self.columns = columns
-        self.winner = winner
+        self.path, self.columns, self.winner, self.attributes, self.layout = path, columns, winner, attributes, layout
 
     @property
     def name(self) -> str:
@@ -56,4 +57,4 @@ class PairFiles(PairSource):
         Raises:
             ValueError: If a path matches no file, or with all malformed rows (see ``read_pairs``).
         """
-        return read_pairs(local_files(self.path), self.columns, self.winner)
+        return read_pairs(local_files(self.path), self.columns, self.winner, self.attributes, self.layout)

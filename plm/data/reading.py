@@ -1,0 +1,150 @@
+"""Files of pairs as factorised columns, whatever their rows look like.
+
+Axes: N rows of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from plm.data.columns import OPTIONAL, Column, RawPairs, factorise, factorise_arrow
+from plm.data.conversations import TRANSCRIPT
+from plm.data.files import Records, file_format, named_once, parquet_errors, read_records
+from plm.data.layouts import GRADED, NAMED, Layout
+from plm.data.pair_rows import EVERYONE, pair_rows
+from plm.data.winners import refuse_unread_winner
+from plm.messages import closest, nearest
+
+NUM_LOOKED_AT = 256
+"""Rows that are looked at to tell what a column means."""
+_TEXTS = ("prompt", "chosen", "rejected")
+
+
+def read_columns(path: Path, layout: Layout) -> RawPairs:
+    """Read the columns of one file of pairs.
+
+    Args:
+        path: The file; its ending says the format.
+        layout: What the columns of files are.
+
+    Returns:
+        Columns that the file has, the line (Parquet: row) of each pair, and lines that are none.
+
+    Raises:
+        ValueError: If the format is unknown, a required column is missing, or one that seems to name the winner would
+            not be read.
+    """
+    records = _read_parquet(path, layout) if file_format(path) == "parquet" else read_records(path)
+    if isinstance(records, RawPairs):
+        return records
+    found = found_columns(path, layout, records.names) if records.names else layout
+    if records.names:
+        _refuse_unread_winner(path, found, records)
+    pairs = pair_rows(records, found)
+    empty = (*OPTIONAL, "winner") if file_format(path) == "csv" else ()  # an empty cell means "not given"
+    columns = {}
+    for name in dict.fromkeys(name for shape in {tuple(row) for row in pairs.rows} for name in shape):
+        values = [row.get(name) for row in pairs.rows]
+        columns[name] = factorise([None if value == "" else value for value in values] if name in empty else values)
+    return RawPairs(columns, np.array(pairs.lines, dtype=np.int64), pairs.problems, pairs.dropped)
+
+
+def _read_parquet(path: Path, layout: Layout) -> RawPairs | Records:
+    """Columns of a file whose rows are pairs as they stand; else the rows, with the columns that are read."""
+    with parquet_errors(path):
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        named_once(path, names)
+        found = found_columns(path, layout, names)
+        unread = [name for name in names if name not in _read(found)]
+        first = next(file.iter_batches(NUM_LOOKED_AT, columns=unread), None) if unread else None
+        _refuse_unread_winner(path, found, Records(unread, [] if first is None else first.to_pylist(), [], []))
+        table = pq.read_table(path, columns=[name for name in names if name in _read(found)])
+        if _needs_rows(table, found):
+            return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
+        columns = {name: factorise_arrow(table.column(column)) for name, column in found.columns.items()}
+    if "user_id" not in columns:
+        columns["user_id"] = Column(np.zeros(table.num_rows, dtype=np.int64), [EVERYONE])
+    return RawPairs(columns, np.arange(table.num_rows, dtype=np.int64), [])
+
+
+def found_columns(path: Path, layout: Layout, present: Sequence[str]) -> Layout:
+    """The layout with the columns that a file has and that are read of it.
+
+    Raises:
+        ValueError: If one that must be there is missing.
+    """
+    columns = {
+        name: column for name, column in layout.columns.items() if not {column, _head(column)}.isdisjoint(present)
+    }
+    found = replace(layout, columns=columns)
+    graded = found.is_listed or found.is_long
+    needed = ["user_id", "prompt", "winner", *(() if graded else ("chosen", "rejected"))]
+    if "chosen" not in layout.columns:
+        needed += [name for name in (*GRADED, *NAMED) if name != "status"]
+    missing = [name for name in needed if name in layout.columns and name not in columns]
+    absent = [column for column in layout.attributes if {column, _head(column)}.isdisjoint(present)]
+    if absent:
+        near = nearest(absent[0], present)
+        raise ValueError(f"{path}: expected the columns {absent} of attributes, got {', '.join(present)}{near}")
+    if missing:
+        expected = ", ".join(layout.columns[name] for name in needed if name in layout.columns)
+        parts = [_how_to_name(name, layout.columns[name], present) for name in missing]
+        raise ValueError(f"{path}: expected columns {expected}, got {', '.join(present)}: " + " ".join(parts))
+    unused = {*(() if found.is_listed else ("responses", "ratings", "ranking", "best_first"))}
+    unused |= {*(() if found.is_long else ("response", "rating", "rank"))}
+    return replace(layout, columns={name: column for name, column in columns.items() if name not in unused})
+
+
+def _how_to_name(name: str, column: str, present: Sequence[str]) -> str:
+    """What to say of a column that is missing."""
+    close = closest(column, present) or "<its name in the file>"
+    hint = nearest(column, present) or "."
+    option = f"winner: {{column: {close}}}" if name == "winner" else f"columns: {{{name}: {close}}}"
+    without = {"user_id": "no users are told apart", "prompt": "the prompt is what both conversations share"}.get(name)
+    instead = f", or {{{name}: null}} if {without}" if without else ""
+    return f"column {column!r} is missing{hint} Set {option}{instead}."
+
+
+def _refuse_unread_winner(path: Path, found: Layout, records: Records) -> None:
+    """Refuse a file of two responses a row with a column that names the winner and is not read."""
+    if not found.no_winner and {"chosen", "rejected"} <= found.columns.keys():
+        unread = [name for name in records.names if name not in _read(found)]
+        refuse_unread_winner(path, found.columns, unread, records.rows[:NUM_LOOKED_AT])
+
+
+def _read(layout: Layout) -> set[str]:
+    """Names of the file's columns that are read, also where only a part of their values is."""
+    columns = [*layout.columns.values(), *layout.attributes]
+    return {*columns, *map(_head, columns)}
+
+
+def _head(column: str) -> str:
+    """The first name of a path."""
+    return column.partition(".")[0]
+
+
+def _needs_rows(table: pa.Table, found: Layout) -> bool:
+    """Whether rows of a Parquet file are not pairs as they stand: lists, parts of values, or conversations."""
+    if found.is_listed or found.is_long or not {*_TEXTS} <= found.columns.keys():
+        return True
+    if any(column not in table.column_names for column in found.columns.values()):
+        return True
+    kinds = {name: table.schema.field(column).type for name, column in found.columns.items()}
+    plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in kinds.items()}
+    if any(map(pa.types.is_nested, plain.values())):
+        return True
+    texts = [table.column(found.columns[name]).unique() for name in _TEXTS if _is_text(plain[name])]
+    starts = [pc.starts_with(text.cast(pa.string()), start) for text in texts for start in ("[{", TRANSCRIPT)]
+    return any(pc.any(values).as_py() for values in starts)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
