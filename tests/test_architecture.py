@@ -76,7 +76,9 @@ ARROWS: dict[str, set[str]] = {
     "plm.methods": of_plm(*METHOD_NEEDS),
     "plm.methods.clap": of_plm(*METHOD_NEEDS, "checkpoint", "users"),
     "plm.data": of_plm("data"),
-    "plm.data.sources": of_plm("data.rewards", "data.schema", "data.files", "data.values", "data.keys"),
+    "plm.data.sources": of_plm(
+        "data.rewards", "data.schema", "data.files", "data.values", "data.keys", "data.conversations"
+    ),
     "plm.data.features": of_plm("backbones"),
     "plm.data.encoding": of_plm("backbones", "data"),
     "plm.data.datamodule": of_plm("backbones", "data"),
