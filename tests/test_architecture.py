@@ -176,6 +176,7 @@ FLOORS: dict[str, list[set[str]]] = {
             "adapt",
             "checks",
             "dashboard",
+            "data",
             "export",
             "fit",
             "generate",

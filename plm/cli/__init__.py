@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "sample": ("sample", "write many responses of a policy to each prompt"),
     "label": ("label", "let people, rules or models compare sampled responses"),
     "judge": ("judge", "check whether users' policies write what the users like"),
-    "data": ("checks", "check preference pairs before training on them"),
+    "data": ("data", "check preference pairs before training on them, or convert files to pairs"),
     "audit": ("checks", "write a verdict on pairs and on results that somebody has on them"),
     "compare": ("checks", "compare files of what models got right, paired by item"),
     "rewardbench": ("rewardbench", "score a checkpoint on RewardBench 2"),

@@ -97,6 +97,7 @@ def found_columns(path: Path, layout: Layout, present: Sequence[str]) -> Layout:
     if missing:
         expected = ", ".join(layout.columns[name] for name in needed if name in layout.columns)
         parts = [_how_to_name(name, layout.columns[name], present) for name in missing]
+        parts.append("For a guess: plm data convert.")
         raise ValueError(f"{path}: expected columns {expected}, got {', '.join(present)}: " + " ".join(parts))
     unused = {*(() if found.is_listed else ("responses", "ratings", "ranking", "best_first"))}
     unused |= {*(() if found.is_long else ("response", "rating", "rank"))}

@@ -6,7 +6,7 @@ Axes: N rows of a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,34 @@ def _side_of(value: Any, sides: Mapping[str, str], expected: str) -> str:
     return side
 
 
+def winner_columns(
+    names: Mapping[str, str], unread: Iterable[str], rows: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, list[Any]]]:
+    """Columns that evidently name the preferred response, and what they say.
+
+    Args:
+        names: Our column name -> the file's.
+        unread: Columns that nothing reads.
+        rows: Some rows of the file.
+    """
+    renamed = names["chosen"] != "chosen" or names["rejected"] != "rejected"
+    sides = {label_of(names[name]) for name in ("chosen", "rejected")}
+    for column in unread:
+        labels = {label_of(value): value for row in rows for value in _cells(row.get(column))}
+        vague = renamed and _VAGUE_NAMES.search(column.lower()) is not None
+        sure = renamed and _NAMES.search(column.lower()) is not None and len(labels) <= _MOST_LABELS
+        if labels and all(
+            (sure and len(label) <= _LONGEST_LABEL)
+            or label in sides
+            or _LABEL.fullmatch(label)
+            or (vague and _SHORT_LABEL.fullmatch(label))
+            for label in labels
+        ):
+            yield column, sorted(labels.values(), key=str)
+
+
 def refuse_unread_winner(
-    path: Path, names: Mapping[str, str], unread: Sequence[str], rows: Iterable[Mapping[str, Any]]
+    path: Path, names: Mapping[str, str], unread: Iterable[str], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """Refuse a file with a column that evidently names the preferred response and that nothing reads.
 
@@ -126,27 +152,14 @@ def refuse_unread_winner(
     Raises:
         ValueError: With the options that read the column, or say that it means something else.
     """
-    rows = list(rows)
-    renamed = names["chosen"] != "chosen" or names["rejected"] != "rejected"
-    sides = {label_of(names[name]) for name in ("chosen", "rejected")}
-    for column in unread:
-        labels = {label_of(value): value for row in rows for value in _cells(row.get(column))}
-        vague = renamed and _VAGUE_NAMES.search(column.lower()) is not None
-        sure = renamed and _NAMES.search(column.lower()) is not None and len(labels) <= _MOST_LABELS
-        if labels and all(
-            (sure and len(label) <= _LONGEST_LABEL)
-            or label in sides
-            or _LABEL.fullmatch(label)
-            or (vague and _SHORT_LABEL.fullmatch(label))
-            for label in labels
-        ):
-            got = ", ".join(short(value) for value in sorted(labels.values(), key=str)[:4])
-            raise ValueError(
-                f"{path}: the column {column!r} ({got}) seems to say which response was preferred, and nothing reads "
-                f"it; set winner: {{column: {column}, left: <label of {names['chosen']}>, right: <label of "
-                f"{names['rejected']}>}}, or winner: {{column: null}} if it says something else (on the command line: "
-                f"--winner column={column} left=... right=...)"
-            )
+    for column, labels in winner_columns(names, unread, rows):
+        got = ", ".join(map(short, labels[:4]))
+        raise ValueError(
+            f"{path}: the column {column!r} ({got}) seems to say which response was preferred, and nothing reads "
+            f"it; set winner: {{column: {column}, left: <label of {names['chosen']}>, right: <label of "
+            f"{names['rejected']}>}}, or winner: {{column: null}} if it says something else (on the command line: "
+            f"--winner column={column} left=... right=...)"
+        )
 
 
 def _cells(value: Any) -> list[Any]:

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from plm.cli import main
+from plm.data.files import Records
+from plm.data.guesses import Guess, guess_layout
 from plm.data.layouts import LAYOUTS
 from plm.data.schema import PairTable, read_pairs
 
@@ -261,3 +263,93 @@ def test_the_command_line_reads_layouts(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--attributes: expected a number as the weight of polite, got 'very'" in capsys.readouterr().err
     assert main(["data", "check", "--config", "x.yaml", "--layout", "nectar"]) == 2
     assert "--layout goes with --pairs" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- guesses
+def guessed(rows: list[dict[str, Any]], **said: Any) -> Guess:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return guess_layout(Path("mine.jsonl"), Records(names, rows, list(range(len(rows))), []), **said)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_example_is_recognised(name: str) -> None:
+    guess = guessed(records(name))
+    assert (guess.name, guess.options) == (name, {"layout": name})
+
+
+SIDED = [
+    {"who": "a", "prompt": f"p{n}", "response1": f"x{n}", "response2": f"y{n}", "preferred": word}
+    for n, word in enumerate(["1", "2", "tie", "1"])
+]
+
+
+def renamed(rows: list[dict[str, Any]], **names: str) -> list[dict[str, Any]]:
+    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def test_columns_of_other_names_are_recognised() -> None:
+    """The labels 1 and 2 end as the names of the two columns do."""
+    guess = guessed(renamed(SIDED, who="annotator", prompt="question"))
+    assert guess.options == {
+        "layout": "two_responses",
+        "columns": {"user_id": "annotator", "prompt": "question", "chosen": "response1", "rejected": "response2"},
+        "winner": {"column": "preferred", "left": ["1"], "right": ["2"]},
+    }
+    assert [pair[2:] for pair in guess.pairs] == [
+        ("x0", "y0", ""),
+        ("y1", "x1", ""),
+        ("x2", "y2", "tie"),
+        ("x3", "y3", ""),
+    ]
+    long = guessed([{"rater": n % 2, "question": "p", "answer": f"a{n}", "stars": n} for n in range(4)])
+    assert long.options == {
+        "layout": "long_ratings",
+        "columns": {"user_id": "rater", "prompt": "question", "response": "answer", "rating": "stars"},
+    }
+    assert guessed([{"instruction": "p", "better": "a", "worse": "b"}]).options == {
+        "layout": "pairs",
+        "columns": {"user_id": None, "prompt": "instruction", "chosen": "better", "rejected": "worse"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"user_id": 1, "prompt": "p", "responses": ["a", "b"], "ratings": [1, 2], "ranking": [1, 2]}],
+            r"can be read in 2 ways; choose one of them:\n  --layout ratings\n  --layout ranking",
+        ),
+        (
+            [{"user": 1, "annotator": 2, "prompt": "p", "chosen": "a", "rejected": "b"}],
+            r"2 ways; .*:\n  --layout pairs --columns user_id=user\n  --layout pairs --columns user_id=annotator",
+        ),
+        (
+            [{"user_id": 1, "prompt": "p", "response_a": "a", "response_b": "b", "best": word} for word in "01"],
+            r"two_responses: the label '0' of 'best' is left, right or tie; say which",
+        ),
+        (
+            [{"user_id": 1, "prompt": "p", "chosen": "a", "rejected": "b", "winner": "model_b"}],
+            r"pairs: nothing reads the column 'winner' \('model_b'\) that names a winner",
+        ),
+        ([{"id": 1, "text": "p"}], "expected one of the layouts of docs/data.md, got the columns id, text"),
+    ],
+)
+def test_what_is_not_sure_is_not_guessed(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        guessed(rows)
+
+
+def test_what_is_said_is_not_guessed() -> None:
+    both = {"user": 1, "annotator": 2, "prompt": "p", "chosen": "a", "rejected": "b"}
+    assert guessed([both], columns={"user_id": "annotator"}).options["columns"] == {"user_id": "annotator"}
+    lists = {"user_id": 1, "prompt": "p", "responses": ["a", "b"], "ratings": [1, 2], "ranking": [1, 2]}
+    assert guessed([lists], layout="ranking").options == {"layout": "ranking"}
+    rows = [{"user_id": 1, "prompt": "p", "response_a": "a", "response_b": "b", "best": word} for word in "01"]
+    guess = guessed(rows, winner={"column": "best", "left": 0, "right": 1})
+    assert [pair[2:4] for pair in guess.pairs] == [("a", "b"), ("b", "a")]
+    weighed = (
+        {"prompt": "p", "response": "a", "nice": 1, "true": 0},
+        {"prompt": "p", "response": "b", "nice": 0, "true": 2},
+    )
+    guess = guessed(list(weighed), attributes={"nice": 1, "true": 1})
+    assert [pair[2:4] for pair in guess.pairs] == [("b", "a")]

@@ -1,0 +1,108 @@
+"""`plm data convert`: the guess is shown, and the file it writes holds the pairs that were in the first."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plm.cli import main
+from plm.data.conversion import write_pairs
+from plm.data.schema import PairTable, read_pairs
+
+ROWS = [
+    {"prompt": f"Q{n}", "answer1": f"x{n}", "answer2": f"y{n}", "comparison": word, "annotator": n % 2, "id": n}
+    for n, word in enumerate(["left", "right", "right", "left"])
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def plain(table: PairTable) -> list[tuple[str, ...]]:
+    texts = table.texts()
+    columns = zip(table.user, table.chosen, table.rejected, strict=True)
+    return [(table.user_ids[u], *texts[c], texts[r][1]) for u, c, r in columns]
+
+
+def test_a_file_is_guessed_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, to = write(tmp_path / "export.jsonl", ROWS), tmp_path / "new" / "pairs.parquet"
+    assert main(["data", "convert", str(path), "--to", str(to)]) == 0
+    shown = capsys.readouterr().out
+    assert "export.jsonl is read as label_studio: CSV or JSON-MIN export of Label Studio's" in shown
+    assert "  user_id     annotator\n" in shown and "  winner      comparison\n" in shown
+    assert 'in a recipe: {"layout": "label_studio"}' in shown
+    assert shown.count("  chosen    '") == 3 and "export.jsonl:2: user '1'\n  prompt    'Q1'\n  chosen    'y1'" in shown
+    assert "4 pairs of 2 users written to" in shown
+    assert plain(read_pairs([to])) == [
+        ("0", "Q0", "x0", "y0"), ("1", "Q1", "y1", "x1"), ("0", "Q2", "y2", "x2"), ("1", "Q3", "x3", "y3")
+    ]  # fmt: skip
+
+
+def test_what_pairs_say_besides_is_kept(tmp_path: Path) -> None:
+    rows = [
+        {"user_id": "u", "prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b", "tie": True},
+        {"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b", "weight": 2, "chosen_score": 0.5, "turn": 0},
+        {"user_id": "v", "prompt": "p", "chosen": "a", "rejected": "b", "dialogue_id": "d", "timestamp": 1.5},
+    ]
+    for row, split in zip(rows, ("train", "val", "test"), strict=True):
+        row |= {"row_split": split, "user_split": "unseen" if row["user_id"] == "v" else "seen"}
+    table = read_pairs([write(tmp_path / "a.jsonl", rows)])
+    write_pairs(table, tmp_path / "b.parquet", [])
+    again = read_pairs([tmp_path / "b.parquet"])
+    assert plain(again) == plain(table) and again.prompts == table.prompts and again.dialogues == ["d"]
+    for name in (
+        "weight",
+        "tie",
+        "chosen_score",
+        "rejected_score",
+        "dialogue",
+        "turn",
+        "timestamp",
+        "row_split",
+        "user_split",
+    ):
+        assert repr(getattr(again, name).tolist()) == repr(getattr(table, name).tolist()), name
+
+
+def test_an_ambiguous_file_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "responses": ["a", "b"], "ratings": [1, 2], "ranking": [1, 2]}])
+    args = ["data", "convert", str(path), "--to", str(tmp_path / "pairs.parquet")]
+    assert main(args) == 1
+    assert "--layout ranking" in capsys.readouterr().err and not (tmp_path / "pairs.parquet").exists()
+    assert main([*args, "--layout", "ranking"]) == 0
+    assert plain(read_pairs([tmp_path / "pairs.parquet"])) == [("everyone", "p", "a", "b")]
+    assert main([*args, "--layout", "ratings"]) == 0
+    assert plain(read_pairs([tmp_path / "pairs.parquet"])) == [("everyone", "p", "b", "a")]
+
+
+def test_the_input_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.parquet"
+    write_pairs(
+        read_pairs([write(tmp_path / "a.jsonl", [{"user_id": 1, "prompt": "p", "chosen": "a", "rejected": "b"}])]),
+        path,
+        [],
+    )
+    before = path.read_bytes()
+    os.link(path, tmp_path / "link.parquet")
+    for to in (path, tmp_path / "link.parquet", tmp_path / "." / "pairs.parquet"):
+        assert main(["data", "convert", str(path), "--to", str(to)]) == 1
+        assert "expected an output beside the input" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert main(["data", "convert", str(path), "--to", str(tmp_path / "a.csv")]) == 1
+    assert "expected an output ending in .parquet" in capsys.readouterr().err
+
+
+def test_a_malformed_row_leaves_the_target_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*ROWS * 70, {**ROWS[0], "comparison": "middle"}]  # behind the rows that are looked at
+    to = tmp_path / "pairs.parquet"
+    to.write_bytes(b"before")
+    assert main(["data", "convert", str(write(tmp_path / "a.jsonl", rows)), "--to", str(to)]) == 1
+    assert "a.jsonl:281: winner: expected one of" in capsys.readouterr().err
+    assert to.read_bytes() == b"before"
+    assert main(["data", "convrt"]) == 1 and "did you mean 'convert'" in capsys.readouterr().err
