@@ -6,6 +6,7 @@ each pair's user, so that users of very different size share a call without padd
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plm.types import Context
+
+MAX_CELLS = 2**22
+"""Numbers of padded pairs that a chunk of users has at most (32 MiB in float64)."""
 
 
 def targets(tie: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def flatten_context(context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)[context.mask]
     tie = torch.zeros_like(context.mask) if context.tie is None else context.tie
     chosen, rejected = context.features
-    difference = chosen[context.mask] - rejected[context.mask]
+    difference = (chosen - rejected)[context.mask]
     weight = unit_mean_per_user(context.weight[context.mask], user, context.num_users)
     return difference, targets(tie[context.mask]).to(weight), weight, user
 
@@ -173,39 +177,76 @@ class Padded(NamedTuple):
         return gradient, curved.mT @ self.design
 
 
-def padded_users(pairs: PairList) -> list[Padded]:
-    """Pairs of every user side by side, in float64: at most one part for each power of two of pairs per user.
+class UserChunk(NamedTuple):
+    """Some users of a flat list of pairs, n of them with m pairs."""
 
-    Small dense products of padded users are several times faster than scattered sums over a flat list, and the powers
-    of two keep padding below the number of pairs. Users without pairs are in the first part.
+    users: Tensor
+    """``(n,)`` int64, their rows, ascending."""
+    rows: Tensor
+    """``(m,)`` int64, the rows of their pairs, user by user, each user's in the order of the list."""
+    user: Tensor
+    """``(m,)`` int64, place in ``users`` of the user of each of these pairs."""
+
+
+def user_chunks(user: Tensor, num_users: int, width: int, own: int = 0, most: int | None = None) -> Iterator[UserChunk]:
+    """Split users into chunks whose padded pairs are bounded, users of about equally many pairs together.
+
+    A chunk is one user, or has ``users x (longest x width + own) <= most`` cells, where ``longest`` is the largest
+    number of pairs in it. Users are taken in the order of their numbers of pairs, those without any first.
+
+    Args:
+        user: ``(N,)`` int64 in ``[0, num_users)``, the row of the user of each pair.
+        num_users: Number of users, each of whom is in one chunk.
+        width: Cells of one pair.
+        own: Cells of one user besides those of pairs.
+        most: Cells of a chunk; null = `MAX_CELLS`.
+
+    >>> [chunk.users.tolist() for chunk in user_chunks(torch.tensor([1, 1, 1, 1, 3, 0]), 4, width=2, most=6)]
+    [[0, 2, 3], [1]]
     """
-    count = torch.bincount(pairs.user, minlength=pairs.num_users)
-    order = torch.argsort(pairs.user, stable=True)
-    first = count.cumsum(0) - count
-    size_class = torch.where(count > 0, (count.clamp_min(1) - 1).double().log2().floor() + 1, 0).clamp_min(0)
-    parts = []
-    for value in torch.unique(size_class):
-        users = (size_class == value).nonzero()[:, 0]
-        place = torch.arange(int(count[users].max().clamp_min(1)), device=count.device)
-        is_pair = place < count[users][:, None]
-        row = first[users][:, None] + place
-        row = order[row.clamp_max(max(len(order) - 1, 0))] if len(order) else torch.zeros_like(row)
-        if not len(order):
-            zero = pairs.design.new_zeros(len(users), 1, dtype=torch.float64)
-            design = zero[..., None].expand(-1, -1, pairs.design.shape[1])
-            parts.append(Padded(users, design, zero, zero, zero))
-            continue
-        keep = is_pair.double()
-        parts.append(
-            Padded(
-                users,
-                pairs.design[row].double() * keep[..., None],
-                pairs.offset[row].double() * keep,
-                pairs.target[row].double(),
-                pairs.weight[row].double() * keep,
-            )
-        )
-    return parts
+    most = MAX_CELLS if most is None else most
+    count = torch.bincount(user, minlength=num_users)
+    order, first = torch.argsort(user, stable=True), count.cumsum(0) - count
+    by_count = torch.argsort(count, stable=True)
+    cells = count[by_count].clamp_min(1) * width + own
+    start = 0
+    while start < num_users:
+        part = cells[start : start + max(1, most // max(1, int(cells[start])))]
+        size = max(1, int((part * torch.arange(1, len(part) + 1, device=part.device) <= most).sum()))
+        users = by_count[start : start + size].sort().values
+        begin = count[users].cumsum(0) - count[users]
+        place = torch.repeat_interleave(torch.arange(size, device=users.device), count[users])
+        rows = order[first[users][place] + torch.arange(len(place), device=users.device) - begin[place]]
+        yield UserChunk(users, rows, place)
+        start += size
+
+
+def padded_users(pairs: PairList) -> Iterator[Padded]:
+    """Pairs of every user side by side, in float64, in bounded parts of users with about equally many pairs.
+
+    Small dense products of padded users are several times faster than scattered sums over a flat list. In a part the
+    numbers of pairs lie between two powers of two, so that padding stays below the number of pairs; it has at most
+    `MAX_CELLS` cells, or is one user. Users without pairs are in the first part.
+    """
+    num_weights = pairs.design.shape[1]
+    for chunk in user_chunks(pairs.user, pairs.num_users, num_weights, own=num_weights**2):
+        count = torch.bincount(chunk.user, minlength=len(chunk.users))
+        size_class = torch.where(count > 0, (count.clamp_min(1) - 1).double().log2().floor() + 1, 0).clamp_min(0)
+        for value in torch.unique(size_class):
+            part = size_class == value
+            yield _padded(pairs, chunk.users[part], chunk.rows[part[chunk.user]], count[part])
+
+
+def _padded(pairs: PairList, users: Tensor, rows: Tensor, count: Tensor) -> Padded:
+    """Users with their pairs at ``rows``, user by user, as many of each as ``count`` ``(U,)`` says."""
+    is_pair = torch.arange(max(int(count.max()), 1), device=count.device) < count[:, None]
+
+    def padded(values: Tensor) -> Tensor:
+        out = values.new_zeros(*is_pair.shape, *values.shape[1:], dtype=torch.float64)
+        out[is_pair] = values[rows].double()
+        return out
+
+    return Padded(users, *(padded(values) for values in (pairs.design, pairs.offset, pairs.target, pairs.weight)))
 
 
 def curvature(pairs: PairList, value: Tensor) -> Tensor:

@@ -218,6 +218,13 @@ class PreferenceBatch(NamedTuple):
         """Number of pairs, B."""
         return self.user_index.shape[0]
 
+    def take(self, rows: Tensor) -> PreferenceBatch:
+        """Gather pairs, beside the same context: ``(n,)`` int64 rows, or a mask ``(B,)``."""
+        fields: dict[str, Any] = {
+            name: take_rows(value, rows) for name, value in self._asdict().items() if name != "context"
+        }
+        return self._replace(**fields)
+
     @property
     def features(self) -> tuple[Tensor, Tensor]:
         """Features of both responses, for a method whose view is ``features`` or ``latents``.

@@ -19,9 +19,11 @@ from plm.functional import (
     fit_simplex,
     fit_simplex_by_adam,
     flatten_context,
+    padded_users,
     per_user_sum,
     targets,
     unit_mean_per_user,
+    user_chunks,
 )
 from plm.types import Context
 
@@ -115,6 +117,50 @@ def test_a_context_is_flattened_without_its_padding() -> None:
     assert user.tolist() == [0, 0, 1] and target.tolist() == [1, 1, 0.5]
     assert weight.tolist() == [0.5, 1.5, 1.0]
     assert flatten_context(context._replace(tie=None))[1].tolist() == [1, 1, 1]
+
+
+# ---------------------------------------------------------------------- users in chunks
+@pytest.mark.parametrize("most", [1, 60, 400, 10**6])
+def test_chunks_are_bounded_and_hold_every_user_and_pair_once(most: int) -> None:
+    draw = torch.Generator().manual_seed(most)
+    counts = (40 * torch.rand(60, generator=draw) ** 4).long().tolist()
+    user, width, own = pair_list([*counts, 300, 0]).user, 3, 2
+    chunks = list(user_chunks(user, 62, width, own, most))
+    users, rows = torch.cat([chunk.users for chunk in chunks]), torch.cat([chunk.rows for chunk in chunks])
+    assert users.sort().values.tolist() == list(range(62)) and rows.sort().values.tolist() == list(range(len(user)))
+    longest = [0]
+    for chunk in chunks:
+        assert torch.equal(chunk.users[chunk.user], user[chunk.rows])
+        assert (chunk.users.diff() > 0).all() and (chunk.user.diff() >= 0).all()
+        assert (chunk.rows.diff()[chunk.user.diff() == 0] > 0).all()  # each user's pairs in their order
+        count = torch.bincount(chunk.user, minlength=len(chunk.users))
+        assert len(count) == 1 or len(count) * (max(1, int(count.max())) * width + own) <= most
+        assert int(count.min()) >= longest[-1]
+        longest.append(int(count.max()))
+    if most == 10**6:
+        assert len(chunks) == 1 and torch.equal(chunks[0].rows, torch.argsort(user, stable=True))
+
+
+def test_padded_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 users with a pair and one with 400: side by side they would be 400,400 rows of K numbers."""
+    pairs = pair_list([1] * 500 + [400] + [1] * 500)
+    monkeypatch.setattr(plm.functional, "MAX_CELLS", 2_000)
+    parts = list(padded_users(pairs))
+    assert sum(len(part.users) for part in parts) == 1_001
+    assert max(part.design.numel() for part in parts) == 400 * K
+    assert all(len(part.users) * (part.design[0].numel() + K * K) <= 2_000 for part in parts if len(part.users) > 1)
+
+
+@pytest.mark.parametrize("cells", [1, 300])
+def test_users_are_solved_alike_in_chunks_and_at_once(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = pair_list([0, 7, 1, 60, 3, 0, 12, 30, 1, 2] * 3)
+    together = [*fit_gaussian(pairs), *fit_simplex(pairs, CENTRE, 0.1)]
+    monkeypatch.setattr(plm.functional, "MAX_CELLS", cells)
+    solved = [*fit_gaussian(pairs), *fit_simplex(pairs, CENTRE, 0.1)]
+    # Newton stops for all users of a part at once, and its Hessian is the one before the last step
+    for whole, parts, tolerance in zip(together, solved, (1e-9, 3e-5, 1e-6, 1e-6), strict=True):
+        assert torch.allclose(parts, whole, rtol=0, atol=tolerance)
+        assert torch.equal(parts[[0, 5]], whole[[0, 5]])  # nothing is known of them
 
 
 # ---------------------------------------------------------------------- the Gaussian posterior

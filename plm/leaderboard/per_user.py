@@ -17,15 +17,21 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.functional import PairList, bt_losses, fit_gaussian, flatten_context, targets, unit_mean_per_user
+from plm.functional import (
+    PairList,
+    bt_losses,
+    fit_gaussian,
+    flatten_context,
+    targets,
+    unit_mean_per_user,
+    user_chunks,
+)
 from plm.method import PersonalizationMethod
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 NUM_COMPONENTS = 64
 RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidate precisions of the normal prior, in units of the root mean square training difference."""
-
-_USERS = 512  # fitted at once: bounds the memory of their Hessians
 
 
 class PerUserBradleyTerry(PersonalizationMethod):
@@ -92,14 +98,14 @@ class PerUserBradleyTerry(PersonalizationMethod):
     ) -> Tensor:
         """Posterior modes ``(U, K)`` of users under a normal prior of precision ``ridge``."""
         design = difference @ self.components / self.feature_scale / math.sqrt(ridge)
-        modes = []
-        for start in range(0, num_users, _USERS):
-            size = min(_USERS, num_users - start)
-            rows = (user >= start) & (user < start + size)
+        width = design.shape[1]
+        modes = design.new_zeros(num_users, width)
+        for chunk in user_chunks(user, num_users, width, own=width**2):
+            rows, size = chunk.rows, len(chunk.users)
             zero = torch.zeros_like(weight[rows])
-            pairs = PairList(design[rows], zero, target.to(weight)[rows], weight[rows], user[rows] - start, size)
-            modes.append(fit_gaussian(pairs, tolerance=1e-6).mean)
-        return torch.cat(modes) / math.sqrt(ridge)
+            pairs = PairList(design[rows], zero, target.to(weight)[rows], weight[rows], chunk.user, size)
+            modes[chunk.users] = fit_gaussian(pairs, tolerance=1e-6).mean
+        return modes / math.sqrt(ridge)
 
     def _val_loss(self, weights: Tensor) -> float:
         total = self.reference.new_zeros(())

@@ -144,7 +144,7 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
             # trainer.test runs under inference mode, whose tensors can never enter autograd: leave it and clone.
             with torch.inference_mode(False), torch.enable_grad():
                 states = self._adapt(self._conditioned_context(context)).detach()
-                return with_evidence(states, self.least_pairs, self.population_state)
+                return with_evidence(states, self.least_pairs.clamp_min(1), self.population_state)
         finally:
             self.train(was_training)
 

@@ -5,7 +5,7 @@ Axes: N pairs in a batch, D feature width, E episodes (one per user of the batch
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,8 +98,7 @@ def arrange(batch: PreferenceBatch, with_nodes: bool) -> Arranged:
         order = torch.argsort(key, stable=True)
         order = order[torch.argsort(place[user[order]], stable=True)]
         user = place[user[order]]
-    fields: dict[str, Any] = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
-    batch = batch._replace(**{name: value[order] for name, value in fields.items()})
+    batch = batch.take(order)
     if not with_nodes:
         return Arranged(batch, user, None)
     nodes = response_nodes(response_ids(*(side.detach() for side in batch.features)), user)

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from plm.functional import bt_losses, per_user_sum, targets
+from plm.functional import bt_losses, per_user_sum, targets, user_chunks
 from plm.types import Context, PreferenceBatch, UserState
 
 NO_SPREAD = 1e-3
@@ -27,7 +27,6 @@ SHOTS = (1, 2, 4, 8, 16)
 """Numbers of pairs from which a stranger may be served a state of their own."""
 UNREACHED = 2**62
 """A number of pairs that nobody has: everybody is served the population."""
-_CHUNK = 64  # users adapted at once, which bounds the memory of padded pairs
 
 
 def meet_strangers(
@@ -47,7 +46,7 @@ def with_evidence(states: UserState, least_pairs: Tensor, population_state: Call
     few = states.num_pairs < least_pairs
     if not few.any():
         return states
-    prior = population_state(states.num_users).tensors
+    prior = population_state(states.num_users).detach().tensors
     tensors = {}
     for name, value in states.tensors.items():
         tensors[name] = value.clone()
@@ -154,7 +153,7 @@ def choose_for_strangers(
         for number in range(NUM_FOLDS):
             kept = fold != number
             method.train()
-            others = [_rows(batch, kept[batch.user_index]) for batch in train]
+            others = [batch.take(kept[batch.user_index]) for batch in train]
             _fit(method, [batch for batch in others if batch.num_pairs], on_fit)
             fits.append(_copy(method))
             method.load_state_dict(before)
@@ -165,8 +164,15 @@ def choose_for_strangers(
             found = torch.zeros(len(scales), method.num_users, dtype=torch.float64, device=method.device)
             for number, state in enumerate(fits):
                 method.load_state_dict(state)
-                for users in filter(len, torch.split((fold == number).nonzero()[:, 0], _CHUNK)):
-                    support, held = _context(_of(train, users), users, shots), _of(val, users)
+                everybody = (fold == number).nonzero()[:, 0]
+                if not len(everybody):
+                    continue
+                pairs, held_out = _of(train, everybody), _of(val, everybody)
+                row_of = torch.searchsorted(everybody, pairs.user_index)
+                for chunk in user_chunks(row_of, len(everybody), 2 * method.feature_dim):
+                    users = everybody[chunk.users]
+                    support = _context(pairs.take(chunk.rows), users, shots)
+                    held = held_out.take(torch.isin(held_out.user_index, users))
                     for row, value in enumerate(scales):
                         scale.fill_(value)
                         found[row] += _losses(method, method._adapt(support), held, users)
@@ -240,19 +246,13 @@ def _fit(method: Any, batches: list[PreferenceBatch], on_fit: Callable[[list[Pre
     method.num_train_pairs = num_train_pairs
 
 
-def _rows(batch: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
-    """The pairs at rows, an index or a mask."""
-    fields: dict[str, Any] = {name: value[rows] for name, value in batch._asdict().items() if isinstance(value, Tensor)}
-    return batch._replace(**fields)
-
-
 def _of(batches: list[PreferenceBatch], users: Tensor) -> PreferenceBatch:
     """All pairs of some users, as one batch in the order of the users."""
-    parts = [_rows(batch, torch.isin(batch.user_index, users)) for batch in batches]
+    parts = [batch.take(torch.isin(batch.user_index, users)) for batch in batches]
     names = ["chosen", "rejected", "user_index", "weight", "tie"]
     names += ["prompt"] if isinstance(parts[0].prompt, Tensor) else []
     fields: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return _rows(PreferenceBatch(**fields), torch.argsort(fields["user_index"], stable=True))
+    return PreferenceBatch(**fields).take(torch.argsort(fields["user_index"], stable=True))
 
 
 def _context(batch: PreferenceBatch, users: Tensor, shots: int) -> Context:

@@ -25,6 +25,7 @@ from plm.functional import (
     flatten_context,
     per_user_sum,
     unit_mean_per_user,
+    user_chunks,
 )
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
@@ -220,6 +221,7 @@ class LoRe(PersonalizationMethod):
         self.weights.copy_(weights)
         self.precision.copy_(precision)
         self.prior_scale.copy_(scales[best] if self.stranger_scale < 0 else self.stranger_scale)
+        self.precision[self.num_pairs == 0] = self.population_state(1).tensors["precision"]
 
     def _val_losses(self, val: list[ProjectedPairs], weights: Tensor) -> Tensor:
         """Summed loss of the validation pairs of every user with weights ``(U, K)``: ``(U,)``."""
@@ -230,21 +232,23 @@ class LoRe(PersonalizationMethod):
         return losses
 
     def _solve(self, train: list[ProjectedPairs], scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights ``(U, K)`` and precision ``(U, K, K)`` of all seen users; every process adds its own users."""
+        """Weights ``(U, K)`` and precision ``(U, K, K)`` of all seen users; every process adds its own users.
+
+        Users without pairs have the population's weights, and no precision yet.
+        """
         weights, precision = torch.zeros_like(self.weights), torch.zeros_like(self.precision)
-        has_pairs = torch.zeros(self.num_users, device=self.device)
-        for projected, target, weight, index in train:
-            users, user = torch.unique(index, return_inverse=True)
-            weight = unit_mean_per_user(weight, user, len(users))
-            posterior = fit_gaussian(self._pairs(projected, scale, target, weight, user, len(users)))
-            state = self._state(posterior, scale, self.num_pairs[users])
-            weights[users], precision[users] = state.tensors["weights"], state.tensors["precision"]
-            has_pairs[users] = 1.0
-        weights, precision, has_pairs = (self.sum_over_processes(value) for value in (weights, precision, has_pairs))
-        prior = self.population_state(self.num_users)
-        without_pairs = has_pairs == 0
-        weights = torch.where(without_pairs[:, None], prior.tensors["weights"], weights)
-        return weights, torch.where(without_pairs[:, None, None], prior.tensors["precision"], precision)
+        for part in train:
+            users, user = torch.unique(part.user, return_inverse=True)
+            for chunk in user_chunks(user, len(users), self.num_bases, own=self.num_bases**2):
+                projected, target, weight = (value[chunk.rows] for value in part[:3])
+                weight = unit_mean_per_user(weight, chunk.user, len(chunk.users))
+                pairs = self._pairs(projected, scale, target, weight, chunk.user, len(chunk.users))
+                rows = users[chunk.users]
+                state = self._state(fit_gaussian(pairs), scale, self.num_pairs[rows])
+                weights[rows], precision[rows] = state.tensors["weights"], state.tensors["precision"]
+        weights, precision = self.sum_over_processes(weights), self.sum_over_processes(precision)
+        weights[self.num_pairs == 0] = self._population(1)
+        return weights, precision
 
     @torch.no_grad()
     def report(self) -> dict[str, float]:

@@ -69,6 +69,13 @@ def as_double(cache: Cache) -> Cache:
     return type(cache)(*(value.double() for value in cache))
 
 
+def cache_of(cache: Cache, rows: Tensor) -> Cache:
+    """What margins need of the pairs at ``rows`` ``(n,)``."""
+    return cache._replace(
+        **{name: value[rows] for name, value in cache._asdict().items() if name != "gram" or value.dim() == 3}
+    )
+
+
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows and where each row went: ``(N, D)`` -> ``(I, D)``, ``(N,)``, with ``distinct[index] == rows``.
 

@@ -27,7 +27,7 @@ from plm.backbones.export import reward_backbone, reward_model, save_reward_mode
 from plm.functional import expected_losses, targets
 from plm.method.abilities import Exporter
 from plm.methods.pal.export import head_parts
-from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, as_double, distinct_pairs, distinct_rows
+from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, distinct_pairs, distinct_rows
 from plm.methods.pal.heads import Head, Loss, bound_penalty, pair_losses
 from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.options import Mixing, Residual, Users, Variant, check_options, configure_groups
@@ -266,7 +266,7 @@ class PAL(SolvedUsers, Exporter):
         users, user = torch.unique(batch.user_index, return_inverse=True)
         prior = Prior(torch.zeros_like(self.prior_centre), torch.ones_like(self.prior_scale))
         with torch.no_grad():
-            pairs = Solvable(as_double(cache), target, batch.weight, user)
+            pairs = Solvable(cache, target, batch.weight, user)
             self.logits[users], precision = solve_logits(self._logit_margins, pairs, prior, self.logits[users], 1)
         margin, design = linearised(lambda rows: self._logit_margins(cache, rows), self.logits[batch.user_index])
         weights = self._weights(self.logits[batch.user_index])
@@ -337,7 +337,7 @@ class PAL(SolvedUsers, Exporter):
         with torch.no_grad():
             chosen, rejected, prompt, target, weight, user = context_pairs(context)
             prompt = self._prompts(prompt, len(user))
-            pairs = Solvable(as_double(self._cache(distinct_pairs(chosen, rejected, prompt))), target, weight, user)
+            pairs = Solvable(self._cache(distinct_pairs(chosen, rejected, prompt)), target, weight, user)
             start = self.prior_centre.expand(context.num_users, -1)
             logits, precision = solve_logits(self._logit_margins, pairs, self._prior, start)
             return self._state(logits, precision, context.mask.sum(-1))

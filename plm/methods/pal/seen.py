@@ -83,7 +83,7 @@ class SolvedUsers(GroupedMethod):
     def _solvable(self, batch: PreferenceBatch) -> Solvable:
         """Prepare the pairs of a batch for the solver."""
         prompt = self._prompts(batch.prompt, batch.num_pairs)
-        cache = as_double(self._cache(distinct_pairs(*batch.features, prompt)))
+        cache = self._cache(distinct_pairs(*batch.features, prompt))
         weight = batch.weight.clone()
         return Solvable(cache, targets(batch.tie).to(weight), weight, batch.user_index.clone())
 
@@ -102,7 +102,8 @@ class SolvedUsers(GroupedMethod):
             logits, precision, prior = solve_around(partial(self._solve, train), prior, logits, self.num_pairs > 0)
             own = prior.centre.expand_as(logits) if number == NO_SPREAD else logits
             priors.append(prior)
-            candidates.add(self.sum_over_processes(self._val_losses(val, own)), (own, precision))
+            losses = self.sum_over_processes(self._val_losses(val, own))
+            candidates.add(losses, (own.to(self.logits), precision.to(self.precision)))
         best, (own, precision) = candidates.choose()
         self.logits.copy_(own)
         self.precision.copy_(precision)
@@ -110,13 +111,17 @@ class SolvedUsers(GroupedMethod):
             best = int((self.stranger_scale - self.stranger_scale.new_tensor(scales)).abs().argmin())
         self.prior_centre.copy_(priors[best].centre)
         self.prior_scale.copy_(priors[best].scale)
+        without_pairs = self.num_pairs == 0
+        self.logits[without_pairs] = self.prior_centre
+        self.precision[without_pairs] = torch.eye(self.num_prototypes, device=self.device) / self.prior_scale.square()
 
     def _val_losses(self, val: list[Solvable], logits: Tensor) -> Tensor:
         """Summed loss of the validation pairs of every user with logits ``(U, K)``: ``(U,)``."""
         losses = torch.zeros(self.num_users, dtype=torch.float64, device=self.device)
         for pairs in val:
             served = self._served(self._weights(logits), self.num_pairs)[pairs.row]
-            loss = pairs.weight * bt_losses(self.geometry.margins(pairs.cache, served.double()), pairs.target)
+            margins = self.geometry.margins(as_double(pairs.cache), served.double())
+            loss = pairs.weight * bt_losses(margins, pairs.target)
             losses += per_user_sum(loss.double(), pairs.row, self.num_users)
         return losses
 

@@ -11,8 +11,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from plm.functional import targets, unit_mean_per_user
-from plm.methods.pal.geometry import Cache
+from plm.functional import MAX_CELLS, targets, unit_mean_per_user, user_chunks
+from plm.methods.pal.geometry import Cache, as_double, cache_of
 from plm.methods.pal.solver import fit_deviations
 from plm.types import Context
 
@@ -60,8 +60,9 @@ def centre_step(deviation: Tensor, precision: Tensor, scale: Tensor) -> Tensor:
     """
     if not len(deviation):
         return scale.new_zeros(deviation.shape[1])
-    unit = torch.linalg.inv(precision.double() * scale.double().square())
-    told = torch.eye(deviation.shape[1], dtype=unit.dtype, device=unit.device) - unit.mean(0)
+    square, parts = scale.double().square(), torch.split(precision, max(1, MAX_CELLS // precision[0].numel()))
+    units = torch.stack([torch.linalg.inv(part.double() * square).sum(0) for part in parts]).sum(0)
+    told = torch.eye(deviation.shape[1], dtype=units.dtype, device=units.device) - units / len(precision)
     step: Tensor = torch.linalg.pinv(told, rtol=1e-6, hermitian=True) @ deviation.double().mean(0)
     return step
 
@@ -134,9 +135,9 @@ def solve_logits(
         start: ``(U, K)`` logits to start from.
         num_steps: Most steps; 0 = the precision at ``start``.
     """
-    weight = unit_mean_per_user(pairs.weight, pairs.row, len(start))
+    weight, cache = unit_mean_per_user(pairs.weight, pairs.row, len(start)), as_double(pairs.cache)
     posterior = fit_deviations(
-        lambda rows: margins(pairs.cache, prior.centre + prior.scale * rows),
+        lambda rows: margins(cache, prior.centre + prior.scale * rows),
         pairs.target,
         weight,
         pairs.row,
@@ -185,6 +186,10 @@ def solve_table(
     precision = start.new_zeros(num_users, num_prototypes, num_prototypes)
     for pairs in batches:
         users, row = torch.unique(pairs.row, return_inverse=True)
-        logits[users], precision[users] = solve_logits(margins, pairs._replace(row=row), prior, start[users], num_steps)
-        has_pairs[users] = 1.0
+        width = sum(value[:1].numel() for value in pairs.cache)
+        for chunk in user_chunks(row, len(users), width, own=num_prototypes**2):
+            at, rows = chunk.rows, users[chunk.users]
+            some = Solvable(cache_of(pairs.cache, at), pairs.target[at], pairs.weight[at], chunk.user)
+            logits[rows], precision[rows] = solve_logits(margins, some, prior, start[rows], num_steps)
+            has_pairs[rows] = 1.0
     return logits, precision, has_pairs

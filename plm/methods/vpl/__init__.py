@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
+from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user, user_chunks
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
 from plm.method.episodes import Arranged, TargetRule, arrange, content_keys, draw_episodes, rank_within_user
@@ -57,6 +57,9 @@ SHOTS = (1, 2, 4, 8, 16, 32)
 
 WARM_UP = 0.03
 """Share of the steps in which the learning rate of the schedule ``cosine`` rises, as published."""
+
+MAX_FLOATS = 2**26
+"""Numbers of the features of users who are read at once (256 MiB)."""
 
 RIDGE, BASIS_RIDGE = 0.06, 1.0
 """Precisions of the normal priors on the population's direction and on the bases of the bilinear decoder."""
@@ -324,23 +327,31 @@ class VPL(PersonalizationMethod):
         spread = self.mean.new_zeros(len(SHOTS), 2)  # summed variance and users at each number of pairs
         for batch in self.train_pass():
             users, user = torch.unique(batch.user_index, return_inverse=True)
-            count = torch.bincount(user)
-            rows = self._read_pairs(batch.difference, user)
-            tokens, weight, user = self._tokens(batch, rows), batch.weight[rows], user[rows]
-            posterior = self._posterior(tokens, weight, user, len(users))
-            mean[users], log_var[users], num_pairs[users] = posterior.mean, posterior.log_var, count
-            rank = rank_within_user(user, torch.arange(len(user), device=self.device))
-            for row, shots in enumerate(SHOTS):
-                first, enough = rank < shots, count >= shots
-                few = PairTokens(tokens.direction[first], tokens.strength[first])
-                variance = self._posterior(few, weight[first], user[first], len(users)).log_var.exp().mean(-1)
-                spread[row] += torch.stack([variance[enough].sum(), enough.sum()])
+            width = 2 * self.feature_dim + self.max_context  # also of a row of attention
+            for chunk in user_chunks(user, len(users), width, most=MAX_FLOATS):
+                rows = users[chunk.users]
+                posterior, num_pairs[rows], of_shots = self._users_of(batch.take(chunk.rows), chunk.user, len(rows))
+                mean[rows], log_var[rows] = posterior
+                spread += of_shots
         self.mean.copy_(self.sum_over_processes(mean))
         self.log_var.copy_(self.sum_over_processes(log_var))
         self.num_pairs.copy_(self.sum_over_processes(num_pairs))
         total, users_at = self.sum_over_processes(spread).unbind(-1)
         self.variance.copy_(torch.where(users_at > 0, total / users_at, -1.0))
         self.val_accuracies.copy_(torch.tensor(self._choose_scale()))
+
+    def _users_of(self, batch: PreferenceBatch, user: Tensor, num_users: int) -> tuple[Gaussian, Tensor, Tensor]:
+        """Posteriors of the users of whole batches, their numbers of pairs, and what ``spread`` sums up of them."""
+        count = torch.bincount(user, minlength=num_users)
+        rows = self._read_pairs(batch.difference, user)
+        tokens, weight, user = self._tokens(batch, rows), batch.weight[rows], user[rows]
+        rank, spread = rank_within_user(user, torch.arange(len(user), device=self.device)), []
+        for shots in SHOTS:
+            first, enough = rank < shots, count >= shots
+            few = PairTokens(tokens.direction[first], tokens.strength[first])
+            variance = self._posterior(few, weight[first], user[first], num_users).log_var.exp().mean(-1)
+            spread.append(torch.stack([variance[enough].sum(), enough.sum()]))
+        return self._posterior(tokens, weight, user, num_users), count, torch.stack(spread)
 
     def _choose_scale(self) -> tuple[float, float]:
         """Set ``latent_scale``; accuracy of validation pairs with their users' latents and with those of others.
