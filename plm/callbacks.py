@@ -191,7 +191,9 @@ class FewShotCurve(L.Callback):
         self._metric = self._curve = None
         if "few_shot" in names and not is_fast_dev_run(trainer):
             self._loader = names.index("few_shot")
-            metric = FewShotMetric(len(data.all_user_ids), data.shots, data.repeats)
+            seen = set(data.user_ids)
+            users = [row for row, user_id in enumerate(data.all_user_ids) if user_id not in seen]
+            metric = FewShotMetric(users, data.shots, data.repeats)
             self._metric = metric.to(_device(pl_module))
 
     def on_test_batch_end(

@@ -8,7 +8,7 @@ Axes: B pairs in a batch, U users, K shot counts, R repeats, N calibration bins.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -290,7 +290,7 @@ class FewShotMetric(Metric):
     """Accuracy, log-loss and calibration by shot count, repeat and user, exact across batches and processes.
 
     Args:
-        num_users: Number U of users of the datamodule: the range of ``user_row``.
+        users: Rows of the users of the curve among all of the datamodule; nothing is kept of the others.
         shots: The shot counts of the curve.
         num_repeats: Random draws of the support per shot count.
     """
@@ -300,14 +300,15 @@ class FewShotMetric(Metric):
     full_state_update = False
     cells: Tensor
     bins: Tensor
+    users: Tensor
     shots: Tensor
 
-    def __init__(self, num_users: int, shots: Sequence[int], num_repeats: int) -> None:
+    def __init__(self, users: Iterable[int], shots: Sequence[int], num_repeats: int) -> None:
         super().__init__()
-        self.num_users = num_users
         self.num_repeats = num_repeats
+        self.register_buffer("users", torch.tensor(sorted(set(users)), dtype=torch.long), persistent=False)
         self.register_buffer("shots", torch.tensor(sorted(set(shots)), dtype=torch.long), persistent=False)
-        zeros = torch.zeros(len(self.shots), num_repeats, num_users, 3, dtype=torch.float64)
+        zeros = torch.zeros(len(self.shots), num_repeats, len(self.users), 3, dtype=torch.float64)
         self.add_state("cells", zeros, dist_reduce_fx="sum")
         bins = torch.zeros(len(self.shots), NUM_BINS, 3, dtype=torch.float64)
         self.add_state("bins", bins, dist_reduce_fx="sum")
@@ -319,7 +320,7 @@ class FewShotMetric(Metric):
 
         Args:
             margin: ``(B,)`` reward of chosen minus reward of rejected.
-            user_row: ``(B,)`` int64 in ``[0, num_users)``.
+            user_row: ``(B,)`` int64, of the users of the curve.
             num_shots: ``(B,)`` int64, one of ``shots``.
             repeat: ``(B,)`` int64 in ``[0, num_repeats)``.
             tie: ``(B,)`` bool, True = labelled a tie: left out.
@@ -327,7 +328,12 @@ class FewShotMetric(Metric):
         Raises:
             ValueError: If a user row, shot count or repeat is not one that was announced.
         """
-        _check_rows(user_row, self.num_users)
+        strange = user_row[~torch.isin(user_row, self.users)].tolist()
+        if strange:
+            raise ValueError(
+                f"expected user rows of the {len(self.users)} users of the curve, got {sorted(set(strange))[:5]}; "
+                "few-shot batches hold users whom training does not see"
+            )
         shot = torch.searchsorted(self.shots, num_shots).clamp(max=len(self.shots) - 1)
         if (self.shots[shot] != num_shots).any() or ((repeat < 0) | (repeat >= self.num_repeats)).any():
             raise ValueError(
@@ -338,11 +344,13 @@ class FewShotMetric(Metric):
         kept = torch.ones_like(user_row, dtype=torch.bool) if tie is None else ~tie
         correct, loss = _correctness_and_loss(margin[kept])
         ones = torch.ones_like(correct)
-        cell = ((shot * self.num_repeats + repeat) * self.num_users + user_row)[kept]
+        place = torch.searchsorted(self.users, user_row)
+        cell = ((shot * self.num_repeats + repeat) * len(self.users) + place)[kept]
         self.cells.view(-1, 3).index_add_(0, cell, torch.stack([ones, correct, loss], dim=1))
-        confidence, place = _bins(margin[kept])
-        place = shot[kept] * NUM_BINS + place
-        self.bins.view(-1, 3).index_add_(0, place, torch.stack([ones, confidence, correct], dim=1))
+        confidence, number = _bins(margin[kept])
+        self.bins.view(-1, 3).index_add_(
+            0, shot[kept] * NUM_BINS + number, torch.stack([ones, confidence, correct], dim=1)
+        )
 
     def table(self) -> FewShotTable:
         """Per-user results of all processes; every process must call it."""
@@ -365,7 +373,8 @@ class FewShotMetric(Metric):
             np.where(pairs > 0, total[..., rows] / np.maximum(pairs, 1), np.nan) for total in (correct, loss)
         )
         shots = self.shots.cpu().numpy().copy()
-        return FewShotTable(shots, rows.astype(np.int64), accuracy, log_loss, self.bins.cpu().numpy().copy())
+        users = self.users.cpu().numpy()[rows]
+        return FewShotTable(shots, users, accuracy, log_loss, self.bins.cpu().numpy().copy())
 
 
 def _correctness_and_loss(margin: Tensor) -> tuple[Tensor, Tensor]:

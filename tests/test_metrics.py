@@ -151,7 +151,7 @@ def few_shot_pairs() -> dict[str, torch.Tensor]:
 
 
 def test_few_shot_by_hand():
-    metric = FewShotMetric(5, shots=[4, 0], num_repeats=2)
+    metric = FewShotMetric(range(5), shots=[4, 0], num_repeats=2)
     metric.update(**few_shot_pairs())
     table = metric.table()
     np.testing.assert_array_equal(table.shots, [0, 4])
@@ -169,11 +169,11 @@ def test_few_shot_by_hand():
 
 
 def test_few_shot_batching_and_labelled_ties():
-    pairs, metric = few_shot_pairs(), FewShotMetric(5, [0, 4], 2)
+    pairs, metric = few_shot_pairs(), FewShotMetric(range(5), [0, 4], 2)
     for index in torch.randperm(12, generator=torch.Generator().manual_seed(0)).split(5):
         metric.update(**part(pairs, index))
     metric.update(*(torch.ones(1, dtype=torch.long) * n for n in (-9, 2, 4, 0)), tie=torch.tensor([True]))
-    whole = FewShotMetric(5, [0, 4], 2)
+    whole = FewShotMetric(range(5), [0, 4], 2)
     whole.update(**pairs)
     np.testing.assert_array_equal(metric.table().accuracy, whole.table().accuracy)
     np.testing.assert_array_equal(metric.table().user_row, [1, 3])
@@ -184,14 +184,25 @@ def test_few_shot_unannounced(wrong: dict[str, torch.Tensor]):
     zero = torch.zeros(1, dtype=torch.long)
     pair = {"margin": torch.ones(1), "user_row": zero, "num_shots": zero, "repeat": zero} | wrong
     with pytest.raises(ValueError, match="expected shots among"):
-        FewShotMetric(5, [0, 4], 2).update(**pair)
+        FewShotMetric(range(5), [0, 4], 2).update(**pair)
+
+
+def test_few_shot_keeps_cells_of_its_own_users_alone():
+    metric = FewShotMetric([3, 1], [0, 4], 2)
+    metric.update(**few_shot_pairs())
+    assert metric.cells.shape == (2, 2, 2, 3) and metric.table().user_row.tolist() == [1, 3]
+    whole = FewShotMetric(range(5), [0, 4], 2)
+    whole.update(**few_shot_pairs())
+    np.testing.assert_array_equal(metric.table().accuracy, whole.table().accuracy)
+    with pytest.raises(ValueError, match=r"of the 1 users of the curve, got \[1\]"):
+        FewShotMetric([3], [0, 4], 2).update(**few_shot_pairs())
 
 
 def _rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     pairs = random_pairs()
-    metric, empty_there = PreferenceMetric(17), FewShotMetric(5, [0, 4], 2)
+    metric, empty_there = PreferenceMetric(17), FewShotMetric(range(5), [0, 4], 2)
     metric.update(**part(pairs, torch.arange(400) % 2 == rank))  # every user on both ranks
     if rank == 0:
         empty_there.update(**few_shot_pairs())
@@ -210,7 +221,7 @@ def test_two_processes_equal_one(tmp_path: Path):
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
-    whole, few_shot = PreferenceMetric(17), FewShotMetric(5, [0, 4], 2)
+    whole, few_shot = PreferenceMetric(17), FewShotMetric(range(5), [0, 4], 2)
     whole.update(**random_pairs())
     few_shot.update(**few_shot_pairs())
     for rank in range(2):
