@@ -81,6 +81,8 @@ def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:
     """Concatenate one column over the files; None where no file has it."""
     if not any(name in raw.columns for raw in raws):
         return None
+    if len(raws) == 1:
+        return raws[0].columns[name]
     codes: list[IntArray] = []
     values: list[Any] = []
     for raw in raws:

@@ -23,6 +23,8 @@ from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
 from plm.types import Tokens
 
+TEXTS_AT_ONCE = 2**14
+"""Texts that are read at once where no cache keeps their features."""
 ADVICE = "shorten them, or train the model that makes the latents with a greater max_length or with max_prompt_length"
 
 
@@ -124,7 +126,7 @@ def encode_pairs(
     items = np.unique(np.concatenate([table.chosen, table.rejected]))
     prompt, response = table.items[items].T
     prompts = [table.prompts[row] for row in prompt.tolist()]
-    features = reader(prompts, [table.responses[row] for row in response.tolist()])
+    features = _read(reader, prompts, [table.responses[row] for row in response.tolist()])
     of_items = _feature_rows(features, items, len(table.items))
     _warn_of_equal_features(table, of_items.features)
     of_prompts: BatchRows | None = None
@@ -132,18 +134,31 @@ def encode_pairs(
         of_prompts = tokens.prompts_alone()
     elif prompt_features:
         rows = np.unique(prompt)
-        of_prompts = _feature_rows(
-            reader.prompts([table.prompts[row] for row in rows.tolist()]), rows, len(table.prompts)
-        )
+        read = reader.prompts([table.prompts[row] for row in rows.tolist()])
+        assert isinstance(read, Tensor)
+        of_prompts = _feature_rows(read.cpu().numpy(), rows, len(table.prompts))
     if isinstance(reader, CachedReader):  # it has read all that it is going to
         backbone.release()
     return FeaturedPairs(table, of_items, of_prompts, user_index)
 
 
-def _feature_rows(features: Tensor | Tokens | None, rows: IntArray, num_rows: int) -> FeatureRows:
+def _read(reader: TextReader, prompts: list[str], texts: list[str]) -> Float32Array:
+    """Features ``(n, D)`` of n texts, which are read in parts, so that they are in memory once."""
+    if isinstance(reader, CachedReader):
+        return reader(prompts, texts).numpy()
+    features = np.zeros((0, 0), dtype=np.float32)
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        rows = slice(start, start + TEXTS_AT_ONCE)
+        part = reader(prompts[rows], texts[rows])
+        assert isinstance(part, Tensor)
+        if not start:
+            features = np.empty((len(texts), part.shape[1]), dtype=np.float32)
+        features[rows] = part.cpu().numpy()
+    return features
+
+
+def _feature_rows(values: Float32Array, rows: IntArray, num_rows: int) -> FeatureRows:
     """Features ``(n, D)`` of some rows ``(n,)`` -> ``(num_rows, D)``, nan for the others, which no pair refers to."""
-    assert isinstance(features, Tensor)
-    values: Float32Array = features.cpu().numpy()
     if len(rows) == num_rows:
         return FeatureRows(values)
     out = np.full((num_rows, values.shape[1]), np.nan, dtype=np.float32)
@@ -158,10 +173,9 @@ def _warn_of_equal_features(table: PairTable, features: Float32Array) -> None:
         table: The pairs.
         features: ``(I, D)`` of its items.
     """
-    sides = np.stack([table.chosen, table.rejected])
-    first = features[sides, 0]
-    alike = np.flatnonzero(first[0] == first[1])  # few: the others need not be compared as a whole
-    same = alike[(features[sides[0, alike]] == features[sides[1, alike]]).all(1)]
+    codes = _codes(features)
+    alike = np.flatnonzero(codes[table.chosen] == codes[table.rejected])  # few: others need not be compared as a whole
+    same = alike[(features[table.chosen[alike]] == features[table.rejected[alike]]).all(1)]
     if len(same):
         warnings.warn(
             f"{len(same)} of {table.num_pairs} pairs have the same features on both sides (the first at "
@@ -169,6 +183,16 @@ def _warn_of_equal_features(table: PairTable, features: Float32Array) -> None:
             "method can tell them apart",
             stacklevel=3,
         )
+
+
+def _codes(features: Float32Array) -> npt.NDArray[np.uint64]:
+    """One number for each row ``(I, D)``, the same for equal rows: a sum of its bits times fixed odd numbers."""
+    factors = np.random.default_rng(0).integers(2**62, size=features.shape[1], dtype=np.uint64) * 2 + 1
+    codes = np.empty(len(features), dtype=np.uint64)
+    for start in range(0, len(features), TEXTS_AT_ONCE):  # bounds the memory of 64 bits
+        rows = features[start : start + TEXTS_AT_ONCE] + np.float32(0)  # -0 is 0
+        codes[start : start + TEXTS_AT_ONCE] = (rows.view(np.uint32) * factors).sum(1)
+    return codes
 
 
 def with_reference_logps(tokens: TokenRows, table: PairTable, causal_lm: CausalLM, cache_dir: str) -> TokenRows:

@@ -66,7 +66,9 @@ def _read_parquet(path: Path, layout: Layout) -> RawPairs | Records:
         unread = [name for name in names if name not in _read(found)]
         first = next(file.iter_batches(NUM_LOOKED_AT, columns=unread), None) if unread else None
         _refuse_unread_winner(path, found, Records(unread, [] if first is None else first.to_pylist(), [], []))
-        table = pq.read_table(path, columns=[name for name in names if name in _read(found)])
+        read = [name for name in names if name in _read(found)]
+        texts = [name for name in read if pa.types.is_string(file.schema_arrow.field(name).type)]
+        table = pq.read_table(path, columns=read, read_dictionary=texts)  # in each row group a text is held once
         if _needs_rows(table, found):
             return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
         columns = {name: factorise_arrow(table.column(column)) for name, column in found.columns.items()}

@@ -19,8 +19,8 @@ from plm.types import Tokens
 
 MAX_FLOATS = 2**26
 """How many feature values an evaluation batch may hold (256 MiB)."""
-MAX_TOKENS = 2**22
-"""How many tokens an evaluation batch may hold (64 MiB with masks)."""
+FLOATS_PER_TOKEN = 16
+"""What a token counts for: an evaluation batch may hold 2**22 of them (64 MiB with masks)."""
 
 
 class BatchRows(ABC):
@@ -28,8 +28,13 @@ class BatchRows(ABC):
 
     @property
     @abstractmethod
+    def width(self) -> int:
+        """How many feature values the longest row counts for in memory."""
+
+    @property
     def max_rows(self) -> int:
         """How many an evaluation batch may hold."""
+        return MAX_FLOATS // self.width
 
     @abstractmethod
     def gather(self, rows: IntArray) -> Tensor | Tokens:
@@ -44,9 +49,9 @@ class FeatureRows(BatchRows):
     """``(I, D)``."""
 
     @property
-    def max_rows(self) -> int:
-        """How many an evaluation batch may hold."""
-        return MAX_FLOATS // int(self.features.shape[1])
+    def width(self) -> int:
+        """Width D of the features."""
+        return int(self.features.shape[1])
 
     def gather(self, rows: IntArray) -> Tensor:
         """Rows ``(B,)`` -> ``(B, D)``."""
@@ -73,9 +78,9 @@ class TokenRows(BatchRows):
         return response_lengths + np.array([len(ids) for ids in self.prompts], dtype=np.int64)[self.prompt]
 
     @property
-    def max_rows(self) -> int:
-        """How many an evaluation batch may hold."""
-        return MAX_TOKENS // int(self.lengths.max(initial=1))
+    def width(self) -> int:
+        """Tokens of the longest text, as feature values."""
+        return FLOATS_PER_TOKEN * int(self.lengths.max(initial=1))
 
     def gather(self, rows: IntArray) -> Tokens:
         """Rows ``(B,)`` -> prompt and response, padded on the right to the longest of them."""

@@ -160,7 +160,9 @@ def pair_table(
     rank = np.full(len(user_ids), -1, dtype=np.int64)
     rank[order] = np.arange(len(order))
     stride = max(len(responses), 1)
-    keys, codes = np.unique(np.concatenate([prompt * stride + chosen, prompt * stride + rejected]), return_inverse=True)
+    sides = [np.unique(prompt * stride + side, return_inverse=True) for side in (chosen, rejected)]
+    keys = np.union1d(sides[0][0], sides[1][0])
+    items: list[IntArray] = [np.searchsorted(keys, np.asarray(distinct))[codes] for distinct, codes in sides]
     none = np.full(num_pairs, -1, dtype=np.int64)
     nan = np.full(num_pairs, np.nan, dtype=np.float32)
     defaults: dict[str, Any] = {
@@ -184,8 +186,8 @@ def pair_table(
         items=np.stack([keys // stride, keys % stride], axis=1),
         user=rank[user],
         prompt=prompt,
-        chosen=codes[:num_pairs],
-        rejected=codes[num_pairs:],
+        chosen=items[0],
+        rejected=items[1],
         dropped={why: count for why, count in (dropped or {}).items() if count},
         **{**defaults, **optional},
     )
@@ -328,9 +330,10 @@ def _validate(
         checker.add(first, lambda row: f"user_split: user {users[user[row]]!r} is both seen and unseen")
     if checker.problems:
         return None
-    keep, left_out = _filter(np.stack([user, prompt, sides["chosen"], sides["rejected"]], 1), optional)
-    row_optional = {k: v if k == "dialogues" else v[keep] for k, v in optional.items()}
     codes_of = {"user": user, "prompt": prompt, **sides}
+    kept, left_out = _filter(list(codes_of.values()), optional)
+    keep = slice(None) if len(kept) == num_pairs else kept  # no copies of large files that are clean
+    row_optional = {k: v if k == "dialogues" else v[keep] for k, v in optional.items()}
     return pair_table(
         users,
         prompts,
@@ -376,30 +379,39 @@ def _optional_columns(columns: dict[str, Column | None], checker: Checker) -> di
     return out
 
 
-def _filter(codes: IntArray, optional: dict[str, Any]) -> tuple[IntArray, dict[str, int]]:
+def _filter(codes: list[IntArray], optional: dict[str, Any]) -> tuple[IntArray, dict[str, int]]:
     """Rows to keep: first of its duplicates, and of a user who is seen or unseen."""
     dropped: dict[str, int] = {}
-    rows = np.arange(len(codes))
+    num_pairs = len(codes[0])
+    rows = np.arange(num_pairs)
     if "user_split" in optional:
         rows = rows[optional["user_split"] < len(USER_SPLITS)]
-        if len(rows) < len(codes):
-            dropped["other_user_split"] = len(codes) - len(rows)
+        if len(rows) < num_pairs:
+            dropped["other_user_split"] = num_pairs - len(rows)
             warnings.warn(
-                f"{len(codes) - len(rows)} pairs left out: their user_split is neither seen nor unseen", stacklevel=4
+                f"{num_pairs - len(rows)} pairs left out: their user_split is neither seen nor unseen", stacklevel=4
             )
     if "tie" in optional:
-        codes = np.concatenate([codes, optional["tie"][:, None]], axis=1)
-    order = np.lexsort(codes[rows].T[::-1])
-    ordered = codes[rows][order]
-    new = np.ones(len(rows), dtype=np.bool_)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(1)
-    kept = np.sort(rows[order[new]])  # lexsort is stable: the first of equals is the first in the file
+        codes = [*codes, optional["tie"].astype(np.int64)]
+    kept = np.sort(rows[np.unique(_joined(codes)[rows], return_index=True)[1]])  # the first of equals
     if len(kept) < len(rows):
         dropped["duplicates"] = len(rows) - len(kept)
         warnings.warn(
             f"{len(rows) - len(kept)} duplicate pairs left out: same user, prompt, chosen and rejected", stacklevel=4
         )
     return kept, dropped
+
+
+def _joined(codes: Sequence[IntArray]) -> IntArray:
+    """One number ``(N,)`` for N rows of non-negative codes, the same for equal rows alone."""
+    joined, size = codes[0], int(codes[0].max(initial=0)) + 1
+    for column in codes[1:]:
+        count = int(column.max(initial=0)) + 1
+        if size * count >= 2**63:
+            joined = np.unique(joined, return_inverse=True)[1]
+            size = int(joined.max()) + 1
+        joined, size = joined * count + column, size * count
+    return joined
 
 
 def _merge(codes: IntArray, values: list[Any]) -> tuple[list[Any], IntArray]:

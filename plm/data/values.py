@@ -90,7 +90,7 @@ def to_id(value: Any) -> str:
     text = to_text(value) if isinstance(value, str) else digits(value)
     if not text.strip():
         raise ValueError("expected an id")
-    if any(unicodedata.category(mark) == "Cc" or mark in _TURNING for mark in text):
+    if not text.isprintable() and any(unicodedata.category(mark) == "Cc" or mark in _TURNING for mark in text):
         raise ValueError("expected an id without control characters")
     return text
 
