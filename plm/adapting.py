@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,37 +15,52 @@ from torch import Tensor
 from plm.data.collate import FeaturedPairs, build_context
 from plm.data.encoding import TextReader, encode_pairs
 from plm.data.schema import PairTable, make_pairs
+from plm.functional import user_chunks
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
 from plm.types import Context, Tokens, UserState
 
+MAX_FLOATS = 2**22
+"""Numbers of padded pairs and of states that are made at once (16 MiB)."""
 
-def adapt_users(
-    method: PersonalizationMethod, table: PairTable, users_at_once: int = 1024
-) -> tuple[list[str], UserState]:
+
+def adapt_users(method: PersonalizationMethod, table: PairTable) -> Iterator[tuple[list[str], UserState]]:
     """Learn the state of every user of a table from the user's pairs alone; the method stays as it is.
+
+    They are learned in chunks, as `plm.functional.user_chunks` makes them: however many users there are, and however
+    many pairs one of them has, what is in memory beside the table and the features of its texts is bounded.
 
     Args:
         method: A method that was loaded with its language model, as `plm.load_method` does.
         table: Pairs. A user of whom no pair is short enough for the method is left out.
-        users_at_once: Users whose padded pairs are in memory at once.
 
-    Returns:
-        User ids, those with the fewest pairs first, and their states in the same order, on the CPU.
+    Yields:
+        User ids and their states, on the CPU, of so many users that these are worth a transaction; users with the
+        fewest pairs come first.
     """
-    return _adapted(method, _encoded(method, table), users_at_once)
+    user_ids: list[str] = []
+    states: list[UserState] = []
+    for some_ids, some in _adapted(method, _encoded(method, table)):
+        user_ids, states = [*user_ids, *some_ids], [*states, some]
+        if sum(value.numel() for state in states for value in (*state.tensors.values(), state.num_pairs)) > MAX_FLOATS:
+            yield user_ids, UserState.cat(states)
+            user_ids, states = [], []
+    if states:
+        yield user_ids, UserState.cat(states)
 
 
-def _adapted(method: PersonalizationMethod, data: FeaturedPairs, users_at_once: int) -> tuple[list[str], UserState]:
-    """See `adapt_users`."""
-    table = data.table
-    num_pairs = np.bincount(table.user, minlength=table.num_users)
-    by_length = np.argsort(num_pairs, kind="stable")  # little padding per group
-    by_length = by_length[num_pairs[by_length] > 0]
-    groups = [by_length[start : start + users_at_once] for start in range(0, len(by_length), users_at_once)]
-    contexts = (build_context(data, np.arange(table.num_pairs), group) for group in groups)
-    states = [method.adapt(_to(context, method.device)).to("cpu") for context in contexts]
-    return [table.user_ids[row] for row in by_length], UserState.cat(states)
+def _adapted(method: PersonalizationMethod, data: FeaturedPairs) -> Iterator[tuple[list[str], UserState]]:
+    """User ids and states chunk by chunk."""
+    count = np.bincount(data.table.user, minlength=data.table.num_users)
+    rows, user = np.flatnonzero(count), (np.cumsum(count > 0) - 1)[data.table.user]
+    prior = method.population_state(1).tensors
+    own = sum(value.numel() for value in prior.values())
+    width = 2 * data.items.width + (0 if data.prompts is None else data.prompts.width)
+    for chunk in user_chunks(torch.from_numpy(user), len(rows), width, own, MAX_FLOATS):
+        users = rows[chunk.users.numpy()]
+        context = build_context(data, chunk.rows.numpy(), users)
+        states = method.adapt(_to(context, method.device)).to("cpu")
+        yield [data.table.user_ids[row] for row in users.tolist()], states
 
 
 def adapt_user(method: PersonalizationMethod, user_id: str, pairs: Sequence[Mapping[str, Any]]) -> UserState:
@@ -54,11 +69,8 @@ def adapt_user(method: PersonalizationMethod, user_id: str, pairs: Sequence[Mapp
     Raises:
         ValueError: If a pair is malformed, or none is short enough for the method.
     """
-    return _adapted(method, _encoded(method, _pairs_of(user_id, pairs), is_remembered=True), 1)[1]
-
-
-MAX_FLOATS = 2**24
-"""Feature values in memory while answers are predicted (64 MiB)."""
+    ((_, state),) = _adapted(method, _encoded(method, _pairs_of(user_id, pairs), is_remembered=True))
+    return state
 
 
 class RecentFeatures:

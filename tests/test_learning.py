@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 import torch
 
 import plm.checkpoint
+from plm.adapting import adapt_user, adapt_users
 from plm.backbones import HashingBackbone
 from plm.checkpoint import load_method
+from plm.data.schema import make_pairs
 from plm.method import PersonalizationMethod
 from plm.methods.lore import LoRe
 from plm.testing import saved
+from plm.types import Context, UserState
 
 TEA = ("What to drink?", "strong tea with milk", "black coffee")
 WALK = ("What to do?", "a long walk by the sea", "an evening of films")
@@ -142,3 +146,36 @@ def test_who_is_deleted_while_being_learned_stays_deleted(
 def test_learning_needs_a_loaded_method() -> None:
     with pytest.raises(ValueError, match="knows no user ids; load it with"):
         LoRe(1, 8, num_bases=1).learn("anna", [TEA])
+
+
+def test_users_of_a_table_are_learned_in_bounded_chunks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each state is that of the user alone, whoever shares the chunk; one user has as many pairs as all the others."""
+    counts, draw = [1, 4, 80, 2, 7, 1, 3, 3, 1, 9, 2] * 2, random.Random(0)
+    words = "tea milk sea walk film home black strong evening long".split()
+    pairs: dict[str, list[dict[str, Any]]] = {f"user {row:02}": [] for row in range(len(counts))}
+    for (user_id, own), count in zip(pairs.items(), counts, strict=True):
+        for number in range(count):
+            sides = {side: " ".join(draw.choices(words, k=4)) for side in ("chosen", "rejected")}
+            own.append({"user_id": user_id, "prompt": f"{number}?", "weight": draw.random(), **sides})
+    rows = [pair for own in pairs.values() for pair in own if pair["chosen"] != pair["rejected"]]
+    draw.shuffle(rows)
+    method, table = load_method(path), make_pairs(rows, "pair")
+    widest = 2 * 64 * 40 + 2 + 4
+    monkeypatch.setattr("plm.adapting.MAX_FLOATS", widest)
+    cells: list[int] = []
+    adapt = type(method).adapt
+
+    def watched(self: PersonalizationMethod, context: Context) -> UserState:
+        cells.append(context.mask.numel() if len(context.mask) > 1 else 0)
+        return adapt(self, context)
+
+    monkeypatch.setattr(type(method), "adapt", watched)
+    chunks = list(adapt_users(method, table))
+    assert len(cells) > 3 and max(cells) * 2 * 64 <= widest
+    learned = {user_id: state.take(torch.tensor([row])) for ids, state in chunks for row, user_id in enumerate(ids)}
+    assert sorted(learned) == table.user_ids and sum(len(ids) for ids, _ in chunks) == len(counts)
+    for user_id, state in learned.items():
+        alone = adapt_user(method, user_id, [pair for pair in rows if pair["user_id"] == user_id])
+        assert int(state.num_pairs) == int(alone.num_pairs) == len([row for row in rows if row["user_id"] == user_id])
+        for name, value in state.tensors.items():
+            torch.testing.assert_close(value, alone.tensors[name], rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ def run(args: list[str]) -> None:
     parser = OptionParser(
         prog="plm adapt",
         description="Learn users of a checkpoint from their pairs. The checkpoint stays as it is: the users go to the "
-        "store beside it. A user who is already there is learned anew from these pairs alone.",
+        "store beside it as they are learned. A user who is already there is learned anew from these pairs alone.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
@@ -22,6 +22,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--users")
     options = parser.parse(args)
 
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -33,20 +34,24 @@ def run(args: list[str]) -> None:
     method = load_method(options.ckpt_path, users=options.users)
     store = method.known_users.store
     since = store.num_erasures
-    user_ids, states = adapt_users(method, read_pairs(options.pairs, **reading_of(options)))
-    num_known = int(store.get(user_ids)[1].sum())
-    num_written = len(store.add(user_ids, states, since=since))
-    pairs = states.num_pairs.float()
+    num_users = num_known = num_written = 0
+    counts = []
+    for user_ids, states in adapt_users(method, read_pairs(options.pairs, **reading_of(options))):
+        num_known += int(store.get(user_ids)[1].sum())
+        num_written += len(store.add(user_ids, states, since=since))
+        num_users += len(user_ids)
+        counts.append(states.num_pairs)
+    pairs = torch.cat(counts).float()
     summary = Table("users", "new", "learned anew", "pairs per user (median, most)", "in the store")
     summary.add_row(
-        str(len(user_ids)),
-        str(len(user_ids) - num_known),
+        str(num_users),
+        str(num_users - num_known),
         str(num_known),
         f"{pairs.median():.0f}, {pairs.max():.0f}",
         str(len(store)),
     )
     console = Console()
     print_parts(summary, console=console)
-    if num_written < len(user_ids):
-        console.print(f"{len(user_ids) - num_written} of them were deleted meanwhile and are left out", soft_wrap=True)
+    if num_written < num_users:
+        console.print(f"{num_users - num_written} of them were deleted meanwhile and are left out", soft_wrap=True)
     console.print(f"written to {store.place}", soft_wrap=True, highlight=False, markup=False)

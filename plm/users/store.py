@@ -427,7 +427,7 @@ def problem_of_id(user_id: str) -> str:
     """What keeps a text from being the id of a user, or an empty string."""
     if not 1 <= len(user_id) <= MAX_ID:
         return f"which is not 1 to {MAX_ID} characters long"
-    if "\0" in user_id or any("\ud800" <= character <= "\udfff" for character in user_id):
+    if "\0" in user_id or (not user_id.isascii() and any("\ud800" <= mark <= "\udfff" for mark in user_id)):
         return "which holds a character that cannot be stored"
     return ""
 
