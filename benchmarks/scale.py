@@ -1,0 +1,206 @@
+"""Many users: seconds and peak memory of learning, scoring and refreshing them, at growing sizes.
+
+Usage: python benchmarks/scale.py [--only adapt skewed score refresh] [--users 20000 100000 1000000] [--bases 8]
+
+``plm adapt`` and ``plm score`` run as commands on Parquet files, with hashed words of width 256 and LoRe: 10 pairs of
+each user, out of 200,000 distinct texts. "skewed" is 1,000 users of whom one has 4,000 pairs and the others one each.
+"refresh" is `LoRe.refresh_users`, which solves all seen users at every candidate spread: once per validation of a fit.
+Every size is a process of its own; its peak is what the operating system says of it (``ru_maxrss``), 0.5 GB of
+libraries included. "score" is timed beside "encode", the time that the same texts take to become features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+DIM, PAIRS, TEXTS, SKEWED = 256, 10, 200_000, 4_000
+ROWS = 500_000
+"""Rows of a Parquet file that are made at once."""
+
+
+class Run(NamedTuple):
+    """What a process needed."""
+
+    seconds: float
+    processor: float
+    """Seconds of all cores."""
+    peak: float
+    """Resident memory at its most, in GB."""
+    output: str
+
+
+def run(*command: str) -> Run:
+    """Run a command to its end.
+
+    Raises:
+        SystemExit: If it fails.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        output = log.read()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{output}")
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, output)
+
+
+def child(what: str, *arguments: object) -> Run:
+    """Run a function of this file in a process of its own; whoever starts a process lends it the memory it has."""
+    return run(sys.executable, __file__, "--child", what, *map(str, arguments))
+
+
+# ---------------------------------------------------------------------- in processes of their own
+def make_checkpoint(path: str, bases: str) -> None:
+    """A checkpoint of random bases that knows nobody."""
+    import torch
+
+    from plm.backbones import HashingBackbone
+    from plm.methods.lore import LoRe
+    from plm.testing import saved
+
+    torch.manual_seed(0)
+    method = LoRe(1, DIM, backbone=HashingBackbone(dim=DIM).spec(), num_bases=int(bases))
+    torch.nn.init.normal_(method.bases)
+    with saved(method) as made:
+        shutil.copy(made, path)
+
+
+def make_file(path: str, kind: str, users: str) -> None:
+    """Pairs of users, pairs of which one user has most, or responses to score."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    draw = np.random.default_rng(0)
+    words = np.array([f"word{number}" for number in range(5_000)])
+    texts = pa.array([" ".join(line) for line in words[draw.integers(len(words), size=(TEXTS, 12))].tolist()])
+    names = pa.array([f"user-{number:07d}" for number in range(int(users))])
+    count = np.full(int(users), PAIRS if kind == "pairs" else 1)
+    if kind == "skewed":
+        count[0] = SKEWED
+    user = np.repeat(np.arange(int(users)), count)
+    writer = None
+    for start in range(0, len(user), ROWS):
+        part = user[start : start + ROWS]
+        first = draw.integers(TEXTS, size=len(part))
+        other = (first + draw.integers(1, TEXTS, size=len(part))) % TEXTS
+        columns = {"user_id": names.take(pa.array(part)), "prompt": pa.array(["which?"] * len(part))}
+        sides = {"response": first} if kind == "responses" else {"chosen": first, "rejected": other}
+        table = pa.table(columns | {name: texts.take(pa.array(rows)) for name, rows in sides.items()})
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    assert writer is not None
+    writer.close()
+
+
+def encode(path: str) -> None:
+    """Turn the responses of a file into features, and say how many seconds it took."""
+    import pyarrow.parquet as pq
+
+    from plm.backbones import HashingBackbone
+
+    rows = pq.read_table(path).to_pydict()
+    began = time.perf_counter()
+    HashingBackbone(dim=DIM).represent(rows["prompt"], rows["response"])
+    print(time.perf_counter() - began)
+
+
+def refresh(users: str, bases: str) -> None:
+    """Solve so many users as a validation does, and say how many seconds it took."""
+    import torch
+
+    from plm.methods.lore import LoRe
+    from plm.types import PreferenceBatch
+
+    torch.manual_seed(0)
+    count = int(users)
+    method = LoRe(count, DIM, num_bases=int(bases), temperature=1.0)
+    user = torch.arange(count).repeat_interleave(PAIRS)
+    texts = torch.nn.functional.normalize(torch.randn(TEXTS, DIM), dim=-1)
+
+    def batches(rows: torch.Tensor) -> list[PreferenceBatch]:
+        """Batches of whole users, which are made when they are read, as a loader does."""
+        for part in torch.split(rows, 100 * PAIRS * PAIRS * 10):
+            first, other = torch.randint(TEXTS, (2, len(part)), generator=torch.Generator().manual_seed(int(part[0])))
+            ones = torch.ones(len(part))
+            yield PreferenceBatch(texts[first], texts[other], user[part], ones, ones > 1)
+
+    every = torch.arange(len(user))
+    method.train_pass = lambda: batches(every)
+    method.val_pass = lambda: batches(every[::PAIRS])
+    method.sum_over_processes = lambda values: values
+    began = time.perf_counter()
+    method.refresh_users()
+    print(time.perf_counter() - began)
+
+
+CHILDREN = {"checkpoint": make_checkpoint, "file": make_file, "encode": encode, "refresh": refresh}
+
+
+# ---------------------------------------------------------------------- the table
+def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str, ...]]:
+    """Rows of the table: what, size, seconds, seconds of processors, GB at its most."""
+
+    def row(name: str, size: str, found: Run, seconds: float | None = None) -> tuple[str, ...]:
+        shown = found.seconds if seconds is None else seconds
+        return name, size, f"{shown:.1f}", f"{found.processor:.1f}", f"{found.peak:.2f}"
+
+    if what == "refresh":
+        found = child("refresh", users, bases)
+        return [row(f"refresh, K = {bases}", f"{users:,} x {PAIRS}", found, float(found.output.split()[-1]))]
+    path, checkpoint = folder / "file.parquet", folder / f"{what}-{users}.ckpt"
+    child("file", path, {"adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)
+    child("checkpoint", checkpoint, bases)
+    plm = [sys.executable, "-m", "plm"]
+    if what == "score":
+        found = run(
+            *plm, "score", "--ckpt_path", str(checkpoint), "--responses", str(path), "--output", str(folder / "scores")
+        )
+        alone = child("encode", path)
+        return [
+            row("score", f"{users:,} rows", found),
+            row("encode", f"{users:,} rows", alone, float(alone.output.split()[-1])),
+        ]
+    found = run(*plm, "adapt", "--ckpt_path", str(checkpoint), "--pairs", str(path))
+    size = f"{users - 1:,} x 1 and 1 x {SKEWED:,}" if what == "skewed" else f"{users:,} x {PAIRS}"
+    return [row(f"adapt, {what}" if what == "skewed" else "adapt", size, found)]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["adapt", "skewed", "score", "refresh"])
+    parser.add_argument("--users", nargs="+", type=int, default=[20_000, 100_000, 1_000_000])
+    parser.add_argument("--bases", type=int, default=8)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        CHILDREN[options.child[0]](*options.child[1:])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "size", "seconds", "processor seconds", "peak GB", title=f"D = {DIM}, K = {options.bases}")
+    for what in options.only:
+        for users in [1_000] if what == "skewed" else options.users:
+            with tempfile.TemporaryDirectory() as folder:
+                for cells in measured(what, users, options.bases, Path(folder)):
+                    print(*cells, sep="  ", file=sys.stderr)
+                    table.add_row(*cells)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
