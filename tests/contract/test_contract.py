@@ -15,6 +15,7 @@ from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.mrm import MRM
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
+from plm.methods.user_embedding import UserEmbedding
 from plm.methods.vpl import VPL
 from plm.testing import MethodContract, PlantedData
 from tests.contract import test_latent_dpo, test_token_methods
@@ -186,6 +187,13 @@ class TestFastWeights(MethodContract):
 class TestMRM(MethodContract):
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
         return MRM(num_users, feature_dim, num_bases=3)
+
+
+class TestUserEmbedding(MethodContract):
+    ignores = "a constant"
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return UserEmbedding(num_users, feature_dim, embedding_dim=3, hidden_dim=8)
 
 
 class TestPALM(MethodContract):
