@@ -10,6 +10,7 @@ import torch
 
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.dpl import DPL
 from plm.methods.fast_weights import FastWeights
 from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.mrm import MRM
@@ -194,6 +195,18 @@ class TestUserEmbedding(MethodContract):
 
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
         return UserEmbedding(num_users, feature_dim, embedding_dim=3, hidden_dim=8)
+
+
+class TestDPL(MethodContract):
+    ignores = "a constant"
+    options: dict[str, Any] = {"kind": "mean_variance"}  # noqa: RUF012 - read only
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return DPL(num_users, feature_dim, **self.options)
+
+
+class TestDPLOnAtoms(TestDPL):
+    options = {"kind": "categorical", "risk": 0.01}  # noqa: RUF012
 
 
 class TestPALM(MethodContract):
