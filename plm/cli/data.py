@@ -102,7 +102,7 @@ def _convert(args: list[str]) -> int:
         "and only then is the file written. Where several layouts fit, nothing is written, and the options that\n"
         "choose one are named. The layouts are in docs/data.md.",
     )
-    parser.add_argument("file", metavar="FILE", help=ROWS + ", or a JSON array")
+    parser.add_argument("file", metavar="FILE", help=ROWS + ", a JSON array, a saved dataset, hf://datasets/OWNER/NAME")
     parser.add_argument("--to", required=True, metavar="FILE", help="file to write, ending in .parquet")
     add_reading(parser)
     options = parser.parse(args)
@@ -110,19 +110,21 @@ def _convert(args: list[str]) -> int:
     from plm.data.conversion import check_output, first_records, write_pairs
     from plm.data.guesses import guess_layout
     from plm.data.schema import read_pairs
+    from plm.data.sources.corpus import local_files
     from plm.data.values import short
 
-    path = Path(options.file)
-    check_output(options.to, [options.file])
+    files = local_files(options.file)
+    check_output(options.to, files)
+    path = Path(files[0])
     guess = guess_layout(path, first_records(path), **reading_of(options))
     print("\n".join(guess.description(path)))
-    table = read_pairs([path], **guess.options)
+    table = read_pairs(files, **guess.options)
     texts = table.texts()
     for row in range(min(_NUM_SHOWN, table.num_pairs)):
         chosen, rejected = texts[table.chosen[row]], texts[table.rejected[row]]
         print(f"{table.position(row)}: user {table.user_ids[table.user[row]]!r}{', a tie' if table.tie[row] else ''}")
         for name, text in (("prompt", chosen[0]), ("chosen", chosen[1]), ("rejected", rejected[1])):
             print(f"  {name:<9} {short(text)}")
-    write_pairs(table, options.to, [options.file])
+    write_pairs(table, options.to, files)
     print(f"{table.num_pairs} pairs of {table.num_users} users written to {options.to}")
     return 0

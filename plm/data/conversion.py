@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plm.atomic import whole_file
-from plm.data.files import Records, file_format, named_once, parquet_errors, read_records
+from plm.data.files import TABLES, Records, read_records, read_table, table_records
 from plm.data.reading import NUM_LOOKED_AT
 from plm.data.schema import PairTable
 from plm.data.values import ROW_SPLITS, USER_SPLITS
@@ -26,16 +26,10 @@ def first_records(path: Path) -> Records:
     Raises:
         ValueError: If it cannot be read.
     """
-    if file_format(path) != "parquet":
-        records = read_records(path)
-        return records._replace(rows=records.rows[:NUM_LOOKED_AT], lines=records.lines[:NUM_LOOKED_AT])
-    with parquet_errors(path):
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        named_once(path, names)
-        first = next(file.iter_batches(NUM_LOOKED_AT), None)
-        rows = [] if first is None else first.to_pylist()
-    return Records(names, rows, list(range(len(rows))), [])
+    if path.name.endswith(TABLES):
+        return table_records(path, read_table(path, num_rows=NUM_LOOKED_AT))
+    records = read_records(path)
+    return records._replace(rows=records.rows[:NUM_LOOKED_AT], lines=records.lines[:NUM_LOOKED_AT])
 
 
 def write_pairs(table: PairTable, output: str | Path, inputs: list[str]) -> None:

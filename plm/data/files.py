@@ -1,4 +1,4 @@
-"""Files to rows: JSONL, JSON, CSV (all also .gz) and Parquet, unvalidated."""
+"""Files to rows: JSONL, JSON, CSV (all also .gz), Parquet and Arrow, unvalidated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from plm.data.values import short
 from plm.messages import first_of
 
 csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 characters that are usual
-FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
+TABLES = (".parquet", ".arrow")
+"""Formats that hold typed columns."""
 
 
 class Records(NamedTuple):
@@ -31,14 +33,14 @@ class Records(NamedTuple):
     """All columns."""
     rows: list[dict[str, Any]]
     lines: list[int]
-    """Line of every row; Parquet and JSON: its number from 0."""
+    """Line of every row; of tables and JSON: its number from 0."""
     problems: list[tuple[int, str]]
     """Lines that could not be parsed."""
 
 
 def position(file: str | Path, line: int) -> str:
     """Where a row stands, for messages."""
-    return f"{file}:row {line}" if str(file).endswith((".parquet", ".json", ".json.gz")) else f"{file}:{line}"
+    return f"{file}:row {line}" if str(file).endswith((*TABLES, ".json", ".json.gz")) else f"{file}:{line}"
 
 
 def read_records(path: Path) -> Records:
@@ -50,11 +52,8 @@ def read_records(path: Path) -> Records:
     Raises:
         ValueError: If the format is unknown or the file is not of that format.
     """
-    if file_format(path) == "parquet":
-        with parquet_errors(path):
-            table = pq.read_table(path)
-            named_once(path, table.column_names)
-            return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
+    if path.name.endswith(TABLES):
+        return table_records(path, read_table(path))
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
             readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}
@@ -63,18 +62,51 @@ def read_records(path: Path) -> Records:
         raise ValueError(f"{path}: expected a whole gzip file, got a damaged one ({error}); write it again") from error
 
 
+def read_table(path: Path, columns: Sequence[str] | None = None, num_rows: int | None = None) -> pa.Table:
+    """Read a Parquet or Arrow file.
+
+    Args:
+        path: The file.
+        columns: Which columns; None = all.
+        num_rows: How many rows, the first ones; None = all.
+
+    Raises:
+        ValueError: If it cannot be read, or two columns have one name.
+    """
+    with table_errors(path):
+        if path.name.endswith(".arrow"):  # as the datasets library saves them: streams
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().slice(0, num_rows)
+            named_once(path, table.column_names)
+            return table if columns is None else table.select(columns)
+        file = pq.ParquetFile(path)
+        named_once(path, file.schema_arrow.names)
+        if num_rows is None:  # in each row group a text is held once
+            texts = [column.name for column in file.schema_arrow if pa.types.is_string(column.type)]
+            return pq.read_table(path, columns=columns, read_dictionary=texts)
+        wanted = file.schema_arrow.names if columns is None else columns
+        first = next(file.iter_batches(num_rows, columns=wanted), None) if wanted and num_rows else None
+        return pa.table({name: [] for name in wanted}) if first is None else pa.Table.from_batches([first])
+
+
+def table_records(path: Path, table: pa.Table) -> Records:
+    """Rows of a table that was read of a file."""
+    with table_errors(path):
+        return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
+
+
 @contextmanager
-def parquet_errors(path: Path) -> Iterator[None]:
+def table_errors(path: Path) -> Iterator[None]:
     """Report what Arrow cannot read or Python cannot hold as an error of the file."""
+    kind = "an Arrow" if path.name.endswith(".arrow") else "a Parquet"
     try:
         yield
     except (pa.ArrowException, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a Parquet file, got {error}") from error
+        raise ValueError(f"{path}: expected {kind} file, got {error}") from error
     except OSError as error:
         if type(error) is not OSError:  # not its content: there is no such file, or it may not be read
             raise
         raise ValueError(
-            f"{path}: expected a whole Parquet file, got a damaged one ({error}); write it again"
+            f"{path}: expected a whole {kind.split()[1]} file, got a damaged one ({error}); write it again"
         ) from error
 
 
@@ -86,7 +118,7 @@ def named_once(path: Path, names: Sequence[str]) -> None:
 
 
 def file_format(path: Path) -> str:
-    """The format that a file's ending says: jsonl, json, csv or parquet.
+    """The format that a file's ending says: jsonl, json, csv, parquet or arrow.
 
     Raises:
         ValueError: If it says another.

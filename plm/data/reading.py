@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from plm.data.columns import OPTIONAL, Column, RawPairs, factorise, factorise_arrow
 from plm.data.conversations import TRANSCRIPT
-from plm.data.files import Records, file_format, named_once, parquet_errors, read_records
+from plm.data.files import TABLES, Records, file_format, read_records, read_table, table_errors, table_records
 from plm.data.layouts import GRADED, NAMED, Layout
 from plm.data.pair_rows import EVERYONE, pair_rows
 from plm.data.winners import refuse_unread_winner
@@ -35,13 +34,13 @@ def read_columns(path: Path, layout: Layout) -> RawPairs:
         layout: What the columns of files are.
 
     Returns:
-        Columns that the file has, the line (Parquet: row) of each pair, and lines that are none.
+        Columns that the file has, the line (of tables: row) of each pair, and lines that are none.
 
     Raises:
         ValueError: If the format is unknown, a required column is missing, or one that seems to name the winner would
             not be read.
     """
-    records = _read_parquet(path, layout) if file_format(path) == "parquet" else read_records(path)
+    records = _read_table(path, layout) if path.name.endswith(TABLES) else read_records(path)
     if isinstance(records, RawPairs):
         return records
     found = found_columns(path, layout, records.names) if records.names else layout
@@ -56,21 +55,16 @@ def read_columns(path: Path, layout: Layout) -> RawPairs:
     return RawPairs(columns, np.array(pairs.lines, dtype=np.int64), pairs.problems, pairs.dropped)
 
 
-def _read_parquet(path: Path, layout: Layout) -> RawPairs | Records:
+def _read_table(path: Path, layout: Layout) -> RawPairs | Records:
     """Columns of a file whose rows are pairs as they stand; else the rows, with the columns that are read."""
-    with parquet_errors(path):
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        named_once(path, names)
-        found = found_columns(path, layout, names)
-        unread = [name for name in names if name not in _read(found)]
-        first = next(file.iter_batches(NUM_LOOKED_AT, columns=unread), None) if unread else None
-        _refuse_unread_winner(path, found, Records(unread, [] if first is None else first.to_pylist(), [], []))
-        read = [name for name in names if name in _read(found)]
-        texts = [name for name in read if pa.types.is_string(file.schema_arrow.field(name).type)]
-        table = pq.read_table(path, columns=read, read_dictionary=texts)  # in each row group a text is held once
+    names = read_table(path, num_rows=0).column_names
+    found = found_columns(path, layout, names)
+    unread = [name for name in names if name not in _read(found)]
+    _refuse_unread_winner(path, found, table_records(path, read_table(path, unread, NUM_LOOKED_AT)))
+    table = read_table(path, [name for name in names if name in _read(found)])
+    with table_errors(path):
         if _needs_rows(table, found):
-            return Records(table.column_names, table.to_pylist(), list(range(table.num_rows)), [])
+            return table_records(path, table)
         columns = {name: factorise_arrow(table.column(column)) for name, column in found.columns.items()}
     if "user_id" not in columns:
         columns["user_id"] = Column(np.zeros(table.num_rows, dtype=np.int64), [EVERYONE])
@@ -135,7 +129,7 @@ def _head(column: str) -> str:
 
 
 def _needs_rows(table: pa.Table, found: Layout) -> bool:
-    """Whether rows of a Parquet file are not pairs as they stand: lists, parts of values, or conversations."""
+    """Whether rows of a table are not pairs as they stand: lists, parts of values, or conversations."""
     if found.is_listed or found.is_long or not {*_TEXTS} <= found.columns.keys():
         return True
     if any(column not in table.column_names for column in found.columns.values()):
@@ -144,7 +138,10 @@ def _needs_rows(table: pa.Table, found: Layout) -> bool:
     plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in kinds.items()}
     if any(map(pa.types.is_nested, plain.values())):
         return True
-    texts = [table.column(found.columns[name]).unique() for name in _TEXTS if _is_text(plain[name])]
+    columns = [table.column(found.columns[name]) for name in _TEXTS if _is_text(plain[name])]
+    texts = [
+        (column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column).unique() for column in columns
+    ]
     starts = [pc.starts_with(text.cast(pa.string()), start) for text in texts for start in ("[{", TRANSCRIPT)]
     return any(pc.any(values).as_py() for values in starts)
 

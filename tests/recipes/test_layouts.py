@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 
 import plm
 from plm.cli import main
+from plm.data.layouts import LAYOUTS
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 defaults: [{data: %s}, {backbone: hashing}, {trainer: cpu}, {logger: csv}]
 model: {class_path: LoRe, init_args: {num_bases: 2}}
@@ -69,3 +72,30 @@ def test_a_planted_taste_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     known = method.users.ids
     red, blue = (method.score([LIKED[side]] * len(known), user_id=known) for side in (True, False))
     assert (red > blue).tolist() == [int(user[1:]) % 2 == 1 for user in known], "labels are reversed"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* left out")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_from_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Copies of the example of docs/data.md, each about another bird and by another user."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plm"])
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8").split(f"\n## {layout}\n")[1]
+    kind, content = re.findall(r"```(json|csv)\n(.*?)```", page, re.DOTALL)[0]
+    copies = [
+        re.sub(
+            r"\b(anna|ben|eve|w[123])\b",
+            rf"\g<1>{copy % 10}",
+            re.sub(r"\b(bird|fish|Rhyme|Hi|m[123])\b", rf"\g<1>{copy}", content),
+        )
+        for copy in range(40)
+    ]
+    header = content.splitlines()[0] if kind == "csv" else None
+    lines = [line for copy in copies for line in copy.splitlines()[header is not None :]]
+    path = Path("mine.csv" if header else "mine.jsonl")
+    path.write_text("\n".join([header, *lines] if header else lines))
+    source = f"source: {{class_path: PairFiles, init_args: {{path: {path}, layout: {layout}}}}}"
+    Path("mine.yaml").write_text(RECIPE.replace("{data: %s}, ", "") + f"data: {{{source}}}")
+    options = ["--data.cache_dir", str(tmp_path / "cache"), "--data.unseen_users", "0"]
+    assert main(["fit", "--config", "mine.yaml", *options, "--trainer.max_epochs", "3"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import pyarrow.parquet as pq
 from plm.data.files import position, read_records
 from plm.messages import nearest
 
+HUB = "hf://datasets/"
+"""What the address of a dataset of the hub begins with."""
 PARQUET = "refs/convert/parquet"
 """Revision of every dataset of the hub that holds it as ``<config>/<split>/*.parquet``."""
 
@@ -21,11 +24,16 @@ PARQUET = "refs/convert/parquet"
 def local_files(pattern: str | Sequence[str]) -> list[str]:
     """Files that match a path, or several; relative ones are also looked up in the folder named by PLM_DATA.
 
+    A folder that the ``datasets`` library has saved stands for its files, ``hf://datasets/OWNER/NAME`` for the training
+    split of a dataset of the hub, and ``hf://datasets/OWNER/NAME/PATTERN`` for files of its repository.
+
     Raises:
-        ValueError: If a path matches none.
+        ValueError: If a path matches none, or the hub cannot be reached.
     """
     if not isinstance(pattern, str):
         return [file for path in pattern for file in local_files(path)]
+    if pattern.startswith(HUB):
+        return _hub_files(pattern)
     root = os.environ.get("PLM_DATA", "")
     tried = [os.path.expanduser(pattern)]
     if root and not os.path.isabs(tried[0]):
@@ -33,12 +41,52 @@ def local_files(pattern: str | Sequence[str]) -> list[str]:
     for candidate in tried:
         files = [candidate] if os.path.isfile(candidate) else sorted(glob.glob(candidate, recursive=True))
         if files:
-            return files
+            return [part for file in files for part in _saved_parts(file)]
     where = f"PLM_DATA is {root!r}" if root else "PLM_DATA is not set"
     raise ValueError(
         f"expected data at {pattern!r}, got no such file (looked at {', '.join(map(os.path.abspath, tried))}; {where}"
         "); correct data.source.init_args.path or set PLM_DATA to the folder that holds the data sets"
     )
+
+
+def _hub_files(path: str) -> list[str]:
+    """Files of a dataset of the hub, downloaded."""
+    owner, _, rest = path.removeprefix(HUB).partition("/")
+    name, _, pattern = rest.partition("/")
+    if not owner or not name:
+        raise ValueError(f"expected {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILES, got {path!r}")
+    option = "name the files instead"
+    if pattern:
+        return corpus_files(None, f"{owner}/{name}", pattern, option=option)
+    files = corpus_files(None, f"{owner}/{name}", "*/train/*.parquet", PARQUET, option)
+    configs = sorted({Path(file).parts[-3] for file in files})
+    if len(configs) > 1:
+        raise ValueError(
+            f"expected one configuration in the dataset {owner}/{name}, got {', '.join(configs)}; name the files of "
+            f"one as they stand in its repository, such as {path}/FOLDER/*.parquet"
+        )
+    return files
+
+
+def _saved_parts(path: str) -> list[str]:
+    """The files of a folder that the ``datasets`` library has saved; any other path as it is.
+
+    Raises:
+        ValueError: If it holds several splits, or rows in another order than the files.
+    """
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in folder.iterdir() if (entry / "state.json").is_file())
+        if len(splits) != 1:
+            raise ValueError(f"{path}: expected one split, got {', '.join(splits)}; name one of these folders")
+        folder = folder / splits[0]
+    state = folder / "state.json"
+    if not state.is_file():
+        return [path]
+    saved = json.loads(state.read_text(encoding="utf-8"))
+    if saved.get("_indices_files"):
+        raise ValueError(f"{path}: expected rows in the order of the files; save dataset.flatten_indices() instead")
+    return [str(folder / part["filename"]) for part in saved.get("_data_files", [])]
 
 
 def corpus_files(

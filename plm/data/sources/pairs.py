@@ -23,8 +23,9 @@ class PairFiles(PairSource):
     of one pair in all. docs/data.md shows every layout.
 
     Args:
-        path: A file or several, ending in .jsonl, .json, .csv (all also .gz) or .parquet; may hold ``~`` and ``*``. A
-            relative path that does not exist here is looked up in the folder named by the PLM_DATA variable.
+        path: A file or several, ending in .jsonl, .json, .csv (all also .gz), .parquet or .arrow; may hold ``~`` and
+            ``*``. A relative path that does not exist here is looked up in the folder named by the PLM_DATA variable.
+            Also a folder saved by ``datasets``, or ``hf://datasets/OWNER/NAME`` on the hub.
         columns: Our column name -> the name in the file, where they differ, with dots on the way to a part of a value;
             null leaves a column unread. ``user_id: null``: no users are told apart; ``prompt: null``: the prompt is
             what both conversations share.

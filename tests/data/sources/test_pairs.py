@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import json
 import os
+import re
+import warnings
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -95,3 +100,71 @@ def test_exports_of_annotation_tools_give_the_right_labels(
     longer = [len(texts[c][1]) > len(texts[r][1]) for c, r in zip(table.chosen, table.rejected, strict=True)]
     assert table.num_pairs == 40 and table.user_ids == ["anna", "ben"]
     assert [bool(user) for user in table.user] == longer
+
+
+def test_folders_of_the_datasets_library_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"user_id": "u", "prompt": f"p{n}", "chosen": [{"role": "assistant", "content": f"a{n}"}], "rejected": [
+        {"role": "assistant", "content": "b"}]} for n in range(5)]  # fmt: skip
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / "one", num_shards=2)
+    table = PairFiles(str(tmp_path / "one")).load()
+    assert table.prompts == [f"p{n}" for n in range(5)] and set(table.responses) == {"b", *(f"a{n}" for n in range(5))}
+    assert table.position(4).endswith(".arrow:row 1")
+    datasets.DatasetDict(train=saved.select([3, 1])).save_to_disk(tmp_path / "split")
+    assert PairFiles(str(tmp_path / "split")).load().prompts == ["p3", "p1"]
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="expected one split, got test, train; name one of these folders"):
+        PairFiles(str(tmp_path / "splits")).load()
+    assert PairFiles(str(tmp_path / "splits" / "test")).load().num_pairs == 5
+    (broken,) = (tmp_path / "split" / "train").glob("*.arrow")
+    broken.write_bytes(b"no table")
+    with pytest.raises(ValueError, match="expected an Arrow file, got"):
+        PairFiles(str(tmp_path / "split")).load()
+
+
+def test_a_dataset_of_the_hub_is_its_training_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client is asked for the Parquet copy, or for the files that are named."""
+    asked = []
+
+    def download(repo: str, repo_type: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, repo_type, revision, *allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("default/train/0.parquet", "data/x.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "data/x.jsonl").write_text(LINE % 1)
+    pq.write_table(pa.Table.from_pylist([json.loads(LINE % 2)]), tmp_path / "default/train/0.parquet")
+    assert PairFiles("hf://datasets/anna/birds").load().user_ids == ["u2"]
+    assert PairFiles("hf://datasets/anna/birds/data/*.jsonl").load().user_ids == ["u1"]
+    assert asked == [
+        ("anna/birds", "dataset", "refs/convert/parquet", "*/train/*.parquet"),
+        ("anna/birds", "dataset", "main", "data/*.jsonl"),
+    ]
+    (tmp_path / "other/train").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([json.loads(LINE % 2)]), tmp_path / "other/train/0.parquet")
+    with pytest.raises(ValueError, match="expected one configuration in the dataset anna/birds, got default, other"):
+        PairFiles("hf://datasets/anna/birds").load()
+    with pytest.raises(ValueError, match=r"expected hf://datasets/OWNER/NAME or .*, got 'hf://datasets/birds'"):
+        PairFiles("hf://datasets/birds").load()
+
+
+@pytest.mark.parametrize(
+    ("group", "layout"),
+    [
+        ("label_studio", "label_studio"), ("argilla", "argilla"), ("two_responses", "two_responses"),
+        ("long_ratings", "long_ratings"), ("helpsteer", "helpsteer2"), ("ultrafeedback", "ultrafeedback"),
+    ],
+)  # fmt: skip
+def test_groups_read_the_examples_of_the_manual(tmp_path: Path, group: str, layout: str) -> None:
+    page = (ROOT / "docs/data.md").read_text().split(f"\n## {layout}\n")[1]
+    kind, content = re.findall(r"```(json|csv)\n(.*?)```", page, re.DOTALL)[0]
+    path = tmp_path / f"example.{'csv' if kind == 'csv' else 'jsonl'}"
+    path.write_text(content)
+    spec = yaml.safe_load((ROOT / f"conf/data/{group}.yaml").read_text())["data"]["source"]["init_args"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*judgements left out")
+        table = PairFiles(**{**spec, "path": str(path)}).load()
+    (_, _, *pairs) = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("|")]
+    assert table.num_pairs == len(pairs)
