@@ -16,6 +16,7 @@ from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.mrm import MRM
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
+from plm.methods.pref import PReF
 from plm.methods.user_embedding import UserEmbedding
 from plm.methods.vpl import VPL
 from plm.testing import MethodContract, PlantedData
@@ -207,6 +208,13 @@ class TestDPL(MethodContract):
 
 class TestDPLOnAtoms(TestDPL):
     options = {"kind": "categorical", "risk": 0.01}  # noqa: RUF012
+
+
+class TestPReF(MethodContract):
+    options: dict[str, Any] = {"num_features": 3}  # noqa: RUF012 - read only
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return PReF(num_users, feature_dim, **self.options)
 
 
 class TestPALM(MethodContract):
