@@ -10,6 +10,10 @@ from collections.abc import Collection, Iterable, Sequence
 NUM_SHOWN = 20
 
 
+class WrongUsage(ValueError):
+    """A command line or a recipe that cannot be understood; commands end with status 2, not 1."""
+
+
 def debug() -> bool:
     """Whether ``PLM_DEBUG`` asks for tracebacks."""
     return os.environ.get("PLM_DEBUG", "0") not in ("", "0")

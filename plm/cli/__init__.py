@@ -16,7 +16,7 @@ from importlib import import_module
 
 import plm
 from plm.cli.options import stop
-from plm.messages import debug, nearest
+from plm.messages import WrongUsage, debug, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
     "fit": ("fit", "train a method on preference pairs, then test its best checkpoint"),
@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug():
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WrongUsage) else 1
     except Exception:
         traceback.print_exc()
         print(_BUG, file=sys.stderr)

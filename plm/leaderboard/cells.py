@@ -28,6 +28,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from plm.atomic import replace, write_text
 from plm.leaderboard.facts import RunFacts
+from plm.messages import WrongUsage
 from plm.recipe.fit import RecipeCLI, run_recipe
 
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
@@ -125,8 +126,8 @@ def run_here(cell: Cell) -> None:
                     error = f"the run saw the split {metrics['split_hash'][:12]}, expected {cell.split_hash[:12]}"
             elif "class_path" not in found:
                 error = "the run wrote no facts"
-        except SystemExit as stop:
-            error = f"the recipe was refused (status {stop.code})"
+        except WrongUsage as caught:
+            error = f"the recipe was refused: {caught}"
         except Exception as caught:
             traceback.print_exc(file=log)
             error = f"{type(caught).__name__}: {caught}"
@@ -142,9 +143,6 @@ def run_here(cell: Cell) -> None:
 
 def _fail(cell: Cell, part: Path, error: str) -> None:
     """Keep a failure: error and log."""
-    log = (part / "log.txt").read_text(encoding="utf-8") if (part / "log.txt").is_file() else ""
-    if error.startswith("the recipe was refused"):
-        error = next((line for line in reversed(log.splitlines()) if line.startswith("error:")), error)
     write_text(part / "error.txt", error + "\n")
     shutil.rmtree(cell.failed, ignore_errors=True)
     replace(part, cell.failed)

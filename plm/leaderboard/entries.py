@@ -174,9 +174,8 @@ def read_entries(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataM
         if entry.error:
             found.append(entry)
             continue
-        log = io.StringIO()
         try:
-            with output_to(log):
+            with output_to(io.StringIO()):
                 cli = run_recipe(["fit", *entry.args], RecipeReader)
             check_search_space(type(cli.model))
             config = cli.config["fit"]
@@ -199,9 +198,6 @@ def read_entries(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataM
                 split_hash=module.split_hash,
             )
             data = data or module
-        except SystemExit:
-            lines = [line for line in log.getvalue().splitlines() if line.startswith("error:")]
-            entry = replace(entry, error=(lines or ["the recipe was refused"])[-1].removeprefix("error: "))
         except (ValueError, OSError) as error:
             entry = replace(entry, error=str(error))
         found.append(entry)

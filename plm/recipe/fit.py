@@ -21,6 +21,7 @@ from plm.atomic import write_text
 from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
 from plm.checkpoint import find_class, read_checkpoint
 from plm.data.datamodule import PreferenceDataModule
+from plm.messages import WrongUsage
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.recipe.defaults import expand, read_config
 from plm.recipe.errors import message_of
@@ -186,6 +187,7 @@ def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> R
         The command line interface with data, method and trainer as they were left.
 
     Raises:
+        WrongUsage: If an option or a key is unknown or wrong.
         ValueError: If the recipe, its data or the checkpoint cannot be read, or the recipe cannot be run as it is.
     """
     with quiet():
@@ -204,6 +206,8 @@ def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> R
                 parser_kwargs={**SETTINGS, "prog": "plm", "default_env": True, "env_prefix": "PLM"},
                 args=expand(args),
             )
+        except WrongUsage:
+            raise
         except ValueError as error:
             raise ValueError(message_of(error)) from error
         except (MisconfigurationException, ModuleNotFoundError) as error:

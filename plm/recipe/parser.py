@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 
-from plm.messages import debug, nearest
+from plm.messages import WrongUsage, debug, nearest
 from plm.recipe.defaults import expand
 from plm.recipe.errors import message_of, shorten
 
@@ -25,7 +25,7 @@ class RecipeParser(LightningArgumentParser):
     """LightningCLI's parser with one-message errors."""
 
     def parse_or_stop(self, args: Sequence[str]) -> Namespace:
-        """Parse a command line; a bad reference or key stops the program with one message."""
+        """Parse a command line; a bad reference or key is `WrongUsage`, too."""
         try:
             return self.parse_args(args)
         except (OmegaConfBaseException, KeyError) as error:
@@ -40,7 +40,7 @@ class RecipeParser(LightningArgumentParser):
             raise
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Show one message with the nearest valid name, and exit with status 2."""
+        """Raise `WrongUsage`: one message with the nearest valid name."""
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
         if debug() and ex is not None:
@@ -56,7 +56,7 @@ class RecipeParser(LightningArgumentParser):
             text += self._near_class(no_class[2], self._classes(no_class[1]))
         elif text.startswith("the following arguments are required"):
             text = re.sub(r"\b(fit|validate|test|predict)\.", "", text) + "; give a recipe with --config"
-        self.exit(2, f"error: {text}\n")
+        raise WrongUsage(text) from None
 
     @staticmethod
     def _near_class(path: str, known: Mapping[str, type]) -> str:
@@ -124,7 +124,8 @@ def build_from_recipe(cls: type[_Built], args: Sequence[str], *, prog: str, desc
         description: First lines of its help.
 
     Raises:
-        ValueError: If a recipe cannot be read or an argument is wrong.
+        WrongUsage: If an option or a key is unknown or wrong.
+        ValueError: If a recipe cannot be read or an argument does not do.
     """
     relative_references()
     parser = RecipeParser(prog=prog, description=description, **SETTINGS)
