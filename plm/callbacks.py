@@ -142,7 +142,7 @@ class PreferenceMetrics(L.Callback):
                 logger.log_table("test/users", columns=USER_COLUMNS, data=rows)
         _show(trainer, "test/histogram", gain_figure(tables), folder / "histogram.png")
         _show(trainer, "test/calibration", calibration_figure(tables), folder / "calibration.png")
-        files = f"metrics.json, per_user.csv, histogram.png and calibration.png in {folder}"
+        files = f"metrics.json, per_user.csv and figures in {folder}"
         ceiling = [noise["sentence"]] if noise else []
         self._report = [summary_table(groups), *verdicts.values(), *control_notes(groups), *ceiling, files]
 
@@ -226,7 +226,7 @@ class FewShotCurve(L.Callback):
             self._curve = curve
             path = run_dir(trainer) / "few_shot.png"
             _show(trainer, "test/few_shot", few_shot_figure(curve), path)
-            self._report = [few_shot_table(curve), f"few_shot.png in {path.parent}"]
+            self._report = [few_shot_table(curve)]
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the curve to ``metrics.json``, which `PreferenceMetrics` has begun anew by now."""

@@ -141,7 +141,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
     "plm.audit": [{"check", "items"}, {"comparison"}, {"results", "signal"}, {"verdict"}, {"report"}],
     "plm.recipe": [
-        {"defaults", "errors", "grid", "plugins", "predict", "quiet"},
+        {"defaults", "errors", "grid", "plugins", "predict", "quiet", "runs"},
         {"parser", "read"},
         {"prompts", "select"},
         {"fit"},
@@ -186,6 +186,7 @@ FLOORS: dict[str, list[set[str]]] = {
             "portfolio",
             "query",
             "rewardbench",
+            "runs",
             "sample",
             "score",
             "serve",

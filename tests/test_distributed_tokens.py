@@ -313,17 +313,19 @@ def write_recipe(folder: Path, *groups: str) -> str:
 def test_trainer_groups_of_several_devices(group: str, tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     recipe = write_recipe(tmp_path, "tokens", group)
-    command = [sys.executable, "-m", "plm", "fit", "--config", recipe]
+    command = [sys.executable, "-m", "plm", "fit", "--config", recipe, "--name", "fitted", "--verbose=true"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr and "Warning" not in done.stderr
-    (run,) = tmp_path.glob("runs/plm/*")
+    run = tmp_path / "runs/fitted"
     assert (run / "checkpoints" / "best.users.db").is_file()
     best = str(run / "checkpoints" / "best.ckpt")
-    command = [sys.executable, "-m", "plm", "test", "--config", recipe, "--ckpt_path", best]
+    command = [sys.executable, "-m", "plm", "test", "--config", recipe, "--ckpt_path", best, "--name", "tested"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    fitted, tested = (json.loads((tmp_path / f"runs/plm/version_{v}/metrics.json").read_text()) for v in (0, 1))
+    fitted, tested = (
+        json.loads((tmp_path / "runs" / name / "metrics.json").read_text()) for name in ("fitted", "tested")
+    )
     assert tested["seen"] == pytest.approx(fitted["seen"], nan_ok=True)
 
 

@@ -40,6 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "portfolio": ("portfolio", "choose few policies that serve everybody, with a certificate"),
     "leaderboard": ("leaderboard", "compare methods and baselines on one split, with intervals and verdicts"),
     "dashboard": ("dashboard", "make a saved Weights & Biases workspace for a project of runs"),
+    "runs": ("runs", "list the finished runs of a folder"),
     "methods": ("fit", "list the installed methods"),
 }
 """Verb -> module of this package whose ``run(args)`` carries it out, and its line in ``plm --help``."""

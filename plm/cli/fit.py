@@ -20,18 +20,20 @@ _OPTIONS = {
     "--trainer.accelerator NAME": "cpu, gpu or auto",
     "--trainer.devices N": "devices, each with a process of its own",
     "--trainer.logger CLASS": "who keeps the numbers: CSVLogger, TensorBoardLogger or WandbLogger",
-    "--trainer.default_root_dir DIR": "output folder; a run goes to DIR/plm/version_N (default: runs)",
+    "--trainer.default_root_dir DIR": "folder of all runs (default: runs)",
+    "--name NAME": "folder of this run in it, which must be new (default: method-data-time)",
     "--seed_everything N": "seed (default: 42)",
     "--ckpt_path FILE": "checkpoint to evaluate, or to go on from",
     "--select GRID": "{model.init_args.NAME: [VALUE, ...]}: fit every combination, keep the best on validation rows",
     "--final_test BOOL": "whether fit ends with a test of the best checkpoint (default: true)",
+    "--verbose BOOL": "whether to show what Lightning reports of devices, files and layers (default: false)",
     "--print_config": "show the recipe with all its defaults and stop",
     "--help all": "every option, those of Lightning too",
 }
 _ONLY_FIT = ("--trainer.max_epochs N", "--select GRID", "--final_test BOOL")
 _HELD_OUT = (
-    "{count} of {total} users were held out to test on, and the checkpoint does not know them: {shown}. Learn them "
-    "with plm adapt; to deploy, fit on everybody with --data.unseen_users 0 --data.test_rows 0"
+    "{count} of {total} users were held out and are unknown to the checkpoint: {shown}.\n"
+    "plm adapt learns them; to fit on everybody: --data.unseen_users 0 --data.test_rows 0"
 )
 NAMES = {
     "fit": ("final_test", "select"),
@@ -78,7 +80,7 @@ def run(args: list[str]) -> None:
         seen = set(cli.datamodule.user_ids)
         held_out = [user_id for user_id in cli.datamodule.all_user_ids if user_id not in seen]
         if held_out:
-            shown = ", ".join(map(repr, held_out[:5])) + (", ..." if held_out[5:] else "")
+            shown = ", ".join(map(repr, held_out[:2])) + (", ..." if held_out[2:] else "")
             print(_HELD_OUT.format(count=len(held_out), total=len(seen) + len(held_out), shown=shown))
 
 

@@ -16,7 +16,7 @@ from plm.messages import nearest
 
 COMMON = (
     *("c", "checkpoint", "ckpt_path", "config", "data", "defaults", "early_stopping", "few_shot"),
-    *("h", "help", "metrics", "model", "print_config", "seed_everything", "trainer", "weights_only"),
+    *("h", "help", "metrics", "model", "name", "print_config", "seed_everything", "trainer", "verbose", "weights_only"),
 )
 """First parts of the options that ``plm fit`` and its siblings share."""
 _WIDTH = 110

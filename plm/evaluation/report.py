@@ -48,12 +48,10 @@ ROWS = {
 """Row of the table of a test -> the number it shows."""
 
 CONTROLS = {
-    "flip_reversed": "term reversed: pairs of unseen users whose personal term, the margin less the population's, "
-    "changes its sign when all labels of the user's own pairs are reversed; 0 = it ignores the labels; 100 needs a "
-    "population that wants nothing, since reversed labels contradict the population, too",
+    "flip_reversed": "term reversed: pairs whose personal term turns when the user's labels do",
     "users_served_population": "served population: users whose every margin is that of the population",
 }
-"""What the last rows mean, said below the table."""
+"""What the last rows mean, said below the table where they are not 0; ``docs/results.md`` says it in full."""
 
 
 def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:
@@ -86,7 +84,7 @@ def _cell(numbers: Mapping[str, float], name: str) -> str:
 
 def control_notes(groups: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Sentences about those rows of the table that need one, and about the majority where it says nothing."""
-    notes = [text for name, text in CONTROLS.items() if any(name in numbers for numbers in groups.values())]
+    notes = [text for name, text in CONTROLS.items() if any(numbers.get(name) for numbers in groups.values())]
     if not any("majority_accuracy" in numbers for numbers in groups.values()):
         notes.append("accuracy − majority: not measured: test pairs share no response with training pairs")
     return notes

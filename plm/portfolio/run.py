@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from plm.portfolio.sampled import SampledRewards
 from plm.portfolio.study import StudyRow, run_search, run_study
 from plm.portfolio.writing import WritingPortfolio
 from plm.portfolio.written import Finished, WrittenMembers, inferred
+from plm.recipe.runs import claim, discard_empty
 
 _SWEEP_STEPS = 10  # an edge of the lattice of weights in sweep.csv
 
@@ -300,16 +302,12 @@ def save(method: PALM | WritingPortfolio, path: Path) -> None:
 
 @contextmanager
 def _new_folder(root: Path) -> Iterator[Path]:
-    """Make the next free ``version_N``; one in which nothing was written is removed again."""
-    number = 0
-    while (folder := root / f"version_{number}").exists():
-        number += 1
-    folder.mkdir(parents=True)
+    """Claim the next free ``version_N``; one in which nothing was written is removed again."""
+    folder = claim(root, (f"version_{number}" for number in itertools.count()))
     try:
         yield folder
     finally:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        discard_empty(folder)
 
 
 def _record(result: report.Result) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from plm.atomic import write_text
 from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
@@ -29,7 +30,8 @@ from plm.recipe.grid import LINKS, check_grid
 from plm.recipe.parser import SETTINGS, RecipeParser, relative_references
 from plm.recipe.plugins import load_plugins
 from plm.recipe.predict import SavePredictions
-from plm.recipe.quiet import quiet
+from plm.recipe.quiet import quiet, speak
+from plm.recipe.runs import CLAIMED, claim, discard_empty, numbered, repeatable, run_name
 from plm.recipe.select import select
 
 MONITOR = "val/seen/log_loss"
@@ -43,9 +45,14 @@ class SaveRecipe(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``recipe.yaml`` (of a fit) or ``<command>.yaml`` once per run, on rank zero."""
+        """Write ``recipe.yaml`` (of a fit) or ``<command>.yaml`` once per run, on rank zero; all learn its folder."""
+        logger = trainer.loggers[0] if trainer.loggers else None
+        if isinstance(logger, CSVLogger | TensorBoardLogger) and trainer.world_size > 1:
+            version = trainer.strategy.broadcast(logger.version)
+            if version != logger.version:
+                trainer.loggers = [type(logger)(logger.save_dir, name=logger.name, version=version)]
         if not self.already_saved and trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_unset=False)
+            text = self.parser.dump(repeatable(self.config), skip_unset=False)
             path = run_dir(trainer) / ("recipe.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml")
             write_text(path, text)
             data = getattr(trainer, "datamodule", None)
@@ -87,8 +94,13 @@ class RecipeCLI(LightningCLI):
             help="Grid {model.init_args.NAME: [values]}: fit keeps the combination with the best monitored val value.",
         )
         parser.add_argument(
+            "--name", type=str | None, default=None, help="Folder of the run (default: method-data-time)."
+        )
+        parser.add_argument(
             "--final_test", type=bool, default=True, help="Whether fit ends with a test of the best checkpoint."
         )
+        if self._verb not in ("validate", "test"):  # which have it
+            parser.add_argument("--verbose", type=bool, default=False, help="Whether to show what Lightning reports.")
         parser.add_lightning_class_args(PreferenceMetrics, "metrics")
         parser.add_lightning_class_args(FewShotCurve, "few_shot")
         parser.add_lightning_class_args(SaveUserStates, "user_states")
@@ -108,6 +120,26 @@ class RecipeCLI(LightningCLI):
             parser.set_defaults({quiet[subcommand]: False})
         return parser
 
+    def before_instantiate_classes(self) -> None:
+        """Claim the folder of the run, where a logger keeps files and the recipe names none.
+
+        One process claims it; processes that Lightning starts are told by a variable, others by `SaveRecipe`.
+        """
+        config = self.config[self.config.subcommand] if self.subcommand else self.config
+        logger = config.trainer.get("logger")
+        arguments = getattr(logger, "init_args", None)
+        if arguments is None or config.trainer.fast_dev_run or arguments.get("version") is not None:
+            return
+        if logger.class_path.rpartition(".")[2] not in ("CSVLogger", "TensorBoardLogger"):
+            return
+        if _is_first_process():
+            source = config.data.get("source")
+            told = run_name(str(self.subcommand), config.model.class_path, source and source.as_dict())
+            names = [config.name] if config.name is not None else numbered(told)
+            os.environ[CLAIMED] = str(claim(arguments.save_dir, names))
+        arguments.name = ""
+        arguments.version = Path(os.environ.get(CLAIMED, "run")).name
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with a short message for a bad interpolation and for what Lightning would ignore."""
         assert isinstance(args, list) and isinstance(parser, RecipeParser)
@@ -119,6 +151,9 @@ class RecipeCLI(LightningCLI):
             parser.error(
                 "defaults work in a recipe given by --config only; elsewhere give --config conf/GROUP/NAME.yaml"
             )
+        if config.verbose:
+            config.trainer.enable_model_summary = True
+            speak()
         config.defaults = None  # expanded by now: the saved recipe stands on its own
         _refuse_link_targets(parser, args, recipes)
         if config.select:
@@ -162,15 +197,30 @@ class RecipeCLI(LightningCLI):
             self.model = select(self, self.untouched)
 
     def after_fit(self) -> None:
-        """Test the best checkpoint."""
+        """Say which epoch was the best, and test its checkpoint."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
+        if best is not None and self.trainer.is_global_zero:
+            print(self._told(best))
         if not self._get(self.config, "final_test"):
             return
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
+
+    def _told(self, best: str) -> str:
+        """The best epoch, its monitored value, and whether the fit ended early."""
+        callback = self.trainer.checkpoint_callback
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        stopped = any(isinstance(each, EarlyStopping) and each.stopped_epoch for each in callbacks)
+        epoch, value = read_checkpoint(best)["epoch"] + 1, getattr(callback, "best_model_score", None)
+        judged = "" if value is None else f", {getattr(callback, 'monitor', '')} {float(value):.4f}"
+        how = "stopped early" if stopped else "ran to its end"
+        return f"best epoch {epoch} of {self.trainer.current_epoch}{judged}; {how}"
 
 
 class RecipeReader(RecipeCLI):
     """A recipe that is read and instantiated, and not run."""
+
+    def before_instantiate_classes(self) -> None:
+        """Claim no folder."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.trainer.loggers = []  # a run that was not run is not finished at W&B either
@@ -202,7 +252,7 @@ def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> R
                 auto_configure_optimizers=False,
                 save_config_callback=SaveRecipe,
                 parser_class=RecipeParser,
-                trainer_defaults={"default_root_dir": "runs"},
+                trainer_defaults={"default_root_dir": "runs", "enable_model_summary": False},
                 parser_kwargs={**SETTINGS, "prog": "plm", "default_env": True, "env_prefix": "PLM"},
                 args=expand(args),
             )
@@ -219,10 +269,19 @@ def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> R
             if text.startswith("Early stopping conditioned on metric"):
                 raise ValueError(text) from error
             raise
+        finally:
+            claimed = os.environ.pop(CLAIMED, None) if _is_first_process() else None
+            if claimed is not None:
+                discard_empty(Path(claimed))
         for logger in cli.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # else the next run of this process would continue it
         return cli
+
+
+def _is_first_process() -> bool:
+    """Whether this is the only process of a run, or the one that Lightning calls rank zero."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _config_files(args: list[str]) -> Iterator[Path]:

@@ -19,12 +19,17 @@ _QUIET = (  # about loaders of ready batches and Lightning's own internals: noth
 )
 
 
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore these warnings and Lightning's tips within the block, which may stand inside another one."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    is_outermost = _is_no_tip not in logger.filters
-    logger.addFilter(_is_no_tip)
+    """Ignore these warnings, and what Lightning logs of seeds, devices and files, within the block; blocks may nest."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    tips = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    is_outermost = _is_no_tip not in tips.filters
+    tips.addFilter(_is_no_tip)
+    _set_levels(dict.fromkeys(_LOGGERS, logging.WARNING))
     try:
         with warnings.catch_warnings():
             for message in _QUIET:
@@ -32,7 +37,19 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         if is_outermost:
-            logger.removeFilter(_is_no_tip)
+            tips.removeFilter(_is_no_tip)
+        _set_levels(levels)
+
+
+def speak() -> None:
+    """Let Lightning log again what it does, all but its tips, until the block of `quiet` ends."""
+    _set_levels(dict.fromkeys(_LOGGERS, logging.INFO))
+
+
+def _set_levels(levels: dict[str, int]) -> None:
+    """Set the least level of every logger that is shown."""
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

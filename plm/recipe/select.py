@@ -25,6 +25,7 @@ from plm.method import PersonalizationMethod, constructor_arguments
 from plm.recipe.errors import message_of
 from plm.recipe.grid import LINKS
 from plm.recipe.parser import RecipeParser
+from plm.recipe.runs import repeatable
 
 
 class BestValue(L.Callback):
@@ -139,7 +140,7 @@ def _fit(
 
 def _report(cli: LightningCLI, candidates: list[dict[str, Any]], values: list[float], best: int) -> None:
     """Write and print the table of candidates; a ``fast_dev_run`` leaves nothing behind."""
-    if is_fast_dev_run(cli.trainer):
+    if is_fast_dev_run(cli.trainer) or not cli.trainer.is_global_zero:
         return
     config = cli.config["fit"]
     folder = run_dir(cli.trainer)
@@ -153,7 +154,7 @@ def _report(cli: LightningCLI, candidates: list[dict[str, Any]], values: list[fl
         "candidates": rows,
     }
     write_json(folder / "select.json", report)
-    chosen = config.clone()
+    chosen = repeatable(config)
     chosen.select = None
     for name, value in candidates[best].items():
         chosen.model.init_args[name] = value

@@ -122,7 +122,7 @@ def test_it_trains_by_its_short_name(package: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PLM_FIT__DATA__CACHE_DIR", str(Path("cache").resolve()))
     Path("recipe.yaml").write_text(RECIPE)
     assert main(["fit", "--config", "recipe.yaml"]) == 0
-    (run,) = Path("runs/plm").iterdir()
+    (run,) = Path("runs").iterdir()
     numbers = json.loads((run / "metrics.json").read_text())
     assert numbers["unseen"]["num_users"] == 4 and 0 <= numbers["unseen"]["accuracy"] <= 1
     loaded = load_method(run / "checkpoints" / "best.ckpt")

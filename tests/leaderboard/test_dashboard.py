@@ -20,7 +20,7 @@ def test_every_metric_is_one_that_a_run_logs(tmp_path: Path, monkeypatch: pytest
     small = ["--data.source.init_args.num_users", "30", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"]
     cache = ["--data.cache_dir", "cache", "--trainer.enable_progress_bar", "false"]
     assert main(["fit", "--config", str(ROOT / "recipes/quickstart.yaml"), *small, *cache]) == 0
-    (log,) = tmp_path.glob("runs/*/version_0/metrics.csv")
+    (log,) = tmp_path.glob("runs/*/metrics.csv")
     with log.open() as stream:
         logged = set(next(csv.reader(stream)))
     pictures = {f"test/{file.stem}" for file in log.parent.glob("*.png")}

@@ -334,15 +334,15 @@ def test_a_killed_command_is_resumed_by_ckpt_path(
     monkeypatch.chdir(tmp_path)
     dying = write_recipe(folder, "dying.yaml", {"class_path": f"{__name__}.Die", "init_args": {"step": 11}})
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "plm", "fit", "--config", dying]
+    command = [sys.executable, "-m", "plm", "fit", "--config", dying, "--name", "dying"]
     killed = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    last = tmp_path / "runs/plm/version_0/checkpoints/last.ckpt"
+    last = tmp_path / "runs/dying/checkpoints/last.ckpt"
     recipe = write_recipe(folder, "recipe.yaml")
-    assert main(["fit", "--config", recipe, "--ckpt_path", str(last)]) == 0
-    assert main(["fit", "--config", recipe]) == 0  # in one go
+    assert main(["fit", "--config", recipe, "--ckpt_path", str(last), "--name", "resumed"]) == 0
+    assert main(["fit", "--config", recipe, "--name", "whole"]) == 0  # in one go
     assert "Traceback" not in capfd.readouterr().err
-    resumed, whole = (tmp_path / f"runs/plm/version_{version}" for version in (1, 2))
+    resumed, whole = (tmp_path / "runs" / name for name in ("resumed", "whole"))
     one, two = (json.loads((run / "metrics.json").read_text()) for run in (resumed, whole))
     assert one["seen"] == pytest.approx(two["seen"], nan_ok=True, abs=0)
     saved = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (resumed, whole)]
@@ -357,7 +357,7 @@ def test_a_command_that_ends_within_an_epoch_is_validated_and_tested(
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(folder, "budget.yaml")
     assert main(["fit", "--config", recipe, "--trainer.max_steps", "2", "--trainer.callbacks", "[]"]) == 0
-    run = tmp_path / "runs/plm/version_0"
+    (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "metrics.json").read_text())["seen"]["accuracy"] >= 0
     Path("texts.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}))
     for path in (str(run / "checkpoints" / name) for name in ("best.ckpt", "last.ckpt")):

@@ -25,13 +25,13 @@ def unseen_accuracy(method: str, concentration: float) -> dict[str, float]:
         "data.source.init_args.num_unseen": 200,
         "data.shots": "[]",
         "data.cache_dir": "cache",
-        "trainer.logger.init_args.name": method,
+        "name": method,
         "trainer.enable_progress_bar": "false",
     }
     configs = "conf/data/alpaca_eval.yaml conf/backbone/hashing.yaml conf/trainer/cpu.yaml conf/logger/csv.yaml".split()
     args = [part for path in configs for part in ("--config", str(ROOT / path))]
     assert main(["fit", *args, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]) == 0
-    with (Path("runs") / method / "version_0" / "per_user.csv").open() as stream:
+    with (Path("runs") / method / "per_user.csv").open() as stream:
         return {row["user_id"]: float(row["accuracy"]) for row in csv.DictReader(stream) if row["split"] == "unseen"}
 
 

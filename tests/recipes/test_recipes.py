@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def clap():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_header_has_command_hardware_and_numbers(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert header[0] == f"# plm fit --config recipes/{path.name}"
+    assert re.fullmatch(rf"# plm fit --config recipes/{path.name}( --name \w+)?", header[0])
     text = " ".join(header)
     assert "cores" in text and any(word in text for word in ("seconds", "minutes"))
     if trains_tokens(path):
@@ -118,7 +119,7 @@ def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch, clap):
     trainer = {"max_epochs": 2, "check_val_every_n_epoch": 1, "enable_progress_bar": False}
     over.write_text(yaml.safe_dump({"data": data, "trainer": trainer}))
     assert main(["fit", "--config", str(path), "--config", str(over)]) == 0
-    (metrics,) = tmp_path.glob("runs/*/version_0/metrics.json")
+    (metrics,) = tmp_path.glob("runs/*/metrics.json")
     numbers = json.loads(metrics.read_text())
     assert 0 <= numbers["unseen"]["accuracy"] <= 1
     assert numbers["few_shot"]["shots"] == [0, 2]
@@ -135,8 +136,23 @@ def test_lore_on_polis_reaches_its_header(tmp_path, monkeypatch):
     monkeypatch.setenv("PLM_DATA", str(data))
     monkeypatch.setenv("PLM_ENCODER", str(Path(encoder.__file__).parent / "model"))
     recipe = str(ROOT / "recipes/lore_polis.yaml")
-    assert main(["fit", "--config", recipe, "--data.cache_dir", str(tmp_path / "cache"), "--data.repeats", "1"]) == 0
-    unseen = json.loads((tmp_path / "runs/plm/version_0/metrics.json").read_text())["unseen"]
+    assert (
+        main(
+            [
+                "fit",
+                "--config",
+                recipe,
+                "--data.cache_dir",
+                str(tmp_path / "cache"),
+                "--data.repeats",
+                "1",
+                "--name",
+                "run",
+            ]
+        )
+        == 0
+    )
+    unseen = json.loads((tmp_path / "runs/run/metrics.json").read_text())["unseen"]
     assert unseen["accuracy"] >= 0.775
     assert unseen["personal_minus_global"] >= 0.04 and unseen["personal_minus_global_low"] > 0
 
@@ -147,8 +163,8 @@ def test_clap_tells_responses_of_a_grammar_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = str(ROOT / "recipes/clap_synthetic.yaml")
     over = ["--trainer.max_epochs", "7", "--data.cache_dir", str(tmp_path / "cache")]
-    assert main(["fit", "--config", recipe, *over]) == 0
-    health = json.loads((tmp_path / "runs/plm/version_0/metrics.json").read_text())["method"]
+    assert main(["fit", "--config", recipe, *over, "--name", "run"]) == 0
+    health = json.loads((tmp_path / "runs/run/metrics.json").read_text())["method"]
     assert health["contrastive_chance"] == 1 / 16
     assert health["contrastive_accuracy"] >= 5 / 16
     assert health["mutual_information"] <= health["log_num_responses"]

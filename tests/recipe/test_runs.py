@@ -1,0 +1,111 @@
+"""Folders of runs: one process each, names that say what ran, and a list of what they hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plm.cli import main
+from plm.recipe.runs import claim, numbered, read_runs, run_name
+
+RECIPE = """
+defaults: [{data: synthetic}, {backbone: hashing}, {trainer: cpu}, {logger: csv}, {eval: quick}]
+model: {class_path: LoRe, init_args: {num_bases: 2}}
+data: {cache_dir: cache, source: {init_args: {num_users: 20, pairs_per_user: 12}}}
+trainer: {max_epochs: 1, check_val_every_n_epoch: 1, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plm"])
+    Path("recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        folders = list(threads.map(lambda _: claim(tmp_path / "runs", numbered("lore-polis")), range(64)))
+    assert len({*folders}) == 64
+    assert {path.name for path in folders} == {"lore-polis", *(f"lore-polis-{number}" for number in range(2, 65))}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a\\b"])
+def test_a_name_is_that_of_one_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected the name of a folder, got"):
+        claim(tmp_path, [name])
+    assert not [*tmp_path.rglob("b"), *tmp_path.parent.glob("a")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "path", "said"),
+    [
+        ("fit", "/data/polis_bowling_green/prefs.parquet", "lore-polis_bowling_green"),
+        ("fit", ["mine.jsonl.gz", "more.jsonl"], "lore-mine"),
+        ("test", None, "test-lore-synthetic"),
+        ("fit", "odd name; rm.csv", "lore-odd_name_rm"),
+    ],
+)
+def test_a_run_is_named_by_method_data_and_time(verb: str, path: str | list[str] | None, said: str) -> None:
+    arguments = {} if path is None else {"path": path}
+    name = run_name(verb, "plm.methods.lore.LoRe", {"class_path": "x.SyntheticPairs", "init_args": arguments})
+    assert re.fullmatch(rf"{re.escape(said)}-\d{{8}}-\d{{6}}", name)
+
+
+def test_a_run_has_the_folder_that_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config", "recipe.yaml", "--final_test", "false"]
+    assert main([*fit, "--name", "mine"]) == 0
+    saved = Path("runs/mine/recipe.yaml").read_bytes()
+    capsys.readouterr()
+    assert main([*fit, "--name", "mine"]) == 1
+    assert "expected a new run, but runs/mine is there; give another name, or remove it" in capsys.readouterr().err
+    assert Path("runs/mine/recipe.yaml").read_bytes() == saved
+    assert yaml.safe_load(saved)["name"] is None  # a run of the saved recipe gets a folder of its own
+    assert main(["fit", "--config", "runs/mine/recipe.yaml"]) == 0
+    (again,) = {path.name for path in Path("runs").iterdir()} - {"mine"}
+    assert again.startswith("lore-synthetic-")
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "recipe.yaml", "--data.source.init_args.num_users", "1"]) == 1
+    assert main(["fit", "--config", "recipe.yaml", "--trainer.fast_dev_run", "true"]) == 0
+    assert not list(Path("runs").glob("*")) if Path("runs").exists() else True
+
+
+def test_runs_are_listed_the_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "recipe.yaml", "--name", "one"]) == 0
+    assert main(["fit", "--config", "recipe.yaml", "--name", "untested", "--final_test", "false"]) == 0
+    two = claim("runs", ["two"])
+    (two / "recipe.yaml").write_bytes(Path("runs/one/recipe.yaml").read_bytes())
+    (two / "metrics.json").write_text(json.dumps({"seen": {"accuracy": 0.5, "personal_minus_global": None}}))
+    first, second = read_runs("runs")
+    numbers = json.loads(Path("runs/one/metrics.json").read_text())["unseen"]
+    assert (second.folder, second.method, second.users) == (Path("runs/one"), "LoRe", "unseen")
+    assert (second.accuracy, second.gain) == (numbers["accuracy"], numbers["personal_minus_global"])
+    assert (first.folder, first.users, first.accuracy) == (two, "seen", 0.5) and first.gain != first.gain
+    capsys.readouterr()
+    assert main(["runs"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("two") < shown.index("one") and "untested" not in shown and "50.0" in shown
+    assert main(["runs", "nowhere"]) == 1 and "expected a folder of runs, got 'nowhere'" in capsys.readouterr().err
+
+
+def test_lightning_is_quiet_unless_it_is_asked(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", "--config", "recipe.yaml"]
+    assert main(fit) == 0
+    quiet = capsys.readouterr()
+    assert not caplog.records and "Total params" not in quiet.out
+    assert "best epoch 1 of 1, val/seen/log_loss 0." in quiet.out and "; ran to its end" in quiet.out
+    assert max(map(len, quiet.out.partition("Few-shot")[0].splitlines()[:16])) <= 80
+    assert main([*fit, "--verbose", "true"]) == 0
+    assert "Total params" in capsys.readouterr().out
+    assert any("GPU available" in record.message for record in caplog.records)
