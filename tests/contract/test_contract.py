@@ -12,6 +12,7 @@ from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.dpl import DPL
 from plm.methods.fast_weights import FastWeights
+from plm.methods.gpo import GPO
 from plm.methods.lore import LoRe, PublishedLoRe
 from plm.methods.mrm import MRM
 from plm.methods.pal import PAL
@@ -208,6 +209,13 @@ class TestDPL(MethodContract):
 
 class TestDPLOnAtoms(TestDPL):
     options = {"kind": "categorical", "risk": 0.01}  # noqa: RUF012
+
+
+class TestGPO(MethodContract):
+    ignores = "a constant"
+
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        return GPO(num_users, feature_dim, width=8, layers=2, heads=2, max_context=6)
 
 
 class TestPReF(MethodContract):
