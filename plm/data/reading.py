@@ -42,6 +42,7 @@ def read_columns(path: Path, layout: Layout) -> RawPairs:
     """
     records = _read_table(path, layout) if path.name.endswith(TABLES) else read_records(path)
     if isinstance(records, RawPairs):
+        pa.default_memory_pool().release_unused()  # Arrow keeps the memory of a table that is gone
         return records
     found = found_columns(path, layout, records.names) if records.names else layout
     if records.names:

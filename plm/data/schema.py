@@ -226,7 +226,7 @@ def read_pairs(
         raws.append(raw)
     files = [str(path) for path in paths]
     lines = [np.stack([np.full(len(raw.lines), i), raw.lines], axis=1) for i, raw in enumerate(raws)]
-    where = np.concatenate(lines).astype(np.int64) if lines else np.zeros((0, 2), dtype=np.int64)
+    where = np.concatenate(lines).astype(np.int64, copy=False) if lines else np.zeros((0, 2), dtype=np.int64)
     checker = Checker(where, problems)
     stacked = {name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL, "winner")}
     dropped: Counter[str] = sum((Counter(raw.dropped) for raw in raws), Counter())
@@ -418,6 +418,8 @@ def _merge(codes: IntArray, values: list[Any]) -> tuple[list[Any], IntArray]:
     """Number distinct converted values: codes of raw values -> codes of converted ones, -1 = null or failed."""
     numbers: dict[Any, int] = {}
     lookup = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
+    if len(numbers) == len(values):  # as they are numbered already
+        return list(numbers), codes
     return list(numbers), np.array([*lookup, -1], dtype=np.int64)[codes]
 
 
