@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from plm.backbones import TooLong
 from plm.data.files import read_rows
 from plm.data.values import parsed, short, to_id, to_prompt, to_response
 from plm.functional import win_probability
 from plm.messages import missing_key
 from plm.method import PersonalizationMethod
 from plm.types import UserState
+
+ROWS_AT_ONCE = 2**14
+"""Rows whose texts and users are in memory at once while they are scored."""
 
 
 class ResponseRow(NamedTuple):
@@ -80,13 +85,40 @@ def score_responses(
     Raises:
         ValueError: If a reward is not finite.
     """
+    rewards, is_known = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+    for part in _parts(rows):
+        some = [rows[row] for row in part.tolist()]
+        users, user_rows, known = _users(method, some)
+        texts, prompts = [row.text for row in some], [row.prompt for row in some]
+        try:
+            rewards[part] = method.score(texts, users, rows=user_rows, prompts=prompts).float().cpu()
+        except ValueError as error:
+            if not isinstance(error.__cause__, TooLong):
+                raise
+            number = next(number for number, row in enumerate(rows, 1) if row.prompt == error.__cause__.prompt)
+            raise ValueError(f"row {number} of {len(rows)}: {error.__cause__}") from error
+        is_known[part] = known
+    refuse_nan(rewards, rows, type(method).__name__)
+    wins = None if reference is None else _win_probabilities(method, rows, rewards, reference)
+    return Scores(rewards, is_known, wins)
+
+
+def _parts(rows: Sequence[ResponseRow]) -> tuple[Tensor, ...]:
+    """The rows in bounded parts; where there are several, rows of one text are together, as it is read once in each."""
+    order = torch.arange(len(rows))
+    if len(rows) > ROWS_AT_ONCE:
+        numbers: dict[tuple[str, str], int] = {}
+        order = torch.tensor([numbers.setdefault((row.prompt, row.text), len(numbers)) for row in rows])
+        order = torch.argsort(order, stable=True)
+    return torch.split(order, ROWS_AT_ONCE)
+
+
+def _users(method: PersonalizationMethod, rows: Sequence[ResponseRow]) -> tuple[UserState, Tensor, Tensor]:
+    """States of the users of rows, ``(B,)`` the row of each one's user among them, and ``(B,)`` whether it is known."""
     row_of = {user_id: number for number, user_id in enumerate(dict.fromkeys(row.user_id for row in rows))}
     users, is_known = method.known_users.lookup(list(row_of))
     user_rows = torch.tensor([row_of[row.user_id] for row in rows], dtype=torch.long)
-    rewards = method.score([row.text for row in rows], users, rows=user_rows, prompts=[row.prompt for row in rows])
-    refuse_nan(rewards, rows, type(method).__name__)
-    wins = None if reference is None else _win_probabilities(method, users, user_rows, rewards, reference)
-    return Scores(rewards, is_known[user_rows.to(is_known.device)], wins)
+    return users, user_rows, is_known.cpu()[user_rows]
 
 
 def refuse_nan(rewards: Tensor, rows: list[ResponseRow], method_name: str) -> None:
@@ -102,20 +134,25 @@ def refuse_nan(rewards: Tensor, rows: list[ResponseRow], method_name: str) -> No
 
 
 def _win_probabilities(
-    method: PersonalizationMethod,
-    users: UserState,
-    user_rows: Tensor,
-    rewards: Tensor,
-    reference: list[ResponseRow],
+    method: PersonalizationMethod, rows: list[ResponseRow], rewards: Tensor, reference: list[ResponseRow]
 ) -> Tensor:
-    """`win_probability` of every reward ``(B,)``, of the users at ``user_rows``, against the reference responses."""
+    """`win_probability` of every reward ``(B,)`` against the reference responses, by the rewards of its own user."""
     prompts = [row.prompt for row in reference]
     features = method.text_encoder(prompts, [row.text for row in reference])
     prompt_features = method.text_encoder.prompts(prompts)
-    wins, user_rows = torch.zeros_like(rewards), user_rows.to(rewards.device)
-    for user in range(users.num_users):
-        others = method.score(
-            features, users, rows=torch.full((len(reference),), user), prompt_features=prompt_features
-        )
-        wins[user_rows == user] = win_probability(rewards[user_rows == user], others)
+    wins = torch.zeros_like(rewards)
+    for part in torch.split(torch.tensor(_by_user(rows)), ROWS_AT_ONCE):
+        users, user_rows, _ = _users(method, [rows[row] for row in part.tolist()])
+        for user in range(users.num_users):
+            others = method.score(
+                features, users, rows=torch.full((len(reference),), user), prompt_features=prompt_features
+            )
+            own = part[user_rows == user]
+            wins[own] = win_probability(rewards[own], others.float().cpu())
     return wins
+
+
+def _by_user(rows: Sequence[ResponseRow]) -> list[int]:
+    """Numbers of the rows, those of one user together."""
+    numbers = {user_id: number for number, user_id in enumerate(dict.fromkeys(row.user_id for row in rows))}
+    return sorted(range(len(rows)), key=lambda row: numbers[rows[row].user_id])

@@ -83,7 +83,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.data.encoding": of_plm("backbones", "data"),
     "plm.data.datamodule": of_plm("backbones", "data"),
     "plm.adapting": of_plm("data", "functional", "method"),
-    "plm.scoring": of_plm("data.files", "data.values", "functional", "method"),
+    "plm.scoring": of_plm("backbones", "data.files", "data.values", "functional", "method"),
     "plm.exporting": of_plm("backbones", "method"),
     "plm.querying": of_plm("data.encoding", "data.files", "data.values", "method"),
     "plm.sampling": of_plm("backbones", "generation", "recipe"),

@@ -18,6 +18,7 @@ from plm.checkpoint import load_method
 from plm.data.schema import make_pairs
 from plm.method import PersonalizationMethod
 from plm.methods.lore import LoRe
+from plm.scoring import response_row, score_responses
 from plm.testing import saved
 from plm.types import Context, UserState
 
@@ -179,3 +180,33 @@ def test_users_of_a_table_are_learned_in_bounded_chunks(path: Path, monkeypatch:
         assert int(state.num_pairs) == int(alone.num_pairs) == len([row for row in rows if row["user_id"] == user_id])
         for name, value in state.tensors.items():
             torch.testing.assert_close(value, alone.tensors[name], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_scored_alike_in_parts_and_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one text lie together, so that a text is read again only where a part ends."""
+    method, draw = load_method(path), random.Random(0)
+    method.learn("anna", [TEA, WALK])
+    texts = [*TEA[1:], *WALK[1:], "a long evening"]
+    rows = [
+        response_row({"response": draw.choice(texts), "user_id": draw.choice(["ben", "anna", "nobody", None])})
+        for _ in range(40)
+    ]
+    reference = [response_row({"response": text}) for text in texts[:3]]
+    whole = score_responses(method, rows, reference)
+    alone = torch.stack([score_responses(method, [row], reference).rewards[0] for row in rows])
+    monkeypatch.setattr("plm.scoring.ROWS_AT_ONCE", 7)
+    read: list[str] = []
+    encode = HashingBackbone.encode
+
+    def watched(self: HashingBackbone, some: list[str]) -> torch.Tensor:
+        read.extend(some)
+        return encode(self, some)
+
+    monkeypatch.setattr(HashingBackbone, "encode", watched)
+    parts = score_responses(method, rows, reference)
+    assert len(read) <= len(texts) + 40 // 7 + len(reference)
+    assert whole.win_probability is not None and parts.win_probability is not None
+    for found in (whole.rewards, parts.rewards):
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(parts.win_probability, whole.win_probability, rtol=0, atol=1e-6)
+    assert parts.is_known.tolist() == whole.is_known.tolist() == [row.user_id in ("ben", "anna") for row in rows]

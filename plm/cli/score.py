@@ -44,10 +44,10 @@ def run(args: list[str]) -> None:
     results = {"reward": scores.rewards.tolist(), "user_known": known}
     if scores.win_probability is not None:
         results["win_probability"] = scores.win_probability.tolist()
-    output_rows = [
+    output_rows = (
         with_results(row.record, row.user_id, **dict(zip(results, values, strict=True)))
         for row, *values in zip(rows, *results.values(), strict=True)
-    ]
+    )
     write_rows(output_rows, options.output)
     num_unknown = len(known) - sum(known)
     if num_unknown:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from plm.atomic import json_line, write_text
+from plm.atomic import json_line, whole_file
 from plm.backbones import CausalLM, Policy, RemotePolicy, device
 
 
@@ -57,8 +57,8 @@ def with_results(record: dict[str, Any], user_id: str | None, **results: Any) ->
 
 def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
     """Write rows as JSONL to a file, or to standard output where none is named."""
-    text = "".join(map(json_line, rows))
     if output:
-        write_text(output, text)
+        with whole_file(output, "w") as file:
+            file.writelines(map(json_line, rows))
     else:
-        sys.stdout.write(text)
+        sys.stdout.write("".join(map(json_line, rows)))
