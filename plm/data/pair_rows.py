@@ -53,7 +53,7 @@ def pair_rows(records: Records, layout: Layout) -> PairRows:
     for line, row in _groups(cells, pairs.dropped) if layout.is_long else cells:
         try:
             for judgement in _judgements(row, pairs.dropped):
-                for pair in _pairs_of(judgement):
+                for pair in _pairs_of(judgement, pairs.dropped):
                     replies = with_prompt(pair, "prompt" in row)
                     if replies is None:
                         pairs.dropped["other_turns"] += 1
@@ -142,6 +142,9 @@ def _judgements(row: dict[str, Any], dropped: Counter[str]) -> Iterator[dict[str
     if "winner" not in listed:
         yield row
         return
+    torn = [name for name, value in several.items() if isinstance(value, str) and value.startswith("[")]
+    if torn:
+        raise ValueError(f"{torn[0]}: expected a list as JSON, got {short(several[torn[0]])}")
     lengths = {name: len(values) for name, values in listed.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(
@@ -166,11 +169,12 @@ def _flat(value: Any) -> Any:
     return [entry[0] if len(entry) == 1 else entry or None for entry in lists]
 
 
-def _pairs_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _pairs_of(row: dict[str, Any], dropped: Counter[str]) -> Iterator[dict[str, Any]]:
     """The pair of a row, or all pairs of its responses by their grades.
 
     Of two responses the one with the higher grade is chosen; equal grades are a tie. The pairs of a row share its
-    weight, so that it counts once however many responses it has.
+    weight, so that it counts once however many responses it has. Pairs with an empty response, or twice the same
+    one, are left out and counted.
 
     Raises:
         ValueError: If responses and grades do not go together.
@@ -197,6 +201,10 @@ def _pairs_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     weight, share = row.get("weight"), 2.0 / (len(grades) * (len(grades) - 1))
     weight = 1.0 if weight is None else weight
     for first, second in combinations(graded_responses, 2):
+        texts = (first[1], second[1])
+        if texts[0] == texts[1] or any(isinstance(text, str) and not text.strip() for text in texts):
+            dropped["same_text" if texts[0] == texts[1] else "empty"] += 1
+            continue
         better, worse = (second, first) if second[0] > first[0] else (first, second)
         scores = {"chosen_score": better[0], "rejected_score": worse[0]} if how == "ratings" else {}
         yield {
@@ -210,7 +218,7 @@ def _pairs_of(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _checked_grades(name: str, responses: Any, grades: Any) -> list[float]:
-    """Grades, one number for each of two or more responses that differ."""
+    """Grades, one number for each of two or more responses."""
     if not isinstance(responses, list) or len(responses) < 2:
         where = "best_first" if name == "best_first" else "responses"
         raise ValueError(f"{where}: expected a list of at least two, got {short(responses)}")
@@ -220,7 +228,4 @@ def _checked_grades(name: str, responses: Any, grades: Any) -> list[float]:
     for grade in grades:
         if not is_number(grade):
             raise ValueError(f"{name}: expected finite numbers, got {short(grade)}")
-    repeated = [text for place, text in enumerate(responses) if text in responses[:place]]
-    if repeated:
-        raise ValueError(f"responses: expected each once, got {short(repeated[0])} again")
     return grades

@@ -177,10 +177,18 @@ def test_rows_of_one_response_are_grouped_by_user_prompt_and_split(tmp_path: Pat
     assert table.row_split.tolist() == [0, 2] and table.dropped == {"unrated": 1}
     assert table.position(1).endswith("a.jsonl:3")
     twice = write(tmp_path / "b.jsonl", {**row, "response": "a", "rank": 2}, {**row, "response": "a", "rank": 1})
-    assert "b.jsonl:1: responses: expected each once, got 'a' again" in refused(twice)
+    assert "expected preference pairs, got none" in refused(twice)
     assert "b.jsonl:1: rank: expected a number, got 'x'" in refused(
         write(tmp_path / "b.jsonl", {**row, "response": "a", "rank": "x"})
     )
+
+
+def test_empty_and_equal_responses_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Of four responses six pairs: one of equal texts, three with the empty one; the others keep their weight."""
+    row = {"user_id": "u", "prompt": "p", "responses": ["a", "b", " ", "a"], "ratings": [1, 2, 3, 4]}
+    table = read(write(tmp_path / "a.jsonl", row))
+    assert shown(table) == ["| u | p | b | a (2 to 1) |", "| u | p | a | b (4 to 2) |"]
+    assert table.dropped == {"empty": 3, "same_text": 1} and table.weight.tolist() == pytest.approx([1 / 6, 1 / 6])
 
 
 def test_a_tree_with_a_missing_message_is_counted(tmp_path: Path) -> None:
@@ -222,6 +230,9 @@ def test_conversations_that_part_early_are_counted_or_refused(tmp_path: Path) ->
         tmp_path / "b.jsonl", {"user_id": "u", "prompt": "So?", **same}, {"user_id": "u", "prompt": "No?", **same}
     )
     assert "b.jsonl:2: chosen: the messages before the reply differ from the prompt" in refused(path)
+    for request in ("Hi", "So?"):  # the first and the last one
+        path = write(tmp_path / "c.jsonl", {"user_id": "u", "prompt": request, **same})
+        assert shown(read(path)) == ["| u | user: Hi assistant: a user: So? | b | c |"]
 
 
 @pytest.mark.parametrize("odd", [[], {}, 7, None, ["a"], {"a": 1}, "", "[{", [[]], True])
@@ -234,6 +245,15 @@ def test_odd_values_anywhere_are_an_error_of_the_row_or_left_out(tmp_path: Path,
             assert read(path, layout=name).num_pairs > 0
         except ValueError as error:
             assert re.search(r"a\.jsonl:\d+: |expected preference pairs, got none in", str(error)), error
+
+
+def test_lists_that_numpy_has_printed_are_refused(tmp_path: Path) -> None:
+    """Python would read two names side by side as one."""
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,one,two,best,by\np,a,b,\"['one']\",\"['u' 'v']\"\n")
+    columns = {"chosen": "one", "rejected": "two", "user_id": "by"}
+    message = refused(path, columns=columns, winner={"column": "best"})
+    assert "a.csv:2: user_id: expected a list as JSON, got \"['u' 'v']\"" in message
 
 
 def test_mistakes_in_the_options(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def test_malformed_ratings_are_named_with_their_line(tmp_path: Path) -> None:
         ({"ratings": [1, 2]}, r"2: ratings: expected a number for each of 3 responses, got \[1, 2\]"),
         ({"ratings": [1, 2, "3"]}, "3: ratings: expected finite numbers, got '3'"),
         ({"responses": ["a"], "ratings": [1]}, r"4: responses: expected a list of at least two, got \['a'\]"),
-        ({"responses": ["a", "b", "a"]}, "5: responses: expected each once, got 'a' again"),
+        ({"responses": [None, "b", "c"]}, "5: rejected: missing or null"),
         ({"chosen": "a"}, "6: ratings: expected either responses with ratings, or chosen and rejected, got both"),
         ({"user_id": None}, "7: user_id: missing or null"),
         ({"ratings": None}, "8: ratings: expected a number for each of 3 responses, got None"),
