@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # the table below as imports that a type checker follows; a test compares the two
     from plm.checkpoint import load_method as load_method
     from plm.data.datamodule import PreferenceDataModule as PreferenceDataModule
+    from plm.data.schema import read_pairs as read_pairs
+    from plm.fitting import Run as Run
+    from plm.fitting import fit as fit
     from plm.generation import best_of_n as best_of_n
     from plm.generation import sample as sample
     from plm.method import PersonalizationMethod as PersonalizationMethod
@@ -46,13 +49,16 @@ _MODULE_OF = {
     "PreferenceBatch": "plm.types",
     "PreferenceDataModule": "plm.data.datamodule",
     "PublishedLoRe": "plm.methods.lore",
+    "Run": "plm.fitting",
     "SFT": "plm.methods.sft",
     "Tokens": "plm.types",
     "UserState": "plm.types",
     "UserStore": "plm.users",
     "VPL": "plm.methods.vpl",
     "best_of_n": "plm.generation",
+    "fit": "plm.fitting",
     "load_method": "plm.checkpoint",
+    "read_pairs": "plm.data.schema",
     "sample": "plm.generation",
 }
 

@@ -1,0 +1,155 @@
+"""A fit from Python: the same run as the command's, from tables of every kind."""
+
+from __future__ import annotations
+
+import html
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+
+import plm
+from plm.backbones import HashingBackbone
+from plm.cli import main
+from plm.methods.lore import LoRe
+
+FAST = {
+    "trainer.max_epochs": 30,
+    "trainer.check_val_every_n_epoch": 10,
+    "trainer.enable_progress_bar": False,
+    "data.shots": [],
+}
+
+
+def planted(num_users: int = 30, pairs_per_user: int = 14) -> list[dict[str, Any]]:
+    """Users with odd numbers like what mentions the sea, the others what mentions the snow."""
+    draw = random.Random(0)
+    rows = []
+    for user in range(num_users):
+        for number in range(pairs_per_user):
+            sea, snow = f"the sea at {draw.randrange(999)}", f"the snow at {draw.randrange(999)}"
+            chosen, rejected = (sea, snow) if user % 2 else (snow, sea)
+            rows.append({"user_id": user, "prompt": f"where to {number}", "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["notebook"])
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> plm.Run:
+    """Fitted from a DataFrame whose ids are integers."""
+    root = tmp_path_factory.mktemp("fitted")
+    options = {**FAST, "data.cache_dir": str(root / "cache")}
+    return plm.fit(
+        pd.DataFrame(planted()), "LoRe", backbone="hashing", folder=root / "runs", options=options, num_bases=2
+    )
+
+
+def test_a_table_is_fitted_tested_and_served(run: plm.Run) -> None:
+    assert run.metrics["unseen"]["accuracy"] > 0.9 > 0.6 > run.metrics["unseen"]["global_accuracy"]
+    assert set(run.figures) >= {"histogram", "calibration"} and all(path.is_file() for path in run.figures.values())
+    assert isinstance(run.method, LoRe) and run.method.num_bases == 2
+    odd, even = (next(user for user in run.users if int(user) % 2 == parity) for parity in (1, 0))
+    for user, likes_sea in ((odd, True), (even, False)):
+        sea, snow = run.method.score(["the sea at 5", "the snow at 5"], user_id=user).tolist()
+        assert (sea > snow) == likes_sea
+
+
+def test_a_run_tells_its_verdicts_and_shows_its_figures(run: plm.Run) -> None:
+    text = repr(run)
+    assert text.splitlines() == [
+        f"Run({str(run.folder)!r})",
+        *(f"  {line}" for line in run.metrics["verdicts"].values()),
+    ]
+    page = run._repr_html_()
+    assert html.escape(run.metrics["verdicts"]["seen"]) in page
+    assert page.count("data:image/png;base64,") == len(run.figures)
+    with pytest.raises(ValueError, match=r"which has no checkpoints/best\.ckpt"):
+        plm.Run(run.folder.parent)
+
+
+def test_the_saved_recipe_repeats_the_run(run: plm.Run) -> None:
+    """The table was kept, so that the command prints the numbers of the fit from Python."""
+    assert main(["fit", "--config", str(run.folder / "recipe.yaml"), "--name", "again"]) == 0
+    again = plm.Run(run.folder.parent / "again")
+    assert again.metrics["unseen"] == pytest.approx(run.metrics["unseen"], nan_ok=True)
+    assert torch.equal(
+        again.method.score(["the sea"], user_id=run.users[0]), run.method.score(["the sea"], user_id=run.users[0])
+    )
+
+
+class Frame:
+    """What other libraries of tables offer."""
+
+    def to_arrow(self) -> pa.Table:
+        return pa.Table.from_pylist(planted(6, 6))
+
+
+@pytest.mark.parametrize("kind", ["list", "arrow", "frame", "path", "paths"])
+def test_pairs_come_in_tables_of_every_kind(kind: str, folder: Path) -> None:
+    rows = planted(6, 6)
+    for name, part in (("all", rows), ("a", rows[:18]), ("b", rows[18:])):
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    given = {
+        "list": rows,
+        "arrow": pa.Table.from_pylist(rows),
+        "frame": Frame(),
+        "path": Path("all.jsonl"),
+        "paths": ["a.jsonl", "b.jsonl"],
+    }[kind]
+    options = {**FAST, "trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "final_test": False}
+    run = plm.fit(given, plm.BradleyTerry, backbone=HashingBackbone(dim=16), name="mine", options=options, lr=0.1)
+    saved = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    assert run.folder == Path("runs/mine") and saved["model"]["init_args"]["lr"] == 0.1
+    assert saved["data"]["backbone"]["init_args"]["dim"] == 16
+    users = json.loads((run.folder / "splits.json").read_text())["users"]
+    assert {*users["seen"], *users["unseen"]} == {str(user) for user in range(6)}
+    assert "not tested" in repr(run)
+    with pytest.raises(ValueError, match="expected a run that was tested"):
+        _ = run.metrics
+
+
+@pytest.mark.parametrize(
+    ("pairs", "arguments", "message"),
+    [
+        (3, {}, "expected files, a DataFrame, an Arrow table or a list of mappings of one kind, got int"),
+        ([{"user_id": "a"}, 5], {}, "got list"),
+        ([{**planted()[0], "chosen": 5}, planted()[1]], {}, "got list"),
+        ("nowhere.jsonl", {}, "expected data at 'nowhere.jsonl'"),
+        ([{"user_id": "a", "prompt": "p", "chosen": "x"}], {}, "column 'rejected' is missing"),
+        (pd.DataFrame([{**planted()[0], "user_id": np.nan}]), {}, "row 0: user_id: missing or null"),
+        (planted(6, 6), {"method": "LoRo"}, "no class 'LoRo'; did you mean 'LoRe'"),
+        (planted(6, 6), {"num_basis": 2}, "no key 'num_basis'|num_basis"),
+        (planted(6, 6), {"backbone": "hashin"}, "no backbone named 'hashin'; did you mean 'hashing'"),
+        (planted(6, 6), {"options": {"trainer.max_epoch": 2}}, "max_epoch"),
+        (planted(6, 6), {"name": "a/b"}, "expected the name of a folder, got 'a/b'"),
+    ],
+)
+def test_what_cannot_be_fitted_is_an_error_and_leaves_no_run(
+    pairs: Any, arguments: dict[str, Any], message: str, folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plm.fit(pairs, **{"backbone": "hashing", **arguments})
+    assert not list(Path("runs").glob("*/checkpoints"))
+
+
+def test_a_method_of_a_notebook_is_fitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes of ``__main__`` have import paths there."""
+    import __main__
+
+    monkeypatch.setattr(__main__, "Mine", type("Mine", (plm.BradleyTerry,), {"__module__": "__main__"}), raising=False)
+    options = {**FAST, "trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "final_test": False}
+    run = plm.fit(planted(6, 6), __main__.Mine, backbone="hashing", options=options)
+    assert type(run.method).__name__ == "Mine" and run.folder.name.startswith("mine-")
