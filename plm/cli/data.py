@@ -116,8 +116,9 @@ def _convert(args: list[str]) -> int:
     files = local_files(options.file)
     check_output(options.to, files)
     path = Path(files[0])
-    guess = guess_layout(path, first_records(path), **reading_of(options))
-    print("\n".join(guess.description(path)))
+    records = first_records(path)
+    guess = guess_layout(path, records, **reading_of(options))
+    print("\n".join(guess.description(path, records.names)))
     table = read_pairs(files, **guess.options)
     texts = table.texts()
     for row in range(min(_NUM_SHOWN, table.num_pairs)):

@@ -76,8 +76,8 @@ class Guess:
             options["attributes"] = self.attributes
         return {name: value for name, value in options.items() if value}
 
-    def description(self, path: Path) -> list[str]:
-        """Lines that say which layout it is, and where everything comes from."""
+    def description(self, path: Path, names: Iterable[str]) -> list[str]:
+        """Lines that say which layout it is, where everything comes from, and which columns are not read."""
         lines = [f"{path} is read as {self.name}: {LAYOUTS[self.name].about}"]
         nothing = {"user_id": "no column: one population", "prompt": "no column: what both conversations share"}
         for name, place in self.columns.items():
@@ -89,7 +89,12 @@ class Guess:
             lines.append(f"  {'winner':<11} {self.winner['column']}" + (f" ({means})" if means else ""))
         for column, weight in (self.attributes or {}).items():
             lines.append(f"  {'rating':<11} {weight:g} x {column}")
-        return [*lines, f"in a recipe: {json.dumps(self.options)}"]
+        heads = {place.partition(".")[0] for place in self.places}
+        unread = [name for name in names if name not in {*self.places, *heads}]
+        if unread:
+            lines.append(f"  {'not read':<11} {', '.join(unread)}")
+        lines.append(f"in a recipe: {json.dumps(self.options)}")
+        return [line if line.isprintable() else repr(line) for line in lines]
 
     @property
     def places(self) -> set[str]:
@@ -278,8 +283,10 @@ def _read(path: Path, records: Records, layout: Layout) -> Iterable[tuple[str, .
         sides = [to_response(row.get("chosen")).text, to_response(row.get("rejected")).text]
         side = layout.sides.get(label_of(row["winner"])) if "winner" in row else "left"
         if side is None:
+            column, label = layout.columns["winner"], row["winner"]
             raise ValueError(
-                f"the label {row['winner']!r} of {layout.columns['winner']!r} is left, right or tie; say which"
+                f"the label {label!r} of {column!r} is left ({layout.columns['chosen']}), right "
+                f"({layout.columns['rejected']}) or tie; say which: --winner column={column} left=... right=... tie=..."
             )
         sides = sides[::-1] if side == "right" else sides
         yield (str(row["user_id"]), str(row.get("prompt")), *sides, "tie" if side == "tie" or row.get("tie") else "")

@@ -36,6 +36,7 @@ def test_a_file_is_guessed_shown_and_written(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out
     assert "export.jsonl is read as label_studio: CSV or JSON-MIN export of Label Studio's" in shown
     assert "  user_id     annotator\n" in shown and "  winner      comparison\n" in shown
+    assert "  not read    id\n" in shown
     assert 'in a recipe: {"layout": "label_studio"}' in shown
     assert shown.count("  chosen    '") == 3 and "export.jsonl:2: user '1'\n  prompt    'Q1'\n  chosen    'y1'" in shown
     assert "4 pairs of 2 users written to" in shown
@@ -106,3 +107,9 @@ def test_a_malformed_row_leaves_the_target_as_it_was(tmp_path: Path, capsys: pyt
     assert "a.jsonl:281: winner: expected one of" in capsys.readouterr().err
     assert to.read_bytes() == b"before"
     assert main(["data", "convrt"]) == 1 and "did you mean 'convert'" in capsys.readouterr().err
+
+
+def test_nothing_of_a_file_steers_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"user_id": "u", "prompt": "\x1b[2J", "chosen": "a\x1b]0;", "rejected": "b", "x\x1b[31m": 1}
+    assert main(["data", "convert", str(write(tmp_path / "a.jsonl", [row])), "--to", str(tmp_path / "a.parquet")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
