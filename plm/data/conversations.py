@@ -13,6 +13,8 @@ _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "a
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 TRANSCRIPT = "\n\nHuman:"
 """What a transcript begins with."""
+WRITTEN = ("[{", '{"from"', TRANSCRIPT)
+"""What texts begin with that hold a conversation."""
 
 
 def messages_of(value: Any) -> list[Message] | None:
@@ -27,7 +29,7 @@ def messages_of(value: Any) -> list[Message] | None:
     """
     if isinstance(value, str) and value.startswith(TRANSCRIPT):
         return transcript(value)
-    if isinstance(value, str) and value.startswith(("[{", '{"from"')):
+    if isinstance(value, str) and value.startswith(WRITTEN):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -72,10 +74,11 @@ def with_prompt(pair: dict[str, Any], has_prompt: bool) -> dict[str, Any] | None
         pair: With ``chosen`` and ``rejected``.
         has_prompt: Whether the file has a column for the prompt.
     """
-    prompt = pair.get("prompt")
+    prompt, *sides = (pair.get(name) for name in ("prompt", "chosen", "rejected"))
+    if has_prompt and all(isinstance(text, str) and not text.startswith(WRITTEN) for text in (prompt, *sides)):
+        return pair
     asked = messages_of(prompt)
     pair = pair if asked is None else {**pair, "prompt": asked}
-    sides = [pair.get("chosen"), pair.get("rejected")]
     if has_prompt and any(isinstance(side, str) and side.startswith(TRANSCRIPT) for side in sides):
         return pair  # beside a prompt they are texts
     chosen, rejected = map(messages_of, sides)

@@ -67,7 +67,7 @@ def pair_rows(records: Records, layout: Layout) -> PairRows:
 
 def _cells(row: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """The cells of a row under our names; a weighted sum of attributes is the rating, or one for each response."""
-    cells = {name: value_at(row, column) for name, column in layout.columns.items()}
+    cells = {name: row[column] if column in row else value_at(row, column) for name, column in layout.columns.items()}
     if "user_id" not in cells:
         cells["user_id"] = EVERYONE
     for name in ("rating", "rank"):
@@ -137,6 +137,9 @@ def _judgements(row: dict[str, Any], dropped: Counter[str]) -> Iterator[dict[str
 
     Those without a winner, or with a status other than submitted, are left out and counted.
     """
+    if "winner" not in row:
+        yield row
+        return
     several = {name: _flat(row[name]) for name in ("user_id", "winner", "status") if name in row}
     listed = {name: values for name, values in several.items() if isinstance(values, list)}
     if "winner" not in listed:
@@ -180,6 +183,9 @@ def _pairs_of(row: dict[str, Any], dropped: Counter[str]) -> Iterator[dict[str, 
         ValueError: If responses and grades do not go together.
     """
     names = ("responses", "ratings", "ranking", "best_first")
+    if not any(name in row for name in names):
+        yield row
+        return
     given = {name: printed_list(row.pop(name, None)) for name in names}
     is_pair = row.get("chosen") is not None or row.get("rejected") is not None
     graded = [name for name in names[1:] if given[name] is not None]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from plm.data.columns import OPTIONAL, Column, RawPairs, factorise, factorise_arrow
-from plm.data.conversations import TRANSCRIPT
+from plm.data.conversations import WRITTEN
 from plm.data.files import TABLES, Records, file_format, read_records, read_table, table_errors, table_records
 from plm.data.layouts import GRADED, NAMED, Layout
 from plm.data.pair_rows import EVERYONE, pair_rows
@@ -143,7 +143,7 @@ def _needs_rows(table: pa.Table, found: Layout) -> bool:
     texts = [
         (column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column).unique() for column in columns
     ]
-    starts = [pc.starts_with(text.cast(pa.string()), start) for text in texts for start in ("[{", TRANSCRIPT)]
+    starts = [pc.starts_with(text.cast(pa.string()), start) for text in texts for start in WRITTEN]
     return any(pc.any(values).as_py() for values in starts)
 
 
