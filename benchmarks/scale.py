@@ -3,10 +3,11 @@
 Usage: python benchmarks/scale.py [--only adapt skewed score refresh] [--users 20000 100000 1000000] [--bases 8]
 
 ``plm adapt`` and ``plm score`` run as commands on Parquet files, with hashed words of width 256 and LoRe: 10 pairs of
-each user, out of 200,000 distinct texts. "skewed" is 1,000 users of whom one has 4,000 pairs and the others one each.
-"refresh" is `LoRe.refresh_users`, which solves all seen users at every candidate spread: once per validation of a fit.
-Every size is a process of its own; its peak is what the operating system says of it (``ru_maxrss``), 0.5 GB of
-libraries included. "score" is timed beside "encode", the time that the same texts take to become features.
+each user, out of 200,000 distinct texts; scored is one response of each user, all of whom are known. "skewed" is
+1,000 users of whom one has 4,000 pairs and the others one each. "refresh" is `LoRe.refresh_users`, which solves all
+seen users at every candidate spread: once per validation of a fit. Every size is a process of its own; its peak is
+what the operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode",
+the time that the same texts take to become features.
 """
 
 from __future__ import annotations
@@ -62,19 +63,26 @@ def child(what: str, *arguments: object) -> Run:
 
 
 # ---------------------------------------------------------------------- in processes of their own
-def make_checkpoint(path: str, bases: str) -> None:
-    """A checkpoint of random bases that knows nobody."""
+def make_checkpoint(path: str, bases: str, users: str) -> None:
+    """A checkpoint of random bases that knows so many users."""
     import torch
 
     from plm.backbones import HashingBackbone
     from plm.methods.lore import LoRe
     from plm.testing import saved
+    from plm.types import UserState
+    from plm.users import UserStore, shared_hash, store_path
 
     torch.manual_seed(0)
     method = LoRe(1, DIM, backbone=HashingBackbone(dim=DIM).spec(), num_bases=int(bases))
     torch.nn.init.normal_(method.bases)
     with saved(method) as made:
         shutil.copy(made, path)
+    store = UserStore(store_path(path), shared_hash(method.state_dict(), method.user_tables))
+    for start in range(0, int(users), 100_000):
+        state = method.population_state(min(100_000, int(users) - start)).detach()
+        drawn = UserState({**state.tensors, "weights": torch.randn(state.num_users, int(bases))}, state.num_pairs + 1)
+        store.add([f"user-{start + row:07d}" for row in range(state.num_users)], drawn)
 
 
 def make_file(path: str, kind: str, users: str) -> None:
@@ -162,7 +170,7 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
         return [row(f"refresh, K = {bases}", f"{users:,} x {PAIRS}", found, float(found.output.split()[-1]))]
     path, checkpoint = folder / "file.parquet", folder / f"{what}-{users}.ckpt"
     child("file", path, {"adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)
-    child("checkpoint", checkpoint, bases)
+    child("checkpoint", checkpoint, bases, users if what == "score" else 0)
     plm = [sys.executable, "-m", "plm"]
     if what == "score":
         found = run(

@@ -124,7 +124,11 @@ def json_line(row: Mapping[str, Any]) -> str:
         ValueError: For a value that JSON cannot hold, such as bytes, with its column.
     """
     try:
-        return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=_as_text) + "\n"
+        return _strict_json(row)
+    except (TypeError, ValueError):  # few rows are looked at number by number
+        pass
+    try:
+        return _strict_json(_finite(row))
     except TypeError as error:
         wrong = next((name for name, value in row.items() if not _fits_json(value)), "?")
         raise ValueError(f"column {wrong!r}: expected values that JSON can hold, {error}; leave it out") from error
@@ -135,6 +139,11 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
     text = io.StringIO(newline="")
     csv.writer(text).writerows([columns, *rows])
     write_text(path, text.getvalue())
+
+
+def _strict_json(row: Any) -> str:
+    """A line of what every reader of JSON takes."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text) + "\n"
 
 
 def _as_text(value: Any) -> str:
