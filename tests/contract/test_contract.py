@@ -215,7 +215,7 @@ class TestGPO(MethodContract):
     ignores = "a constant"
 
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
-        return GPO(num_users, feature_dim, width=8, layers=2, heads=2, max_context=6)
+        return GPO(num_users, feature_dim, width=8, layers=1, heads=2, max_context=4)
 
 
 class TestPReF(MethodContract):

@@ -141,7 +141,8 @@ def test_arguments_are_checked() -> None:
 def test_users_of_opposite_tastes_are_told_apart(tmp_path: Path) -> None:
     data = opposite_users()
     torch.manual_seed(0)
-    model = GPO(data.num_users, data.feature_dim, width=16, layers=1, heads=2, dropout=0.0, lr=0.01)
+    small = {"width": 16, "layers": 1, "heads": 2, "max_context": 10, "num_targets": 8, "dropout": 0.0}
+    model = GPO(data.num_users, data.feature_dim, **small, lr=0.01)  # type: ignore[arg-type]
     accuracy = accuracies(fitted(model, data, tmp_path, 60), data.unseen_batch)
     assert accuracy["margin"] > 0.8 and accuracy["flipped_margin"] < 0.25, accuracy
     assert abs(accuracy["population_margin"] - 0.5) < 0.1, accuracy
@@ -150,7 +151,7 @@ def test_users_of_opposite_tastes_are_told_apart(tmp_path: Path) -> None:
 def test_shuffled_users_get_nothing_from_their_context(tmp_path: Path) -> None:
     data = PlantedData(60, 20, shuffle_users=True)
     torch.manual_seed(0)
-    model = fitted(GPO(60, 8, width=8, layers=1, heads=2, lr=0.01), data, tmp_path, 20)
+    model = fitted(GPO(60, 8, width=8, layers=1, heads=2, max_context=8, lr=0.01), data, tmp_path, 20)
     assert model.report()["scale"] == 0.0
     facts = model.evaluate(data.unseen_batch)
     assert torch.equal(facts["margin"], facts["population_margin"])

@@ -171,7 +171,7 @@ def test_users_of_opposite_tastes_are_told_apart(simplex: bool, inner_lr: float,
     data = opposite_users(num_shots=20)
     torch.manual_seed(0)
     model = MRM(data.num_users, data.feature_dim, num_bases=3, simplex=simplex, inner_lr=inner_lr, lr=0.1)
-    accuracy = accuracies(fitted(model, data, tmp_path, 60), data.unseen_batch)
+    accuracy = accuracies(fitted(model, data, tmp_path, 40), data.unseen_batch)
     assert accuracy["margin"] > 0.85 and accuracy["flipped_margin"] < 0.15, accuracy
     assert abs(accuracy["population_margin"] - 0.5) < 0.08, accuracy
 
@@ -180,7 +180,7 @@ def test_the_published_step_tells_nobody_apart(tmp_path: Path) -> None:
     """Weights move by 0.0005, so that no order changes; the docs say so."""
     data = opposite_users(num_shots=20)
     torch.manual_seed(0)
-    model = fitted(MRM(data.num_users, data.feature_dim, **method_options("mrm_paper")), data, tmp_path, 60)
+    model = fitted(MRM(data.num_users, data.feature_dim, **method_options("mrm_paper")), data, tmp_path, 40)
     accuracy = accuracies(model, data.unseen_batch)
     assert abs(accuracy["margin"] - accuracy["population_margin"]) < 0.02, accuracy
     assert model.report()["moved"] == pytest.approx(0.0005, abs=5e-5)
@@ -189,5 +189,5 @@ def test_the_published_step_tells_nobody_apart(tmp_path: Path) -> None:
 def test_shuffled_users_do_not_move(tmp_path: Path) -> None:
     data = PlantedData(60, 20, shuffle_users=True)
     torch.manual_seed(0)
-    model = fitted(MRM(60, 8, num_bases=3, lr=0.1), data, tmp_path, 60)
+    model = fitted(MRM(60, 8, num_bases=3, lr=0.1), data, tmp_path, 40)
     assert model.report()["scale"] == 0.0
