@@ -137,11 +137,13 @@ class KnownUsers:
         tensors = {name: pick(stored.tensors[name], value) for name, value in population.tensors.items()}
         return UserState(tensors, pick(stored.num_pairs, population.num_pairs)), known
 
-    def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False) -> int:
+    def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False, must_exist: bool = False) -> int:
         """Learn a user from pairs, see ``PersonalizationMethod.learn``."""
         added = [_as_dict(pair) for pair in pairs]
         while True:  # until nobody else has changed the user meanwhile
             since, known = self.store.num_erasures, self.store.find(user_id)
+            if known is None and must_exist:
+                return 0
             kept = [] if anew else self.store.pairs([user_id]).get(user_id, [])
             if known is not None and not anew and not kept and known.num_pairs:
                 raise PairsNotKeptError(

@@ -26,7 +26,7 @@ class LoadedMethod:
         """Held while the model of a loaded method works, so that threads may share it."""
         return nullcontext() if self.find_users is None else self.find_users.lock
 
-    def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False) -> int:
+    def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False, must_exist: bool = False) -> int:
         """Learn a user from what the user prefers, and store state and pairs; durable when the call returns.
 
         Later pairs are added to those before: the state is fitted to all of them. Threads and processes may call it at
@@ -36,14 +36,15 @@ class LoadedMethod:
             user_id: Who; a new user or one who was learned so before.
             pairs: ``(prompt, chosen, rejected)`` each, or dicts of these with ``tie`` and ``weight``.
             anew: Forget what was known of the user before.
+            must_exist: Add nobody: somebody may still be asked who was deleted.
 
         Returns:
-            How many pairs the state was fitted on; 0 if the user was deleted meanwhile.
+            How many pairs the state was fitted on; 0 if the user was deleted meanwhile, or is not there and must be.
 
         Raises:
             ValueError: If a pair is malformed, or the pairs behind the user's state were not kept, as of trained users.
         """
-        return self.known_users.learn(user_id, pairs, anew)
+        return self.known_users.learn(user_id, pairs, anew, must_exist)
 
     def forget(self, user_id: str) -> Receipt:
         """Delete a user from the store; a user who is not there is no error."""

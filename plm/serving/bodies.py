@@ -279,6 +279,7 @@ class PairsRequest(Sent):
 
     pairs: Annotated[list[Pair], Field(min_length=1, max_length=MAX_PAIRS)]
     anew: bool = Field(False, description="forget what was known of the user before")
+    must_exist: bool = Field(False, description="409 where the user is not known, as after a deletion; do not add one")
 
 
 class User(BaseModel):

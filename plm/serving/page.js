@@ -362,7 +362,14 @@ const answer = (side) =>
     const { prompt, responses } = one.question;
     if (side !== null) findAll(".choice")[side].classList.add("chosen");
     const pair = { prompt, chosen: responses[side ?? 0], rejected: responses[1 - (side ?? 0)], tie: side === null };
-    await call("POST", at(one.user, "/pairs"), { pairs: [pair], anew: one.isAnew });
+    try {
+      await call("POST", at(one.user, "/pairs"), { pairs: [pair], anew: one.isAnew, must_exist: Boolean(one.about.user) });
+    } catch (problem) {
+      if (problem.status !== 409 || !one.about.user) throw problem;
+      if (one === session) leave();
+      say("This person was forgotten meanwhile, perhaps elsewhere; the answer was not kept.", true);
+      return;
+    }
     one.isAnew = false;
     one.isStale = true; // the question is answered, whatever becomes of the next one
     await refresh(one);

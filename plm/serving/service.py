@@ -272,7 +272,7 @@ class RewardService:
         """Learn a user from pairs and from those before; durable when the call returns."""
         pairs = [{**pair.model_dump(), "prompt": bodies.prompt_text(pair.prompt)} for pair in request.pairs]
         with self.learning("body.pairs"):
-            is_stored = self.method.learn(user_id, pairs, request.anew)
+            is_stored = self.method.learn(user_id, pairs, request.anew, request.must_exist)
         user = self._find(user_id) if is_stored else None
         if user is None:
             raise RequestError("ConflictError", "the user was deleted meanwhile and stays deleted")

@@ -207,6 +207,18 @@ def test_two_tabs_of_one_person(person: Callable[..., Any], served: RewardServic
     assert "kim" not in served.method.users
 
 
+def test_who_is_forgotten_elsewhere_is_not_brought_back(person: Callable[..., Any], served: RewardService) -> None:
+    """A phone on which somebody is still asked, while the user is deleted by an administrator."""
+    page = person()
+    begin(page, "mia")
+    press(page, "ArrowLeft")
+    served.forget("mia")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#person", state="visible")
+    assert "was forgotten meanwhile" in page.inner_text(".message") and "mia" not in served.method.users
+    assert len(page.complaints) == 1 and "409" in page.complaints.pop()
+
+
 def test_who_was_trained_on_pairs_that_were_not_kept_starts_anew(
     person: Callable[..., Any], served: RewardService
 ) -> None:

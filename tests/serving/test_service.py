@@ -145,6 +145,19 @@ def test_who_is_deleted_while_being_learned_is_a_conflict(
         assert error.value.status == 409
 
 
+def test_an_answer_that_comes_late_adds_nobody(service: RewardService) -> None:
+    """An interview that goes on elsewhere does not bring back who was forgotten."""
+    late = bodies.PairsRequest(pairs=[PAIR], must_exist=True)
+    for known in (True, False):
+        if known:
+            service.learn("late", bodies.PairsRequest(pairs=[PAIR]))
+            assert service.learn("late", late).num_pairs == 1
+            service.forget("late")
+        with pytest.raises(RequestError, match="deleted meanwhile") as error:
+            service.learn("late", late)
+        assert error.value.status == 409 and "late" not in service.method.users
+
+
 def test_two_services_share_the_users_of_a_server(path: Path, postgres: str) -> None:
     """PostgreSQL: nobody is known to begin with; what one service learns, from two threads, the other knows."""
     url = postgres.format("postgres")
