@@ -14,10 +14,12 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from lightning import Trainer
 
 import plm
 from plm.backbones import HashingBackbone
 from plm.cli import main
+from plm.data.sources.synthetic import SyntheticPairs
 from plm.methods.lore import LoRe
 
 FAST = {
@@ -153,3 +155,26 @@ def test_a_method_of_a_notebook_is_fitted(folder: Path, monkeypatch: pytest.Monk
     options = {**FAST, "trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "final_test": False}
     run = plm.fit(planted(6, 6), __main__.Mine, backbone="hashing", options=options)
     assert type(run.method).__name__ == "Mine" and run.folder.name.startswith("mine-")
+
+
+def test_a_trainer_of_ones_own_keeps_what_made_the_features(folder: Path) -> None:
+    """Two lines of Lightning: the checkpoint scores texts as that of ``plm fit`` does."""
+    data = plm.PreferenceDataModule(
+        source=SyntheticPairs(num_users=6, pairs_per_user=8), backbone=HashingBackbone(dim=16), cache_dir="cache"
+    )
+    data.prepare_data()
+    data.setup("fit")
+    method = plm.LoRe(num_users=data.num_users, feature_dim=data.feature_dim, num_bases=2)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, default_root_dir=folder, **quiet)
+    trainer.fit(method, datamodule=data)
+    trainer.save_checkpoint(folder / "own.ckpt", weights_only=True)
+    features = HashingBackbone(dim=16).encode(["a bus"])
+    assert torch.equal(
+        plm.load_method(folder / "own.ckpt").score(["a bus"]), method.score(features, method.population_state(1))
+    )

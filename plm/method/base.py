@@ -258,7 +258,13 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
             )
 
     def on_fit_start(self) -> None:
-        """Under DDP, leave buffers alone: rows of users belong to the process that holds their pairs."""
+        """Keep what made the features, for the checkpoint, where the constructor was not told.
+
+        Under DDP, leave buffers alone: rows of users belong to the process that holds their pairs.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if self.hparams.get("backbone") is None and data is not None:
+            self.hparams["backbone"] = getattr(data, "backbone_spec", None)
         if isinstance(self.trainer.model, torch.nn.parallel.DistributedDataParallel):
             self.trainer.model.broadcast_buffers = False
 
