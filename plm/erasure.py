@@ -14,6 +14,9 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from plm.atomic import whole_file, write_csv, write_json
@@ -21,6 +24,8 @@ from plm.checkpoint import NOBODY, find_class, read_checkpoint
 from plm.method import CHECKPOINT_KEY
 from plm.users import Receipt, UserStore, store_path
 
+PAIRS_FOLDER = "pairs"
+"""Folder beside the runs in which `plm.fitting.fit` keeps tables of pairs."""
 _FILES = ("per_user.csv", "predictions*.csv", "users.csv", "splits.json", "portfolio.json")
 """What runs and portfolios write with ids in it."""
 
@@ -33,7 +38,7 @@ class Erasure(NamedTuple):
     changed: list[Path]
     """Files from which a user was removed."""
     remaining: list[Path]
-    """Files of the run that still hold the id of one."""
+    """Files of the run, and tables of pairs beside it, that still hold the id of one."""
 
 
 def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Path | None = None) -> Erasure:
@@ -58,7 +63,19 @@ def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Pat
     changed = [file for file in sorted(folder.glob("*.ckpt")) if file.is_file() and _erase_rows(file, user_ids)]
     changed += [file for file in named if _erase_names(file, user_ids)]
     files = run.rglob("*") if run != folder else folder.glob("*")
-    return Erasure(receipts, changed, [file for file in sorted(files) if _holds(file, user_ids)])
+    remaining = [file for file in sorted(files) if _holds(file, user_ids)]
+    tables = sorted((run.parent / PAIRS_FOLDER).glob("*.parquet"))
+    return Erasure(receipts, changed, remaining + [file for file in tables if _has_cell(file, user_ids)])
+
+
+def _has_cell(path: Path, user_ids: Collection[str]) -> bool:
+    """Whether an id is a cell of a Parquet file."""
+    table = pq.read_table(path)
+    columns = [
+        column for column in table.columns if pa.types.is_string(column.type) or pa.types.is_integer(column.type)
+    ]
+    wanted = pa.array(sorted(user_ids))
+    return any(pc.any(pc.is_in(column.cast(pa.string()), wanted)).as_py() for column in columns)
 
 
 def _erase_rows(path: Path, user_ids: Collection[str]) -> bool:

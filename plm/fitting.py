@@ -8,11 +8,13 @@ import io
 import json
 import tempfile
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -22,6 +24,7 @@ from plm.atomic import whole_file
 from plm.backbones import Backbone
 from plm.callbacks import run_dir
 from plm.checkpoint import load_method
+from plm.erasure import PAIRS_FOLDER
 from plm.method import PersonalizationMethod
 from plm.recipe.fit import run_recipe
 
@@ -31,17 +34,18 @@ class Run:
 
     Args:
         folder: Its folder, such as ``runs/mine``.
+        checkpoint: Its best checkpoint, from there.
 
     Raises:
         ValueError: If it holds no checkpoint.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, checkpoint: str | Path = "checkpoints/best.ckpt") -> None:
         self.folder = Path(folder)
-        self.checkpoint = self.folder / "checkpoints" / "best.ckpt"
+        self.checkpoint = self.folder / checkpoint
         """The best checkpoint; its users are stored beside it."""
         if not self.checkpoint.is_file():
-            raise ValueError(f"expected the folder of a run, got {str(folder)!r}, which has no checkpoints/best.ckpt")
+            raise ValueError(f"expected the folder of a run, got {str(folder)!r}, which has no {checkpoint}")
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -52,7 +56,7 @@ class Run:
         """
         file = self.folder / "metrics.json"
         if not file.is_file():
-            raise ValueError(f"expected a run that was tested, got {str(self.folder)!r}; plm test --ckpt_path tests it")
+            raise ValueError(f"expected a run that was tested, got {str(self.folder)!r}; fit it with final_test: true")
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found
 
@@ -122,32 +126,69 @@ def fit(
         >>> run = fit("mine.jsonl", "LoRe", backbone="hashing", num_bases=8)  # doctest: +SKIP
         >>> run.method.score(["A new bus line.", "A new exit."], user_id="anna")  # doctest: +SKIP
     """
-    files = _files(pairs, Path(folder))
-    init_args = {"path": files, **({} if columns is None else {"columns": dict(columns)})}
-    recipe: dict[str, Any] = {
-        "defaults": [
-            *([{"backbone": backbone}] if isinstance(backbone, str) else []),
-            {"trainer": "gpu1" if torch.cuda.is_available() else "cpu"},
-            {"logger": "csv"},
-        ],
-        "name": name,
-        "model": {"class_path": method if isinstance(method, str) else _path_of(method), "init_args": arguments},
-        "data": {"source": {"class_path": "plm.data.sources.pairs.PairFiles", "init_args": init_args}},
-        "trainer": {"default_root_dir": str(folder)},
-    }
-    if isinstance(backbone, Backbone):
-        recipe["data"]["backbone"] = backbone.spec()
-    for key, value in (options or {}).items():
-        *parts, last = key.split(".")
-        place = recipe
-        for part in parts:
-            place = place.setdefault(part, {})
-        place[last] = value
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "recipe.yaml"
+    with _kept(pairs, Path(folder)) as files, tempfile.TemporaryDirectory() as scratch:
+        recipe: dict[str, Any] = {
+            "defaults": [
+                *([{"backbone": backbone}] if isinstance(backbone, str) else []),
+                {"trainer": "gpu1" if torch.cuda.is_available() else "cpu"},
+                {"logger": "csv"},
+            ],
+            "name": name,
+            "model": {"class_path": method if isinstance(method, str) else _path_of(method)},
+            "data": {"source": {"class_path": "plm.data.sources.pairs.PairFiles", "init_args": {"path": files}}},
+            "trainer": {"default_root_dir": str(folder)},
+        }
+        given = {f"model.init_args.{key}": value for key, value in arguments.items()}
+        given |= {} if columns is None else {"data.source.init_args.columns": dict(columns)}
+        given |= {"data.backbone": backbone.spec()} if isinstance(backbone, Backbone) else {}
+        for key, value in {**given, **(options or {})}.items():
+            _set(recipe, key, _plain(key, value))
+        if recipe["trainer"].get("fast_dev_run"):
+            raise ValueError("trainer.fast_dev_run: expected a fit, which leaves a run; use plm fit for a trial")
+        file = Path(scratch) / "recipes" / "recipe.yaml"  # groups are looked up in the folder above, which is empty
+        file.parent.mkdir()
         file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        cli = run_recipe(["fit", "--config", str(file)])
-    return Run(run_dir(cli.trainer))
+        trainer = run_recipe(["fit", "--config", str(file)]).trainer
+    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    return Run(run_dir(trainer), Path(best).resolve())
+
+
+def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key with dots; a mapping is laid over the one that is there."""
+    *parts, last = key.split(".")
+    place: Any = recipe
+    for depth, part in enumerate(parts):
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            above = ".".join(parts[: depth + 1])
+            raise ValueError(f"options: expected the keys of a recipe, got {key!r}, but {above} is {place!r}")
+    if isinstance(value, dict) and isinstance(place.get(last), dict):
+        for name, below in value.items():
+            _set(recipe, f"{key}.{name}", below)
+    else:
+        place[last] = value
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as a recipe can hold it.
+
+    Raises:
+        ValueError: For an object, with its key.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): _plain(f"{key}.{name}", below) for name, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(key, item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if value is not None and not isinstance(value, str | bool | int | float):
+        kind = type(value).__name__
+        raise ValueError(
+            f"{key}: expected what a recipe can hold, got {kind}; give {{class_path: ..., init_args: ...}}"
+        )
+    return value
 
 
 def _path_of(cls: type) -> str:
@@ -155,24 +196,32 @@ def _path_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _files(pairs: Any, folder: Path) -> list[str]:
-    """Files that hold the pairs; a table is written to one that its content names."""
+@contextmanager
+def _kept(pairs: Any, folder: Path) -> Iterator[list[str]]:
+    """Files that hold the pairs; a table is written to one that its content names, and removed if the block fails."""
     if isinstance(pairs, str | Path):
-        return [str(pairs)]
+        yield [str(pairs)]
+        return
     if isinstance(pairs, Sequence) and pairs and all(isinstance(file, str | Path) for file in pairs):
-        return [str(file) for file in pairs]
+        yield [str(file) for file in pairs]
+        return
     try:
-        table = _table(pairs)
         sink = io.BytesIO()
-        pq.write_table(table, sink)
-    except (pa.ArrowException, TypeError, AttributeError) as error:
+        pq.write_table(_table(pairs), sink)
+    except (pa.ArrowException, TypeError, AttributeError, OverflowError) as error:
         expected = "expected files, a DataFrame, an Arrow table or a list of mappings of one kind"
         raise ValueError(f"pairs: {expected}, got {type(pairs).__name__}: {error}") from error
-    file = folder / "pairs" / f"table_{hashlib.sha256(sink.getvalue()).hexdigest()[:12]}.parquet"
-    if not file.is_file():
+    file = folder / PAIRS_FOLDER / f"table_{hashlib.sha256(sink.getvalue()).hexdigest()[:12]}.parquet"
+    is_new = not file.is_file()
+    if is_new:
         with whole_file(file) as target:
             target.write(sink.getvalue())
-    return [str(file.resolve())]
+    try:
+        yield [str(file.resolve())]
+    except BaseException:
+        if is_new:
+            file.unlink(missing_ok=True)
+        raise
 
 
 def _table(pairs: Any) -> pa.Table:
@@ -180,7 +229,9 @@ def _table(pairs: Any) -> pa.Table:
     if isinstance(pairs, pa.Table):
         return pairs
     if isinstance(pairs, Sequence):
-        return pa.Table.from_pylist([dict(row) for row in pairs])
+        rows = [dict(row) for row in pairs]
+        names = list(dict.fromkeys(name for row in rows for name in row))  # Arrow looks at the first row alone
+        return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
     if hasattr(pairs, "to_arrow"):  # polars
         return pairs.to_arrow()
     return pa.Table.from_pandas(pairs, preserve_index=False)

@@ -20,6 +20,7 @@ import plm
 from plm.backbones import HashingBackbone
 from plm.cli import main
 from plm.data.sources.synthetic import SyntheticPairs
+from plm.erasure import erase_users
 from plm.methods.lore import LoRe
 
 FAST = {
@@ -123,6 +124,39 @@ def test_pairs_come_in_tables_of_every_kind(kind: str, folder: Path) -> None:
         _ = run.metrics
 
 
+def test_a_column_of_some_rows_is_read(folder: Path) -> None:
+    """Arrow takes its columns from the first row."""
+    rows = planted(6, 6)
+    rows[7] |= {"tie": True, "weight": 3.0}
+    options = {**FAST, "trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "final_test": False}
+    run = plm.fit(rows, plm.BradleyTerry, backbone="hashing", options=options)
+    (table,) = Path("runs/pairs").glob("table_*.parquet")
+    assert plm.read_pairs([table]).tie.sum() == 1 and plm.read_pairs([table]).weight.max() == 3
+    left = {path.resolve() for path in erase_users(run.checkpoint, ["3"]).remaining}
+    assert table.resolve() in left  # the pairs of others are not thrown away, and it is said
+
+
+def test_options_are_laid_over_the_recipe_and_may_be_of_numpy(folder: Path) -> None:
+    trainer = {"max_epochs": np.int64(1), "check_val_every_n_epoch": 1, "enable_progress_bar": False}
+    options = {
+        "trainer": trainer,
+        "trainer.log_every_n_steps": 1,
+        "final_test": False,
+        "data.cache_dir": Path("kept"),
+        "model.init_args": {"ridge": 0.5},
+    }
+    run = plm.fit(planted(6, 6), "LoRe", backbone="hashing", folder="here", options=options, num_bases=np.int32(2))
+    assert run.folder.parent == Path("here") and Path("kept").is_dir() and "log_every_n_steps" not in trainer
+    saved = yaml.safe_load((run.folder / "recipe.yaml").read_text())
+    assert (saved["model"]["init_args"]["num_bases"], saved["model"]["init_args"]["ridge"]) == (2, 0.5)
+
+
+def test_a_checkpoint_of_another_name_is_found(folder: Path) -> None:
+    options = {**FAST, "trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "checkpoint.filename": "top"}
+    run = plm.fit(planted(6, 6), "BradleyTerry", backbone="hashing", options={**options, "final_test": False})
+    assert run.checkpoint.name == "top.ckpt" and run.users
+
+
 @pytest.mark.parametrize(
     ("pairs", "arguments", "message"),
     [
@@ -133,9 +167,17 @@ def test_pairs_come_in_tables_of_every_kind(kind: str, folder: Path) -> None:
         ([{"user_id": "a", "prompt": "p", "chosen": "x"}], {}, "column 'rejected' is missing"),
         (pd.DataFrame([{**planted()[0], "user_id": np.nan}]), {}, "row 0: user_id: missing or null"),
         (planted(6, 6), {"method": "LoRo"}, "no class 'LoRo'; did you mean 'LoRe'"),
-        (planted(6, 6), {"num_basis": 2}, "no key 'num_basis'|num_basis"),
+        (planted(6, 6), {"num_basis": 2}, "no key 'num_basis'; did you mean 'num_bases'"),
         (planted(6, 6), {"backbone": "hashin"}, "no backbone named 'hashin'; did you mean 'hashing'"),
-        (planted(6, 6), {"options": {"trainer.max_epoch": 2}}, "max_epoch"),
+        (planted(6, 6), {"options": {"trainer.max_epoch": 2}}, "did you mean 'max_epochs'"),
+        (
+            planted(6, 6),
+            {"options": {"model": "LoRe", "model.init_args.lr": 0.1}},
+            "'model.init_args.lr', but model is",
+        ),
+        (planted(6, 6), {"lr": object()}, "model.init_args.lr: expected what a recipe can hold, got object"),
+        (planted(6, 6), {"options": {"trainer.fast_dev_run": True}}, "trainer.fast_dev_run: expected a fit"),
+        ([{**planted()[0], "user_id": 2**70}], {}, "got list"),
         (planted(6, 6), {"name": "a/b"}, "expected the name of a folder, got 'a/b'"),
     ],
 )
@@ -144,7 +186,8 @@ def test_what_cannot_be_fitted_is_an_error_and_leaves_no_run(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         plm.fit(pairs, **{"backbone": "hashing", **arguments})
-    assert not list(Path("runs").glob("*/checkpoints"))
+    assert not [path for path in folder.rglob("*") if path.is_file() and "pairs" in path.parts]
+    assert {path.name for path in Path("runs").glob("*")} <= {"pairs"}
 
 
 def test_a_method_of_a_notebook_is_fitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +208,7 @@ def test_a_trainer_of_ones_own_keeps_what_made_the_features(folder: Path) -> Non
     data.prepare_data()
     data.setup("fit")
     method = plm.LoRe(num_users=data.num_users, feature_dim=data.feature_dim, num_bases=2)
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
+    quiet = {f"enable_{what}": False for what in ("progress_bar", "model_summary", "checkpointing")}
     trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, default_root_dir=folder, **quiet)
     trainer.fit(method, datamodule=data)
     trainer.save_checkpoint(folder / "own.ckpt", weights_only=True)
