@@ -118,7 +118,8 @@ def write_json(path: str | Path, entries: Mapping[str, Any], merge: bool = False
 def json_line(row: Mapping[str, Any]) -> str:
     """One row of results as a line of JSON.
 
-    Dates, spans of time and decimal numbers, which Parquet holds, become texts; nan and infinities become null.
+    Half of a character, which has no UTF-8, is escaped. Dates, spans of time and decimal numbers, which Parquet holds,
+    become texts; nan and infinities become null.
 
     Raises:
         ValueError: For a value that JSON cannot hold, such as bytes, with its column.
@@ -142,8 +143,13 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
 
 
 def _strict_json(row: Any) -> str:
-    """A line of what every reader of JSON takes."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text) + "\n"
+    """A line of what every reader of JSON takes; only half of a character makes it escape what is not ASCII."""
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row, allow_nan=False, default=_as_text) + "\n"
+    return line
 
 
 def _as_text(value: Any) -> str:

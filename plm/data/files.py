@@ -196,6 +196,7 @@ def _no_number(name: str) -> float:
 
 def _read_csv(path: Path, stream: Any) -> Records:
     header: list[str] = []
+    end = 0  # the last line that was read
     rows, lines, problems = [], [], []
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=True)
@@ -213,7 +214,7 @@ def _read_csv(path: Path, stream: Any) -> Records:
                 rows.append(dict(zip(header, cells, strict=True)))
                 lines.append(start)
         except csv.Error as error:
-            problems.append((reader.line_num, f"malformed CSV ({error})"))
+            problems.append((end + 1, f"malformed CSV ({error})"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected UTF-8 text, got {error}; save the file as UTF-8") from error
     return Records(header, rows, lines, problems)

@@ -124,7 +124,7 @@ PAIRS: dict[str, tuple[str | bytes, str | None]] = {
     "typo.jsonl": (GOOD.replace("user_id", "user"), r"did you mean 'user'\? Set columns: \{user_id: user\}"),
     "semicolon.csv": (CSV.replace(",", ";"), "expected columns user_id, prompt, chosen, rejected"),
     "short.csv": (CSV + "a,b\n", r"short\.csv:3: expected 4 cells, got 2"),
-    "quote.csv": (CSV + 'a,"p,x,y\n', r"quote\.csv:3: malformed CSV"),
+    "quote.csv": (CSV + 'a,"p,x,y\n' + "b,p,x,y\n" * 9, r"quote\.csv:3: malformed CSV"),
     "zero_byte.csv": (CSV + "a\0,p,x,y\n", r"zero_byte\.csv:3: user_id: expected an id without control characters"),
     "long.csv": (CSV + f"a,p,{'long ' * 40_000},y\n", None),
     "formula.csv": (CSV + "=1+1,p,@x,-y\n", None),
@@ -282,6 +282,7 @@ SCORED: dict[str, tuple[str | bytes, str | None]] = {
     ),
     "messages.jsonl": ('{"response": [{"role": "assistant", "content": "hi"}], "prompt": "q"}', None),
     "huge.jsonl": (f'{{"response": "bus", "x": {HUGE}}}', None),
+    "note_half.jsonl": ('{"response": "bus", "note": "\\ud800"}', None),
     "nan.parquet": (table(response=["a", "b"], x=[float("nan"), 1.0], day=[datetime.date(2020, 1, 2)] * 2), None),
 }
 
