@@ -313,7 +313,7 @@ def write_recipe(folder: Path, *groups: str) -> str:
 def test_trainer_groups_of_several_devices(group: str, tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     recipe = write_recipe(tmp_path, "tokens", group)
-    command = [sys.executable, "-m", "plm", "fit", "--config", recipe, "--name", "fitted", "--verbose=true"]
+    command = [sys.executable, "-m", "plm", "fit", "--config", recipe, "--name", "fitted", "--show_lightning=true"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "MEMBER: 2/2" in done.stderr and "Warning" not in done.stderr

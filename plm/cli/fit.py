@@ -26,7 +26,7 @@ _OPTIONS = {
     "--ckpt_path FILE": "checkpoint to evaluate, or to go on from",
     "--select GRID": "{model.init_args.NAME: [VALUE, ...]}: fit every combination, keep the best on validation rows",
     "--final_test BOOL": "whether fit ends with a test of the best checkpoint (default: true)",
-    "--verbose BOOL": "whether to show what Lightning reports of devices, files and layers (default: false)",
+    "--show_lightning BOOL": "whether to show what Lightning reports of devices, files and layers (default: false)",
     "--print_config": "show the recipe with all its defaults and stop",
     "--help all": "every option, those of Lightning too",
 }

@@ -16,7 +16,18 @@ from plm.messages import nearest
 
 COMMON = (
     *("c", "checkpoint", "ckpt_path", "config", "data", "defaults", "early_stopping", "few_shot"),
-    *("h", "help", "metrics", "model", "name", "print_config", "seed_everything", "trainer", "verbose", "weights_only"),
+    *(
+        "h",
+        "help",
+        "metrics",
+        "model",
+        "name",
+        "print_config",
+        "seed_everything",
+        "show_lightning",
+        "trainer",
+        "weights_only",
+    ),
 )
 """First parts of the options that ``plm fit`` and its siblings share."""
 _WIDTH = 110

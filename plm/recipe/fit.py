@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
@@ -31,7 +31,7 @@ from plm.recipe.parser import SETTINGS, RecipeParser, relative_references
 from plm.recipe.plugins import load_plugins
 from plm.recipe.predict import SavePredictions
 from plm.recipe.quiet import quiet, speak
-from plm.recipe.runs import CLAIMED, claim, discard_empty, numbered, repeatable, run_name
+from plm.recipe.runs import CLAIMED, claim, claimed_name, discard_empty, keeps_files, numbered, repeatable, run_name
 from plm.recipe.select import select
 
 MONITOR = "val/seen/log_loss"
@@ -46,11 +46,9 @@ class SaveRecipe(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``recipe.yaml`` (of a fit) or ``<command>.yaml`` once per run, on rank zero; all learn its folder."""
-        logger = trainer.loggers[0] if trainer.loggers else None
-        if isinstance(logger, CSVLogger | TensorBoardLogger) and trainer.world_size > 1:
-            version = trainer.strategy.broadcast(logger.version)
-            if version != logger.version:
-                trainer.loggers = [type(logger)(logger.save_dir, name=logger.name, version=version)]
+        name = trainer.strategy.broadcast(claimed_name())
+        if name != claimed_name():  # a process that others than Lightning have started
+            trainer.loggers = [_renamed(logger, name) for logger in trainer.loggers]
         if not self.already_saved and trainer.is_global_zero:
             text = self.parser.dump(repeatable(self.config), skip_unset=False)
             path = run_dir(trainer) / ("recipe.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml")
@@ -99,8 +97,9 @@ class RecipeCLI(LightningCLI):
         parser.add_argument(
             "--final_test", type=bool, default=True, help="Whether fit ends with a test of the best checkpoint."
         )
-        if self._verb not in ("validate", "test"):  # which have it
-            parser.add_argument("--verbose", type=bool, default=False, help="Whether to show what Lightning reports.")
+        parser.add_argument(
+            "--show_lightning", type=bool, default=False, help="Whether to show what Lightning reports."
+        )
         parser.add_lightning_class_args(PreferenceMetrics, "metrics")
         parser.add_lightning_class_args(FewShotCurve, "few_shot")
         parser.add_lightning_class_args(SaveUserStates, "user_states")
@@ -108,7 +107,8 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults({"checkpoint.monitor": MONITOR, "checkpoint.mode": "min", "checkpoint.filename": "best"})
         parser.set_defaults({"checkpoint.save_on_train_epoch_end": False})  # an epoch may end before its last batch
-        parser.set_defaults({"early_stopping.monitor": MONITOR})
+        # after validations alone: a resumed fit ends an epoch before it has validated anything
+        parser.set_defaults({"early_stopping.monitor": MONITOR, "early_stopping.check_on_train_epoch_end": False})
         for target, source in LINKS.items():
             parser.link_arguments(source, f"model.init_args.{target}", apply_on="instantiate")
 
@@ -126,19 +126,24 @@ class RecipeCLI(LightningCLI):
         One process claims it; processes that Lightning starts are told by a variable, others by `SaveRecipe`.
         """
         config = self.config[self.config.subcommand] if self.subcommand else self.config
-        logger = config.trainer.get("logger")
-        arguments = getattr(logger, "init_args", None)
-        if arguments is None or config.trainer.fast_dev_run or arguments.get("version") is not None:
-            return
-        if logger.class_path.rpartition(".")[2] not in ("CSVLogger", "TensorBoardLogger"):
+        loggers = config.trainer.get("logger")
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        free = [logger.init_args for logger in loggers if keeps_files(logger)]
+        if config.trainer.fast_dev_run or not free:
+            if config.name is not None and not config.trainer.fast_dev_run:
+                self.parser.error(
+                    "--name: expected a logger that keeps files and has no version; add {logger: csv} to defaults"
+                )
             return
         if _is_first_process():
             source = config.data.get("source")
             told = run_name(str(self.subcommand), config.model.class_path, source and source.as_dict())
-            names = [config.name] if config.name is not None else numbered(told)
-            os.environ[CLAIMED] = str(claim(arguments.save_dir, names))
-        arguments.name = ""
-        arguments.version = Path(os.environ.get(CLAIMED, "run")).name
+            must_be_new = config.name is not None and self.subcommand == "fit" and config.get("ckpt_path") is None
+            names = [config.name] if must_be_new else numbered(config.name or told)
+            os.environ[CLAIMED] = str(claim(free[0].save_dir, names))
+        for arguments in free:
+            arguments.name = ""
+            arguments.version = claimed_name()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with a short message for a bad interpolation and for what Lightning would ignore."""
@@ -151,7 +156,7 @@ class RecipeCLI(LightningCLI):
             parser.error(
                 "defaults work in a recipe given by --config only; elsewhere give --config conf/GROUP/NAME.yaml"
             )
-        if config.verbose:
+        if config.show_lightning:
             config.trainer.enable_model_summary = True
             speak()
         config.defaults = None  # expanded by now: the saved recipe stands on its own
@@ -277,6 +282,13 @@ def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> R
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # else the next run of this process would continue it
         return cli
+
+
+def _renamed(logger: Logger, name: str) -> Logger:
+    """A logger that writes to the folder of a run."""
+    if not isinstance(logger, CSVLogger | TensorBoardLogger) or logger.version != claimed_name():
+        return logger
+    return type(logger)(logger.save_dir, name=logger.name, version=name)
 
 
 def _is_first_process() -> bool:

@@ -17,6 +17,8 @@ from jsonargparse import Namespace
 
 CLAIMED = "PLM_CLAIMED_RUN"
 """Variable that tells the processes of one run its folder, while it runs."""
+_MADE: set[Path] = set()
+"""Folders of runs that this process has made."""
 _PLAIN_NAMES = ("prefs", "pairs", "data", "train", "preferences")
 """Names of files that say nothing: the folder names the data."""
 
@@ -63,18 +65,38 @@ def claim(root: str | Path, names: Iterable[str]) -> Path:
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise ValueError(f"expected the name of a folder, got {name!r}; the one above is trainer.default_root_dir")
         folder = Path(root) / name
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-    raise ValueError(f"expected a new run, but {folder} is there; give another name, or remove it")
+        while True:
+            with suppress(FileExistsError):
+                folder.parent.mkdir(parents=True)
+                _MADE.add(folder.parent)
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                break
+            except FileNotFoundError:  # somebody has just removed the one above, which was empty
+                continue
+    raise ValueError(f"expected a new run, but {folder} is there; give another name")
 
 
 def discard_empty(folder: Path) -> None:
     """Remove a claimed folder in which nothing was written, and the one above if it was the first."""
     with suppress(OSError):  # it is not empty
         folder.rmdir()
-        folder.parent.rmdir()
+        if folder.parent in _MADE:
+            folder.parent.rmdir()
+
+
+def keeps_files(logger: Any) -> bool:
+    """Whether the configuration of a logger names one that writes files, and not where."""
+    arguments = getattr(logger, "init_args", None)
+    name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+    return arguments is not None and name in ("CSVLogger", "TensorBoardLogger") and arguments.get("version") is None
+
+
+def claimed_name() -> str:
+    """Name of the run that is going on."""
+    return Path(os.environ.get(CLAIMED, "run")).name
 
 
 def repeatable(config: Namespace) -> Namespace:
@@ -82,8 +104,10 @@ def repeatable(config: Namespace) -> Namespace:
     config = config.clone()
     config.name = None
     logger = config.trainer.get("logger")
-    if CLAIMED in os.environ and getattr(logger, "init_args", None) is not None:
-        logger.init_args.version = None
+    if CLAIMED in os.environ:
+        for each in logger if isinstance(logger, list) else [logger]:
+            if getattr(each, "init_args", None) is not None and each.init_args.get("version") == claimed_name():
+                each.init_args.version = None
     return config
 
 
@@ -111,7 +135,11 @@ def read_runs(root: str | Path) -> list[RunSummary]:
     if not Path(root).is_dir():
         raise ValueError(f"expected a folder of runs, got {str(root)!r}, which is none")
     files = [file for file in Path(root).rglob("metrics.json") if (file.with_name("recipe.yaml")).is_file()]
-    return [_summary(file) for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)]
+    found = []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        with suppress(KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError):  # files of another program
+            found.append(_summary(file))
+    return found
 
 
 def _summary(file: Path) -> RunSummary:

@@ -263,7 +263,17 @@ def test_predict_writes_the_margins_that_test_counts(folder: Path) -> None:
 def test_two_processes_give_the_metrics_of_one(folder: Path) -> None:
     run = fit()
     test = ["test", "--config", "recipe.yaml", "--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--name", "two"]
-    ddp = [sys.executable, "-m", "plm", *test, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--verbose=true"]
+    ddp = [
+        sys.executable,
+        "-m",
+        "plm",
+        *test,
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--show_lightning=true",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PLM_TEST__DATA__CACHE_DIR": "cache"}
     done = subprocess.run(ddp, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

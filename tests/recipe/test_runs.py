@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 
 from plm.cli import main
+from plm.recipe.fit import _renamed
 from plm.recipe.runs import claim, numbered, read_runs, run_name
 
 RECIPE = """
@@ -65,7 +67,7 @@ def test_a_run_has_the_folder_that_it_is_given(capsys: pytest.CaptureFixture[str
     saved = Path("runs/mine/recipe.yaml").read_bytes()
     capsys.readouterr()
     assert main([*fit, "--name", "mine"]) == 1
-    assert "expected a new run, but runs/mine is there; give another name, or remove it" in capsys.readouterr().err
+    assert "expected a new run, but runs/mine is there; give another name" in capsys.readouterr().err
     assert Path("runs/mine/recipe.yaml").read_bytes() == saved
     assert yaml.safe_load(saved)["name"] is None  # a run of the saved recipe gets a folder of its own
     assert main(["fit", "--config", "runs/mine/recipe.yaml"]) == 0
@@ -73,10 +75,54 @@ def test_a_run_has_the_folder_that_it_is_given(capsys: pytest.CaptureFixture[str
     assert again.startswith("lore-synthetic-")
 
 
+def test_a_name_without_a_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for logger in ("false", "WandbLogger"):
+        fit = ["fit", "--config", "recipe.yaml", "--trainer.logger", logger, "--name", "mine"]
+        assert main(fit) == 2 and "--name: expected a logger that keeps files" in capsys.readouterr().err
+
+
+def test_the_first_of_several_loggers_has_the_folder() -> None:
+    text = RECIPE.replace(
+        "trainer: {",
+        "trainer: {logger: [{class_path: WandbLogger, init_args: {offline: true}}, "
+        "{class_path: CSVLogger, init_args: {save_dir: runs}}], fast_dev_run: false, ",
+    )
+    recipe = yaml.safe_load(text)
+    recipe["defaults"] = [group for group in recipe["defaults"] if "logger" not in group]
+    recipe["trainer"]["logger"].reverse()
+    recipe["trainer"]["logger"].pop()
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", "recipe.yaml", "--name", "mine", "--final_test", "false"]) == 0
+    assert Path("runs/mine/recipe.yaml").is_file() and Path("runs/mine/checkpoints/best.ckpt").is_file()
+
+
+def test_other_verbs_and_fits_that_go_on_take_the_next_name() -> None:
+    """A recipe that names its run is tested, and a job that is started again goes on."""
+    Path("recipe.yaml").write_text(RECIPE + "name: mine\n")
+    assert main(["fit", "--config", "recipe.yaml", "--final_test", "false"]) == 0
+    best = "runs/mine/checkpoints/best.ckpt"
+    assert main(["validate", "--config", "recipe.yaml", "--ckpt_path", best]) == 0
+    last = "runs/mine/checkpoints/last.ckpt"
+    assert main(["fit", "--config", "recipe.yaml", "--ckpt_path", last, "--trainer.max_epochs", "2"]) == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"mine", "mine-2", "mine-3"}
+
+
+def test_a_process_that_others_have_started_learns_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As of torchrun: no variable tells it, so the first process does."""
+    other = CSVLogger(tmp_path, name="", version="run")
+    assert Path(_renamed(other, "lore-polis").log_dir) == tmp_path / "lore-polis"
+    mine = CSVLogger(tmp_path, name="a", version="mine")
+    assert _renamed(mine, "lore-polis") is mine
+
+
 def test_a_run_that_cannot_start_leaves_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "recipe.yaml", "--data.source.init_args.num_users", "1"]) == 1
     assert main(["fit", "--config", "recipe.yaml", "--trainer.fast_dev_run", "true"]) == 0
-    assert not list(Path("runs").glob("*")) if Path("runs").exists() else True
+    assert not Path("runs").exists()
+    Path("results").mkdir()
+    fit = ["fit", "--config", "recipe.yaml", "--data.source.init_args.num_users", "1"]
+    assert main([*fit, "--trainer.default_root_dir", "results"]) == 1
+    assert Path("results").is_dir() and not list(Path("results").iterdir())
 
 
 def test_runs_are_listed_the_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +137,10 @@ def test_runs_are_listed_the_newest_first(capsys: pytest.CaptureFixture[str]) ->
     assert (second.accuracy, second.gain) == (numbers["accuracy"], numbers["personal_minus_global"])
     assert (first.folder, first.users, first.accuracy) == (two, "seen", 0.5) and first.gain != first.gain
     capsys.readouterr()
+    for name, recipe in (("foreign", "a: 1"), ("torn", "")):
+        folder = claim("runs", [name])
+        (folder / "recipe.yaml").write_text(recipe)
+        (folder / "metrics.json").write_text("{")
     assert main(["runs"]) == 0
     shown = capsys.readouterr().out
     assert shown.index("two") < shown.index("one") and "untested" not in shown and "50.0" in shown
@@ -106,6 +156,6 @@ def test_lightning_is_quiet_unless_it_is_asked(
     assert not caplog.records and "Total params" not in quiet.out
     assert "best epoch 1 of 1, val/seen/log_loss 0." in quiet.out and "; ran to its end" in quiet.out
     assert max(map(len, quiet.out.partition("Few-shot")[0].splitlines()[:16])) <= 80
-    assert main([*fit, "--verbose", "true"]) == 0
+    assert main([*fit, "--show_lightning", "true"]) == 0
     assert "Total params" in capsys.readouterr().out
     assert any("GPU available" in record.message for record in caplog.records)
