@@ -75,11 +75,13 @@ def per_user_sum(values: Tensor, user: Tensor, num_users: int) -> Tensor:
 def unit_mean_per_user(weight: Tensor, user: Tensor, num_users: int) -> Tensor:
     """Scale pair weights to mean one within each user: they say which pairs matter more, not how many there are.
 
-    >>> unit_mean_per_user(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2).tolist()
-    [0.5, 1.5, 1.0]
+    A pair of weight 0 is as if it were not there.
+
+    >>> unit_mean_per_user(torch.tensor([1.0, 3.0, 0.0, 5.0]), torch.tensor([0, 0, 0, 1]), 2).tolist()
+    [0.5, 1.5, 0.0, 1.0]
     """
     total = per_user_sum(weight, user, num_users)
-    count = per_user_sum(torch.ones_like(weight), user, num_users)
+    count = per_user_sum((weight > 0).to(weight), user, num_users)
     return weight * torch.where(total > 0, count / total, 0.0)[user]  # a user whose pairs weigh nothing has none
 
 

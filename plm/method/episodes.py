@@ -72,6 +72,12 @@ class Arranged(NamedTuple):
     """``(N, 2)`` see `response_nodes`; None where episodes may share responses."""
 
 
+def pairs_that_count(batch: PreferenceBatch) -> PreferenceBatch:
+    """The batch without pairs of weight 0, which are as if they were not there; as it is where no pair has another."""
+    counts = batch.weight > 0
+    return batch.take(counts.nonzero()[:, 0]) if counts.any() and not counts.all() else batch
+
+
 def content_keys(difference: Tensor) -> Tensor:
     """Product of each pair's difference with one fixed random direction: ``(N, D)`` -> ``(N,)``, float64.
 

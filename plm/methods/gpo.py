@@ -7,7 +7,10 @@ Deviations: pairs instead of shares of answers. Each support pair is two tokens,
     response, each of which knows the other by the middle of both; the likelihood is Bradley-Terry's, on pairs that
     share no response with the context. The reward is added to the tuned Bradley-Terry model; an empty context is
     trained as well, and a learned null token stands for it; layers normalise first; validation pairs choose how much
-    the context counts. How others ran the method on pairs is not published.
+    the context counts. The feed-forward network has twice the width of the tokens (the code: 128 at a width of 128),
+    responses are projected to the width before an embedder of two linear layers (four), the head is one linear layer
+    (two, which also give a standard deviation), and contexts and targets have at most 16 pairs of a user (10 to 100
+    questions). How others ran the method on pairs is not published.
 
 Axes: N pairs or responses, U users, M most pairs of a context, C = 2 M tokens of a context, L layers, H heads, W width.
 """
@@ -22,10 +25,11 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from plm.functional import bt_losses, flatten_context, per_user_sum, targets
+from plm.distributed import pair_weights, summed, world_size
+from plm.functional import bt_losses, flatten_context, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
-from plm.method.episodes import Arranged, arrange, content_keys, draw_episodes, rank_within_user
+from plm.method.episodes import Arranged, arrange, content_keys, draw_episodes, pairs_that_count, rank_within_user
 from plm.method.strangers import Candidates
 from plm.optimizer import rate_factor, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -221,8 +225,13 @@ class GPO(PersonalizationMethod):
         memory: Memory = self.reader.remember(self._scaled(chosen), self._scaled(rejected), target, mask)
         return memory
 
-    def _stored(self, pairs: tuple[Tensor, Tensor, Tensor], user: Tensor, num_users: int) -> dict[str, Tensor]:
-        """States of users: pairs in an order of their content alone, whoever won."""
+    def _stored(
+        self, pairs: tuple[Tensor, Tensor, Tensor], weight: Tensor, user: Tensor, num_users: int
+    ) -> dict[str, Tensor]:
+        """States of users: pairs that weigh something, in an order of their content alone, whoever won."""
+        counts = weight > 0
+        chosen, rejected, target = (value[counts] for value in pairs)
+        pairs, user = (chosen, rejected, target), user[counts]
         mixed = (content_keys(pairs[0] - pairs[1]).abs() / self.feature_scale.double()) * 2.0**16
         memory = self._remember(pairs, user, rank_within_user(user, mixed - mixed.floor()), num_users)
         return {"keys": memory.keys.half(), "values": memory.values.half(), "length": memory.length}
@@ -238,7 +247,10 @@ class GPO(PersonalizationMethod):
 
     # ------------------------------------------------------------------ training
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Return the Bradley-Terry loss of pairs that share no response with the context of their user."""
+        """Return the Bradley-Terry loss of pairs that share no response with the context of their user.
+
+        A user with targets counts as much as all the user's pairs of the batch do, however many are drawn.
+        """
         batch, user, nodes = self._arranged(batch)
         num_users, (chosen, rejected) = int(user.max()) + 1, batch.features
         context, rows = draw_episodes(user, nodes, "response", 0, self.max_context, self.num_targets)
@@ -257,14 +269,17 @@ class GPO(PersonalizationMethod):
             for side in (chosen, rejected)
         ]
         margin = (rewards[0] - rewards[1])[of_row, place] + (chosen - rejected)[rows] @ self.bradley_terry
-        losses = batch.weight[rows] * bt_losses(margin, target[rows])
-        nll = losses.sum() / max(len(rows), 1)
-        return {"loss": nll}
+        weight = unit_mean_per_user(batch.weight[rows], of_row, num_users)
+        count = per_user_sum((weight > 0).to(weight), of_row, num_users)
+        share = per_user_sum(pair_weights(batch.weight), user, num_users) * (count > 0)  # of a user in the loss
+        losses = (share / count.clamp_min(1))[of_row] * weight * bt_losses(margin, target[rows])
+        total = summed(share.sum()) / world_size()  # so that the mean over processes is the mean over all users
+        return {"loss": losses.sum() / total.clamp_min(1e-12), "count": total * world_size()}
 
     def _arranged(self, batch: PreferenceBatch) -> Arranged:
         """The pairs in an order of their own content, once while the same batch comes again."""
         if self._batch is None or self._batch[0] is not batch:
-            self._batch = (batch, arrange(batch, with_nodes=True))
+            self._batch = (batch, arrange(pairs_that_count(batch), with_nodes=True))
         return self._batch[1]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -288,7 +303,7 @@ class GPO(PersonalizationMethod):
         for batch in self.train_pass():
             users, user = torch.unique(batch.user_index, return_inverse=True)
             pairs = (*batch.features, targets(batch.tie).to(batch.weight))
-            stored = (*self._stored(pairs, user, len(users)).values(), torch.bincount(user))
+            stored = (*self._stored(pairs, batch.weight, user, len(users)).values(), torch.bincount(user))
             for table, value in zip(tables, stored, strict=True):
                 table[users] = value
         for name, table in zip(self.user_tables, tables, strict=True):
@@ -320,9 +335,10 @@ class GPO(PersonalizationMethod):
     @torch.no_grad()
     def _adapt(self, context: Context) -> UserState:
         """One forward pass over the pairs."""
-        _, target, _, user = flatten_context(context)
+        _, target, weight, user = flatten_context(context)
         chosen, rejected = (side[context.mask] for side in context.features)
-        return UserState(self._stored((chosen, rejected, target), user, context.num_users), context.mask.sum(-1))
+        tensors = self._stored((chosen, rejected, target), weight, user, context.num_users)
+        return UserState(tensors, context.mask.sum(-1))
 
     def user_states(self, user_index: Tensor) -> UserState:
         """Memories of the training pairs of seen users, as last refreshed."""

@@ -20,10 +20,11 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from plm.distributed import summed, world_size
 from plm.functional import PairList, bt_losses, flatten_context, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
-from plm.method.episodes import Arranged, arrange, draw_episodes
+from plm.method.episodes import Arranged, arrange, draw_episodes, pairs_that_count
 from plm.method.strangers import Candidates
 from plm.optimizer import rate_factor, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -53,11 +54,16 @@ def robust_weights(losses: Tensor, worst: float, temperature: float) -> Tensor:
     return torch.sigmoid(excess / temperature) if temperature > 0 else (excess > 0).to(losses)
 
 
+def pairs_of_users(pairs: PairList) -> Tensor:
+    """How many pairs of each user weigh something, at least 1: ``(U,)``."""
+    return per_user_sum((pairs.weight > 0).to(pairs.weight), pairs.user, pairs.num_users).clamp_min(1)
+
+
 def user_losses(pairs: PairList, weights: Tensor) -> Tensor:
     """Mean Bradley-Terry loss of each user at weights ``(U, K)``: ``(U,)``, zero without pairs."""
     margin = (pairs.design * weights[pairs.user]).sum(-1) + pairs.offset
     losses = per_user_sum(pairs.weight * bt_losses(margin, pairs.target), pairs.user, pairs.num_users)
-    return losses / torch.bincount(pairs.user, minlength=pairs.num_users).clamp_min(1)
+    return losses / pairs_of_users(pairs)
 
 
 def weight_gradients(pairs: PairList, weights: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ def weight_gradients(pairs: PairList, weights: Tensor) -> Tensor:
     margin = (pairs.design * weights[pairs.user]).sum(-1) + pairs.offset
     slope = pairs.weight * (torch.sigmoid(margin) - pairs.target)
     total = per_user_sum(slope[:, None] * pairs.design, pairs.user, pairs.num_users)
-    return total / torch.bincount(pairs.user, minlength=pairs.num_users).clamp_min(1)[:, None]
+    return total / pairs_of_users(pairs)[:, None]
 
 
 class MRM(PersonalizationMethod):
@@ -187,15 +193,17 @@ class MRM(PersonalizationMethod):
             for rows in (support, query)
         )
         losses = user_losses(held, self._weights(self.start + self._steps(read)))[torch.unique(user[query])]
-        if not len(losses):  # nobody has a query pair
-            return {"loss": self._penalty(), "nll": losses.sum()}
-        robust = (robust_weights(losses, self.worst, self.robustness) * losses).mean()
-        return {"loss": robust + self._penalty(), "nll": losses.mean()}
+        total = summed(losses.new_tensor(float(len(losses)))) / world_size()
+        nll = losses.sum() / total.clamp_min(1e-12)  # so that the mean over processes is the mean over all users
+        if len(losses):  # else nobody has a query pair, and the sum keeps all parameters in the graph
+            losses = robust_weights(losses, self.worst, self.robustness) * losses
+        robust = losses.sum() / total.clamp_min(1e-12)
+        return {"loss": robust + self._penalty(), "nll": nll, "count": total * world_size()}
 
     def _arranged(self, batch: PreferenceBatch) -> Arranged:
         """The pairs in an order of their own content, once while the same batch comes again."""
         if self._batch is None or self._batch[0] is not batch:
-            self._batch = (batch, arrange(batch, with_nodes=True))
+            self._batch = (batch, arrange(pairs_that_count(batch), with_nodes=True))
         return self._batch[1]
 
     def _penalty(self) -> Tensor:

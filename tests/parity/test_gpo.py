@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from plm.functional import bt_losses, targets
+from plm.method.episodes import draw_episodes
 from plm.methods.gpo import GPO, Layer
 from plm.testing import PlantedData
-from plm.types import Context
+from plm.types import Context, PreferenceBatch
 from tests.parity.planted_rivals import accuracies, fitted, opposite_users
 
 DIM = 6
@@ -99,6 +101,48 @@ def test_a_response_is_scored_as_if_it_were_alone() -> None:
     responses.requires_grad_()
     (gradient,) = torch.autograd.grad(model.reader.rewards(responses, memory)[:, 2].sum(), responses)
     assert gradient[:, 2].any() and not gradient[:, [0, 1, 3, 4, 5, 6]].any()
+
+
+def test_every_user_counts_as_the_user_weighs_however_many_targets_are_drawn() -> None:
+    """Users of 12 and of 200 pairs with weights that sum to the same: half of the loss each, by hand from margins."""
+    count = torch.tensor([12, 200])
+    draw, user = torch.Generator().manual_seed(5), torch.arange(2).repeat_interleave(count)
+    chosen, rejected = (torch.randn(len(user), DIM, generator=draw) for _ in range(2))
+    weight = (106 / count)[user] * torch.linspace(0.5, 1.5, 212)
+    batch = PreferenceBatch(chosen, rejected, user, weight, torch.arange(212) % 7 == 0)
+    model = method()
+    with torch.no_grad():  # the population alone, whose margins are those of the linear model
+        model.reader.head.weight.zero_()
+    ordered, of_pair, nodes = model._arranged(batch)
+    torch.manual_seed(1)
+    assert nodes is not None
+    rows = draw_episodes(of_pair, nodes, "response", 0, 5, 16).targets
+    torch.manual_seed(1)
+    out = model.loss(batch)
+    means, shares = [], []
+    for person in range(2):
+        own = rows[of_pair[rows] == person]
+        losses = bt_losses(ordered.difference[own] @ model.bradley_terry, targets(ordered.tie[own]))
+        means.append((ordered.weight[own] * losses).sum() / ordered.weight[own].sum())
+        shares.append(ordered.weight[of_pair == person].sum())
+    expected = (shares[0] * means[0] + shares[1] * means[1]) / (shares[0] + shares[1])
+    assert len(rows) > 8 and out["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert out["count"].item() == pytest.approx(weight.sum().item(), rel=1e-5)
+
+
+def test_a_pair_of_weight_zero_takes_no_place() -> None:
+    """Neither of the pairs that are read of a long history, nor in training."""
+    model, support = method(max_context=2), context(pairs=6)
+    first = Context(*(value[:, :2] for value in support[:4]))  # type: ignore[arg-type, index]
+    weight = torch.where(torch.arange(6) < 2, 1.0, torch.zeros(3, 6))
+    assert torch.equal(scores(model, support._replace(weight=weight)), scores(model, first))
+    data = PlantedData(6, 2, feature_dim=DIM)
+    batch = data.train_batch._replace(weight=(torch.arange(data.train_batch.num_pairs) % 3 > 0).float())
+    losses = []
+    for part in (batch, batch.take(batch.weight.nonzero()[:, 0])):
+        torch.manual_seed(1)
+        losses.append(model.loss(part)["loss"].item())
+    assert losses[0] == losses[1]
 
 
 def test_a_tie_says_which_pair_but_not_who_won() -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from plm.functional import PairList
+from plm.method.episodes import draw_episodes
 from plm.methods.mrm import MRM, robust_weights, user_losses, weight_gradients
 from plm.testing import PlantedData
-from plm.types import Context
+from plm.types import Context, PreferenceBatch
 from tests.groups import method_options
 from tests.parity.planted_rivals import accuracies, fitted, opposite_users
 
@@ -156,6 +157,58 @@ def test_the_meta_gradient_is_the_slope() -> None:
                 flat[place] -= sign * 1e-5
             slope = (values[0] - values[1]) / 2e-5
             assert gradient.view(-1)[place].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
+
+
+def test_the_loss_is_the_robust_mean_over_users_with_a_query_pair() -> None:
+    """User by user: steps on the support, mean loss of the query, the worse stressed; plus the prior of the bases."""
+    data = PlantedData(6, 2, feature_dim=DIM)
+    batch = data.train_batch._replace(
+        **{name: getattr(data.train_batch, name).double() for name in ("chosen", "rejected")},
+        weight=torch.linspace(0.5, 2, data.train_batch.num_pairs).double(),
+    )
+    model = method(ridge=2.0)
+    model.num_train_pairs = 50
+    ordered, user, nodes = model._arranged(batch)
+    torch.manual_seed(5)
+    support, query = draw_episodes(user, nodes, "response", 0, 64, 64)
+    torch.manual_seed(5)
+    out = model.loss(batch)
+    losses = []
+    for person in range(6):
+        read, held = support[user[support] == person], query[user[query] == person]
+        if not len(held):
+            continue
+        logits = model.start
+        if len(read):
+            ones = torch.ones(1, len(read)).bool()
+            pairs = Context(ordered.chosen[read][None], ordered.rejected[read][None], ones, ordered.weight[read][None])
+            logits = model._adapt(pairs).tensors["logits"][0]
+        margin = ordered.difference[held] @ (model.bases @ logits / model.feature_scale + model.bradley_terry)
+        weight = ordered.weight[held]
+        losses.append((weight * torch.nn.functional.softplus(-margin)).sum() / weight.sum())
+    each = torch.stack(losses)
+    expected = (torch.sigmoid((each - each.median().lerp(each.sort().values[len(each) // 2], 0.5)) / 0.5) * each).mean()
+    assert len(losses) == 6
+    assert out["loss"].item() == pytest.approx((expected + model.bases.square().sum() / 50).item(), abs=1e-9)
+    assert out["count"].item() == 6
+
+
+def test_without_query_pairs_every_parameter_keeps_its_place_in_the_graph() -> None:
+    """Pairs that all share a response are one piece, here support or query; processes wait for all gradients."""
+    model = method().train()
+    response = torch.ones(4, DIM).double()
+    others = torch.randn(4, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch = PreferenceBatch(response, others, torch.zeros(4).long(), torch.ones(4).double(), torch.zeros(4).bool())
+    counts = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out = model.loss(batch)
+        model.zero_grad()
+        out["loss"].backward()
+        counts.add(out["count"].item())
+        assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
+        assert out["count"].item() > 0 or not model.start.grad.any()  # type: ignore[union-attr]
+    assert counts == {0.0, 1.0}
 
 
 def test_arguments_are_checked() -> None:

@@ -706,13 +706,14 @@ def test_attention_reads_as_many_pairs_in_use_as_in_training() -> None:
     """Which ones depends neither on their order, nor on who won, nor on the unit of the features."""
     method = VPL(2, DIM, **SMALL, posterior="attention", max_context=8)
     difference, user = draw(30, DIM), torch.tensor([0] * 25 + [1] * 5)
-    kept = method._read_pairs(difference, user)
+    weight = torch.ones(len(user))
+    kept = method._read_pairs(difference, weight, user)
     assert torch.bincount(user[kept]).tolist() == [8, 5]
     order = torch.randperm(30)
-    assert torch.equal(method._read_pairs(-difference[order], user[order]), kept[order])
+    assert torch.equal(method._read_pairs(-difference[order], weight, user[order]), kept[order])
     method.feature_scale.fill_(1024.0)
-    assert torch.equal(method._read_pairs(1024 * difference, user), kept)
-    assert VPL(2, DIM, **SMALL)._read_pairs(difference, user).all()
+    assert torch.equal(method._read_pairs(1024 * difference, weight, user), kept)
+    assert VPL(2, DIM, **SMALL)._read_pairs(difference, weight, user).all()
 
 
 def test_a_batch_is_arranged_by_its_content() -> None:

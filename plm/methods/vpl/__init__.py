@@ -235,15 +235,17 @@ class VPL(PersonalizationMethod):
         posterior: Gaussian = self.set_encoder(tokens, unit_mean_per_user(weight, user, num_users), user, num_users)
         return posterior
 
-    def _read_pairs(self, difference: Tensor, user: Tensor) -> Tensor:
+    def _read_pairs(self, difference: Tensor, weight: Tensor, user: Tensor) -> Tensor:
         """Pairs ``(N,)`` bool that the posterior reads: all of them, or ``max_context`` of each user as in training.
 
-        Which ones depends on their content alone, never on their order, nor on who won.
+        Which ones depends on their content alone, never on their order, nor on who won. Attention would see a pair of
+        weight 0 as well; it is left out.
         """
         if not isinstance(self.set_encoder, AttentionPosterior):
             return torch.ones_like(user, dtype=torch.bool)
         mixed = (content_keys(difference).abs() / self.feature_scale.double()) * 2.0**16
-        return rank_within_user(user, mixed - mixed.floor()) < self.max_context
+        counts = weight > 0
+        return counts & (rank_within_user(2 * user + ~counts, mixed - mixed.floor()) < self.max_context)
 
     def _reward(self, prepared: Tensor, latent: Tensor) -> Tensor:
         """``(..., P)``, ``(..., Z)`` in use -> ``(...)``."""
@@ -343,7 +345,7 @@ class VPL(PersonalizationMethod):
     def _users_of(self, batch: PreferenceBatch, user: Tensor, num_users: int) -> tuple[Gaussian, Tensor, Tensor]:
         """Posteriors of the users of whole batches, their numbers of pairs, and what ``spread`` sums up of them."""
         count = torch.bincount(user, minlength=num_users)
-        rows = self._read_pairs(batch.difference, user)
+        rows = self._read_pairs(batch.difference, batch.weight, user)
         tokens, weight, user = self._tokens(batch, rows), batch.weight[rows], user[rows]
         rank, spread = rank_within_user(user, torch.arange(len(user), device=self.device)), []
         for shots in SHOTS:
@@ -439,7 +441,8 @@ class VPL(PersonalizationMethod):
         mask = context.mask.clone()
         user = torch.arange(context.num_users, device=mask.device)[:, None].expand_as(mask)
         with torch.no_grad():
-            mask[context.mask] = self._read_pairs(context.difference[context.mask], user[context.mask])
+            difference, weight = context.difference[context.mask], context.weight[context.mask]
+            mask[context.mask] = self._read_pairs(difference, weight, user[context.mask])
             tokens = self._tokens(context, mask)
             mean, log_var = self._posterior(tokens, context.weight[mask], user[mask], context.num_users)
         return UserState({"mean": mean, "log_var": log_var}, context.mask.sum(-1))
