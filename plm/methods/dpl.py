@@ -5,7 +5,8 @@ Paper: Siththaranjan, Laidlaw, Hadfield-Menell, "Distributional Preference Learn
 Reference code: cassidylaidlaw/hidden-context (nothing is taken from it).
 Deviations: heads are linear in frozen features, with a normal prior. The normal distribution function is exact, where
     the code takes a logistic one of another slope. The spread of the mean response is fixed, since only ratios of means
-    and spreads are ever seen.
+    and spreads are ever seen. Pairs are judged by the difference of the scores that are served, not by the chance of
+    the pair. As published, means of atoms are those of points from 0 to 1, and quantiles those of bins of width 1 / A.
 
 Axes: B pairs or responses, D feature width, A atoms.
 """
@@ -94,7 +95,7 @@ class DPL(PersonalizationMethod):
         kind: mean_variance = normal utilities; categorical = probabilities of ordered atoms between 0 and 1.
         num_atoms: Number A of atoms, with categorical.
         risk: What ranks responses: 0 = the mean, or else this quantile, which puts what people disagree on last.
-        entropy: Weight of the entropy of the mean distribution of all training responses, with categorical.
+        entropy: Weight of the entropy of the mean distribution of a batch's responses, with categorical.
         ridge: Precision of the normal prior on the heads; null = that of the Bradley-Terry model of all users with the
             lowest validation loss.
         lr: Learning rate, decaying linearly to zero.
@@ -198,8 +199,8 @@ class DPL(PersonalizationMethod):
             means, variances = (torch.cat(values).double() for values in zip(*sides, strict=True))
             low = [self._quantile(side, RISK) for side in batch.features]
             turned = (sides[0][0] > sides[1][0]) != (low[0] > low[1])
-            parts = [means.sum(), means.square().sum(), variances.sum(), turned.sum(), 1.0 * turned.numel()]
-            sums += torch.stack([torch.as_tensor(part).double() for part in parts])
+            parts = [means.sum(), means.square().sum(), variances.sum(), turned.sum().double()]
+            sums += torch.stack([*parts, sums.new_tensor(float(turned.numel()))])
         total, squares, variance, turned, count = self.sum_over_processes(sums).tolist()
         between = squares / (2 * count) - (total / (2 * count)) ** 2
         within = variance / (2 * count)
@@ -216,16 +217,9 @@ class DPL(PersonalizationMethod):
 
     # ------------------------------------------------------------------ use
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
-        """Mean, or quantile, of the utility: ``(B, D)`` -> ``(B,)``."""
+        """Mean, or quantile, of the utility: ``(B, D)`` -> ``(B,)``; differences are no log odds."""
         assert isinstance(responses, Tensor)
         return self._quantile(responses, self.risk) if self.risk else self.moments(responses)[0]
-
-    def _margin(self, batch: PreferenceBatch, users: UserState) -> Tensor:
-        """Log odds of the chance that chosen wins, ``(B,)``; with a risk the difference of the quantiles."""
-        if self.risk:
-            return super()._margin(batch, users)
-        chances = self.chances(*batch.features)
-        return chances.wins - chances.loses
 
     def _adapt(self, context: Context) -> UserState:
         """Nothing is personal."""

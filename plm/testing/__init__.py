@@ -11,7 +11,8 @@ A method that reads tokens subclasses `TokenContract` and gives ``backbone=tiny_
 
 from __future__ import annotations
 
-from plm.testing.contract import MethodContract, assert_same, quiet_trainer, saved
+from plm.testing.checks import assert_same
+from plm.testing.contract import MethodContract, quiet_trainer, saved
 from plm.testing.planted import Batches, PlantedData, TinyBackbone
 from plm.testing.texts import PlantedTexts, TokenContract, tiny_causal_lm
 

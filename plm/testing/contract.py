@@ -21,8 +21,9 @@ from torch import Tensor
 
 from plm.checkpoint import load_method, store_users
 from plm.method import PersonalizationMethod
+from plm.testing.checks import assert_same, each, equal, must_fail
 from plm.testing.planted import PlantedData, TinyBackbone
-from plm.types import Context, Tokens, UserState
+from plm.types import Context
 from plm.users import UserStore, shared_hash
 
 
@@ -100,17 +101,6 @@ class _Outputs(L.Callback):
         self.inference.append(torch.is_inference_mode_enabled())
 
 
-def assert_same(first: UserState, second: UserState, tolerance: float = 0.0, what: str = "the states") -> None:
-    """Fail unless two states of the same users agree, each number to ``tolerance * (1 + |number|)``."""
-    assert first.tensors.keys() == second.tensors.keys(), f"{what}: {sorted(first.tensors)}, {sorted(second.tensors)}"
-    assert torch.equal(first.num_pairs, second.num_pairs), f"{what}: num_pairs {first.num_pairs}, {second.num_pairs}"
-    for name, value in first.tensors.items():
-        other = second.tensors[name]
-        assert value.shape == other.shape, f"{what}: {name!r} of shape {value.shape} against {other.shape}"
-        difference = ((value - other).abs() / (1 + other.abs())).max().item() if value.numel() else 0.0
-        assert difference <= tolerance, f"{what}: {name!r} differs by {difference:.2e}, more than {tolerance:.0e}"
-
-
 class MethodContract(ABC):
     """What holds for every method; subclass it in a test module and write ``make``.
 
@@ -169,7 +159,7 @@ class MethodContract(ABC):
         mask = torch.arange(context.mask.shape[1]) < count
         weight = torch.linspace(0.5, 2.0, mask.numel()).view(mask.shape)
         tie = torch.arange(mask.numel()).view(mask.shape) % 5 == 0
-        hidden = _each(context, lambda value: value * mask.view(*mask.shape, *[1] * (value.dim() - 2)))
+        hidden = each(context, lambda value: value * mask.view(*mask.shape, *[1] * (value.dim() - 2)))
         return hidden._replace(weight=weight * mask, tie=tie & mask)
 
     # ------------------------------------------------------------------ adapt
@@ -178,7 +168,7 @@ class MethodContract(ABC):
         method, context = self.fitted(), self.context()
         before = {name: value.clone() for name, value in method.state_dict().items()}
         grads = [(p.requires_grad, p.grad is None) for p in method.parameters()]
-        copies = _each(context, torch.clone)
+        copies = each(context, torch.clone)
         random = torch.get_rng_state()
         for training in (True, False):
             method.train(training)
@@ -188,7 +178,7 @@ class MethodContract(ABC):
             assert torch.equal(value, before[name]), f"adapt changed {name!r}"
         assert [(p.requires_grad, p.grad is None) for p in method.parameters()] == grads, "adapt left gradients"
         for name, copy, value in zip(context._fields, copies, context, strict=True):
-            assert _equal(copy, value), f"adapt changed context.{name}"
+            assert equal(copy, value), f"adapt changed context.{name}"
         assert torch.equal(torch.get_rng_state(), random), "adapt drew from the global random state; seed per user"
 
     def test_adapt_returns_detached_finite_rows(self) -> None:
@@ -214,21 +204,31 @@ class MethodContract(ABC):
         crowd = method.adapt(context)
         for row in range(context.num_users):
             size = max(int(context.mask[row].sum()), 1)
-            alone = _each(context, lambda value, row=row, size=size: value[row : row + 1, :size])  # type: ignore[misc]
+            alone = each(context, lambda value, row=row, size=size: value[row : row + 1, :size])  # type: ignore[misc]
             assert_same(
                 method.adapt(alone), crowd.take(torch.tensor([row])), self.company_tolerance, f"user {row} alone"
             )
         users = torch.arange(context.num_users).flip(0)
-        reordered = _each(context, lambda value: value[users])
+        reordered = each(context, lambda value: value[users])
         assert_same(method.adapt(reordered), crowd.take(users), self.company_tolerance, "other users' order")
         assert_same(
-            method.adapt(_each(context, lambda value: value.flip(1))),
+            method.adapt(each(context, lambda value: value.flip(1))),
             crowd,
             self.company_tolerance,
             "other pairs' order",
         )
-        padded = _each(context, lambda value: torch.cat([value, torch.zeros_like(value)], 1))
+        padded = each(context, lambda value: torch.cat([value, torch.zeros_like(value)], 1))
         assert_same(method.adapt(padded), crowd, self.company_tolerance, "more padding")
+
+    def test_a_pair_of_weight_zero_is_as_if_it_were_not_there(self) -> None:
+        """Neither its features nor its label nor that there is one more matter; ``num_pairs`` alone counts it."""
+        method, context = self.fitted(), self.context()
+        place = torch.arange(context.mask.shape[1]) % 3 == 1
+        weightless = context._replace(weight=torch.where(place, 0.0, context.weight))
+        without = context._replace(weight=weightless.weight, mask=context.mask & ~place)
+        count = context.mask.sum(-1)
+        first, second = (method.adapt(one)._replace(num_pairs=count) for one in (weightless, without))
+        assert_same(first, second, self.company_tolerance, "a pair of weight 0")
 
     def test_zero_shots_is_the_population(self) -> None:
         """A user without pairs has the population state, which is one for everybody."""
@@ -236,7 +236,7 @@ class MethodContract(ABC):
         with torch.no_grad():
             population = method.population_state(context.num_users).detach()
             assert_same(population, method.population_state(1).take(torch.zeros(context.num_users).long()))
-        nobody = _each(context, torch.zeros_like)
+        nobody = each(context, torch.zeros_like)
         assert_same(method.adapt(nobody), population, 1e-6, "zero shots")
         without = (context.mask.sum(-1) == 0).nonzero()[:, 0]
         assert_same(method.adapt(context).take(without), population.take(without), 1e-6, "zero shots in a crowd")
@@ -274,6 +274,18 @@ class MethodContract(ABC):
             assert margin.isfinite().all(), "margins must be finite"
             assert torch.allclose(margin, -swapped, atol=1e-5), "a swapped pair must have the opposite margin"
 
+    def test_what_is_judged_is_what_is_served(self) -> None:
+        """The margin of a pair is the score of chosen less the score of rejected."""
+        method, data = self.fitted(), self.data()
+        if method.view != "features":
+            return
+        for batch in (data.test_batch, data.unseen_batch):
+            with torch.no_grad():
+                users = method.batch_states(batch)
+                sides = [method.score(side, users, prompt_features=batch.prompt) for side in batch.features]
+                margin = method.margin(batch, users)
+            assert torch.allclose(margin, sides[0] - sides[1], atol=1e-5), "margin is not the difference of scores"
+
     def test_score_is_finite_and_refuses_other_features(self) -> None:
         """One finite reward per response for seen users, unseen users and the population."""
         method, data = self.fitted(), self.data()
@@ -285,8 +297,8 @@ class MethodContract(ABC):
                 assert reward.shape == (data.test_batch.num_pairs,), f"rewards of shape {tuple(reward.shape)}"
                 assert reward.isfinite().all(), "rewards must be finite"
         if isinstance(responses, Tensor):
-            _must_fail(lambda: method.score(torch.zeros(1, self.feature_dim + 1)), str(self.feature_dim))
-        _must_fail(lambda: method.score(responses, method.population_state(1)), "one user per response")
+            must_fail(lambda: method.score(torch.zeros(1, self.feature_dim + 1)), str(self.feature_dim))
+        must_fail(lambda: method.score(responses, method.population_state(1)), "one user per response")
 
     # ------------------------------------------------------------------ training
     def test_one_step_lowers_the_loss(self) -> None:
@@ -420,31 +432,3 @@ class MethodContract(ABC):
             stored = method.margin(batch, found.take(backwards[batch.context_row]))
             expected = method.margin(batch, state.take(batch.context_row))
         assert torch.equal(stored, expected), "margins of stored states differ"
-
-
-def _each(context: Context, change: Callable[[Tensor], Tensor]) -> Context:
-    """Apply ``change`` to every tensor of a context."""
-
-    def apply(value: Tensor | Tokens | None) -> Any:
-        return value.map(change) if isinstance(value, Tokens) else None if value is None else change(value)
-
-    return Context(*map(apply, context))
-
-
-def _equal(value: Tensor | Tokens | None, other: Tensor | Tokens | None) -> bool:
-    """Whether two values of a context are the same, bit for bit."""
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return torch.equal(value, other)
-    if isinstance(value, Tokens) and isinstance(other, Tokens):
-        return all(map(_equal, value, other))
-    return value is None and other is None
-
-
-def _must_fail(call: Callable[[], object], message: str) -> None:
-    """Fail unless ``call`` raises a ValueError whose text holds ``message``."""
-    try:
-        call()
-    except ValueError as error:
-        assert message in str(error), f"expected {message!r} in the error, got {error}"
-        return
-    raise AssertionError(f"expected a ValueError about {message!r}, got none")

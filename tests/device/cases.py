@@ -121,6 +121,8 @@ def test_devices_do_not_mix(there: torch.device) -> None:
         torch.randn(3, generator=torch.Generator())
     with pytest.raises(TypeError, match="numpy"):
         far.numpy()
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.stack([far.sum(), torch.tensor(2.0)])
     assert far[torch.tensor([1])].tolist() == [[3.0, 4.0, 5.0]]  # indices may come from the CPU
     assert (far * torch.tensor(2.0)).sum().item() == 30.0  # and numbers
     assert torch.equal((far.cpu() + near).to(there).cpu(), torch.arange(6.0).view(2, 3) + 1)

@@ -33,6 +33,8 @@ _INDEXED = ("aten.index.Tensor", "aten.index_put", "aten._index_put", "aten._uns
 """Operations that take indices of the CPU, or a boolean mask, on either device."""
 _CROSSING = ("aten.copy_.default", "aten._to_copy.default", "aten._copy_from", "aten.set_.source_Storage")
 """Operations whose arguments may lie on two devices: the copies."""
+_JOINING = ("aten.stack", "aten.cat", "aten.index_select")
+"""Operations for which a number of the CPU is a tensor of another device like any other."""
 _RESIZING = (
     *("arange", "arange.start", "arange.start_step", "linspace", "logspace", "eye", "eye.m"),
     *("randperm", "randperm.generator", "normal.float_float", "range", "range.step"),
@@ -153,7 +155,7 @@ def _check_devices(name: str, tensors: list[torch.Tensor]) -> None:
         return
     first_is_here = isinstance(tensors[0], PretendTensor)
     for tensor in tensors:
-        if isinstance(tensor, PretendTensor) or (tensor.dim() == 0 and not name.startswith("aten.index_select")):
+        if isinstance(tensor, PretendTensor) or (tensor.dim() == 0 and not name.startswith(_JOINING)):
             continue
         if name.startswith(_INDEXED) and first_is_here and tensor is not tensors[0] and not tensor.is_floating_point():
             continue

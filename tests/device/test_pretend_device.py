@@ -26,7 +26,7 @@ def run(cases: str, *options: str, **environment: str) -> None:
 
 
 def test_one_mode_of_each_method_does_there_what_it_does_on_the_cpu() -> None:
-    names = "BradleyTerry LoRe VPL PALResidual PALM LatentDPO LiveVPL SFT LoRADPOBasis CLaP"
+    names = "BradleyTerry LoRe VPL DPL PALResidual PALM LatentDPO LiveVPL SFT LoRADPOBasis CLaP"
     run("cases.py", "-k", " or ".join([f"Test{name}]" for name in names.split()] + ["devices", "waits", "trained"]))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plm.methods.dpl import DPL, categorical_chances, categorical_quantile, normal_chances
 from plm.testing import PlantedData
+from plm.types import PreferenceBatch
 from tests.parity.planted_rivals import fitted
 
 DIM = 4
@@ -80,6 +81,19 @@ def test_gradients_of_hopeless_pairs_are_finite() -> None:
     (gradient,) = torch.autograd.grad(losses.sum(), mean)
     assert losses.isfinite().all() and gradient.isfinite().all()
     assert gradient[1].item() == pytest.approx(-25, rel=0.05)  # of t^2 / 2 with t = mean / sqrt(2)
+
+
+def test_pairs_are_judged_by_what_is_served() -> None:
+    """Mean utilities 0.6 and 0.5 of three atoms: 0.1, whoever else is compared; the log odds of this pair are 0.302."""
+    model = method("categorical", num_atoms=3, conditioning="none")
+    chances = torch.stack([numbers(0.3, 0.2, 0.5), numbers(0.25, 0.5, 0.25)])
+    with torch.no_grad():
+        model.heads.copy_(torch.cat([chances.log(), torch.zeros(2, 3)]))
+    items = torch.eye(DIM, dtype=torch.float64)
+    batch = PreferenceBatch(items[:1], items[1:2], torch.zeros(1).long(), torch.ones(1), torch.zeros(1).bool())
+    assert model.margin(batch).item() == pytest.approx(0.1)
+    odds = model.chances(items[:1], items[1:2])
+    assert (odds.wins - odds.loses).item() == pytest.approx(math.log(0.575 / 0.425))
 
 
 def test_quantiles_by_hand() -> None:
