@@ -3,11 +3,11 @@
 Paper: Wang et al., "Using Context Is Not Enough" (P-TTT, 2026): ``W_u = W_0 + eta * sum_i v_i (k_i+ - k_i-)'``.
 Reference code: none was found.
 Deviations: keys and queries are linear maps of frozen features instead of states of a language model that is trained
-    along, so that a user is K numbers and a deleted pair leaves no trace; training predicts every pair from the user's
-    other pairs exactly; the sum is divided by the number of pairs plus a learned constant; validation pairs choose how
-    much of it is used. ``W_0`` is the tuned Bradley-Terry model, trained before: trained together, the sum would take
-    over what all users want, and the global control would be too weak. How the paper's values depend on the pair, its
-    learning rate and its layer are not known to us.
+    along, so that a user is K numbers; training predicts every pair from the user's other pairs exactly; the sum is
+    divided by the number of pairs plus a learned constant; validation pairs choose how much of it is used. ``W_0`` is
+    the tuned Bradley-Terry model, trained before: trained together, the sum would take over what all users want, and
+    the global control would be too weak. How the paper's values depend on the pair, its learning rate and its layer are
+    not known to us.
 
 Axes: N pairs of several users, B responses, U users, D feature width, K key width, V numbers of one pair.
 """
@@ -76,7 +76,8 @@ class FastWeights(PersonalizationMethod):
 
     ``s_u`` sums ``value * (A x_chosen - A x_rejected)`` over the n_u pairs of the user that are no ties: up to its
     length a step of gradient descent on the user's Bradley-Terry loss from zero, and with the features themselves as
-    keys the nearest-mean classifier. Pairs can be added and taken away.
+    keys the nearest-mean classifier. Sums of pairs that weigh the same add up, and a pair is taken away exactly; pairs
+    of unequal weights are read anew, since weights are divided by their mean within the user.
 
     Args:
         num_keys: Width K of keys and queries; null = the features themselves, nothing is learned but gain and pull.

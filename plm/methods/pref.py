@@ -126,9 +126,14 @@ class PReF(PersonalizationMethod):
 
     # ------------------------------------------------------------------ shared by training and use
     def _along_bases(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What weights multiply, and what they do not: ``(..., D)`` -> ``(..., K)`` and ``(...)``."""
-        along = features @ self.bases / self.feature_scale
-        return along, features @ self.bradley_terry if self.mean == "population" else along.new_zeros(along.shape[:-1])
+        """What weights multiply, and what they do not: ``(..., D)`` -> ``(..., K)`` and ``(...)``.
+
+        Also under autocast in the precision of the features, in which users are solved and kept.
+        """
+        along = (features @ self.bases).to(features) / self.feature_scale
+        if self.mean == "zero":
+            return along, along.new_zeros(along.shape[:-1])
+        return along, (features @ self.bradley_terry).to(features)
 
     def _solve(self, pairs: PairList, scale: Tensor) -> Posterior:
         """Weights and their precision under a prior of this spread; the least spread is none."""

@@ -95,10 +95,15 @@ class UserEmbedding(PersonalizationMethod):
 
     # ------------------------------------------------------------------ shared by training and use
     def _read(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward of the generic user, and what a vector multiplies: ``(..., D)`` -> ``(...)`` and ``(..., E)``."""
+        """Reward of the generic user, and what a vector multiplies: ``(..., D)`` -> ``(...)`` and ``(..., E)``.
+
+        Also under autocast in the precision of the features, in which users are solved and kept.
+        """
         units = torch.tanh(features @ self.hidden / self.feature_scale + self.bias)
         generic = units @ self.out
-        return generic + features @ self.bradley_terry if self.residual else generic, units @ self.mixing
+        if self.residual:
+            generic = generic + features @ self.bradley_terry
+        return generic.to(features), (units @ self.mixing).to(features)
 
     def _differences(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         """What `_read` gives of chosen less what it gives of rejected."""

@@ -103,6 +103,15 @@ def test_states_add_up_and_a_pair_leaves_no_trace() -> None:
         assert torch.allclose(value - last[name], without[name], atol=1e-12)
 
 
+def test_unequal_weights_are_divided_by_their_mean_so_that_sums_do_not_add_up() -> None:
+    """Weights 1 and 3 of (1, 0), (0, 2): 1/2 and 3/2; the first pair alone weighs 1, not the half that it added."""
+    method, pairs = plain(), context_of([[1, 0], [0, 2]])
+    both = method.adapt(pairs._replace(weight=torch.tensor([[1.0, 3.0]], dtype=torch.float64))).tensors
+    assert both["write"].tolist() == [[0.5, 3.0]] and both["evidence"].tolist() == [2]
+    alone = method.adapt(context_of([[1, 0]])).tensors
+    assert alone["write"].tolist() == [[1.0, 0.0]] and alone["evidence"].tolist() == [1]
+
+
 def test_a_write_is_a_step_of_gradient_descent_and_the_limit_of_the_ridge() -> None:
     """``bt'(0) = -1/2``: s is -2 times the gradient at zero, and ``2 lambda w*(lambda) -> s`` for a strong ridge."""
     method, context = random_method(), random_context()
