@@ -17,6 +17,7 @@ from plm.method.accumulation import AccumulatedSteps
 from plm.method.conditioning import Conditioning
 from plm.method.loaded import LoadedMethod
 from plm.method.population import load_validation_pairs, tuned_population
+from plm.method.reading import without_pairs
 from plm.method.strangers import with_evidence
 from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
 
@@ -131,7 +132,8 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
         """Fit the states of unseen users with all shared weights fixed; the module is left as it was.
 
         Args:
-            context: Support pairs of U users, padded; a user without pairs gets the population state.
+            context: Support pairs of U users, padded; a user without pairs gets the population state, and a pair of
+                weight 0 is as if it were not there, but for ``num_pairs``.
 
         Returns:
             Detached states, one row per user of ``context``, in order.
@@ -143,8 +145,10 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
         try:
             # trainer.test runs under inference mode, whose tensors can never enter autograd: leave it and clone.
             with torch.inference_mode(False), torch.enable_grad():
-                states = self._adapt(self._conditioned_context(context)).detach()
-                return with_evidence(states, self.least_pairs.clamp_min(1), self.population_state)
+                weightless = context.mask & (context.weight <= 0)
+                states = self._adapt(self._conditioned_context(without_pairs(context, weightless))).detach()
+                states = with_evidence(states, self.least_pairs.clamp_min(1), self.population_state)
+                return states._replace(num_pairs=states.num_pairs + weightless.sum(-1))
         finally:
             self.train(was_training)
 

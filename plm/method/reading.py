@@ -94,6 +94,19 @@ class FeatureReader(L.LightningModule):
         return read
 
 
+def without_pairs(context: Context, rows: Tensor) -> Context:
+    """The context with the pairs at ``rows`` ``(U, S)`` bool as padding."""
+
+    def hidden(value: Tensor) -> Tensor:
+        return value.masked_fill(rows.view(*rows.shape, *[1] * (value.dim() - 2)), 0)
+
+    parts: list[Any] = [
+        value.map(hidden) if isinstance(value, Tokens) else None if value is None else hidden(value)
+        for value in context
+    ]
+    return Context(*parts)
+
+
 def _clone(value: Tensor | Tokens | None) -> Any:
     """Copy a value so that autograd may record it."""
     return value.map(torch.clone) if isinstance(value, Tokens) else None if value is None else value.clone()
