@@ -40,7 +40,7 @@ def user_id_of(user_id: str) -> str:
     Raises:
         ValueError: If it is not one that can be stored.
     """
-    if problem := problem_of_id(user_id):
+    if isinstance(user_id, str) and (problem := problem_of_id(user_id)):
         raise ValueError(f"expected the id of a user, got one {problem}")
     return to_id(user_id)
 
