@@ -249,8 +249,11 @@ class TextEncoder:
             ValueError: For a text with half of a character, or a prompt that leaves no room for a response, with the
                 number of its row.
         """
-        for row, pair in enumerate(zip(prompts, texts, strict=True), start=1):
-            parsed(f"row {row} of {len(texts)}", pair, lambda both: [to_text(text) for text in both])
+        try:
+            "".join([*prompts, *texts]).encode()
+        except UnicodeEncodeError:  # only then is every row looked at
+            for row, pair in enumerate(zip(prompts, texts, strict=True), start=1):
+                parsed(f"row {row} of {len(texts)}", pair, lambda both: [to_text(text) for text in both])
         if not texts and self.method.view == "features":
             return self.method.reference.new_zeros(0, self.method.feature_dim)
         try:
