@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+if TYPE_CHECKING:  # optimizers work without Lightning
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -210,7 +213,9 @@ def clip_norms(gradients: list[Tensor], limit: float) -> None:
 Factor = Callable[[int], float]
 
 
-def with_decay(optimizer: torch.optim.Optimizer, steps: float, factor: Factor | list[Factor] | None = None) -> Any:
+def with_decay(
+    optimizer: torch.optim.Optimizer, steps: float, factor: Factor | list[Factor] | None = None
+) -> OptimizerLRScheduler:
     """An optimizer whose learning rates fall over the steps of a fit, for ``configure_optimizers``.
 
     Args:

@@ -111,8 +111,7 @@ class PolicyMethod(NetworkMethod, Writer):
             else (lambda step: float(rate_factor(self.schedule, self.warmup, torch.tensor(step), torch.tensor(total))))
             for is_constant in has_schedule or [False] * len(optimizer.param_groups)
         ]
-        decayed: OptimizerLRScheduler = with_decay(optimizer, total, factors)
-        return decayed
+        return with_decay(optimizer, total, factors)
 
     @property
     def num_steps(self) -> int:

@@ -195,9 +195,7 @@ class FastWeights(PersonalizationMethod):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, whose learning rate decays linearly to zero."""
-        optimizer = torch.optim.Adam(self.param_groups())
-        decayed: OptimizerLRScheduler = with_decay(optimizer, self.trainer.estimated_stepping_batches)
-        return decayed
+        return with_decay(torch.optim.Adam(self.param_groups()), self.trainer.estimated_stepping_batches)
 
     @torch.no_grad()
     def refresh_users(self) -> None:

@@ -286,10 +286,9 @@ class GPO(PersonalizationMethod):
         """AdamW, whose learning rate rises and then falls along a cosine."""
         optimizer = torch.optim.AdamW(self.param_groups(), weight_decay=self.weight_decay)
         total = torch.tensor(float(self.trainer.estimated_stepping_batches))
-        decayed: OptimizerLRScheduler = with_decay(
+        return with_decay(
             optimizer, float(total), lambda step: float(rate_factor("cosine", WARM_UP, torch.tensor(step), total))
         )
-        return decayed
 
     @torch.no_grad()
     def refresh_users(self) -> None:

@@ -218,8 +218,7 @@ class MRM(PersonalizationMethod):
         def factor(step: int) -> float:
             return float(rate_factor(self.schedule, warm_up, torch.tensor(step), total))
 
-        decayed: OptimizerLRScheduler = with_decay(torch.optim.Adam(self.param_groups()), float(total), factor)
-        return decayed
+        return with_decay(torch.optim.Adam(self.param_groups()), float(total), factor)
 
     @torch.no_grad()
     def refresh_users(self) -> None:

@@ -34,5 +34,4 @@ class GroupedMethod(PersonalizationMethod):
         if not groups:
             return None
         optimizer = RowAdam(groups, lr=self.lr)
-        decayed: OptimizerLRScheduler = with_decay(optimizer, self.trainer.estimated_stepping_batches)
-        return decayed
+        return with_decay(optimizer, self.trainer.estimated_stepping_batches)

@@ -317,8 +317,7 @@ class VPL(PersonalizationMethod):
             left = max(1.0 - (step - warm_up) / max(steps - warm_up, 1.0), 0.0)
             return (1 - math.cos(math.pi * left)) / 2 if self.schedule == "cosine" else left
 
-        decayed: OptimizerLRScheduler = with_decay(optimizer, steps, factor)
-        return decayed
+        return with_decay(optimizer, steps, factor)
 
     # ------------------------------------------------------------------ seen users and collapse
     @torch.no_grad()
