@@ -43,6 +43,8 @@ SHARD_TEXTS = (64, 8192)
 """Fewest and most texts of a shard; enough of them to sort into batches of similar length."""
 QUIET_TEXTS = 256
 """Up to this many texts are encoded without a progress bar."""
+LINE_SECONDS = 30.0
+"""How often a line tells the progress where no terminal shows a bar."""
 
 
 class FeatureCache:
@@ -69,7 +71,8 @@ class FeatureCache:
 
         Args:
             pairs: I times (prompt, response); the prompt may be a JSON list of chat messages.
-            progress: Whether to show a progress bar, if many texts have to be encoded and a terminal shows it.
+            progress: Whether to show a progress bar, if many texts have to be encoded; a line now and then where no
+                terminal shows a bar.
 
         Returns:
             ``(I, D)`` float32, held in memory.
@@ -147,6 +150,7 @@ class FeatureCache:
         console = Console(stderr=True)
         watched = console.is_terminal or console.is_jupyter
         hidden = not (progress and watched and len(missing) > QUIET_TEXTS)
+        lines = _Lines(console, len(missing)) if progress and not watched else None
         columns = (TextColumn("Encoding texts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         missing = np.array(sorted(missing, key=lambda row: -len(texts[row])))  # what is in a shard is of similar length
         with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
@@ -162,6 +166,8 @@ class FeatureCache:
                 self._write(digests[rows], out[rows])
                 bar.advance(task, len(rows))
                 start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
+                if lines is not None:
+                    lines.show(start)
 
     def _check(self, features: Float32Array, texts: list[str]) -> None:
         """Refuse features of a wrong shape or that are not finite."""
@@ -184,6 +190,24 @@ class FeatureCache:
         with whole_file(shard) as file:
             file.write(save(tensors, metadata={"checksum": _checksum(codes, features)}))
         self._shards[shard] = digests
+
+
+class _Lines:
+    """Tells in a line at most every `LINE_SECONDS` how many of the texts are encoded, and how long the others take."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total = console, total
+        self._start = self._last = time.monotonic()
+
+    def show(self, done: int) -> None:
+        """Print a line, unless the last one is recent or nothing is left."""
+        now = time.monotonic()
+        if now - self._last < LINE_SECONDS or done == self._total:
+            return
+        self._last = now
+        left = (now - self._start) * (self._total - done) / done
+        text = f"encoding texts: {done:,} of {self._total:,}, about {max(1, round(left / 60)):,} min left"
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def _claim(folder: Path, identity: dict[str, object]) -> None:

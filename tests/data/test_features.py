@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -198,6 +199,34 @@ def test_a_cached_row_equals_the_recomputed_row(tmp_path: Path) -> None:
     FeatureCache(backbone, tmp_path).features(PAIRS)
     cached = FeatureCache(backbone, tmp_path).features(PAIRS)
     assert torch.equal(cached, backbone.encode([response for _, response in PAIRS]))
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_without_a_terminal_a_line_comes_every_thirty_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool
+) -> None:
+    """200 texts of 0.7 s each in shards of 10: a shard takes 7 s, so that lines come after 5, 10 and 15 of them."""
+    now, screen = [0.0], io.StringIO()
+
+    class Slow(Fake):  # type: ignore[misc, valid-type]
+        def encode(self, texts: list[str]) -> Tensor:
+            now[0] += 0.7 * len(texts)
+            found: Tensor = super().encode(texts)
+            return found
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(module, "SHARD_TEXTS", (10, 10))
+    monkeypatch.setattr(module, "Console", lambda stderr: Console(file=screen, force_terminal=False))
+    FeatureCache(Slow(), tmp_path).features(PAIRS, progress=progress)
+    assert (
+        screen.getvalue().splitlines()
+        == [
+            "encoding texts: 50 of 200, about 2 min left",  # 150 texts of 0.7 s
+            "encoding texts: 100 of 200, about 1 min left",
+            "encoding texts: 150 of 200, about 1 min left",
+        ]
+        * progress
+    )
 
 
 @pytest.mark.parametrize(
