@@ -21,7 +21,8 @@ _OPTIONS = {
     "--trainer.devices N": "devices, each with a process of its own",
     "--trainer.logger CLASS": "who keeps the numbers: CSVLogger, TensorBoardLogger or WandbLogger",
     "--trainer.default_root_dir DIR": "folder of all runs (default: runs)",
-    "--name NAME": "folder of this run in it, which must be new (default: method-data-time)",
+    "--name NAME": "folder of this run in it, which must be new (default: method-data-time; of another verb than fit, "
+    "the name of the checkpoint's run and the verb)",
     "--seed_everything N": "seed (default: 42)",
     "--ckpt_path FILE": "checkpoint to evaluate, or to go on from",
     "--select GRID": "{model.init_args.NAME: [VALUE, ...]}: fit every combination, keep the best on validation rows",

@@ -43,3 +43,4 @@ def run(args: list[str]) -> None:
         write_json(
             options.output, {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
         )
+        print(f"written to {options.output}")

@@ -52,6 +52,7 @@ def run(args: list[str]) -> None:
         sys.stdout.writelines(f"{user.user_id}\t{user.num_pairs}\n" for user in store)
     elif options.action == "export":
         store.export(options.output, options.user)
+        print(f"written to {options.output}", file=sys.stderr)
     else:
         erasure = erase_users(options.ckpt_path, options.user, options.users)
         write_rows([receipt._asdict() for receipt in erasure.receipts], None)

@@ -55,10 +55,12 @@ def with_results(record: dict[str, Any], user_id: str | None, **results: Any) ->
     return {**record, "user_id": user_id, **results}
 
 
-def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
-    """Write rows as JSONL to a file, or to standard output where none is named."""
+def write_rows(rows: Iterable[dict[str, Any]], output: str | None, noun: str = "rows") -> None:
+    """Write rows as JSONL to a file, which is then named on standard error; to standard output where none is given."""
     if output:
+        rows = list(rows)
         with whole_file(output, "w") as file:
             file.writelines(map(json_line, rows))
+        print(f"{len(rows)} {noun} written to {output}", file=sys.stderr)
     else:
         sys.stdout.write("".join(map(json_line, rows)))

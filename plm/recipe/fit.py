@@ -92,7 +92,10 @@ class RecipeCLI(LightningCLI):
             help="Grid {model.init_args.NAME: [values]}: fit keeps the combination with the best monitored val value.",
         )
         parser.add_argument(
-            "--name", type=str | None, default=None, help="Folder of the run (default: method-data-time)."
+            "--name",
+            type=str | None,
+            default=None,
+            help="Folder of the run (default: method-data-time, or that of the checkpoint's run and the verb).",
         )
         parser.add_argument(
             "--final_test", type=bool, default=True, help="Whether fit ends with a test of the best checkpoint."
@@ -137,8 +140,9 @@ class RecipeCLI(LightningCLI):
             return
         if _is_first_process():
             source = config.data.get("source")
-            told = run_name(str(self.subcommand), config.model.class_path, source and source.as_dict())
-            must_be_new = config.name is not None and self.subcommand == "fit" and config.get("ckpt_path") is None
+            checkpoint = config.get("ckpt_path")
+            told = run_name(str(self.subcommand), config.model.class_path, source and source.as_dict(), checkpoint)
+            must_be_new = config.name is not None and self.subcommand == "fit" and checkpoint is None
             names = [config.name] if must_be_new else numbered(config.name or told)
             os.environ[CLAIMED] = str(claim(free[0].save_dir, names))
         for arguments in free:
@@ -191,6 +195,17 @@ class RecipeCLI(LightningCLI):
         callbacks.sort(key=lambda item: isinstance(item, Checkpoint) + (type(item) is not BestCheckpoint))
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it, and finish its W&B run, which the next one of this process would continue; as failed if it raises."""
+        exit_code = 1
+        try:
+            super()._run_subcommand(subcommand)
+            exit_code = 0
+        finally:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger) and logger._experiment is not None:  # asking for it would start one
+                    logger.experiment.finish(exit_code)
+
     def before_fit(self) -> None:
         """Check that there is something to validate on; replace the method by the best candidate of a selection."""
         if isinstance(self.datamodule, PreferenceDataModule) and not self.datamodule.num_judged_validation_pairs:
@@ -228,7 +243,7 @@ class RecipeReader(RecipeCLI):
         """Claim no folder."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        self.trainer.loggers = []  # a run that was not run is not finished at W&B either
+        """Run nothing."""
 
 
 def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> RecipeCLI:
@@ -278,9 +293,6 @@ def run_recipe(args: Sequence[str], cli_class: type[RecipeCLI] = RecipeCLI) -> R
             claimed = os.environ.pop(CLAIMED, None) if _is_first_process() else None
             if claimed is not None:
                 discard_empty(Path(claimed))
-        for logger in cli.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish()  # else the next run of this process would continue it
         return cli
 
 

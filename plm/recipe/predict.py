@@ -9,6 +9,7 @@ import lightning as L
 from plm.atomic import write_csv
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.data.keys import pair_names
+from plm.evaluation import print_parts
 from plm.metrics import CONTROL_MARGINS
 from plm.types import PreferenceBatch
 
@@ -27,6 +28,7 @@ class SavePredictions(L.Callback):
     def __init__(self) -> None:
         self._rows: list[list[Any]] = []
         self._names: list[str] = []
+        self._report: list[str] = []
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Name the pairs."""
@@ -57,5 +59,12 @@ class SavePredictions(L.Callback):
         if is_fast_dev_run(trainer):
             return
         part = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        write_csv(run_dir(trainer) / f"predictions{part}.csv", COLUMNS, self._rows)
+        file = f"predictions{part}.csv"
+        write_csv(run_dir(trainer) / file, COLUMNS, self._rows)
+        self._report = [f"{file} of {len(self._rows):,} pairs in {run_dir(trainer)}"]
         self._rows = []
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Name the file below the progress bar; each of several processes names its own."""
+        print_parts(*self._report)
+        self._report = []

@@ -19,18 +19,23 @@ CLAIMED = "PLM_CLAIMED_RUN"
 """Variable that tells the processes of one run its folder, while it runs."""
 _MADE: set[Path] = set()
 """Folders of runs that this process has made."""
+_CHECKPOINTS = "checkpoints"
+"""Folder of a run in which Lightning keeps its checkpoints."""
 _PLAIN_NAMES = ("prefs", "pairs", "data", "train", "preferences")
 """Names of files that say nothing: the folder names the data."""
 
 
-def run_name(verb: str, method: str, source: dict[str, Any] | None) -> str:
-    """What a run is called: ``[verb-]method-data-time``, the time in seconds.
+def run_name(verb: str, method: str, source: dict[str, Any] | None, checkpoint: str | None = None) -> str:
+    """What a run is called: ``run-verb`` after the run of its checkpoint, else ``[verb-]method-data-time`` in seconds.
 
     Args:
         verb: The command; only others than fit are named.
         method: Import path of the class.
         source: ``{class_path, init_args}`` of the pairs.
+        checkpoint: Path of the checkpoint; a fit that goes on from one is named by method, data and time.
     """
+    if verb != "fit" and checkpoint is not None and (folder := Path(checkpoint).absolute().parent).name == _CHECKPOINTS:
+        return f"{folder.parent.name}-{verb}"
     parts = [] if verb == "fit" else [verb]
     parts += [method.rpartition(".")[2], _data_name(source or {})]
     plain = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part).strip("_.").lower() for part in parts if part)
@@ -89,9 +94,13 @@ def discard_empty(folder: Path) -> None:
 
 def keeps_files(logger: Any) -> bool:
     """Whether the configuration of a logger names one that writes files, and not where."""
-    arguments = getattr(logger, "init_args", None)
+    return _writes_files(logger) and logger.init_args.get("version") is None
+
+
+def _writes_files(logger: Any) -> bool:
+    """Whether the configuration of a logger names one that writes files into the folder of the run."""
     name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-    return arguments is not None and name in ("CSVLogger", "TensorBoardLogger") and arguments.get("version") is None
+    return getattr(logger, "init_args", None) is not None and name in ("CSVLogger", "TensorBoardLogger")
 
 
 def claimed_name() -> str:
@@ -100,14 +109,20 @@ def claimed_name() -> str:
 
 
 def repeatable(config: Namespace) -> Namespace:
-    """A recipe without the folder of its run: a run of it gets one of its own."""
+    """A recipe without the folder of its run, also one that it named, and without its W&B run: each run has its own."""
     config = config.clone()
     config.name = None
-    logger = config.trainer.get("logger")
-    if CLAIMED in os.environ:
-        for each in logger if isinstance(logger, list) else [logger]:
-            if getattr(each, "init_args", None) is not None and each.init_args.get("version") == claimed_name():
-                each.init_args.version = None
+    loggers = config.trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        arguments = getattr(logger, "init_args", None)
+        if arguments is None:
+            continue
+        is_pinned = CLAIMED not in os.environ or arguments.get("version") != claimed_name()
+        if _writes_files(logger) and is_pinned:
+            arguments.save_dir = config.trainer.default_root_dir or "."
+        for key in ("version", "id"):
+            if arguments.get(key) is not None:
+                arguments[key] = None
     return config
 
 

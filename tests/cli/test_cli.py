@@ -30,7 +30,7 @@ from plm.cli import VERBS, main
 from plm.cli.fit import NAMES as OWN_NAMES
 from plm.cli.options import SHARED
 from plm.cli.recipe_options import COMMON
-from plm.cli.writing import with_results
+from plm.cli.writing import with_results, write_rows
 from plm.method import PersonalizationMethod
 from plm.recipe.quiet import quiet
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -237,11 +237,13 @@ def test_the_recipe_wins_over_the_checkpoint_and_another_method_is_refused(
     assert "'nope.ckpt', which does not exist" in error(*test, "nope.ckpt")
 
 
-def test_predict_writes_the_margins_that_test_counts(folder: Path) -> None:
+def test_predict_writes_the_margins_that_test_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = str(fit("--name", "fitted") / "checkpoints" / "best.ckpt")
-    assert main(["predict", "--config", "recipe.yaml", "--ckpt_path", checkpoint, "--name", "margins"]) == 0
-    with (Path("runs/margins") / "predictions.csv").open() as file:
+    capsys.readouterr()
+    assert main(["predict", "--config", "recipe.yaml", "--ckpt_path", checkpoint]) == 0
+    with (Path("runs/fitted-predict") / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
+    assert f"predictions.csv of {len(rows)} pairs in runs/fitted-predict\n" in capsys.readouterr().out
     assert len({row["item"] for row in rows}) == len(rows) and all(len(row["item"]) == 16 for row in rows)
     numbers = json.loads(Path("runs/fitted/metrics.json").read_text())
     for users in ("seen", "unseen"):
@@ -253,8 +255,8 @@ def test_predict_writes_the_margins_that_test_counts(folder: Path) -> None:
         assert sum(map(len, right.values())) == numbers[users]["num_pairs"]
         accuracy = sum(sum(user) / len(user) for user in right.values()) / len(right)
         assert accuracy == pytest.approx(numbers[users]["accuracy"])
-    Path("copy.csv").write_bytes(Path("runs/margins/predictions.csv").read_bytes())
-    assert main(["compare", "runs/margins", "copy.csv", "--output", "comparison.json"]) == 0
+    Path("copy.csv").write_bytes(Path("runs/fitted-predict/predictions.csv").read_bytes())
+    assert main(["compare", "runs/fitted-predict", "copy.csv", "--output", "comparison.json"]) == 0
     compared = json.loads(Path("comparison.json").read_text())
     assert compared["num_users"] == 20 and compared["comparisons"][0]["difference"] == 0
 
@@ -282,6 +284,15 @@ def test_two_processes_give_the_metrics_of_one(folder: Path) -> None:
     for users in ("seen", "unseen"):
         assert two[users] == pytest.approx(one[users], nan_ok=True)
     assert two["few_shot"]["accuracy"] == pytest.approx(one["few_shot"]["accuracy"])
+
+
+def test_a_file_of_rows_is_named_where_no_row_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error: the file may be /dev/stdout."""
+    write_rows(({"reward": number} for number in range(2)), str(tmp_path / "rows.jsonl"))
+    shown = capsys.readouterr()
+    assert not shown.out and shown.err == f"2 rows written to {tmp_path}/rows.jsonl\n"
+    write_rows([{"reward": 1}], None)
+    assert capsys.readouterr() == ('{"reward": 1}\n', "")
 
 
 # ---------------------------------------------------------------------- selection

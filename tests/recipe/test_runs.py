@@ -7,14 +7,19 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 
 from plm.cli import main
-from plm.recipe.fit import _renamed
-from plm.recipe.runs import claim, numbered, read_runs, run_name
+from plm.methods.bradley_terry import BradleyTerry
+from plm.recipe.fit import _renamed, run_recipe
+from plm.recipe.runs import claim, numbered, read_runs, repeatable, run_name
+from plm.types import PreferenceBatch
 
 RECIPE = """
 defaults: [{data: synthetic}, {backbone: hashing}, {trainer: cpu}, {logger: csv}, {eval: quick}]
@@ -44,6 +49,25 @@ def test_a_name_is_that_of_one_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected the name of a folder, got"):
         claim(tmp_path, [name])
     assert not [*tmp_path.rglob("b"), *tmp_path.parent.glob("a")]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("results/mine/checkpoints/best.ckpt", "mine-test"),
+        ("checkpoints/best.ckpt", "here-test"),
+        ("elsewhere/best.ckpt", None),
+        (None, None),
+    ],
+)
+def test_what_is_done_with_a_checkpoint_is_named_after_its_run(
+    checkpoint: str | None, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    found = run_name("test", "plm.methods.lore.LoRe", None, checkpoint)
+    assert found == name if name else re.fullmatch(r"test-lore-\d{8}-\d{6}", found)
+    assert run_name("fit", "plm.methods.lore.LoRe", None, checkpoint).startswith("lore-2")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +147,54 @@ def test_a_run_that_cannot_start_leaves_no_folder(capsys: pytest.CaptureFixture[
     fit = ["fit", "--config", "recipe.yaml", "--data.source.init_args.num_users", "1"]
     assert main([*fit, "--trainer.default_root_dir", "results"]) == 1
     assert Path("results").is_dir() and not list(Path("results").iterdir())
+
+
+class Torn(BradleyTerry):
+    """Fails in its first step."""
+
+    def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        raise RuntimeError("torn")
+
+
+def test_a_fit_that_raises_finishes_its_wandb_run_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next fit of a notebook would continue it."""
+    run = MagicMock()
+    monkeypatch.setattr("wandb.init", MagicMock(return_value=run))
+    Path("recipe.yaml").write_text(RECIPE.replace("logger: csv", "logger: wandb"))
+    fit = ["fit", "--config", "recipe.yaml", "--final_test", "false", "--model"]
+    with pytest.raises(ValueError, match="expected validation pairs"):  # before there is a run
+        run_recipe([*fit, "BradleyTerry", "--data.val_rows", "0"])
+    run.finish.assert_not_called()
+    with pytest.raises(RuntimeError, match="torn"):
+        run_recipe([*fit, f"{__name__}.Torn"])
+    run.finish.assert_called_once_with(1)
+    run_recipe([*fit, "BradleyTerry"])
+    assert run.finish.call_args_list == [call(1), call(0)]
+
+
+def test_a_saved_recipe_names_no_folder_of_its_run() -> None:
+    """Else a run of it would write over the first one, or, of a leaderboard, into what the next one throws away."""
+    recipe = yaml.safe_load(RECIPE)
+    recipe["defaults"].remove({"logger": "csv"})
+    pinned = {"save_dir": "elsewhere", "name": "mine", "version": "run"}
+    recipe["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": pinned}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", "recipe.yaml", "--final_test", "false"]) == 0
+    first = Path("elsewhere/mine/run")
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+    assert main(["fit", "--config", str(first / "recipe.yaml"), "--final_test", "false"]) == 0
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+    (again,) = Path("runs").iterdir()
+    assert again.name.startswith("lore-synthetic-") and not Path("elsewhere").joinpath(again.name).exists()
+
+
+def test_a_saved_recipe_names_no_run_of_wandb() -> None:
+    arguments = Namespace(save_dir="runs", name="shown", version="abc", id="abc")
+    logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=arguments)
+    config = Namespace(name=None, trainer=Namespace(default_root_dir="other", logger=[logger]))
+    (saved,) = repeatable(config).trainer.logger
+    assert saved.init_args == Namespace(save_dir="runs", name="shown", version=None, id=None)
+    assert arguments.version == "abc"
 
 
 def test_runs_are_listed_the_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
