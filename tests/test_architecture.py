@@ -67,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.metrics": of_plm(),
     "plm.backbones": of_plm("distributed"),
     "plm.method": of_plm(),
+    "plm.method.base": of_plm("callbacks", "method"),
     "plm.method.abilities": of_plm("backbones"),
     "plm.method.population": of_plm("functional"),
     "plm.method.strangers": of_plm("functional"),

@@ -18,7 +18,10 @@ from lightning import Trainer
 
 import plm
 from plm.backbones import HashingBackbone
+from plm.callbacks import PreferenceMetrics
 from plm.cli import main
+from plm.data.datamodule import PreferenceDataModule
+from plm.data.sources.pairs import PairFiles
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.erasure import erase_users
 from plm.methods.lore import LoRe
@@ -188,6 +191,40 @@ def test_what_cannot_be_fitted_is_an_error_and_leaves_no_run(
         plm.fit(pairs, **{"backbone": "hashing", **arguments})
     assert not [path for path in folder.rglob("*") if path.is_file() and "pairs" in path.parts]
     assert {path.name for path in Path("runs").glob("*")} <= {"pairs"}
+
+
+def test_a_trainer_of_ones_own_measures_and_keeps_users(folder: Path) -> None:
+    """Nobody passes callbacks: the numbers, files and users are those of a run."""
+    Path("all.jsonl").write_text("\n".join(map(json.dumps, planted(12, 14))))
+    data = PreferenceDataModule(PairFiles("all.jsonl"), HashingBackbone(dim=32), "kept", shots=[0, 2])
+    method = LoRe(data.num_users, data.feature_dim, num_bases=2)
+    trainer = Trainer(max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(method, datamodule=data)
+    (numbers, *_) = trainer.test(method, datamodule=data, verbose=False)
+    assert json.loads(Path("run/metrics.json").read_text())["unseen"]["accuracy"] == pytest.approx(
+        numbers["test/unseen/accuracy"]
+    )
+    assert Path("run/few_shot.png").is_file()
+    (best,) = Path("checkpoints").glob("*.ckpt")
+    assert plm.load_method(best).known_users.store.ids == sorted(data.user_ids)
+    trainer.test(method, datamodule=data, verbose=False)
+    assert sum(isinstance(callback, PreferenceMetrics) for callback in trainer.callbacks) == 1  # type: ignore[attr-defined]
+
+
+def test_a_trainer_that_was_told_to_measure_is_left_alone() -> None:
+    method = LoRe(2, 8, num_bases=2)
+    method.trainer = Trainer(logger=False, callbacks=[PreferenceMetrics()])
+    assert method.configure_callbacks() == []
+    method.trainer = Trainer(logger=False)
+    assert method.configure_callbacks() == []
+
+
+@pytest.mark.parametrize("cls", [plm.LoRe, plm.PAL, plm.VPL, plm.BradleyTerry])
+def test_a_loop_of_ones_own_is_told_that_nothing_was_measured(cls: type[plm.PersonalizationMethod]) -> None:
+    chosen, rejected = torch.randn(2, 4, 8)
+    batch = plm.PreferenceBatch(chosen, rejected, torch.zeros(4).long(), torch.ones(4), torch.zeros(4).bool())
+    with pytest.raises(RuntimeError, match=r"expected a loss inside of a fit.*plm.fit|not attached to a `Trainer`"):
+        cls(2, 8).loss(batch)
 
 
 def test_a_method_of_a_notebook_is_fitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

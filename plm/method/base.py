@@ -62,7 +62,7 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
         self.num_users = num_users
         self.lr = lr
         self.user_ids: list[str] = [str(index) for index in range(num_users)]
-        self.num_train_pairs = 1
+        self._num_train_pairs: int | None = None
 
     # ------------------------------------------------------------------ what a method writes
     @abstractmethod
@@ -125,6 +125,25 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
     def reads_prompts(self) -> bool:
         """Whether ``_score`` takes ``prompt_features``, as batches carry them with ``data.prompt_features: true``."""
         return False
+
+    @property
+    def num_train_pairs(self) -> int:
+        """Number of training pairs, on all processes; what a prior weighs as one of in the mean of a loss.
+
+        Raises:
+            RuntimeError: Before a fit has counted them. By then it has measured the features, too: steps without both
+                would train to nonsense.
+        """
+        if self._num_train_pairs is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a loss inside of a fit, which measures features and counts pairs "
+                "first, got a loop of its own; take plm.fit, or lightning.Trainer().fit(method, datamodule=data)"
+            )
+        return self._num_train_pairs
+
+    @num_train_pairs.setter
+    def num_train_pairs(self, num_pairs: int) -> None:
+        self._num_train_pairs = num_pairs
 
     # ------------------------------------------------------------------ what users call
     @final
@@ -260,6 +279,22 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
                 f"trainer.precision: expected 32-true, bf16-mixed or 16-mixed, got {self.trainer.precision!r}; "
                 "the solvers of feature methods need float32"
             )
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Measure, draw and keep users as ``plm fit`` does, in a trainer that nobody has told to measure.
+
+        Returns:
+            `PreferenceMetrics`, `FewShotCurve` and, where checkpoints are written, `SaveUserStates`; nothing where the
+            trainer has the first of them, or the data do not name their evaluation loaders.
+        """
+        from plm.callbacks import FewShotCurve, PreferenceMetrics, SaveUserStates
+
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        told = any(isinstance(callback, PreferenceMetrics) for callback in callbacks)
+        names_loaders = hasattr(getattr(self.trainer, "datamodule", None), "eval_names")
+        if told or not names_loaders:
+            return []
+        return [PreferenceMetrics(), FewShotCurve(), *([SaveUserStates()] if self.trainer.checkpoint_callback else [])]
 
     def on_fit_start(self) -> None:
         """Keep what made the features, for the checkpoint, where the constructor was not told.

@@ -176,6 +176,7 @@ def test_a_text_is_read_once_until_the_backbone_changes(causal_lm: Folder) -> No
         method.adapter.add_(0.1)
     assert not torch.allclose(method.features(batch.chosen), one) and read == [3, 2, 3]
     method.train()
+    method.num_train_pairs = 6
     method.loss(batch)
     method.featured(batch)
     assert read == [3, 2, 3, 6, 5]  # with gradients: of PAL every token of every text, else of distinct texts
@@ -192,7 +193,7 @@ def test_gradients_reach_what_is_trained_and_are_the_slopes(
     """Along its own gradient the loss rises by the gradient's squared length, by finite differences."""
     rule = {"target_rule": "rest"} if cls is LiveVPL else {}  # episodes that do not hang on the features themselves
     method = make(cls, CausalLM(str(causal_lm(kind))), train_backbone, gradient_checkpointing=checkpointing, **rule)
-    method.trainer = quiet_trainer(".")
+    method.trainer, method.num_train_pairs = quiet_trainer("."), 6
     batch = batch_of(token_sides(method.causal_lm))
     batch = PreferenceBatch(  # each user has all pairs
         *(Tokens.cat([side, side]) for side in (batch.chosen, batch.rejected)),  # type: ignore[list-item]

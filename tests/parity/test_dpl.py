@@ -27,6 +27,7 @@ def method(kind: str, **options: Any) -> DPL:
     found = DPL(2, DIM, kind=kind, **options).double()  # type: ignore[arg-type]
     with torch.no_grad():
         found.heads.normal_()
+    found.num_train_pairs = 1
     return found.eval()
 
 

@@ -39,6 +39,7 @@ def random_method(value: str = "constant", tied: bool = False) -> FastWeights:
         method.bradley_terry.normal_()
         method.feature_scale.fill_(1.7)
         method.log_gain.fill_(0.4)
+    method.num_train_pairs = 1
     return method.eval()
 
 

@@ -35,6 +35,7 @@ def method(seed: int = 0, **options: Any) -> MRM:
     with torch.no_grad():
         found.start.normal_()
         found.bradley_terry.normal_()
+    found.num_train_pairs = 1
     return found.eval()
 
 

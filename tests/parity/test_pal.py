@@ -50,6 +50,7 @@ def pal(**options: Any) -> PAL:
     defaults: dict[str, Any] = {"num_prototypes": K, "users": "table", "projector": "mlp1-gelu-dropout0"}
     method = PAL(USERS, DIM, **{**defaults, **options}).double()
     method.logits.data = draw(USERS, K, seed=4)
+    method.num_train_pairs = 1
     return method
 
 

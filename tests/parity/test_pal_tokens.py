@@ -48,6 +48,7 @@ def live(**options: Any) -> LivePAL:
     method.configure_model()
     method.logits.data = torch.randn(USERS, K, generator=torch.Generator().manual_seed(2))
     method.trained_on_prompts.fill_(method.variant == "B")
+    method.num_train_pairs = 1
     return method
 
 
