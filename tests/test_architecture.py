@@ -61,11 +61,12 @@ ARROWS: dict[str, set[str]] = {
     "plm.arrays": set(),
     "plm.atomic": set(),
     "plm.distributed": set(),
+    "plm.hub": set(),
     "plm.optimizer": set(),
     "plm.functional": of_plm(),
     "plm.users": of_plm("users"),
     "plm.metrics": of_plm(),
-    "plm.backbones": of_plm("distributed"),
+    "plm.backbones": of_plm("distributed", "hub"),
     "plm.method": of_plm(),
     "plm.method.base": of_plm("callbacks", "method"),
     "plm.method.abilities": of_plm("backbones"),
@@ -78,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.methods.clap": of_plm(*METHOD_NEEDS, "checkpoint", "users"),
     "plm.data": of_plm("data"),
     "plm.data.sources": of_plm(
-        "data.rewards", "data.schema", "data.files", "data.values", "data.keys", "data.conversations"
+        "data.rewards", "data.schema", "data.files", "data.values", "data.keys", "data.conversations", "hub"
     ),
     "plm.data.features": of_plm("backbones"),
     "plm.data.encoding": of_plm("backbones", "data"),

@@ -29,6 +29,7 @@ from plm.backbones.backbone import (
     template_errors,
 )
 from plm.backbones.weights import content_hash, score_weight
+from plm.hub import WAYS_OUT, offline_options
 
 CPU_BATCH_TOKENS = 1024
 """What fits the processor's cache: larger batches were slower on CPU."""
@@ -258,19 +259,21 @@ class HFBackbone(Backbone):
     def read(self, load: Callable[..., Any], **options: Any) -> Any:
         """Call a loader of transformers on the model; its errors become a message about ``model``."""
         name = self.model if self._folder is None else str(self._folder)
+        offline = offline_options() if self._folder is None else {}
         try:
-            return load(name, revision=self.revision if self._folder is None else None, **options)
+            return load(name, revision=self.revision if self._folder is None else None, **offline, **options)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = (
                 "check that its files are whole"
                 if self._folder
-                else f"check the id, the network and your access; there is no such folder{self._seen_from}: give "
-                "an absolute path (data.backbone.init_args.model), or run where the folder is found"
+                else f"there is no such folder{self._seen_from}: give an absolute path "
+                f"(data.backbone.init_args.model), or {WAYS_OUT if offline else 'check the id and your access'}"
             )
+            state = "cannot be read, as the hub is out of reach" if offline else "cannot be read"
             raise ValueError(
-                f"expected `model` to be the folder of a Hugging Face model or a hub id, got {self.model!r}, "
-                f"which cannot be read ({reason}); {where}"
+                f"expected `model` to be the folder of a Hugging Face model or a hub id, got {self.model!r}, which "
+                f"{state} ({reason}); {where}"
             ) from error
 
     # ------------------------------------------------------------------ texts

