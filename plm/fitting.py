@@ -122,7 +122,7 @@ def fit(
     Raises:
         ValueError: As ``plm fit`` fails: malformed rows, unknown keys, too few pairs.
 
-    Example:
+    Examples:
         >>> run = fit("mine.jsonl", "LoRe", backbone="hashing", num_bases=8)  # doctest: +SKIP
         >>> run.method.score(["A new bus line.", "A new exit."], user_id="anna")  # doctest: +SKIP
     """

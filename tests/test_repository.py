@@ -21,6 +21,7 @@ AT_ROOT = {
     "conf",
     "docs",
     "examples",
+    "mkdocs.yml",
     "plm",
     "pyproject.toml",
     "recipes",

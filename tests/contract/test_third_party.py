@@ -1,9 +1,10 @@
-"""A method of another package: found by its entry point, trained by its short name, held to the contract."""
+"""The method of docs/write_a_method.md, in a package of its own: found, trained by its name, held to the contract."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,66 +19,8 @@ from plm.leaderboard.entries import check_search_space
 from plm.method import PersonalizationMethod
 from plm.testing import MethodContract
 
-SOURCE = '''
-"""A shared direction, and for each user the mean difference of its pairs.
-
-Paper: none, an example.
-"""
-
-import torch
-
-from plm import PersonalizationMethod, UserState
-
-
-class Centroid(PersonalizationMethod):
-    """The mean of what a user chose."""
-
-    view = "features"
-    user_tables = ("sums", "counts")
-    search_space = {"pull": [1.0, 5.0, 20.0]}
-
-    def __init__(self, num_users: int, feature_dim: int, backbone: dict | None = None, pull: float = 5.0):
-        """See the class.
-
-        Args:
-            num_users: Number of seen users.
-            feature_dim: Width of the features.
-            backbone: What makes the features.
-            pull: How many pairs the population counts for.
-        """
-        super().__init__(num_users, feature_dim, backbone, lr=0.05)
-        self.pull = pull
-        self.direction = torch.nn.Parameter(torch.zeros(feature_dim))
-        self.register_buffer("sums", torch.zeros(num_users, feature_dim))
-        self.register_buffer("counts", torch.zeros(num_users, dtype=torch.long))
-
-    def loss(self, batch):
-        margin = (batch.chosen - batch.rejected) @ self.direction / self.feature_scale
-        return {"loss": -(batch.weight * torch.nn.functional.logsigmoid(margin)).mean()}
-
-    @torch.no_grad()
-    def refresh_users(self):
-        self.sums.zero_(), self.counts.zero_()
-        for batch in self.train_pass():
-            self.sums.index_add_(0, batch.user_index, batch.chosen - batch.rejected)
-            self.counts += torch.bincount(batch.user_index, minlength=self.num_users)
-
-    def _state(self, sums, counts):
-        return UserState({"shift": sums / (counts[:, None] + self.pull)}, counts)
-
-    def _score(self, responses, users):
-        return (responses * (self.direction + users.tensors["shift"])).sum(-1)
-
-    def _adapt(self, context):
-        difference = (context.chosen - context.rejected) * context.mask[..., None]
-        return self._state(difference.sum(1), context.mask.sum(1))
-
-    def user_states(self, user_index):
-        return self._state(self.sums[user_index], self.counts[user_index])
-
-    def population_state(self, num_users):
-        return self._state(self.sums.new_zeros(num_users, self.feature_dim), self.counts.new_zeros(num_users))
-'''
+PAGE = Path(__file__).parents[2] / "docs/write_a_method.md"
+SOURCE = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
 RECIPE = """
 defaults: [{backbone: hashing}, {trainer: cpu}, {logger: csv}, {eval: quick}]
 model: {class_path: Centroid, init_args: {pull: 2.0}}

@@ -64,8 +64,8 @@ class PAL(SolvedUsers, Exporter):
         gamma: Width of the curved part of the smooth hinge.
         users: posterior = solve the weights of users under a learned prior while prototypes are trained. table =
             train a table of weight logits together with the prototypes, as published.
-        projector: Map f of the features: identity or mlp{n}-{relu|gelu|linear}-dropout{digits}[-residual][-batchnorm]
-            [-nobias].
+        projector: Map f of the features: identity or
+            ``mlp{n}-{relu|gelu|linear}-dropout{digits}[-residual][-batchnorm][-nobias]``.
         user_projector: Map of the prompt for each prototype (only with variant B); null = as ``projector``.
         dim: Width E of the preference space; null = D.
         mixing: softmax, or Gumbel softmax while training, gumbel with soft and gumbel_hard with one-hot samples (only
