@@ -1,4 +1,4 @@
-"""Wording of errors that more than one room needs: near names, and checks of arguments that are reported together."""
+"""Wording that more than one room needs: near names, plain texts, checks of arguments that are reported together."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def first_of(lines: Sequence[str], indent: str = "") -> list[str]:
     """The first 20 lines of a report, and one that says how many more there are."""
     more = [f"... and {len(lines) - NUM_SHOWN} more"] if len(lines) > NUM_SHOWN else []
     return [f"{indent}{line}" for line in [*lines[:NUM_SHOWN], *more]]
+
+
+def plain(text: str) -> str:
+    r"""Text in which what steers a terminal or hides itself is spelled out: ``\x1b`` for an escape."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
 
 
 class Problems:

@@ -103,7 +103,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.evaluation": of_plm("metrics"),
     "plm.callbacks": of_plm("metrics", "evaluation", "users"),
     "plm.audit": of_plm("data", "evaluation"),
-    "plm.recipe": of_plm("callbacks", "checkpoint", "data", "evaluation", "method", "metrics"),
+    "plm.recipe": {"plm", *of_plm("callbacks", "checkpoint", "data", "evaluation", "method", "metrics")},
     "plm.fitting": of_plm("backbones", "callbacks", "checkpoint", "erasure", "method", "recipe"),
     "plm.judging": of_plm("backbones", "data", "evaluation", "generation", "method", "recipe"),
     "plm.leaderboard": {
@@ -154,7 +154,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"baselines", "facts", "per_user", "results"},
         {"cells", "report"},
         {"entries", "figures", "wandb"},
-        {"board", "dashboard"},
+        {"board", "dashboard", "runs"},
     ],
     "plm.serving": [
         {"batching", "bodies", "embeddings", "metrics"},

@@ -92,7 +92,7 @@ def markdown(report: DataReport) -> str:
 
 def page(report: DataReport) -> str:
     """The report as one HTML page that needs nothing else."""
-    pictures = [Section(title, picture=content) for title, content in plots(report).items()]
+    pictures = [Section(title, pictures={title: content}) for title, content in plots(report).items()]
     verdict = Section("", lines=[_VERDICT[report.worst]])
     return html_page(f"Data report: {report.name}", [verdict, _findings(report), *pictures, *_tables(report)])
 

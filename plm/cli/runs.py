@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from plm.cli.options import OptionParser
 
 
 def run(args: list[str]) -> None:
-    """Print a table of the finished runs of a folder, the newest first.
+    """Print a table of the runs of a folder, the newest first, and what is missing in those that are damaged.
 
     Raises:
         ValueError: If there is no such folder.
     """
     parser = OptionParser(
         prog="plm runs",
-        description="List the finished runs of a folder, the newest first: what was fitted to which data, accuracy on "
-        "users that were held out (else on seen ones), and what it gains over the population's state.",
+        description="List the runs of a folder, the newest first: what was fitted to which data, accuracy on held-out\n"
+        "users (else on seen ones), what it gains over the population's state, and what is missing in a run that was\n"
+        "stopped or damaged. --output writes a page with a table that can be sorted and the figures of all\n"
+        "runs (runs.html), the table as runs.csv and runs.tex (booktabs), and pictures that compare the runs of one\n"
+        "split as PNG, PDF and SVG.",
     )
     parser.add_argument("folder", nargs="?", default="runs", help="folder of the runs (default: runs)")
+    parser.add_shared("--output", metavar="DIR", help="folder for the page and its files")
     options = parser.parse(args)
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from plm.evaluation import print_parts
+    from plm.leaderboard.runs import cells, write_runs
     from plm.recipe.runs import read_runs
 
     runs = read_runs(options.folder)
     if not runs:
-        print(f"no finished run in {options.folder}")
+        print(f"no run in {options.folder}")
         return
-    table = Table("run", "method", "data", "users", "accuracy %", "personal - global", box=None)
+    heads = ("run", "method", "data", "users", "accuracy %", "personal − global")
+    table = Table(*heads, box=None)
     table.columns[0].overflow = "fold"
     for found in runs:
-        gain = f"{100 * found.gain:+.1f} [{100 * found.gain_low:.1f}, {100 * found.gain_high:.1f}]"
-        names = (str(found.folder.relative_to(options.folder)), found.method, found.data, found.users)
-        table.add_row(*map(Text, names), f"{100 * found.accuracy:.1f}", gain)
-    Console().print(table)
+        shown = cells(found)
+        shown["accuracy %"] = shown.get(f"{found.users} %", "–")
+        table.add_row(*(Text(shown[head]) for head in heads))
+    print_parts(table, *(f"{found.name}: {'; '.join(found.problems)}" for found in runs if found.problems))
+    if options.output:
+        files = write_runs(runs, Path(options.folder), Path(options.output))
+        print(f"{', '.join(file.name for file in files)} in {options.output}")

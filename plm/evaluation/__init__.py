@@ -2,7 +2,17 @@
 
 from plm.evaluation.comparison import Comparison, compare, holm
 from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_figure
-from plm.evaluation.page import Section, TableRow, html_page, markdown_table, png
+from plm.evaluation.page import (
+    Link,
+    Section,
+    TableRow,
+    html_page,
+    latex_tables,
+    markdown_table,
+    png,
+    write_figures,
+    write_report,
+)
 from plm.evaluation.report import (
     USER_COLUMNS,
     control_notes,
@@ -28,6 +38,7 @@ __all__ = [
     "MIN_USERS",
     "USER_COLUMNS",
     "Comparison",
+    "Link",
     "Section",
     "TableRow",
     "calibration_figure",
@@ -41,6 +52,7 @@ __all__ = [
     "holm",
     "html_page",
     "interval",
+    "latex_tables",
     "markdown_table",
     "minimum_detectable_effect",
     "p_value",
@@ -54,4 +66,6 @@ __all__ = [
     "summary_table",
     "user_rows",
     "verdict",
+    "write_figures",
+    "write_report",
 ]

@@ -1,1 +1,1 @@
-"""Comparisons of methods: rows to fit, the cost of a run, results, tables, pictures, and what W&B shows of them."""
+"""Comparisons of methods: rows to fit, the cost of a run, results, tables, pictures, what W&B shows, all runs."""

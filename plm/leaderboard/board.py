@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import inspect
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-import plm
 from plm.atomic import only_writer, write_csv, write_json
 from plm.atomic import replace as move
 from plm.data import agreement, surface
@@ -28,6 +25,7 @@ from plm.leaderboard.entries import Entry, candidates, read_entries, search
 from plm.leaderboard.figures import all_figures
 from plm.leaderboard.report import Leaderboard, write
 from plm.leaderboard.results import BoardRow, fill_row, other_user_row, read_run
+from plm.recipe.runs import provenance
 
 REFERENCE_ROW = "BradleyTerry"
 """The row all others are compared with: ridge-tuned, one reward for everybody."""
@@ -68,13 +66,9 @@ class Plan:
 
     def metadata(self) -> dict[str, object]:
         """Where the numbers come from."""
-        describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout
         return {
             "command": self.command,
-            "date": datetime.date.today().isoformat(),
-            "commit": commit.strip() or "unknown",
-            "plm": plm.__version__,
+            **provenance(),
             "python": sys.version.split()[0],
             "seeds": self.seeds,
             "candidates per method": self.budget,

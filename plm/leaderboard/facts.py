@@ -18,18 +18,13 @@ UNCERTAINTY = {width for _, width in POSTERIORS}
 
 
 class RunFacts(L.Callback):
-    """Writes ``facts.json``: class, parameters, seconds, the best monitored value and the time to adapt a user.
+    """Adds to ``facts.json`` of a fit: class, parameters, the best monitored value and the time to adapt a user.
 
     The time is that of one call for all unseen users who fit into a batch, divided by their number; the faster of two.
     """
 
     def __init__(self) -> None:
-        self._start = math.nan
         self._facts: dict[str, Any] = {}
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, after data and features are loaded."""
-        self._start = time.perf_counter()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write what is known without a test."""
@@ -46,7 +41,6 @@ class RunFacts(L.Callback):
             "shared_parameters": trained,
             "parameters_per_user": per_user,
             "parameters": trained + per_user * method.num_users,
-            "fit_seconds": time.perf_counter() - self._start,
             "val_value": math.nan if best is None else float(best),
         }
         self._write(trainer)
@@ -75,7 +69,7 @@ class RunFacts(L.Callback):
 
     def _write(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
-            write_json(run_dir(trainer) / "facts.json", self._facts)
+            write_json(run_dir(trainer) / "facts.json", self._facts, merge=True)
 
 
 def state_size(states: UserState, population: UserState) -> int:

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from plm.evaluation.figures import FAINT, HARMED, INK, SAME, blank, headline, tidy
 from plm.leaderboard.report import Leaderboard
+from plm.leaderboard.results import GROUPS, BoardRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLORS = ("#D9793B", "#3B6FB6", "#3C8D6E", "#8A5FB0", "#C2524B", "#5B6770", "#B08A2E")
+_LONGEST = 44  # characters of a name
 _KINDS = {"method": INK, "control": HARMED, "baseline": FAINT}
 
 
 def all_figures(board: Leaderboard) -> dict[str, Figure]:
     """Title -> picture; those without anything to show are left out."""
-    figures = {"Accuracy": forest(board), "Few-shot curves": few_shot(board), "Parameters": parameters(board)}
+    figures = {
+        "Accuracy": forest(board.rows, board.reference),
+        "Few-shot curves": few_shot(board.rows),
+        "Parameters": parameters(board),
+    }
     return {title: figure for title, figure in figures.items() if figure is not None}
 
 
-def forest(board: Leaderboard) -> Figure | None:
-    """Accuracy of every row with its interval, one panel per group of users."""
-    rows = [row for row in board.rows if row.numbers]
+def forest(rows: Sequence[BoardRow], reference: str = "") -> Figure | None:
+    """Accuracy of every row with its interval, one panel per group of users, and a line at the reference row's."""
+    rows = [row for row in rows if row.numbers]
     if not rows:
         return None
-    figure = blank(4.2 + 3.6 * len(board.groups), 1.4 + 0.32 * len(rows))
-    panels = figure.subplots(1, len(board.groups), sharey=True, squeeze=False)[0]
-    for axes, group in zip(panels, board.groups, strict=True):
+    groups = [group for group in GROUPS if any(group in row.numbers for row in rows)]
+    figure = blank(4.2 + 3.6 * len(groups), 1.4 + 0.32 * len(rows))
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
         tidy(axes)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x", color="#E7E9EC", linewidth=0.8)
@@ -42,19 +50,21 @@ def forest(board: Leaderboard) -> Figure | None:
             ends = [100 * numbers[f"accuracy_{end}"] for end in ("low", "high")]
             axes.plot(ends, [place, place], color=color, linewidth=1.8, solid_capstyle="butt")
             axes.plot([middle], [place], marker="o" if row.kind == "method" else "s", color=color, markersize=6)
-            if row.name == board.reference:
+            if row.name == reference:
                 axes.axvline(middle, color=SAME, linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)
         axes.set_xlabel("accuracy, mean over users (%)")
         count = next(row.numbers[group]["num_users"] for row in rows if group in row.numbers)
-        headline(axes, f"{group.capitalize()} users", f"{count:,.0f} users; dashed: {board.reference}")
-    panels[0].set_yticks(range(len(rows)), [row.name for row in rows])
+        headline(
+            axes, f"{group.capitalize()} users", f"{count:,.0f} users" + (f"; dashed: {reference}" if reference else "")
+        )
+    panels[0].set_yticks(range(len(rows)), [_label(row.name) for row in rows])
     panels[0].invert_yaxis()
     return figure
 
 
-def few_shot(board: Leaderboard) -> Figure | None:
+def few_shot(rows: Sequence[BoardRow]) -> Figure | None:
     """Accuracy of unseen users against support pairs, one line per row that has a curve."""
-    rows = [row for row in board.rows if row.few_shot and row.kind != "control"]
+    rows = [row for row in rows if row.few_shot and row.kind != "control"]
     if not rows:
         return None
     figure = blank(8.4, 4.8)
@@ -67,13 +77,16 @@ def few_shot(board: Leaderboard) -> Figure | None:
         color, style = _COLORS[index % len(_COLORS)], "-" if row.is_personal else (0, (4, 3))
         axes.fill_between(at, low, high, color=color, alpha=0.09, linewidth=0)
         values = 100 * np.array(curve["accuracy"], dtype=float)
-        axes.plot(at, values, color=color, linewidth=2, linestyle=style, marker="o", markersize=4, label=row.name)
+        axes.plot(
+            at, values, color=color, linewidth=2, linestyle=style, marker="o", markersize=4, label=_label(row.name)
+        )
+    seeds = ", mean of the seeds'" if any(row.num_seeds > 1 for row in rows) else ""
     shots = (rows[0].few_shot or {})["shots"]
     axes.set_xticks(np.log2(np.array(shots) + 1.0), [str(k) for k in shots])
     axes.set_xlabel("preference pairs per unseen user (shots)")
     axes.set_ylabel("accuracy, mean over users (%)")
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), labelcolor=INK)
-    headline(axes, "How many pairs does a new user need?", "bands: 95% intervals over users, mean of the seeds'")
+    headline(axes, "How many pairs does a new user need?", "bands: 95% intervals over users" + seeds)
     return figure
 
 
@@ -90,7 +103,11 @@ def parameters(board: Leaderboard) -> Figure | None:
         total = row.facts["shared_parameters"] + row.facts["parameters_per_user"] * users
         color = _COLORS[index % len(_COLORS)]
         axes.plot(
-            users, total, color=color, linewidth=2, label=f"{row.name} (+{row.facts['parameters_per_user']}/user)"
+            users,
+            total,
+            color=color,
+            linewidth=2,
+            label=_label(f"{row.name} (+{row.facts['parameters_per_user']}/user)"),
         )
         axes.plot([row.facts["num_users"]], [row.facts["parameters"]], marker="o", color=color, markersize=6)
     axes.set_xscale("log")
@@ -100,3 +117,9 @@ def parameters(board: Leaderboard) -> Figure | None:
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), labelcolor=INK)
     headline(axes, "What do users cost?", "dots: the users of this leaderboard")
     return figure
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: a dollar begins no formula, and an underscore hides no name in a legend."""
+    text = (name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…").replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from plm.atomic import write_csv, write_json, write_text
+from plm.atomic import write_json, write_text
 from plm.evaluation import (
     Section,
     TableRow,
     difference,
-    html_page,
     interval,
     markdown_table,
     p_value,
     plain_table,
-    png,
     points,
+    write_figures,
+    write_report,
 )
 from plm.leaderboard.results import GROUPS, BoardRow, Versus, all_pairs, ranked, verdicts, versus
 
@@ -161,6 +161,7 @@ def tables(board: Leaderboard) -> list[Section]:
             board.caption(group),
             heads,
             [TableRow([row.name, *board.cells(row, group)], row.kind) for row in board.rows],
+            is_sortable=True,
         )
         for group in board.groups
     ]
@@ -251,32 +252,27 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
     }
 
 
-def page(board: Leaderboard, pictures: Mapping[str, bytes]) -> str:
-    """One HTML page with everything inside; ``pictures`` are PNGs by title."""
+def page(board: Leaderboard, pictures: Mapping[str, bytes]) -> list[Section]:
+    """The sections of the HTML page; ``pictures`` are PNGs by title."""
     commands = [f"{row.name}: {row.description}. {row.command}" for row in board.rows]
-    sections = [
+    return [
         Section("", lines=board.provenance()),
         *tables(board),
         *lists(board),
-        *(Section(title, picture=content) for title, content in pictures.items()),
+        *(Section(title, pictures={title: content}) for title, content in pictures.items()),
         Section("Rows", lines=commands),
         Section("How to read this", lines=NOTES),
     ]
-    return html_page(board.title, sections)
 
 
 def write(board: Leaderboard, figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write all formats into a folder; returns their paths."""
-    pictures = {title: png(figure) for title, figure in figures.items()}
+    pictures, drawn = write_figures(folder, figures)
     write_text(folder / "leaderboard.md", markdown(board) + "\n")
-    write_csv(folder / "leaderboard.csv", *records(board))
     write_json(folder / "leaderboard.json", as_json(board))
-    write_text(folder / "leaderboard.html", page(board, pictures))
-    files = [folder / f"leaderboard.{kind}" for kind in ("md", "csv", "json", "html")]
-    for title, content in pictures.items():
-        files.append(folder / f"{'_'.join(title.lower().split())}.png")
-        files[-1].write_bytes(content)
-    return files
+    files = [folder / "leaderboard.md", folder / "leaderboard.json"]
+    files += write_report(folder, "leaderboard", board.title, page(board, pictures), *records(board))
+    return files + drawn
 
 
 # ---------------------------------------------------------------------- words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from plm.atomic import write_text
+from plm.atomic import write_json, write_text
 from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
 from plm.checkpoint import find_class, read_checkpoint
 from plm.data.datamodule import PreferenceDataModule
@@ -31,7 +32,17 @@ from plm.recipe.parser import SETTINGS, RecipeParser, relative_references
 from plm.recipe.plugins import load_plugins
 from plm.recipe.predict import SavePredictions
 from plm.recipe.quiet import quiet, speak
-from plm.recipe.runs import CLAIMED, claim, claimed_name, discard_empty, keeps_files, numbered, repeatable, run_name
+from plm.recipe.runs import (
+    CLAIMED,
+    claim,
+    claimed_name,
+    discard_empty,
+    keeps_files,
+    numbered,
+    provenance,
+    repeatable,
+    run_name,
+)
 from plm.recipe.select import select
 
 MONITOR = "val/seen/log_loss"
@@ -39,8 +50,9 @@ MONITOR = "val/seen/log_loss"
 
 
 class SaveRecipe(SaveConfigCallback):
-    """Save the resolved recipe in the folder of the run, and in its loggers; a fit saves its split too.
+    """Save the resolved recipe in the folder of the run, and in its loggers; a fit or test also ``facts.json``.
 
+    A fit saves its split, too.
     Lightning's own callback writes to a folder that all W&B runs share, where the second run fails.
     """
 
@@ -54,6 +66,8 @@ class SaveRecipe(SaveConfigCallback):
             path = run_dir(trainer) / ("recipe.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml")
             write_text(path, text)
             data = getattr(trainer, "datamodule", None)
+            if stage in ("fit", "test"):
+                write_json(path.with_name("facts.json"), provenance())
             if stage == "fit" and isinstance(data, PreferenceDataModule):
                 data.save_splits(path.with_name("splits.json"))
             metadata = {"recipe": yaml.safe_load(text), "method": type(pl_module).__name__}
@@ -62,6 +76,16 @@ class SaveRecipe(SaveConfigCallback):
             for logger in trainer.loggers:
                 logger.log_hyperparams(metadata)
         self.already_saved = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, after data and features are loaded."""
+        self._start = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add ``fit_seconds`` to ``facts.json``."""
+        if trainer.is_global_zero:
+            seconds = time.perf_counter() - self._start
+            write_json(run_dir(trainer) / "facts.json", {"fit_seconds": seconds}, merge=True)
 
 
 class RecipeCLI(LightningCLI):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
+import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+
+import plm
+from plm.messages import plain
 
 CLAIMED = "PLM_CLAIMED_RUN"
 """Variable that tells the processes of one run its folder, while it runs."""
@@ -50,7 +57,7 @@ def _data_name(source: dict[str, Any]) -> str:
         file = Path(first)
         stem = file.name.partition(".")[0]
         return file.parent.name if stem in _PLAIN_NAMES and file.parent.name else stem
-    return str(source.get("class_path", "")).rpartition(".")[2].removesuffix("Pairs")
+    return _text(source.get("class_path")).rpartition(".")[2].removesuffix("Pairs")
 
 
 def numbered(name: str) -> Iterator[str]:
@@ -126,43 +133,154 @@ def repeatable(config: Namespace) -> Namespace:
     return config
 
 
-class RunSummary(NamedTuple):
-    """One finished run."""
+def provenance() -> dict[str, str]:
+    """Date, version of plm, and what ``git describe`` says of the working folder, ``unknown`` where it says nothing."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    try:
+        told = subprocess.run(describe, capture_output=True, text=True, check=False, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or a repository too large to look through
+        told = ""
+    date = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return {"date": date, "commit": told or "unknown", "plm": plm.__version__}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the folder of a run holds; texts are without control characters, whatever the files say."""
 
     folder: Path
-    method: str
-    data: str
-    users: str
-    """``unseen`` where the run tested such users, else ``seen``."""
-    accuracy: float
-    gain: float
-    """Accuracy less that of the population's state."""
-    gain_low: float
-    gain_high: float
+    name: str
+    """The folder, seen from the folder of all runs."""
+    method: str = ""
+    data: str = ""
+    split: str = ""
+    """Hash of the split; runs of one split have the same test pairs."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """``date``, ``commit``, ``plm`` and ``fit_seconds``, where the run says so."""
+    numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """``unseen`` and ``seen``, where tested -> number of `plm.evaluation.summarize` -> its value, nan if it is none."""
+    verdicts: Sequence[str] = ()
+    few_shot: Mapping[str, Any] | None = None
+    problems: Sequence[str] = ()
+    """What is missing or damaged."""
+
+    @property
+    def users(self) -> str:
+        """``unseen`` where the run tested such users, else ``seen``; empty for a run that was not tested."""
+        return next(iter(self.numbers), "")
 
 
 def read_runs(root: str | Path) -> list[RunSummary]:
-    """Finished runs below a folder, the newest first; what is no run or was not tested is left out.
+    """All runs below a folder, the newest first, also those that are damaged, unfinished or were not tested.
+
+    A run is a folder with ``recipe.yaml``, ``metrics.json`` or ``checkpoints``, or an empty one directly below.
 
     Raises:
         ValueError: If there is no such folder.
     """
-    if not Path(root).is_dir():
+    root = Path(root)
+    if not root.is_dir():
         raise ValueError(f"expected a folder of runs, got {str(root)!r}, which is none")
-    files = [file for file in Path(root).rglob("metrics.json") if (file.with_name("recipe.yaml")).is_file()]
     found = []
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        with suppress(KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError):  # files of another program
-            found.append(_summary(file))
+    for place, folders, files in os.walk(root):
+        folder = Path(place)
+        is_claimed = folder.parent == root and not folders and not files
+        if folder != root and (is_claimed or {"recipe.yaml", "metrics.json", _CHECKPOINTS} & {*folders, *files}):
+            found.append((folder.stat().st_mtime, folder))
+            folders.clear()
+    return [_summary(folder, root) for _, folder in sorted(found, reverse=True)]
+
+
+def _summary(folder: Path, root: Path) -> RunSummary:
+    """Read one run; whatever cannot be read is a problem of its own."""
+    name = plain(str(folder.relative_to(root)))
+    if not any(folder.iterdir()):
+        return RunSummary(folder, name, problems=["nothing was written: it has just begun, or was killed"])
+    problems: list[str] = []
+    file = "test.yaml" if (folder / "test.yaml").is_file() else "recipe.yaml"
+    recipe = _mapping(folder / file, problems)
+    path = _part(recipe, "model").get("class_path")
+    if recipe and not isinstance(path, str):
+        problems.append(f"{file} names no method")
+    metrics = _mapping(folder / "metrics.json", problems, "it runs still, was stopped, or was not tested")
+    numbers: dict[str, Mapping[str, float]] = {}
+    for users in ("unseen", "seen"):
+        if users in metrics:
+            numbers[users] = {key: _number(value) for key, value in _part(metrics, users).items()}
+            if not 0 <= numbers[users].get("accuracy", math.nan) <= 1:
+                problems.append(f"metrics.json has no accuracy of {users} users from 0 to 1")
+                del numbers[users]
+    if metrics and not numbers:
+        problems.append("metrics.json has numbers of no users")
+    curve = _part(metrics, "few_shot")
+    if curve and not _is_curve(curve):
+        problems.append("few_shot of metrics.json is no curve")
+        curve = {}
+    facts = _mapping(folder / "facts.json", []) if (folder / "facts.json").is_file() else {}
+    if file == "recipe.yaml" and not any(folder.glob(f"{_CHECKPOINTS}/*.ckpt")):
+        problems.append("no checkpoint")
+    if numbers and not (folder / "per_user.csv").is_file():
+        problems.append("no per_user.csv")
+    return RunSummary(
+        folder,
+        name,
+        _text(path).rpartition(".")[2],
+        plain(_data_name(_part(_part(recipe, "data"), "source"))),
+        _text(metrics.get("split_hash")),
+        {key: _text(value) if isinstance(value, str) else _number(value) for key, value in facts.items()},
+        numbers,
+        [_text(text) for text in _part(metrics, "verdicts").values()],
+        curve or None,
+        problems,
+    )
+
+
+def _mapping(file: Path, problems: list[str], hint: str = "") -> dict[str, Any]:
+    """A file of YAML or JSON that holds a mapping; empty, with a problem, where it does not."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        problems.append(f"no {file.name}" + (f": {hint}" if hint else ""))
+        return {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        problems.append(f"{file.name} is damaged: {plain(' '.join(str(error).split()))}")
+        return {}
+    if not isinstance(found, dict):
+        problems.append(f"{file.name} is damaged: it holds no mapping")
+        return {}
     return found
 
 
-def _summary(file: Path) -> RunSummary:
-    recipe = yaml.safe_load(file.with_name("recipe.yaml").read_text(encoding="utf-8"))
-    metrics = json.loads(file.read_text(encoding="utf-8"))
-    users = "unseen" if "unseen" in metrics else "seen"
-    numbers = metrics.get(users, {})
-    keys = ("accuracy", "personal_minus_global", "personal_minus_global_low", "personal_minus_global_high")
-    found = [float("nan") if numbers.get(key) is None else float(numbers[key]) for key in keys]
-    data = _data_name((recipe.get("data") or {}).get("source") or {})
-    return RunSummary(file.parent, recipe["model"]["class_path"].rpartition(".")[2], data, users, *found)
+def _part(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A mapping in a mapping; empty where there is none."""
+    found = mapping.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: Any) -> str:
+    """A text of a file without control characters; empty where it holds something else."""
+    return plain(value) if isinstance(value, str) else ""
+
+
+def _number(value: Any) -> float:
+    """A finite number of a file; nan where it holds something else."""
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _is_curve(curve: Mapping[str, Any]) -> bool:
+    """Whether the lists that a picture needs are there, of one length and of shares."""
+    shots = curve.get("shots")
+    if not isinstance(shots, list) or not all(isinstance(count, int) and 0 <= count < 2**31 for count in shots):
+        return False
+    lists = [curve.get(name) for name in ("accuracy", "accuracy_low", "accuracy_high")]
+    return bool(shots) and all(
+        isinstance(values, list)
+        and len(values) == len(shots)
+        and all(value is None or 0 <= _number(value) <= 1 for value in values)
+        for values in lists
+    )

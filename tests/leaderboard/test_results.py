@@ -13,7 +13,7 @@ import pytest
 
 import plm
 from plm.atomic import write_csv, write_json
-from plm.evaluation import png
+from plm.evaluation import html_page
 from plm.leaderboard.figures import all_figures
 from plm.leaderboard.report import Leaderboard, markdown, page, records, tables, terminal, write
 from plm.leaderboard.results import BoardRow, all_pairs, fill_row, other_user_row, ranked, read_run, verdicts, versus
@@ -120,15 +120,19 @@ def test_every_format_holds_every_row(rows: list[BoardRow], tmp_path: Path):
     made = board(rows)
     files = write(made, all_figures(made), tmp_path / "out")
     assert all(file.stat().st_size > 500 for file in files)
-    assert {file.name for file in files} >= {"leaderboard.html", "accuracy.png", "few-shot_curves.png"}
+    names = {f"leaderboard.{kind}" for kind in ("md", "json", "html", "csv", "tex")}
+    names |= {f"{name}.{k}" for name in ("accuracy", "few-shot_curves", "parameters") for k in ("png", "pdf", "svg")}
+    assert {file.name for file in files} == names
+    tex = (tmp_path / "out" / "leaderboard.tex").read_text()
+    assert tex.count(r"\toprule") == 3 and r"Own & 60.0 & 66.0 \\" in tex
     text = markdown(made)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     widths = {line.replace("\\|", "").count("|") for line in lines}
     assert widths == {4, 17}, "rows of equal width, those of the few-shot table of another"
     assert "failed: ValueError: no \\| luck" in text and "Broken, seed 0: ValueError: no | luck" in text
     assert "| Own | 60.0 | 66.0 |" in text and "- LatentDPO: reads latents" in text
-    web = page(made, {title: png(figure) for title, figure in all_figures(made).items()})
-    assert "<th>Own</th><td>60.0</td><td>66.0</td>" in web and "LatentDPO: reads latents" in web
+    web = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert '<th scope="row">Own</th><td>60.0</td><td>66.0</td>' in web and "LatentDPO: reads latents" in web
     assert web.count("data:image/png;base64,") == 3 and "http" not in web
     columns, table = records(made)
     assert len(table) == 2 * len(rows) and all(len(line) == len(columns) for line in table)
@@ -150,21 +154,21 @@ def test_a_board_without_results_still_shows_its_failures():
 def test_what_a_page_shows_is_escaped(tmp_path: Path):
     personal = row(tmp_path, "<script>", 0.0, 0.06, 3)
     failed = BoardRow("Broken", "method", "a & b", errors={0: "<b>why</b>"}, command="plm fit '<x>'")
-    web = page(board([personal, failed]), {"<i>": b"PNG"})
-    assert "<script>" not in web and "<b>" not in web and "<x>" not in web and "<i>" not in web
-    assert "<th>&lt;script&gt;</th>" in web and "failed: &lt;b&gt;why&lt;/b&gt;" in web
+    web = html_page("<script>", page(board([personal, failed]), {"<i>": b"PNG"}))
+    assert web.count("<script>") == 1 and "<b>" not in web and "<x>" not in web and "<i>" not in web
+    assert '<th scope="row">&lt;script&gt;</th>' in web and "failed: &lt;b&gt;why&lt;/b&gt;" in web
     assert "a &amp; b" in web and 'src="data:image/png;base64,UE5H"' in web
 
 
 def test_every_format_shows_the_same_cells(rows: list[BoardRow]):
     made = board(rows)
-    text, web = markdown(made), page(made, {})
+    text, web = markdown(made), html_page("", page(made, {}))
     for section in tables(made):
         for name, *cells in (line.cells for line in section.rows):
             escaped = [cell.replace("|", "\\|") for cell in cells]
             assert f"| {name} | {' | '.join(escaped)} |" in text
             body = "".join(f"<td>{cell.replace('<', '&lt;')}</td>" for cell in cells)
-            assert f"<th>{name}</th>{body}" in web
+            assert f'<th scope="row">{name}</th>{body}' in web
 
 
 def test_a_new_leaderboard_fills_the_page_of_results(rows: list[BoardRow], tmp_path: Path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
@@ -15,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
+import plm
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
 from plm.recipe.fit import _renamed, run_recipe
@@ -199,23 +202,24 @@ def test_a_saved_recipe_names_no_run_of_wandb() -> None:
 
 def test_runs_are_listed_the_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "recipe.yaml", "--name", "one"]) == 0
-    assert main(["fit", "--config", "recipe.yaml", "--name", "untested", "--final_test", "false"]) == 0
     two = claim("runs", ["two"])
     (two / "recipe.yaml").write_bytes(Path("runs/one/recipe.yaml").read_bytes())
     (two / "metrics.json").write_text(json.dumps({"seen": {"accuracy": 0.5, "personal_minus_global": None}}))
     first, second = read_runs("runs")
-    numbers = json.loads(Path("runs/one/metrics.json").read_text())["unseen"]
-    assert (second.folder, second.method, second.users) == (Path("runs/one"), "LoRe", "unseen")
-    assert (second.accuracy, second.gain) == (numbers["accuracy"], numbers["personal_minus_global"])
-    assert (first.folder, first.users, first.accuracy) == (two, "seen", 0.5) and first.gain != first.gain
+    numbers = json.loads(Path("runs/one/metrics.json").read_text())
+    assert (second.folder, second.name, second.method, second.data) == (Path("runs/one"), "one", "LoRe", "Synthetic")
+    assert second.users == "unseen" and not second.problems and second.split == numbers["split_hash"]
+    assert all(second.numbers[users]["accuracy"] == numbers[users]["accuracy"] for users in ("seen", "unseen"))
+    assert second.verdicts == [*numbers["verdicts"].values()] and second.few_shot == numbers["few_shot"]
+    assert datetime.fromisoformat(second.facts["date"]).date() == datetime.now().date()
+    assert second.facts["plm"] == plm.__version__ and second.facts["commit"] and 0 < second.facts["fit_seconds"] < 600
+    assert (first.folder, first.users, first.numbers["seen"]["accuracy"]) == (two, "seen", 0.5)
+    assert math.isnan(first.numbers["seen"]["personal_minus_global"])
     capsys.readouterr()
-    for name, recipe in (("foreign", "a: 1"), ("torn", "")):
-        folder = claim("runs", [name])
-        (folder / "recipe.yaml").write_text(recipe)
-        (folder / "metrics.json").write_text("{")
     assert main(["runs"]) == 0
     shown = capsys.readouterr().out
-    assert shown.index("two") < shown.index("one") and "untested" not in shown and "50.0" in shown
+    assert shown.index("two") < shown.index("one") and "50.0" in shown
+    assert shown.endswith("two: no checkpoint; no per_user.csv\n")
     assert main(["runs", "nowhere"]) == 1 and "expected a folder of runs, got 'nowhere'" in capsys.readouterr().err
 
 
