@@ -88,7 +88,7 @@ def _picture(file: Path, words: str) -> str:
 def _formula(text: str) -> str:
     """A formula in TeX as shapes in the colour of the text."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"mathtext.fontset": "cm", "svg.hashsalt": text}):
+    with matplotlib.rc_context({"mathtext.fontset": "cm", "savefig.transparent": True, "svg.hashsalt": text}):
         math_to_image(f"${text}$", buffer, FontProperties(size=14), dpi=72, format="svg", color="#22262b")
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index("<svg") :].replace("#22262b", "currentColor")

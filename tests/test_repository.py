@@ -1,22 +1,29 @@
-"""What git may track: few names at the root, and no binaries that a build or a run leaves behind."""
+"""What git may track: few names at the root, no binaries that a build or a run leaves behind; README and CI agree."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path, PurePosixPath
 
 import pytest
+import yaml
+
+import plm
 
 ROOT = Path(__file__).parents[1]
 AT_ROOT = {
     ".ci",
+    ".github",
     ".gitignore",
     ".pre-commit-config.yaml",
     "CHANGELOG.md",
+    "CITATION.cff",
     "CONTRIBUTING.md",
     "LICENSE",
     "README.md",
+    "SECURITY.md",
     "benchmarks",
     "conf",
     "docs",
@@ -46,3 +53,17 @@ def test_no_wheels_or_weights_are_tracked(tracked: list[PurePosixPath]) -> None:
     assert not [
         path for path in tracked if path.suffix in {".whl", ".ckpt", ".safetensors"} and path.parts[0] != "tests"
     ]
+
+
+def test_the_readme_is_short_and_its_commands_run_in_ci() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 110
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    run = [step.get("run") for job in jobs for step in job["steps"]]
+    commands = re.findall(r"^```\n(.+)\n```$", readme, re.MULTILINE)
+    assert len(commands) == 2 and set(commands) <= set(run)
+
+
+def test_what_is_cited_is_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == plm.__version__ and {"cff-version", "message", "title", "authors"} <= citation.keys()

@@ -19,7 +19,7 @@ import plm
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "plm/methods").glob("*.md"))
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TEXTS = [*PAGES, *CARDS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+TEXTS = [*PAGES, *CARDS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
 HOSTS = {"arxiv.org", "github.com"}
 """Where links may lead; whether they do is not asked."""
 HEADINGS = ["Idea", "Equations", "Results", "When not to use it"]
