@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the table below as imports that a type checker follows; a test compares the two
+    from plm.audit.models import compare as compare
     from plm.checkpoint import load_method as load_method
     from plm.data.datamodule import PreferenceDataModule as PreferenceDataModule
     from plm.data.schema import read_pairs as read_pairs
@@ -56,6 +57,7 @@ _MODULE_OF = {
     "UserStore": "plm.users",
     "VPL": "plm.methods.vpl",
     "best_of_n": "plm.generation",
+    "compare": "plm.audit.models",
     "fit": "plm.fitting",
     "load_method": "plm.checkpoint",
     "read_pairs": "plm.data.schema",

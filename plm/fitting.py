@@ -47,6 +47,10 @@ class Run:
         if not self.checkpoint.is_file():
             raise ValueError(f"expected the folder of a run, got {str(folder)!r}, which has no {checkpoint}")
 
+    def __fspath__(self) -> str:
+        """Its folder: what takes the folder of a run takes the run."""
+        return str(self.folder)
+
     @property
     def metrics(self) -> dict[str, Any]:
         """What ``metrics.json`` holds: numbers of ``seen`` and ``unseen`` users with intervals, ``verdicts``, and more.

@@ -142,7 +142,13 @@ FLOORS: dict[str, list[set[str]]] = {
         {"live", "policy"},
     ],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
-    "plm.audit": [{"check", "items"}, {"comparison"}, {"results", "signal"}, {"verdict"}, {"report"}],
+    "plm.audit": [
+        {"check", "items"},
+        {"comparison"},
+        {"models", "results", "signal"},
+        {"verdict"},
+        {"report"},
+    ],
     "plm.recipe": [
         {"defaults", "errors", "grid", "plugins", "predict", "quiet", "runs"},
         {"parser", "read"},

@@ -5,6 +5,7 @@ Axes: F files, N judgements, U users.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -25,7 +26,7 @@ from plm.evaluation import (
     points,
 )
 from plm.evaluation.comparison import MAX_RESAMPLED_USERS
-from plm.messages import first_of
+from plm.messages import first_of, plain
 
 
 def compare_items(files: Sequence[ItemScores]) -> dict[str, Any]:
@@ -47,20 +48,28 @@ def compare_items(files: Sequence[ItemScores]) -> dict[str, Any]:
     place = {item: index for index, item in enumerate(files[0].items)}
     orders = [np.argsort([place[item] for item in file.items]) for file in files]
     accuracy = [user_means(file.correct[order], owner, len(users)) for file, order in zip(files, orders, strict=True)]
-    zero = np.zeros(len(users))
+    micro = [float(file.correct.mean()) for file in files]
+    return user_numbers([file.name for file in files], accuracy, micro, [file.num_ties for file in files], len(place))
+
+
+def user_numbers(
+    names: Sequence[str], accuracy: Sequence[Float64Array], micro: Sequence[float], ties: Sequence[int], num_items: int
+) -> dict[str, Any]:
+    """The numbers of `compare_items` from the accuracy of each model's users, ``(U,)`` in one order."""
+    num_users = len(accuracy[0])
+    zero = np.zeros(num_users)
     entries = []
-    for file, values in zip(files, accuracy, strict=True):
+    for name, values, share, num_ties in zip(names, accuracy, micro, ties, strict=True):
         mean = compare(values, zero)
         ends = {"accuracy": mean.difference, "accuracy_low": mean.low, "accuracy_high": mean.high}
-        micro = float(file.correct.mean())
-        entries.append({"name": file.name, **ends, "accuracy_micro": micro, "labelled_ties": file.num_ties})
+        entries.append({"name": name, **ends, "accuracy_micro": share, "labelled_ties": num_ties})
     comparisons: list[dict[str, Any]] = []
-    for first, second in combinations(range(len(files)), 2):
+    for first, second in combinations(range(len(names)), 2):
         test = compare(accuracy[first], accuracy[second])
         comparisons.append(
             {
-                "first": files[first].name,
-                "second": files[second].name,
+                "first": names[first],
+                "second": names[second],
                 "difference": test.difference,
                 "difference_low": test.low,
                 "difference_high": test.high,
@@ -72,9 +81,9 @@ def compare_items(files: Sequence[ItemScores]) -> dict[str, Any]:
     for entry, value in zip(comparisons, adjusted.tolist(), strict=True):
         entry["p_holm"] = value
     return {
-        "num_items": len(place),
-        "num_users": len(users),
-        "method": "bootstrap" if len(users) <= MAX_RESAMPLED_USERS else "closed form",
+        "num_items": num_items,
+        "num_users": num_users,
+        "method": "bootstrap" if num_users <= MAX_RESAMPLED_USERS else "closed form",
         "files": entries,
         "comparisons": comparisons,
     }
@@ -122,21 +131,23 @@ def _check_same(first: ItemScores, second: ItemScores) -> None:
         raise ValueError("\n".join([start, *first_of(lines, indent="  ")]))
 
 
-def sections(result: dict[str, Any]) -> list[Section]:
-    """Both tables: the files, then every two of them."""
+def sections(users: str, result: dict[str, Any]) -> list[Section]:
+    """Both tables of a group of users: the models, then every two of them."""
     files = [
-        TableRow([entry["name"], points(entry["accuracy"], "") + interval(entry, "accuracy"),
+        TableRow([plain(entry["name"]), points(entry["accuracy"], "") + interval(entry, "accuracy"),
                   points(entry["accuracy_micro"], ""), str(entry["labelled_ties"])])
         for entry in result["files"]
     ]  # fmt: skip
     versus = [
-        TableRow([f"{entry['first']} − {entry['second']}", difference(entry, "difference"), p_value(entry["p_value"]),
-                  p_value(entry["p_holm"]), points(entry["difference_mde"], "")])
+        TableRow([plain(f"{entry['first']} − {entry['second']}"), difference(entry, "difference"),
+                  p_value(entry["p_value"]), p_value(entry["p_holm"]),
+                  "–" if math.isnan(entry["difference_mde"]) else points(entry["difference_mde"], "")])
         for entry in result["comparisons"]
     ]  # fmt: skip
-    title = f"Accuracy of {result['num_users']:,} users on {result['num_items']:,} items, 95% intervals over users"
+    group, paired = ("users", "by item") if users == "all" else (f"{users} users", f"on {users} users")
+    title = f"Accuracy of {result['num_users']:,} {group} on {result['num_items']:,} items, 95% intervals over users"
     heads = ["difference", "points", "p", "p, Holm", "found four times in five from"]
     return [
-        Section(title, ["file", "mean over users %", "mean over items %", "ties left out"], files),
-        Section(f"Paired by item, clustered by user ({result['method']})", heads, versus),
+        Section(title, ["model", "mean over users %", "mean over items %", "ties left out"], files),
+        Section(f"Paired {paired}, clustered by user ({result['method']})", heads, versus),
     ]

@@ -60,7 +60,8 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
     Args:
         place: JSONL(.gz), CSV, JSON or Parquet with the columns ``item``, ``user`` (or ``user_id``) and ``correct``
             (0 to 1) or ``margin`` (above zero = right, zero = one half); or the folder of a run, which stands for its
-            ``predictions*.csv``. Optional: ``tie`` (true = the user has no preference: left out) and `CONTROLS`.
+            ``predictions*.csv``, there or in the folder of ``plm predict`` beside it. Optional: ``tie`` (true = the
+            user has no preference: left out) and `CONTROLS`.
         columns: Our column name -> the file's.
 
     Raises:
@@ -106,13 +107,17 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
 
 
 def _files(place: Path) -> list[Path]:
-    """The file, or the files of predictions in the folder of a run."""
+    """The file, or the files of predictions in the folder of a run or in that of ``plm predict`` beside it."""
     if not place.is_dir():
         return [place]
-    files = sorted(place.glob("predictions*.csv"))
-    if not files:
-        raise ValueError(f"expected predictions.csv in {place}, got none; plm predict --ckpt_path ... writes it")
-    return files
+    beside = place.absolute().with_name(f"{place.absolute().name}-predict")
+    for folder in (place, beside):
+        if files := sorted(folder.glob("predictions*.csv")):
+            return files
+    raise ValueError(
+        f"expected predictions.csv in {place} or in {beside.name} beside it, got none; plm predict --ckpt_path ... "
+        "writes it"
+    )
 
 
 def _names(path: Path, present: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:

@@ -34,7 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "judge": ("judge", "check whether users' policies write what the users like"),
     "data": ("data", "check preference pairs before training on them, or convert files to pairs"),
     "audit": ("checks", "write a verdict on pairs and on results that somebody has on them"),
-    "compare": ("checks", "compare files of what models got right, paired by item"),
+    "compare": ("checks", "compare runs, or files of what models got right, paired by user and item"),
     "rewardbench": ("rewardbench", "score a checkpoint on RewardBench 2"),
     "users": ("users", "list, export or delete the users of a checkpoint"),
     "portfolio": ("portfolio", "choose few policies that serve everybody, with a certificate"),

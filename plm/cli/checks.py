@@ -69,29 +69,29 @@ def _compare(args: list[str]) -> int:
     """Compare what several models got right."""
     parser = OptionParser(
         prog="plm compare",
-        description="Which model is better on the same judgements? Two or more per-item files, or folders of runs\n"
-        "with the predictions.csv of plm predict. Columns: item, user (or user_id), and correct (0 to 1) or margin\n"
-        "(above 0 = right, 0 = one half); rows whose column tie is true are left out. Every two are paired by item;\n"
-        "the difference of each user counts once, intervals and p-values are over users, those of several files\n"
-        "corrected by Holm. The last column is the smallest difference that would be found four times in five.",
+        description="Which model is better on the same judgements? Two or more runs, by folder or name below runs/,\n"
+        "are paired by user, unseen and seen users apart; runs of other splits are refused. Or per-item files with\n"
+        "the columns item, user (or user_id), and correct (0 to 1) or margin (above 0 = right, 0 = one half); rows\n"
+        "whose column tie is true are left out; a run among files stands for the predictions.csv of plm predict. The\n"
+        "difference of each user counts once, intervals and p-values are over users, those of several models by Holm.\n"
+        "The last column is the smallest difference that would be found four times in five.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help=f"{ROWS}, or the folder of a run; two or more")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"a run, or {ROWS}; two or more")
     parser.add_shared("--columns", help="column of the files that holds NAME, e.g. user=annotator")
-    parser.add_shared("--output", help="also write the numbers as JSON")
+    parser.add_shared("--output", help="also write the numbers as JSON, by group of users (all: of files)")
     options = parser.parse(args)
-    if len(options.files) < 2:
-        parser.error("expected two files or more, got one")
-    if len(set(options.files)) < len(options.files):
-        parser.error("expected every file once")
+    if len(options.models) < 2:
+        parser.error("expected two models or more, got one")
+    if len(set(options.models)) < len(options.models):
+        parser.error("expected every model once")
 
     from plm.atomic import write_json
-    from plm.audit.comparison import compare_items, sections
-    from plm.audit.items import read_items
+    from plm.audit.models import compare
     from plm.evaluation import print_parts, section_table
 
-    result = compare_items([read_items(file, dict(options.columns)) for file in options.files])
-    print_parts(*map(section_table, sections(result)))
+    result = compare(*options.models, columns=dict(options.columns))
+    print_parts(*map(section_table, result.sections()))
     if options.output:
-        write_json(options.output, result)
+        write_json(options.output, result.groups)
         print(f"written to {options.output}")
     return 0

@@ -70,12 +70,22 @@ class Section:
 
 def html_page(title: str, sections: Iterable[Section]) -> str:
     """The report as one HTML page; whatever it shows is escaped."""
+    return _html(title=title, sections=list(sections), is_part=False)
+
+
+def html_part(sections: Iterable[Section]) -> str:
+    """The sections as a part of somebody else's page, such as a notebook; whatever they show is escaped."""
+    return _html(sections=list(sections), is_part=True)
+
+
+def _html(**shown: Any) -> str:
+    """The template, filled in."""
     from jinja2 import Environment, StrictUndefined  # only when a page is written
 
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(title=title, sections=list(sections))
+    return environment.from_string(template).render(**shown).lstrip()
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[TableRow]) -> list[str]:

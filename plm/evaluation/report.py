@@ -1,15 +1,19 @@
-"""The tables and rows of files at the end of a test."""
+"""The tables and rows of files at the end of a test, and those rows read again."""
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from plm.arrays import Float64Array
 from plm.evaluation.page import Section
 from plm.evaluation.wording import difference, interval, points
 from plm.metrics import UserTable
@@ -114,6 +118,7 @@ def few_shot_table(curve: Mapping[str, Any]) -> Table:
 
 USER_COLUMNS = ["user_id", "split", "num_pairs", "accuracy", "global_accuracy", "gain", "other_accuracy", "log_loss"]
 """Columns of ``per_user.csv``; gain = accuracy - global accuracy."""
+_VALUES = tuple(name for name in USER_COLUMNS if name not in ("user_id", "split"))
 
 
 def user_rows(groups: Mapping[str, UserTable], user_ids: Sequence[str]) -> list[list[Any]]:
@@ -132,3 +137,35 @@ def user_rows(groups: Mapping[str, UserTable], user_ids: Sequence[str]) -> list[
         for row, num_pairs, *values in zip(*(column.tolist() for column in columns), strict=True):
             rows.append([user_ids[row], split, int(num_pairs), *(None if math.isnan(v) else v for v in values)])
     return rows
+
+
+class UserRows(NamedTuple):
+    """What a run got right for each user of a group, as ``per_user.csv`` says."""
+
+    ids: list[str]
+    """U ids, sorted."""
+    values: dict[str, Float64Array]
+    """Column -> ``(U,)``; nan = an empty cell."""
+
+
+def read_user_rows(file: str | Path) -> dict[str, UserRows]:
+    """Read ``per_user.csv``: group of users -> its rows.
+
+    Raises:
+        ValueError: If it is no such file, or a user occurs twice in a group.
+    """
+    rows: dict[str, dict[str, dict[str, str]]] = {}
+    groups = {}
+    try:
+        with Path(file).open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                if rows.setdefault(row["split"], {}).setdefault(row["user_id"], row) is not row:
+                    raise ValueError(f"user {row['user_id']!r} is there twice")
+        for group, members in rows.items():
+            ids = sorted(members)
+            values = {name: np.array([float(members[user][name] or "nan") for user in ids]) for name in _VALUES}
+            groups[group] = UserRows(ids, values)
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        expected = f"expected the columns {', '.join(USER_COLUMNS)}, as plm test writes them"
+        raise ValueError(f"{file} is damaged: {expected}, got {type(error).__name__}: {error}") from error
+    return groups

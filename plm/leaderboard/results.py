@@ -5,7 +5,6 @@ Axes: U users of one group, K shot counts.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from plm.arrays import Float64Array
-from plm.evaluation import compare, holm, summarize, verdict
+from plm.evaluation import compare, holm, read_user_rows, summarize, verdict
 from plm.metrics import UserTable
 
 Kind = Literal["method", "control", "baseline"]
@@ -93,16 +92,10 @@ def read_run(folder: Path) -> Run:
     """Read ``metrics.json``, ``per_user.csv`` and ``facts.json`` of a run."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    rows: dict[str, list[dict[str, str]]] = {}
-    with (folder / "per_user.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            rows.setdefault(row["split"], []).append(row)
     users = {}
-    for group, members in rows.items():
-        members.sort(key=lambda row: row["user_id"])
-        values = {name: np.array([float(row[name] or "nan") for row in members]) for name in _VALUES}
+    for group, rows in read_user_rows(folder / "per_user.csv").items():
         ece = metrics[group]["ece"]
-        users[group] = Users([row["user_id"] for row in members], values, math.nan if ece is None else ece)
+        users[group] = Users(rows.ids, rows.values, math.nan if ece is None else ece)
     return Run(users, metrics.get("few_shot"), facts)
 
 

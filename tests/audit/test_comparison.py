@@ -64,7 +64,7 @@ def test_an_example_by_hand(tmp_path: Path) -> None:
     other = [{"item": row["item"], "user_id": row["user"], "margin": -0.5} for row in judged(second, users)[::-1]]
     two = write(tmp_path / "two.jsonl", other)
     assert main(["compare", one, two, "--output", str(tmp_path / "out.json")]) == 0
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = json.loads((tmp_path / "out.json").read_text())["all"]
     assert (result["num_items"], result["num_users"], result["method"]) == (24, 10, "bootstrap")
     (entry,) = result["comparisons"]
     assert (entry["first"], entry["second"]) == (one, two)
@@ -118,7 +118,7 @@ def test_several_files_are_corrected_by_holm(tmp_path: Path, capsys: pytest.Capt
     files = [write(tmp_path / f"{n}.csv", rows) for n, rows in enumerate((first, second, third))]
     output = tmp_path / "numbers.json"
     assert main(["compare", *files, "--output", str(output)]) == 0
-    entries = json.loads(output.read_text())["comparisons"]
+    entries = json.loads(output.read_text())["all"]["comparisons"]
     assert [(entry["first"], entry["second"]) for entry in entries] == [
         (files[0], files[1]), (files[0], files[2]), (files[1], files[2])
     ]  # fmt: skip

@@ -257,7 +257,7 @@ def test_predict_writes_the_margins_that_test_counts(folder: Path, capsys: pytes
         assert accuracy == pytest.approx(numbers[users]["accuracy"])
     Path("copy.csv").write_bytes(Path("runs/fitted-predict/predictions.csv").read_bytes())
     assert main(["compare", "runs/fitted-predict", "copy.csv", "--output", "comparison.json"]) == 0
-    compared = json.loads(Path("comparison.json").read_text())
+    compared = json.loads(Path("comparison.json").read_text())["all"]
     assert compared["num_users"] == 20 and compared["comparisons"][0]["difference"] == 0
 
 
