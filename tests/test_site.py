@@ -19,8 +19,8 @@ import plm
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "plm/methods").glob("*.md"))
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TEXTS = [*PAGES, *CARDS, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
-HOSTS = {"arxiv.org", "github.com"}
+TEXTS = [*PAGES, *CARDS, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))]
+HOSTS = {"arxiv.org", "github.com", "keepachangelog.com"}
 """Where links may lead; whether they do is not asked."""
 HEADINGS = ["Idea", "Equations", "Results", "When not to use it"]
 RECIPE = re.compile(r"recipes/(\w+)\.yaml")
@@ -73,13 +73,16 @@ def test_no_card_is_left_over() -> None:
     assert {picture.stem for picture in (ROOT / "plm/methods").glob("*.svg")} == modules
 
 
-@pytest.mark.parametrize("page", [*CARDS, ROOT / "docs/choosing.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*CARDS, *(ROOT / "docs" / name for name in ("capabilities.md", "choosing.md"))], ids=lambda page: page.name
+)
 def test_numbers_of_a_row_are_those_of_its_recipe(page: Path) -> None:
-    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line[:1] == "|" and RECIPE.search(line)]
+    text = re.sub(r"\[\d+\.\d+\]\(https[^)]*\)", "", page.read_text(encoding="utf-8"))  # papers
+    rows = [line for line in text.splitlines() if line[:1] == "|" and len(set(RECIPE.findall(line))) == 1]
     for row in rows:
         (recipe,) = set(RECIPE.findall(row))
-        text = numbers(header(recipe))
-        known = {*text, *(number.lstrip("+−") for number in text)}
+        found = numbers(header(recipe))
+        known = {*found, *(number.lstrip("+−") for number in found)}
         cells = RECIPE.sub("", row)
         missing = [number for number in numbers(cells) if number not in known]
         assert not missing, f"{recipe}: its header has no {missing}"
