@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from plm.arrays import IntArray
+from plm.data.files import position
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable, spelt_alike
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, split_pairs
@@ -21,6 +22,8 @@ from plm.data.surface import MARGIN, MIN_PAIRS, Probe, Share, probe_surface
 Level = Literal["problem", "warning", "info"]
 
 NO_TEXT = ("none", "null", "nan", "nat", "<na>", "[]")
+_NUM_EXAMPLES = 5
+"""Malformed rows that are findings of their own."""
 NOTABLE = 0.05
 """A gain of the surface probe, interval included, that is worth a look but may be taste."""
 
@@ -202,8 +205,10 @@ def agreement(table: PairTable) -> tuple[int, float]:
 # ---------------------------------------------------------------------- findings
 def _rows(table: PairTable) -> Iterator[Finding]:
     for why, count in table.dropped.items():
-        level: Level = "warning" if why == "duplicates" else "info"
+        level: Level = {"duplicates": "warning", "malformed": "problem"}.get(why, "info")  # type: ignore[assignment]
         yield Finding(level, "left out", f"{count} rows were left out: {why.replace('_', ' ')}")
+    for file, line, problem in table.skipped[:_NUM_EXAMPLES]:
+        yield Finding("problem", "malformed", f"{position(table.files[file], line)}: {problem}")
     for what, names, rows in (
         ("user id", table.user_ids, table.user[:, None]),
         ("prompt", table.prompts, table.prompt[:, None]),

@@ -264,15 +264,13 @@ class HFBackbone(Backbone):
             return load(name, revision=self.revision if self._folder is None else None, **offline, **options)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            state, advice = (
-                (", as the hub is out of reach", WAYS_OUT) if offline else ("", "check the id and your access")
-            )
             folder = (
                 f"there is no such folder{self._seen_from}: give an absolute path (data.backbone.init_args.model), or "
             )
+            elsewhere = folder + (WAYS_OUT if offline else "check the id, the network and your access")
             raise ValueError(
                 f"expected `model` to be the folder of a Hugging Face model or a hub id, got {self.model!r}, which "
-                f"cannot be read{state} ({reason}); {'check that its files are whole' if self._folder else folder + advice}"
+                f"cannot be read ({reason}); {'check that its files are whole' if self._folder else elsewhere}"
             ) from error
 
     # ------------------------------------------------------------------ texts

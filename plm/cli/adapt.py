@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from plm.cli.options import OptionParser, add_reading, reading_of
 
 
@@ -19,6 +21,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
     add_reading(parser)
+    parser.add_shared("--on_error")
     parser.add_shared("--users")
     options = parser.parse(args)
 
@@ -29,14 +32,16 @@ def run(args: list[str]) -> None:
     from plm.adapting import adapt_users
     from plm.checkpoint import load_method
     from plm.data.schema import read_pairs
+    from plm.data.skipped import write_skipped
     from plm.evaluation import print_parts
 
     method = load_method(options.ckpt_path, users=options.users)
+    table = read_pairs(options.pairs, **reading_of(options), on_error=options.on_error)
     store = method.known_users.store
     since = store.num_erasures
     num_users = num_known = num_written = 0
     counts = []
-    for user_ids, states in adapt_users(method, read_pairs(options.pairs, **reading_of(options))):
+    for user_ids, states in adapt_users(method, table):
         num_known += int(store.get(user_ids)[1].sum())
         num_written += len(store.add(user_ids, states, since=since))
         num_users += len(user_ids)
@@ -54,4 +59,7 @@ def run(args: list[str]) -> None:
     print_parts(summary, console=console)
     if num_written < num_users:
         console.print(f"{num_users - num_written} of them were deleted meanwhile and are left out", soft_wrap=True)
+    skipped = Path(Path(options.pairs[0]).name).with_suffix(".skipped.ndjson")
+    if write_skipped(table, skipped):
+        console.print(f"malformed rows are in {skipped}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"written to {store.place}", soft_wrap=True, highlight=False, markup=False)

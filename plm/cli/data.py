@@ -38,7 +38,8 @@ def _check(args: list[str]) -> int:
     parser = OptionParser(
         prog="plm data check",
         description="Report on preference pairs: users, ties, conflicting labels, what the test shares with training, "
-        "and whether the format of a response gives its label away. Writes report.md, report.html and report.json. "
+        "and whether the format of a response gives its label away. Writes report.md, report.html and report.json, "
+        "and malformed rows, at which a fit would stop, to skipped.ndjson; these give status 1. "
         "Files in other layouts: plm data convert --help. "
         "Options of a recipe may follow, as for plm fit: --data.source.init_args.NAME VALUE.",
     )
@@ -64,6 +65,7 @@ def _check(args: list[str]) -> int:
 
     from plm.audit.check import check_pairs
     from plm.audit.report import show, write
+    from plm.data.skipped import NAME, write_skipped
     from plm.data.sources import PairSource
     from plm.data.sources.pairs import PairFiles
     from plm.recipe.read import build_source, merged_recipe
@@ -78,8 +80,12 @@ def _check(args: list[str]) -> int:
         source, split = build_source(recipe), recipe.get("data") or {}
         method_args = (recipe.get("model") or {}).get("init_args") or {}
         num_weights = num_weights or next((method_args[name] for name in _WEIGHTS if name in method_args), None)
+    stops = isinstance(source, PairFiles) and source.on_error == "stop"
+    if isinstance(source, PairFiles):
+        source.on_error = "skip"  # what a fit would stop at is a finding here
+    table = source.load()
     report = check_pairs(
-        source.load(),
+        table,
         source.name,
         num_weights=num_weights,
         checked_on=source.checked_on,
@@ -88,9 +94,10 @@ def _check(args: list[str]) -> int:
     console = Console()
     show(report, console)
     folder = Path(options.output or Path("runs", "data_check", re.sub(r"[^\w.-]+", "-", source.name)))
-    for path in write(report, folder):
+    paths = [*write(report, folder), *([folder / NAME] if write_skipped(table, folder / NAME) else [])]
+    for path in paths:
         console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
-    return int(options.strict and report.worst == "problem")
+    return int(bool(table.skipped and stops) or (options.strict and report.worst == "problem"))
 
 
 def _convert(args: list[str]) -> int:
@@ -105,11 +112,13 @@ def _convert(args: list[str]) -> int:
     parser.add_argument("file", metavar="FILE", help=ROWS + ", a JSON array, a saved dataset, hf://datasets/OWNER/NAME")
     parser.add_argument("--to", required=True, metavar="FILE", help="file to write, ending in .parquet")
     add_reading(parser)
+    parser.add_shared("--on_error")
     options = parser.parse(args)
 
     from plm.data.conversion import check_output, first_records, write_pairs
     from plm.data.guesses import guess_layout
     from plm.data.schema import read_pairs
+    from plm.data.skipped import write_skipped
     from plm.data.sources.corpus import local_files
     from plm.data.values import short
 
@@ -117,9 +126,9 @@ def _convert(args: list[str]) -> int:
     check_output(options.to, files)
     path = Path(files[0])
     records = first_records(path)
-    guess = guess_layout(path, records, **reading_of(options))
+    guess = guess_layout(path, records, **reading_of(options), on_error=options.on_error)
     print("\n".join(guess.description(path, records.names)))
-    table = read_pairs(files, **guess.options)
+    table = read_pairs(files, **guess.options, on_error=options.on_error)
     texts = table.texts()
     for row in range(min(_NUM_SHOWN, table.num_pairs)):
         chosen, rejected = texts[table.chosen[row]], texts[table.rejected[row]]
@@ -127,5 +136,8 @@ def _convert(args: list[str]) -> int:
         for name, text in (("prompt", chosen[0]), ("chosen", chosen[1]), ("rejected", rejected[1])):
             print(f"  {name:<9} {short(text)}")
     write_pairs(table, options.to, files)
+    skipped = Path(options.to).with_suffix(".skipped.ndjson")
+    if write_skipped(table, skipped):
+        print(f"malformed rows are in {skipped}")
     print(f"{table.num_pairs} pairs of {table.num_users} users written to {options.to}")
     return 0

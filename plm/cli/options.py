@@ -69,6 +69,11 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--layout": {"metavar": "NAME", "help": "known layout of the files, such as argilla or helpsteer2: docs/data.md"},
     "--num_samples": {"type": integer(1), "metavar": "N"},
+    "--on_error": {
+        "choices": ("stop", "skip"),
+        "default": "stop",
+        "help": "what a malformed row does; skip leaves it out, counts it and writes it to a file of its own",
+    },
     "--output": {"metavar": "FILE"},
     "--pairs": {"nargs": "+", "metavar": "FILE", "help": f"preference pairs: {ROWS}"},
     "--pool": {"metavar": "FILE"},

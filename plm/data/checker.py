@@ -44,7 +44,11 @@ class Checker:
         return converted
 
 
-def report(files: list[str], problems: Sequence[tuple[int, int, str]]) -> str:
+def report(
+    files: list[str],
+    problems: Sequence[tuple[int, int, str]],
+    what: str = "malformed rows; correct or remove them, or leave them out: on_error: skip",
+) -> str:
     """One line for each of the first problems (row of ``files``, line, text), and how many more there are."""
     lines = [f"{position(files[file], line)}: {text}" for file, line, text in problems]
-    return "\n".join([f"{len(problems)} malformed rows; correct or remove them:", *first_of(lines, indent="  ")])
+    return "\n".join([f"{len({(file, line) for file, line, _ in problems})} {what}:", *first_of(lines, indent="  ")])

@@ -90,3 +90,24 @@ def stack(name: str, raws: Sequence[RawPairs]) -> Column | None:
         codes.append(np.where(column.codes >= 0, column.codes + len(values), -1))
         values += column.values
     return Column(np.concatenate(codes), values)
+
+
+def joined(codes: Sequence[IntArray]) -> IntArray:
+    """One number ``(N,)`` for N rows of non-negative codes, the same for equal rows alone."""
+    joined, size = codes[0], int(codes[0].max(initial=0)) + 1
+    for column in codes[1:]:
+        count = int(column.max(initial=0)) + 1
+        if size * count >= 2**63:
+            joined = np.unique(joined, return_inverse=True)[1]
+            size = int(joined.max()) + 1
+        joined, size = joined * count + column, size * count
+    return joined
+
+
+def merged(codes: IntArray, values: list[Any]) -> tuple[list[Any], IntArray]:
+    """Distinct converted values, and their codes for codes of raw ones; -1 = null or failed."""
+    numbers: dict[Any, int] = {}
+    lookup = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
+    if len(numbers) == len(values):  # as they are numbered already
+        return list(numbers), codes
+    return list(numbers), np.array([*lookup, -1], dtype=np.int64)[codes]

@@ -214,7 +214,9 @@ def _read_csv(path: Path, stream: Any) -> Records:
                 rows.append(dict(zip(header, cells, strict=True)))
                 lines.append(start)
         except csv.Error as error:
-            problems.append((end + 1, f"malformed CSV ({error})"))
+            raise ValueError(
+                f"{path}:{end + 1}: malformed CSV ({error}), so nothing after it can be read; close its quote"
+            ) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected UTF-8 text, got {error}; save the file as UTF-8") from error
     return Records(header, rows, lines, problems)

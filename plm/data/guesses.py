@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from plm.data.cells import value_at
 from plm.data.files import Records
@@ -110,6 +110,7 @@ def guess_layout(
     columns: Mapping[str, str | None] | None = None,
     winner: Mapping[str, Any] | None = None,
     attributes: Mapping[str, float] | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> Guess:
     """Guess the layout of a file; what is said is not guessed.
 
@@ -122,6 +123,7 @@ def guess_layout(
         columns: Our column name -> the file's.
         winner: As of ``layout_of``.
         attributes: As of ``layout_of``.
+        on_error: ``skip``: a layout fits whose pairs are more than the rows with which something is wrong.
 
     Raises:
         ValueError: If no layout fits, or several that read the rows differently; the message names the options.
@@ -129,7 +131,8 @@ def guess_layout(
     given = [name for name in LAYOUTS if layout in (None, name)]
     if not given:
         layout_of(layout)  # says which there are
-    guesses = [guess for name in given for guess in _guesses(path, records, name, columns or {}, winner, attributes)]
+    found = [guess for name in given for guess in _guesses(records, name, columns or {}, winner, attributes)]
+    guesses = [_checked(path, records, guess, on_error) for guess in found]
     fits = [guess for guess in guesses if guess.problem is None]
     best = [one for one in fits if not any(one.places < other.places for other in fits)]
     if not best:
@@ -162,7 +165,6 @@ def _as_options(guess: Guess) -> str:
 
 
 def _guesses(
-    path: Path,
     records: Records,
     name: str,
     said: Mapping[str, str | None],
@@ -183,9 +185,9 @@ def _guesses(
             names = {key: column for key, column in columns.items() if column is not None}
             found = list(winner_columns(names, unread, records.rows))
             for column, labels in found:
-                yield _checked(path, records, Guess(name, columns, _winner(column, labels, names), weights))
+                yield Guess(name, columns, _winner(column, labels, names), weights)
             continue
-        yield _checked(path, records, Guess(name, columns, which, weights))
+        yield Guess(name, columns, which, weights)
 
 
 def _columns(records: Records, name: str, said: Mapping[str, str | None]) -> Iterator[dict[str, str | None]]:
@@ -251,21 +253,22 @@ def _any(value: Any) -> bool:
     return any(map(_any, value)) if isinstance(value, list) else value is not None
 
 
-def _checked(path: Path, records: Records, guess: Guess) -> Guess:
+def _checked(path: Path, records: Records, guess: Guess, on_error: str) -> Guess:
     """A guess with the pairs that it reads, or with what is wrong with it."""
     try:
         layout = layout_of(guess.name, guess.columns, guess.winner, guess.attributes)
         layout = found_columns(path, layout, records.names)
-        return replace(guess, pairs=list(_read(path, records, layout)))
+        return replace(guess, pairs=_read(records, layout, on_error))
     except ValueError as error:
         return replace(guess, problem=str(error).removeprefix(f"{path}: "))
 
 
-def _read(path: Path, records: Records, layout: Layout) -> Iterable[tuple[str, ...]]:
+def _read(records: Records, layout: Layout, on_error: str) -> list[tuple[str, ...]]:
     """Pairs as (user, prompt, better, worse or tie).
 
     Raises:
-        ValueError: If a row is none, a column that names the winner is not read, or there is no pair.
+        ValueError: If a row is none, where that is no error to skip, a column that names the winner is not read, or
+            there is no pair.
     """
     if "chosen" in layout.columns and not layout.no_winner:
         places = {*layout.columns.values(), *(place.partition(".")[0] for place in layout.columns.values())}
@@ -274,19 +277,30 @@ def _read(path: Path, records: Records, layout: Layout) -> Iterable[tuple[str, .
             raise ValueError(
                 f"nothing reads the column {column!r} ({', '.join(map(short, labels[:3]))}) that names a winner"
             )
-    pairs = pair_rows(records, layout)
-    if pairs.problems:
-        raise ValueError(pairs.problems[0][1])
-    if not pairs.rows:
+    rows = pair_rows(records, layout)
+    problems = [problem for _, problem in rows.problems]
+    pairs = []
+    for row in rows.rows:
+        try:
+            pairs.append(_pair(row, layout))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems and (on_error == "stop" or len(problems) >= len(pairs)):
+        raise ValueError(problems[0])
+    if not pairs:
         raise ValueError("no row holds a pair")
-    for row in pairs.rows:
-        sides = [to_response(row.get("chosen")).text, to_response(row.get("rejected")).text]
-        side = layout.sides.get(label_of(row["winner"])) if "winner" in row else "left"
-        if side is None:
-            column, label = layout.columns["winner"], row["winner"]
-            raise ValueError(
-                f"the label {label!r} of {column!r} is left ({layout.columns['chosen']}), right "
-                f"({layout.columns['rejected']}) or tie; say which: --winner column={column} left=... right=... tie=..."
-            )
-        sides = sides[::-1] if side == "right" else sides
-        yield (str(row["user_id"]), str(row.get("prompt")), *sides, "tie" if side == "tie" or row.get("tie") else "")
+    return pairs
+
+
+def _pair(row: dict[str, Any], layout: Layout) -> tuple[str, ...]:
+    """One of them."""
+    sides = [to_response(row.get("chosen")).text, to_response(row.get("rejected")).text]
+    side = layout.sides.get(label_of(row["winner"])) if "winner" in row else "left"
+    if side is None:
+        column, label = layout.columns["winner"], row["winner"]
+        raise ValueError(
+            f"the label {label!r} of {column!r} is left ({layout.columns['chosen']}), right "
+            f"({layout.columns['rejected']}) or tie; say which: --winner column={column} left=... right=... tie=..."
+        )
+    sides = sides[::-1] if side == "right" else sides
+    return (str(row["user_id"]), str(row.get("prompt")), *sides, "tie" if side == "tie" or row.get("tie") else "")

@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from plm.arrays import BoolArray, Float32Array, Float64Array, IntArray
 from plm.data.checker import Checker, report
-from plm.data.columns import OPTIONAL, REQUIRED, Column, factorise, stack
+from plm.data.columns import OPTIONAL, REQUIRED, Column, factorise, joined, merged, stack
 from plm.data.files import position
 from plm.data.layouts import layout_of
 from plm.data.reading import read_columns
@@ -89,6 +89,8 @@ class PairTable:
     """``(N, 2)`` (row of ``files``, line or row number), for error messages."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Why rows of the files are not here -> how many."""
+    skipped: list[tuple[int, int, str]] = field(default_factory=list)
+    """(row of ``files``, line or row number, what is wrong) of the malformed rows that were left out."""
 
     @property
     def num_pairs(self) -> int:
@@ -199,6 +201,7 @@ def read_pairs(
     winner: Mapping[str, Any] | None = None,
     attributes: Mapping[str, float] | None = None,
     layout: str | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> PairTable:
     """Read and validate pairs from JSONL, JSON, CSV (all also .gz) and Parquet files.
 
@@ -208,15 +211,20 @@ def read_pairs(
         winner: Which column names the preferred response, and by which labels.
         attributes: Columns whose weighted sum is the rating.
         layout: Name of a layout of ``plm.data.layouts.LAYOUTS``.
+        on_error: What a malformed row does: ``stop``, or ``skip``, which leaves it out with all pairs of its line,
+            counts it in ``dropped`` and keeps it in ``skipped``, see `plm.data.skipped.write_skipped`.
 
     Returns:
         The pairs without duplicates and without rows whose ``user_split`` is neither seen nor unseen; both are counted
         in ``dropped`` and warned about, as are judgements that are no pairs.
 
     Raises:
-        ValueError: With every malformed row (the first 20 and the count), each as ``file:line: what is wrong``; or if
-            a column seems to name the preferred response and is not read.
+        ValueError: With every malformed row (the first 20 and the count), each as ``file:line: what is wrong``, where
+            one stops or no other is left; if a file cannot be read to its end; or if a column seems to name the
+            preferred response and is not read.
     """
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error: expected stop or skip, got {on_error!r}")
     described = layout_of(layout, columns, winner, attributes)
     problems: list[tuple[int, int, str]] = []
     raws = []
@@ -227,14 +235,15 @@ def read_pairs(
     files = [str(path) for path in paths]
     lines = [np.stack([np.full(len(raw.lines), i), raw.lines], axis=1) for i, raw in enumerate(raws)]
     where = np.concatenate(lines).astype(np.int64, copy=False) if lines else np.zeros((0, 2), dtype=np.int64)
-    checker = Checker(where, problems)
     stacked = {name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL, "winner")}
     dropped: Counter[str] = sum((Counter(raw.dropped) for raw in raws), Counter())
     for why, count in dropped.items():
         warnings.warn(f"{count} judgements left out: {why.replace('_', ' ')}", stacklevel=2)
-    table = _validate(sorted_by_winner(stacked, described.sides, checker), checker, files, dropped)
-    if problems:
+    table = _validate(stacked, described.sides, Checker(where, problems), files, dropped)
+    if problems and on_error == "stop":
         raise ValueError(report(files, sorted(set(problems))))  # pairs of one line may share one problem
+    if problems:
+        table = _without_malformed(stacked, described.sides, Checker(where, problems), files, dropped)
     assert table is not None
     if table.num_pairs == 0:
         raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")
@@ -248,6 +257,30 @@ def read_pairs(
                 stacklevel=2,
             )
     return table
+
+
+def _without_malformed(
+    columns: Mapping[str, Column | None],
+    sides: Mapping[str, str],
+    checker: Checker,
+    files: list[str],
+    dropped: Mapping[str, int],
+) -> PairTable:
+    """Validated table of the lines with which the checker found no problem.
+
+    Raises:
+        ValueError: With the problems, if no line is left.
+    """
+    problems = sorted(set(checker.problems))
+    lines = {(file, line) for file, line, _ in problems}
+    kept = np.array([(file, line) not in lines for file, line in checker.where.tolist()], dtype=np.bool_)
+    if not kept.any():
+        raise ValueError(report(files, problems))
+    warnings.warn(f"{report(files, problems, 'malformed rows left out')}", stacklevel=3)
+    clean = {name: column and Column(column.codes[kept], column.values) for name, column in columns.items()}
+    table = _validate(clean, sides, Checker(checker.where[kept], []), files, {**dropped, "malformed": len(lines)})
+    assert table is not None
+    return replace(table, skipped=problems)
 
 
 def spelt_alike(names: Sequence[str]) -> list[list[str]]:
@@ -274,7 +307,7 @@ def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, i
     where = np.stack([np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))], axis=1)
     problems: list[tuple[int, int, str]] = []
     columns = {name: factorise(row.get(name) for row in rows) for name in (*REQUIRED, *OPTIONAL)}
-    table = _validate({**columns}, Checker(where, problems), [origin], dropped or {})
+    table = _validate(columns, {}, Checker(where, problems), [origin], dropped or {})
     if problems:
         raise ValueError(report([origin], sorted(problems)))
     assert table is not None
@@ -282,9 +315,14 @@ def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, i
 
 
 def _validate(
-    columns: dict[str, Column | None], checker: Checker, files: list[str], dropped: Mapping[str, int]
+    columns: Mapping[str, Column | None],
+    labels: Mapping[str, str],
+    checker: Checker,
+    files: list[str],
+    dropped: Mapping[str, int],
 ) -> PairTable | None:
-    """Validated table; None when the checker found problems."""
+    """Validated table, where ``labels`` says which side a winner's label is; None when the checker found problems."""
+    columns = sorted_by_winner(dict(columns), labels, checker)
     num_pairs = len(checker.where)
     if not num_pairs or any(columns[name] is None for name in REQUIRED):
         nothing: dict[str, Any] = dict.fromkeys(_CODES, np.zeros(0, np.int64))
@@ -292,9 +330,9 @@ def _validate(
     text_of = {"user_id": to_id, "prompt": to_prompt, "chosen": to_response, "rejected": to_response}
     required = {name: column for name in REQUIRED if (column := columns[name]) is not None}
     distinct = {name: checker.convert(name, column, text_of[name], nullable=False) for name, column in required.items()}
-    users, user = _merge(required["user_id"].codes, distinct["user_id"])
-    prompts, prompt = _merge(required["prompt"].codes, distinct["prompt"])
-    rows = {side: _merge(required[side].codes, distinct[side]) for side in ("chosen", "rejected")}
+    users, user = merged(required["user_id"].codes, distinct["user_id"])
+    prompts, prompt = merged(required["prompt"].codes, distinct["prompt"])
+    rows = {side: merged(required[side].codes, distinct[side]) for side in ("chosen", "rejected")}
     responses: dict[str, int] = {}
     sides = {side: _number(values, codes, responses) for side, (values, codes) in rows.items()}
     chat = {side: _take([r.history is not None for r in values], codes) for side, (values, codes) in rows.items()}
@@ -326,8 +364,8 @@ def _validate(
         known = (user >= 0) & np.isin(optional["user_split"], (0, 1))
         both[user[known], optional["user_split"][known]] = True
         contradictory = np.flatnonzero(both.all(axis=1))
-        first = np.array([np.flatnonzero(user == row)[0] for row in contradictory.tolist()], dtype=np.int64)
-        checker.add(first, lambda row: f"user_split: user {users[user[row]]!r} is both seen and unseen")
+        torn = np.flatnonzero(known & np.isin(user, contradictory))
+        checker.add(torn, lambda row: f"user_split: user {users[user[row]]!r} is both seen and unseen")
     if checker.problems:
         return None
     codes_of = {"user": user, "prompt": prompt, **sides}
@@ -375,7 +413,7 @@ def _optional_columns(columns: dict[str, Column | None], checker: Checker) -> di
     dialogue = columns["dialogue_id"]
     if dialogue is not None:
         values = checker.convert("dialogue_id", dialogue, to_id, nullable=True)
-        out["dialogues"], out["dialogue"] = _merge(dialogue.codes, values)
+        out["dialogues"], out["dialogue"] = merged(dialogue.codes, values)
     return out
 
 
@@ -393,34 +431,13 @@ def _filter(codes: list[IntArray], optional: dict[str, Any]) -> tuple[IntArray, 
             )
     if "tie" in optional:
         codes = [*codes, optional["tie"].astype(np.int64)]
-    kept = np.sort(rows[np.unique(_joined(codes)[rows], return_index=True)[1]])  # the first of equals
+    kept = np.sort(rows[np.unique(joined(codes)[rows], return_index=True)[1]])  # the first of equals
     if len(kept) < len(rows):
         dropped["duplicates"] = len(rows) - len(kept)
         warnings.warn(
             f"{len(rows) - len(kept)} duplicate pairs left out: same user, prompt, chosen and rejected", stacklevel=4
         )
     return kept, dropped
-
-
-def _joined(codes: Sequence[IntArray]) -> IntArray:
-    """One number ``(N,)`` for N rows of non-negative codes, the same for equal rows alone."""
-    joined, size = codes[0], int(codes[0].max(initial=0)) + 1
-    for column in codes[1:]:
-        count = int(column.max(initial=0)) + 1
-        if size * count >= 2**63:
-            joined = np.unique(joined, return_inverse=True)[1]
-            size = int(joined.max()) + 1
-        joined, size = joined * count + column, size * count
-    return joined
-
-
-def _merge(codes: IntArray, values: list[Any]) -> tuple[list[Any], IntArray]:
-    """Number distinct converted values: codes of raw values -> codes of converted ones, -1 = null or failed."""
-    numbers: dict[Any, int] = {}
-    lookup = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
-    if len(numbers) == len(values):  # as they are numbered already
-        return list(numbers), codes
-    return list(numbers), np.array([*lookup, -1], dtype=np.int64)[codes]
 
 
 def _number(values: list[Response], codes: IntArray, numbers: dict[str, int]) -> IntArray:

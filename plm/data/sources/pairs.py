@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from plm.data.schema import PairTable, read_pairs
 from plm.data.sources import PairSource
@@ -34,6 +34,8 @@ class PairFiles(PairSource):
             right, tie, a, b, model_a, model_b and the names of the two columns.
         attributes: Columns whose weighted sum is the rating -> weight.
         layout: A known layout, such as argilla, helpsteer2 or nectar; the other options go before what it says.
+        on_error: What a malformed row does: ``stop``, or ``skip``, which leaves it out and counts it. A fit writes what
+            it skipped into ``skipped.ndjson`` of its run.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class PairFiles(PairSource):
         winner: dict[str, Any] | None = None,
         attributes: dict[str, float] | None = None,
         layout: str | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.path, self.columns, self.winner, self.attributes, self.layout = path, columns, winner, attributes, layout
+        self.on_error: Literal["stop", "skip"] = on_error
 
     @property
     def name(self) -> str:
@@ -58,4 +62,6 @@ class PairFiles(PairSource):
         Raises:
             ValueError: If a path matches no file, or with all malformed rows (see ``read_pairs``).
         """
-        return read_pairs(local_files(self.path), self.columns, self.winner, self.attributes, self.layout)
+        return read_pairs(
+            local_files(self.path), self.columns, self.winner, self.attributes, self.layout, self.on_error
+        )

@@ -58,6 +58,7 @@ def test_the_hub_gets_exactly_what_is_needed(tmp_path: Path, monkeypatch: pytest
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("plm.data.sources.corpus.offline_options", dict)
     with pytest.raises(ValueError, match=r"expected train/\*\.parquet in the dataset some/repo \(revision r\)"):
         corpus_files(None, "some/repo", "train/*.parquet", "r")
     assert asked == {

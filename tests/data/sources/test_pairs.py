@@ -132,6 +132,7 @@ def test_a_dataset_of_the_hub_is_its_training_split(tmp_path: Path, monkeypatch:
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("plm.data.sources.corpus.offline_options", dict)
     for name in ("default/train/0.parquet", "data/x.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "data/x.jsonl").write_text(LINE % 1)
