@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 import warnings
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,6 +31,7 @@ from torch import Tensor
 from plm.arrays import Float32Array, IntArray
 from plm.atomic import whole_file, write_text
 from plm.backbones import Backbone
+from plm.data.cache import MANIFEST, folder_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,8 +64,7 @@ class FeatureCache:
     def __init__(self, backbone: Backbone, directory: str | Path) -> None:
         self.backbone = backbone
         identity = {"format": FORMAT, "key": backbone.key(), "feature_dim": backbone.feature_dim}
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = Path(directory).expanduser() / name
+        self.folder = Path(directory).expanduser() / folder_name(identity)
         _claim(self.folder, identity)
         self._shards: dict[Path, Digests] = {}
 
@@ -212,12 +214,14 @@ class _Lines:
 
 def _claim(folder: Path, identity: dict[str, object]) -> None:
     """Create the folder of a backbone's features, or check that it is the backbone's."""
-    manifest = folder / "manifest.json"
+    manifest = folder / MANIFEST
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not manifest.exists():
             write_text(manifest, json.dumps(identity, indent=2, sort_keys=True))
         stored = json.loads(manifest.read_text(encoding="utf-8"))
+        with suppress(OSError):  # it is another user's, who shares the cache
+            os.utime(manifest)  # the last use
     except OSError as error:
         raise ValueError(f"expected a folder for features that can be written, got {str(folder)!r}: {error}") from error
     except ValueError as error:

@@ -619,6 +619,7 @@ WRONG = {
     "leaderboard": ["--seeds", "0"],
     "dashboard": ["--name", "x"],
     "runs": ["--folder", "x"],
+    "cache": ["clera"],
     "methods": ["x"],
 }
 """A wrong command line for each verb."""
