@@ -86,7 +86,7 @@ def test_it_brings_its_search_grid_to_the_leaderboard(
     args = ["--seeds", "1", "--budget", "3", "--output", "board", "--set", "metrics.num_resamples=50"]
     assert main(["leaderboard", "mine.yaml", *args]) == 0
     (row,) = [row for row in json.loads(Path("board/leaderboard.json").read_text())["rows"] if row["name"] == "mine"]
-    assert row["num_candidates"] == 3 and row["arguments"].keys() <= {"pull"}
+    assert row["num_candidates"] == 3 and row["arguments"].keys() <= {"pull", "gain"}
     assert "its search_space is empty or small" not in capsys.readouterr().out
 
 
@@ -103,8 +103,6 @@ def test_it_passes_the_contract(package: Path) -> None:
     centroid: Any = importlib.import_module("acme_prefs.centroid").Centroid
 
     class TestCentroid(MethodContract):
-        units_matter = True
-
         def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
             made: PersonalizationMethod = centroid(num_users, feature_dim)
             return made
