@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
 
 import plm
+from plm.cli import VERBS
 
 ROOT = Path(__file__).parents[1]
 AT_ROOT = {
@@ -67,3 +69,11 @@ def test_the_readme_is_short_and_its_commands_run_in_ci() -> None:
 def test_what_is_cited_is_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == plm.__version__ and {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_the_readme_names_every_command_and_every_method() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = set(re.findall(r"`(?:plm )?(\w+)[^`]*`", readme.split("## Commands")[1].split("## Methods")[0]))
+    assert set(VERBS) <= commands
+    methods = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+    assert set(methods["plm.methods"]) <= set(re.findall(r"`(\w+)`", readme.split("## Methods")[1]))
