@@ -36,7 +36,10 @@ class ModelComparison:
     def __repr__(self) -> str:
         """The tables as the command prints them."""
         text = io.StringIO()
-        print_parts(*map(section_table, self.sections()), console=Console(file=text, width=80))
+        print_parts(
+            *map(section_table, self.sections()),
+            console=Console(file=text, width=80, force_jupyter=False, force_terminal=False),
+        )
         return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:

@@ -18,7 +18,7 @@ def print_parts(*parts: RenderableType, console: Console | None = None) -> None:
         *parts: Tables and strings, printed as they are: brackets in them are no markup.
         console: Where to; default: standard output.
     """
-    console = console or Console()
+    console = console or Console(force_jupyter=False)  # a notebook shows every part of HTML by itself
     width = console.width
     for part in parts:
         if not isinstance(part, str):
