@@ -42,7 +42,7 @@ class Erasure(NamedTuple):
 
 
 def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Path | None = None) -> Erasure:
-    """Remove users from the store, the checkpoints of the folder and the files of the run.
+    """Remove users from the store, the checkpoints of the folder and the files of the run, also those of its tests.
 
     It may be repeated, also for ids that nobody knows: what a call that was killed has left is done by the next.
 
@@ -59,13 +59,22 @@ def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Pat
     receipts = UserStore(store_path(path) if users is None else users).delete(user_ids)
     folder = path.parent
     run = folder.parent if folder.name == "checkpoints" else folder
-    named = [file for pattern in _FILES for file in sorted(run.glob(pattern))]
+    beside = _evaluations(run) if run != folder else []
+    named = [file for place in (run, *beside) for pattern in _FILES for file in sorted(place.glob(pattern))]
     changed = [file for file in sorted(folder.glob("*.ckpt")) if file.is_file() and _erase_rows(file, user_ids)]
     changed += [file for file in named if _erase_names(file, user_ids)]
-    files = run.rglob("*") if run != folder else folder.glob("*")
+    files = [*run.rglob("*")] if run != folder else [*folder.glob("*")]
+    files += [file for place in beside for file in place.rglob("*")]
     remaining = [file for file in sorted(files) if _holds(file, user_ids)]
     tables = sorted((run.parent / PAIRS_FOLDER).glob("*.parquet"))
     return Erasure(receipts, changed, remaining + [file for file in tables if _has_cell(file, user_ids)])
+
+
+def _evaluations(run: Path) -> list[Path]:
+    """Folders beside a run in which ``plm validate``, ``test`` and ``predict`` write about its checkpoints."""
+    name = re.compile(rf"{re.escape(run.absolute().name)}-(?:validate|test|predict)(?:-\d+)?")
+    folders = (folder for folder in sorted(run.absolute().parent.iterdir()) if name.fullmatch(folder.name))
+    return [folder for folder in folders if folder.is_dir() and not (folder / "recipe.yaml").exists()]
 
 
 def _has_cell(path: Path, user_ids: Collection[str]) -> bool:

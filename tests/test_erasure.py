@@ -50,6 +50,19 @@ def bytes_of(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 
+def test_what_was_tested_and_predicted_beside_the_run_is_erased_too(run: Path) -> None:
+    """But no file of another fit, whatever it is called."""
+    files = []
+    for name in ("version_0-test", "version_0-predict-2", "version_0-tests", "version_0-test-3"):
+        files.append(run.parent / name / "per_user.csv")
+        write_csv(files[-1], ["user_id"], [[user] for user in IDS])
+    (files[3].parent / "recipe.yaml").touch()
+    (files[1].parent / "notes.txt").write_text("person-anna")
+    erasure = erase_users(run / "checkpoints" / "best.ckpt", ["person-anna"])
+    assert ["person-anna" in file.read_text() for file in files] == [False, False, True, True]
+    assert set(files[:2]) <= {*erasure.changed} and erasure.remaining == [files[1].parent / "notes.txt"]
+
+
 def test_nothing_of_an_erased_user_is_left_in_the_run(run: Path) -> None:
     anna, moments = WEIGHTS[0].numpy().tobytes(), (WEIGHTS[0] + 1).numpy().tobytes()
     assert sum(anna in data for data in bytes_of(run).values()) == 3  # the store and both checkpoints

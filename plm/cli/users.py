@@ -25,8 +25,8 @@ def run(args: list[str]) -> None:
         prog="plm users",
         description="list: id and number of pairs of every user, tab separated\n"
         "export: rows of some or all users as JSONL\n"
-        "delete: remove users from the store, the checkpoints and the files of the run; from then on they are scored\n"
-        "like unknown ones. One receipt a user, as JSONL; may be repeated",
+        "delete: remove users from the store, the checkpoints and the files of the run and its tests; from then on\n"
+        "they are scored like unknown ones. One receipt a user, as JSONL; may be repeated",
     )
     parser.add_argument("action", metavar="list|export|delete")
     parser.add_shared("--ckpt_path", required=True, help="checkpoint the users belong to")
