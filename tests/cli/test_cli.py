@@ -686,8 +686,9 @@ def test_the_short_help_of_a_recipe_names_options_that_exist(capsys: pytest.Capt
 def test_options_for_the_same_thing_have_the_same_name(capsys: pytest.CaptureFixture[str]) -> None:
     """Every option of every verb: it is in the table of shared ones, or only one verb has it."""
     verbs_of: dict[str, set[str]] = {}
-    for verb in VERBS.keys() - {"fit", "validate", "test", "predict", "portfolio"}:
-        assert main([verb, "--help"]) == 0
+    of_recipes = {"fit", "validate", "test", "predict", "portfolio"}
+    for verb, *action in [*([verb] for verb in VERBS.keys() - of_recipes), ["data", "convert"]]:
+        assert main([verb, *action, "--help"]) == 0
         for name in re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, flags=re.M):
             verbs_of.setdefault(name, set()).add(verb)
     several = {name for name, verbs in verbs_of.items() if len(verbs) > 1}
