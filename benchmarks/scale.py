@@ -1,11 +1,12 @@
 """Many users: seconds and peak memory of learning, scoring and refreshing them, at growing sizes.
 
-Usage: python benchmarks/scale.py [--only adapt skewed score refresh] [--users 20000 100000 1000000] [--bases 8]
+Usage: python benchmarks/scale.py [--only open adapt skewed score refresh] [--users 20000 100000 1000000] [--bases 8]
 
 ``plm adapt`` and ``plm score`` run as commands on Parquet files, with hashed words of width 256 and LoRe: 10 pairs of
 each user, out of 200,000 distinct texts; scored is one response of each user, all of whom are known. "skewed" is
 1,000 users of whom one has 4,000 pairs and the others one each. "refresh" is `LoRe.refresh_users`, which solves all
-seen users at every candidate spread: once per validation of a fit. Every size is a process of its own; its peak is
+seen users at every candidate spread: once per validation of a fit. "open" reads and checks the pairs as JSONL, beside
+the time that Arrow alone takes to read the file. Every size is a process of its own; its peak is
 what the operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode",
 the time that the same texts take to become features.
 """
@@ -113,6 +114,39 @@ def make_file(path: str, kind: str, users: str) -> None:
     writer.close()
 
 
+def make_lines(path: str, users: str) -> None:
+    """The same pairs as JSONL."""
+    import json
+
+    import pyarrow.parquet as pq
+
+    make_file(f"{path}.parquet", "pairs", users)
+    with open(path, "w", encoding="utf-8") as file:
+        for batch in pq.ParquetFile(f"{path}.parquet").iter_batches():
+            file.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+
+
+def open_pairs(path: str) -> None:
+    """Read pairs, and say how many seconds it took."""
+    import warnings
+
+    from plm.data.schema import read_pairs
+
+    warnings.simplefilter("ignore")  # of pairs that occur twice
+    began = time.perf_counter()
+    read_pairs([path])
+    print(time.perf_counter() - began)
+
+
+def open_by_arrow(path: str) -> None:
+    """Read a file by Arrow alone."""
+    import pyarrow.json
+
+    began = time.perf_counter()
+    pyarrow.json.read_json(path)
+    print(time.perf_counter() - began)
+
+
 def encode(path: str) -> None:
     """Turn the responses of a file into features, and say how many seconds it took."""
     import pyarrow.parquet as pq
@@ -155,6 +189,7 @@ def refresh(users: str, bases: str) -> None:
 
 
 CHILDREN = {"checkpoint": make_checkpoint, "file": make_file, "encode": encode, "refresh": refresh}
+CHILDREN |= {"lines": make_lines, "open": open_pairs, "arrow": open_by_arrow}
 
 
 # ---------------------------------------------------------------------- the table
@@ -168,6 +203,13 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
     if what == "refresh":
         found = child("refresh", users, bases)
         return [row(f"refresh, K = {bases}", f"{users:,} x {PAIRS}", found, float(found.output.split()[-1]))]
+    if what == "open":
+        path = folder / "file.jsonl"
+        child("lines", path, users)
+        found, alone = child("open", path), child("arrow", path)
+        size = f"{path.stat().st_size / 1e9:.2f} GB"
+        both = {"open": found, "pyarrow.json": alone}
+        return [row(name, size, one, float(one.output.split()[-1])) for name, one in both.items()]
     path, checkpoint = folder / "file.parquet", folder / f"{what}-{users}.ckpt"
     child("file", path, {"adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)
     child("checkpoint", checkpoint, bases, users if what == "score" else 0)
@@ -189,7 +231,7 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["adapt", "skewed", "score", "refresh"])
+    parser.add_argument("--only", nargs="+", default=["open", "adapt", "skewed", "score", "refresh"])
     parser.add_argument("--users", nargs="+", type=int, default=[20_000, 100_000, 1_000_000])
     parser.add_argument("--bases", type=int, default=8)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

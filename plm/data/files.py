@@ -9,12 +9,15 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from plm.data.values import short
@@ -24,6 +27,8 @@ csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 charac
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
 TABLES = (".parquet", ".arrow")
 """Formats that hold typed columns."""
+_BLOCK = 2**24
+"""Bytes that are read at once; no row may be longer."""
 
 
 class Records(NamedTuple):
@@ -86,6 +91,43 @@ def read_table(path: Path, columns: Sequence[str] | None = None, num_rows: int |
         wanted = file.schema_arrow.names if columns is None else columns
         first = next(file.iter_batches(num_rows, columns=wanted), None) if wanted and num_rows else None
         return pa.table({name: [] for name in wanted}) if first is None else pa.Table.from_batches([first])
+
+
+def read_jsonl_table(path: Path, kinds: Mapping[str, pa.DataType]) -> pa.Table | None:
+    """Read a JSONL file by Arrow, several times faster than row by row; None where only rows tell what is in it.
+
+    Arrow and Python read JSON alike but for numbers that are none, and lines: to Arrow they are blanks.
+
+    Args:
+        path: The file.
+        kinds: Types of columns that must have one; those of others are guessed, and dates among their texts.
+    """
+    options = pj.ParseOptions(explicit_schema=pa.schema(list(kinds.items())))
+    try:
+        table = pj.read_json(path, pj.ReadOptions(block_size=_BLOCK), options)
+    except (pa.ArrowException, OSError):
+        return None
+    numbers = [column for column in table.columns if pa.types.is_floating(column.type)]
+    is_plain = all(pc.all(pc.is_finite(column)).as_py() in (True, None) for column in numbers)
+    if not is_plain or _num_lines(path) != table.num_rows:
+        return None
+    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if name in kinds and pa.types.is_string(column.type):  # a text is held once
+            table = table.set_column(place, name, column.dictionary_encode())
+    return table
+
+
+def _num_lines(path: Path) -> int:
+    """Lines of a file that is not empty; -1 where some are."""
+    count, last = 0, ord("\n")
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            content = np.frombuffer(block, np.uint8)
+            ends = content == ord("\n")
+            if (ends[1:] & ends[:-1]).any() or (ends[0] and last == ord("\n")):
+                return -1
+            count, last = count + int(ends.sum()), int(content[-1])
+    return count + int(last != ord("\n"))
 
 
 def table_records(path: Path, table: pa.Table) -> Records:

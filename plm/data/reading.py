@@ -5,9 +5,12 @@ Axes: N rows of a file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +18,16 @@ import pyarrow.compute as pc
 
 from plm.data.columns import OPTIONAL, Column, RawPairs, factorise, factorise_arrow
 from plm.data.conversations import WRITTEN
-from plm.data.files import TABLES, Records, file_format, read_records, read_table, table_errors, table_records
+from plm.data.files import (
+    TABLES,
+    Records,
+    file_format,
+    read_jsonl_table,
+    read_records,
+    read_table,
+    table_errors,
+    table_records,
+)
 from plm.data.layouts import GRADED, NAMED, Layout
 from plm.data.pair_rows import EVERYONE, pair_rows
 from plm.data.winners import refuse_unread_winner
@@ -40,7 +52,10 @@ def read_columns(path: Path, layout: Layout) -> RawPairs:
         ValueError: If the format is unknown, a required column is missing, or one that seems to name the winner would
             not be read.
     """
-    records = _read_table(path, layout) if path.name.endswith(TABLES) else read_records(path)
+    if path.name.endswith(TABLES):
+        records = _read_table(path, layout)
+    else:
+        records = (_read_jsonl(path, layout) if path.name.endswith(".jsonl") else None) or read_records(path)
     if isinstance(records, RawPairs):
         pa.default_memory_pool().release_unused()  # Arrow keeps the memory of a table that is gone
         return records
@@ -64,12 +79,52 @@ def _read_table(path: Path, layout: Layout) -> RawPairs | Records:
     _refuse_unread_winner(path, found, table_records(path, read_table(path, unread, NUM_LOOKED_AT)))
     table = read_table(path, [name for name in names if name in _read(found)])
     with table_errors(path):
-        if _needs_rows(table, found):
-            return table_records(path, table)
-        columns = {name: factorise_arrow(table.column(column)) for name, column in found.columns.items()}
+        return table_records(path, table) if _needs_rows(table, found) else _of_table(table, found)
+
+
+def _of_table(table: pa.Table, found: Layout) -> RawPairs:
+    """Columns of a table whose rows are pairs as they stand."""
+    columns = {name: factorise_arrow(table.column(column)) for name, column in found.columns.items()}
     if "user_id" not in columns:
         columns["user_id"] = Column(np.zeros(table.num_rows, dtype=np.int64), [EVERYONE])
     return RawPairs(columns, np.arange(table.num_rows, dtype=np.int64), [])
+
+
+def _read_jsonl(path: Path, layout: Layout) -> RawPairs | None:
+    """Columns of a file whose rows are evidently pairs as they stand, in one pass; None of any other.
+
+    What is wrong with a file is said by reading its rows.
+    """
+    try:
+        with path.open("rb") as file:
+            first = [json.loads(line) for line in islice(file, NUM_LOOKED_AT)]
+        names = dict.fromkeys(name for row in first for name in row)
+        found = found_columns(path, layout, list(names))
+        _refuse_unread_winner(path, found, Records(list(names), first, [], []))
+        kinds = {column: _kind([row.get(column) for row in first]) for column in found.columns.values()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    if None in kinds.values() or found.is_listed or found.is_long:
+        return None
+    table = read_jsonl_table(path, kinds)
+    if table is None or not names.keys() >= {*table.column_names}:
+        return None
+    try:
+        if _needs_rows(table, found):
+            return None
+        pairs = _of_table(table, found)
+    except (pa.ArrowException, UnicodeDecodeError):
+        return None
+    return pairs._replace(lines=pairs.lines + 1)
+
+
+def _kind(values: Sequence[Any]) -> pa.DataType | None:
+    """The type of values that have one of four; None of others."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int, float}:
+        return pa.float64()
+    found = {str: pa.string(), int: pa.int64(), bool: pa.bool_(), float: pa.float64()}
+    return found.get(kinds.pop()) if len(kinds) == 1 else None
 
 
 def found_columns(path: Path, layout: Layout, present: Sequence[str]) -> Layout:
@@ -140,11 +195,16 @@ def _needs_rows(table: pa.Table, found: Layout) -> bool:
     if any(map(pa.types.is_nested, plain.values())):
         return True
     columns = [table.column(found.columns[name]) for name in _TEXTS if _is_text(plain[name])]
-    texts = [
-        (column.unify_dictionaries() if pa.types.is_dictionary(column.type) else column).unique() for column in columns
-    ]
+    texts = [_distinct(column) for column in columns if len(column)]
     starts = [pc.starts_with(text.cast(pa.string()), start) for text in texts for start in WRITTEN]
     return any(pc.any(values).as_py() for values in starts)
+
+
+def _distinct(column: pa.ChunkedArray) -> Any:
+    """Its distinct values, and perhaps others of its dictionary."""
+    if pa.types.is_dictionary(column.type):
+        return column.unify_dictionaries().chunk(0).dictionary
+    return column.unique()
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -157,13 +157,14 @@ def pair_table(
         The table; rows keep their order.
     """
     num_pairs = len(user)
-    used = np.unique(user)
+    used = np.flatnonzero(np.bincount(user, minlength=len(user_ids)))
     order = np.array(sorted(used.tolist(), key=lambda row: user_ids[row]), dtype=np.int64)
     rank = np.full(len(user_ids), -1, dtype=np.int64)
     rank[order] = np.arange(len(order))
     stride = max(len(responses), 1)
     sides = [np.unique(prompt * stride + side, return_inverse=True) for side in (chosen, rejected)]
-    keys = np.union1d(sides[0][0], sides[1][0])
+    either = np.sort(np.concatenate([sides[0][0], sides[1][0]]))
+    keys = either[np.diff(either, prepend=-1) > 0]  # numpy's union would hash them, which takes far longer
     items: list[IntArray] = [np.searchsorted(keys, np.asarray(distinct))[codes] for distinct, codes in sides]
     none = np.full(num_pairs, -1, dtype=np.int64)
     nan = np.full(num_pairs, np.nan, dtype=np.float32)

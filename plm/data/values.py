@@ -73,6 +73,8 @@ def to_text(value: Any) -> str:
         ValueError: For half of a surrogate pair, which has no UTF-8.
     """
     text = str(value)
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -165,7 +167,7 @@ def from_prompt(prompt: str) -> str | list[dict[str, str]]:
 
 def to_response(value: Any) -> Response:
     """Convert a response to text, also where it comes as the last of its chat messages."""
-    messages = _messages(value)
+    messages = None if type(value) is str and not value.startswith("[{") else _messages(value)
     text, history = to_text(value) if messages is None else "", None
     if messages is not None:
         if messages[-1]["role"] != "assistant":

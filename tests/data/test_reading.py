@@ -1,0 +1,156 @@
+"""JSONL that Arrow reads gives what its rows give, to the row, and what only rows can tell is told by them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from plm.data import reading
+from plm.data.schema import PairTable, read_pairs
+
+ROWS = [
+    {"user_id": f"n{user}", "prompt": f"p{number % 3}", "chosen": f"good {number}", "rejected": f"bad\n{user}"}
+    for user in range(4)
+    for number in range(5)
+]
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def outcome(path: Path, **options: Any) -> Any:
+    """Every array and text of the table, or the message."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            table: PairTable = read_pairs([path], **options)
+        except ValueError as error:
+            return str(error)
+    texts = table.texts()
+    pairs = [(texts[first], texts[second]) for first, second in zip(table.chosen, table.rejected, strict=True)]
+    numbered = {"prompts", "responses", "items", "prompt", "chosen", "rejected"}
+    others = {name: value for name, value in vars(table).items() if name not in numbered}
+    shown = {
+        name: [*map(repr, value.ravel())] if isinstance(value, np.ndarray) else value for name, value in others.items()
+    }
+    return {**shown, "pairs": pairs}
+
+
+def both(path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """What Arrow gives, where it is asked, after a comparison with what rows give."""
+    fast = outcome(path, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "read_jsonl_table", lambda path, kinds: None)
+        assert outcome(path, **options) == fast
+    return fast
+
+
+def is_read_by_arrow(path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    def refuse(path: Path) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "read_records", refuse)
+        try:
+            read_pairs([path])
+        except AssertionError:
+            return False
+        return True
+
+
+OPTIONAL = {"weight": 2, "tie": True, "timestamp": "2020-01-02", "turn": 3, "dialogue_id": 7, "row_split": "test"}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        [{**row, **OPTIONAL, "chosen_score": 1.5, "unread": {"a": [1]}} for row in ROWS],
+        [{**row, "user_id": number % 3} for number, row in enumerate(ROWS)],
+        [{**ROWS[0], "weight": 1}, {**ROWS[1], "weight": 0.5}, ROWS[2], {**ROWS[3], "weight": None}],
+        [{**row, "prompt": "2020-01-02"} for row in ROWS],
+    ],
+    ids=["plain", "optional", "integers", "numbers", "dates"],
+)
+def test_plain_rows_are_read_by_arrow(
+    rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(rows))
+    assert isinstance(both(path, monkeypatch), dict) and is_read_by_arrow(path, monkeypatch)
+
+
+FIRST = lines(ROWS * 20)
+"""More rows than are looked at first."""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "\n" + lines(ROWS[:1]),
+        " \n" + lines(ROWS[:1]),
+        lines(ROWS[:2]).replace("}\n{", "}{"),
+        lines(ROWS[:2]).replace("}\n{", "}{") + "\n",
+        lines([{**ROWS[0], "weight": 2.0, "chosen": "new"}]),
+        lines([{**ROWS[0], "user_id": 7}]),
+        lines([{**ROWS[0], "unread": float("nan")}]),
+        lines([{**ROWS[0], "chosen": [{"role": "assistant", "content": "x"}]}]),
+        lines([{**ROWS[0], "chosen": '[{"role": "assistant", "content": "x"}]'}]),
+        lines([{**ROWS[0], "chosen": "new", "winner": "left"}]),
+        '{"user_id": "a", "user_id": "b", "prompt": "p", "chosen": "x", "rejected": "y"}\n',
+        '{"user_id": "a", "prompt": "p", "chosen": "\\ud800", "rejected": "y"}\n',
+        "{\n",
+    ],
+)
+def test_what_only_rows_tell_is_told_by_them(more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line numbers, numbers that are none, columns and kinds that come late, lists that are printed, and errors."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(FIRST + more)
+    both(path, monkeypatch)
+    assert not is_read_by_arrow(path, monkeypatch)
+
+
+def test_errors_name_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(FIRST + lines([{**ROWS[0], "chosen": ROWS[0]["rejected"]}]))
+    assert f"{path}:401: chosen equals rejected" in both(path, monkeypatch)
+    assert both(path, monkeypatch, on_error="skip")["dropped"]["malformed"] == 1
+
+
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_files_are_read_alike(data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes changed, taken out or put in anywhere: one table or one message, whoever reads."""
+    content = bytearray(lines([{**row, "weight": 1.5, "tie": False} for row in ROWS]).encode())
+    pieces = [
+        b'"',
+        b"{",
+        b"}",
+        b",",
+        b"\n",
+        b"\r",
+        b"\0",
+        b"null",
+        b"NaN",
+        b"1e999",
+        b"\xef\xbb\xbf",
+        b"7",
+        b" ",
+        b"\\",
+        b"\xff",
+    ]
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)))
+        taken = data.draw(st.integers(0, 8))
+        content[start : start + taken] = data.draw(st.one_of(st.binary(max_size=4), st.sampled_from(pieces)))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(bytes(content))
+    both(path, monkeypatch)
