@@ -9,10 +9,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+UserId = str | int
+"""Who: a text, or an integer, which is stored as its digits."""
+
+
+def id_text(user_id: object) -> str:
+    """An id as it is stored.
+
+    Raises:
+        ValueError: If it is neither a text nor an integer.
+    """
+    if isinstance(user_id, bool) or not isinstance(user_id, str | Integral):
+        raise ValueError(f"expected the id of a user as a text or an integer, got {user_id!r}")
+    return str(user_id)
 
 
 class Tokens(NamedTuple):

@@ -73,6 +73,22 @@ def test_a_table_is_fitted_tested_and_served(run: plm.Run) -> None:
         assert (sea > snow) == likes_sea
 
 
+def test_ids_may_be_integers_and_a_method_tells_what_it_is(run: plm.Run) -> None:
+    known, method = int(run.users[0]), run.method
+    texts = ["the sea at 5", "the snow at 5"]
+    assert torch.equal(method.score(texts, user_id=known), method.score(texts, user_id=str(known)))
+    each = np.array([known, int(run.users[1])])
+    assert torch.equal(method.score(texts, user_id=each), method.score(texts, user_id=[*map(str, each)]))  # type: ignore[arg-type]
+    assert method.learn(777, [("where to", *texts)]) == 1 and 777 in method.users and "777" in method.users
+    assert repr(method).startswith("LoRe(num_users=24, feature_dim=512, num_bases=2), reads texts by HashingBackbone")
+    assert repr(method).endswith(f"knows {len(run.users)} users of {method.users.place}")
+    method.forget(777)
+    assert 777 not in method.users and repr(LoRe(3, 4)) == "LoRe(num_users=3, feature_dim=4)"
+    for wrong in (True, 1.5, None):
+        with pytest.raises(ValueError, match="expected the id of a user as a text or an integer"):
+            method.learn(wrong, [("where to", *texts)])  # type: ignore[arg-type]
+
+
 def test_a_run_tells_its_verdicts_and_shows_its_figures(run: plm.Run) -> None:
     text = repr(run)
     assert text.splitlines() == [

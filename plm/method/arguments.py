@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 
 def constructor_arguments(cls: type) -> set[str]:
@@ -22,3 +24,16 @@ def constructor_arguments(cls: type) -> set[str]:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return names
+
+
+def given_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """``name=value`` of the arguments of a constructor that are no defaults, but for mappings."""
+    defaults: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base):
+            defaults |= {one.name: one.default for one in inspect.signature(vars(base)["__init__"]).parameters.values()}
+        if "options_class" in vars(base):
+            defaults |= {field.name: field.default for field in dataclasses.fields(vars(base)["options_class"])}
+    known = constructor_arguments(cls)
+    shown = {name: value for name, value in values.items() if name in known and not isinstance(value, Mapping)}
+    return [f"{name}={value!r}" for name, value in shown.items() if defaults.get(name) != value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, ClassVar, final
 
 import lightning as L
@@ -14,12 +15,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from plm.method.accumulation import AccumulatedSteps
+from plm.method.arguments import given_arguments
 from plm.method.conditioning import Conditioning
 from plm.method.loaded import LoadedMethod
 from plm.method.population import load_validation_pairs, tuned_population
 from plm.method.reading import without_pairs
 from plm.method.strangers import with_evidence
-from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserState
+from plm.types import Context, PreferenceBatch, ResumableBatches, Tokens, UserId, UserState, id_text
 
 CHECKPOINT_KEY = "plm"
 """Where a checkpoint keeps what is not a weight: class path, format version, seen user ids."""
@@ -145,6 +147,12 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
     def num_train_pairs(self, num_pairs: int) -> None:
         self._num_train_pairs = num_pairs
 
+    def __repr__(self) -> str:
+        """The arguments that are no defaults, and of a loaded method what it reads and whom it knows."""
+        parts = [f"{type(self).__name__}({', '.join(given_arguments(type(self), self.hparams))})"]
+        parts += [] if self.encode is None else [f"reads texts by {type(self.encode.backbone).__name__}"]
+        return ", ".join(parts if self.find_users is None else [*parts, f"knows {self.users!r}"])
+
     # ------------------------------------------------------------------ what users call
     @final
     def adapt(self, context: Context) -> UserState:
@@ -178,7 +186,7 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
         users: UserState | None = None,
         *,
         rows: Tensor | None = None,
-        user_id: str | Sequence[str] | None = None,
+        user_id: UserId | Sequence[UserId] | None = None,
         prompts: str | Sequence[str] = "",
         prompt_features: Tensor | Tokens | None = None,
     ) -> Tensor:
@@ -213,7 +221,8 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
                 responses = encoder(prompts, texts)
                 prompt_features = self.encode_prompts(prompts) if self.encode_prompts else None
             if user_id is not None:
-                ids = [user_id] * num_responses if isinstance(user_id, str) else list(user_id)
+                one = isinstance(user_id, str | Integral)
+                ids = [id_text(name) for name in ([user_id] * num_responses if one else user_id)]  # type: ignore[union-attr]
                 row_of = {name: row for row, name in enumerate(dict.fromkeys(ids))}
                 rows = torch.tensor([row_of[name] for name in ids], dtype=torch.long)
                 users = self.known_users(list(row_of))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from plm.types import Tokens
+from plm.types import Tokens, UserId, id_text
 
 if TYPE_CHECKING:
     from plm.checkpoint import KnownUsers, Pair, TextEncoder
@@ -26,7 +26,7 @@ class LoadedMethod:
         """Held while the model of a loaded method works, so that threads may share it."""
         return nullcontext() if self.find_users is None else self.find_users.lock
 
-    def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False, must_exist: bool = False) -> int:
+    def learn(self, user_id: UserId, pairs: Sequence[Pair], anew: bool = False, must_exist: bool = False) -> int:
         """Learn a user from what the user prefers, and store state and pairs; durable when the call returns.
 
         Later pairs are added to those before: the state is fitted to all of them. Threads and processes may call it at
@@ -44,11 +44,11 @@ class LoadedMethod:
         Raises:
             ValueError: If a pair is malformed, or the pairs behind the user's state were not kept, as of trained users.
         """
-        return self.known_users.learn(user_id, pairs, anew, must_exist)
+        return self.known_users.learn(id_text(user_id), pairs, anew, must_exist)
 
-    def forget(self, user_id: str) -> Receipt:
+    def forget(self, user_id: UserId) -> Receipt:
         """Delete a user from the store; a user who is not there is no error."""
-        return self.known_users.store.delete([user_id])[0]
+        return self.known_users.store.delete([id_text(user_id)])[0]
 
     @property
     def users(self) -> UserStore:

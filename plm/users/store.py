@@ -160,9 +160,13 @@ class UserStore:
         """For a process that works with the store all the time: calls inside the block take less time."""
         return self._database.held_open()
 
+    def __repr__(self) -> str:
+        """How many, and where."""
+        return f"{len(self):,} users of {self.place}"
+
     def __contains__(self, user_id: object) -> bool:
         """Whether the user has a row."""
-        return isinstance(user_id, str) and self.find(user_id) is not None
+        return isinstance(user_id, str | int) and self.find(str(user_id)) is not None
 
     def find(self, user_id: str) -> StoredUser | None:
         """What is known of a user besides the state; None if the user is unknown."""
