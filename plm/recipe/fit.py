@@ -234,7 +234,7 @@ class RecipeCLI(LightningCLI):
                     logger.experiment.finish(exit_code)
 
     def before_fit(self) -> None:
-        """Check that there is something to validate on; replace the method by the best candidate of a selection."""
+        """Check that there is something to validate on, take the best candidate of a selection, say what goes on."""
         if isinstance(self.datamodule, PreferenceDataModule) and not self.datamodule.num_judged_validation_pairs:
             raise ValueError(
                 "expected validation pairs that are not ties, got none: early stopping and the choice of a checkpoint "
@@ -242,6 +242,10 @@ class RecipeCLI(LightningCLI):
             )
         if self._get(self.config, "select"):
             self.model = select(self, self.untouched)
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and Path(path).is_file() and self.trainer.is_global_zero:
+            held = read_checkpoint(path)
+            print(f"goes on from {path}, where epoch {held['epoch'] + 1} and step {held['global_step']} were reached")
 
     def after_fit(self) -> None:
         """Say which epoch was the best, and test its checkpoint."""

@@ -123,14 +123,16 @@ def test_the_first_of_several_loggers_has_the_folder() -> None:
     assert Path("runs/mine/recipe.yaml").is_file() and Path("runs/mine/checkpoints/best.ckpt").is_file()
 
 
-def test_other_verbs_and_fits_that_go_on_take_the_next_name() -> None:
+def test_other_verbs_and_fits_that_go_on_take_the_next_name(capsys: pytest.CaptureFixture[str]) -> None:
     """A recipe that names its run is tested, and a job that is started again goes on."""
     Path("recipe.yaml").write_text(RECIPE + "name: mine\n")
     assert main(["fit", "--config", "recipe.yaml", "--final_test", "false"]) == 0
     best = "runs/mine/checkpoints/best.ckpt"
     assert main(["validate", "--config", "recipe.yaml", "--ckpt_path", best]) == 0
     last = "runs/mine/checkpoints/last.ckpt"
+    assert "goes on from" not in capsys.readouterr().out
     assert main(["fit", "--config", "recipe.yaml", "--ckpt_path", last, "--trainer.max_epochs", "2"]) == 0
+    assert f"goes on from {last}, where epoch 1 and step 1 were reached" in capsys.readouterr().out
     assert {path.name for path in Path("runs").iterdir()} == {"mine", "mine-2", "mine-3"}
 
 
