@@ -5,6 +5,7 @@ from __future__ import annotations
 from plm.backbones.attention import Prefix
 from plm.backbones.backbone import Backbone, Key, device
 from plm.backbones.causal_lm import CausalLM, Completion, TooLong, completion_tokens
+from plm.backbones.files import FeatureFiles
 from plm.backbones.fresh import FreshCausalLM
 from plm.backbones.hashing import HashingBackbone
 from plm.backbones.head import TokenFacts, token_facts
@@ -25,6 +26,7 @@ __all__ = [
     "CausalLM",
     "Completion",
     "Completions",
+    "FeatureFiles",
     "FreshCausalLM",
     "HFBackbone",
     "HashingBackbone",
