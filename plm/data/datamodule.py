@@ -117,8 +117,15 @@ class PreferenceDataModule(L.LightningDataModule):
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        """Raise one error about all arguments that are out of range."""
+        """Raise one error about the kinds of source and backbone, and one about all arguments that are out of range."""
         problems = Problems("data.")
+        if not isinstance(self.source, PairSource):
+            advice = "; for files: plm.data.sources.pairs.PairFiles(path)"
+            problems.add("source", "an object of a class of plm.data.sources", self.source, advice)
+        if not isinstance(self.backbone, Backbone):
+            advice = "; without a download: plm.backbones.HashingBackbone()"
+            problems.add("backbone", "an object of a class of plm.backbones", self.backbone, advice)
+        problems.check()
         problems.shares(unseen_users=self.unseen_users, val_rows=self.val_rows, test_rows=self.test_rows)
         grouped = {"pairs_per_user": self.pairs_per_user, "prompts_per_batch": self.prompts_per_batch}
         problems.integers(1, batch_size=self.batch_size, **grouped, max_support=self.max_support, repeats=self.repeats)

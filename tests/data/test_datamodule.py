@@ -81,6 +81,16 @@ def trainer(path: Path, **options: Any) -> L.Trainer:
     return L.Trainer(default_root_dir=path, **{"enable_checkpointing": False, **quiet, **options})
 
 
+def test_names_in_the_place_of_a_source_and_a_backbone_are_refused_at_once() -> None:
+    unfit: Any = "export.csv", "hashing"
+    with pytest.raises(ValueError) as raised:
+        PreferenceDataModule(*unfit)
+    source, backbone = str(raised.value).splitlines()
+    assert source.startswith("data.source: expected") and "got 'export.csv'" in source and "PairFiles" in source
+    assert backbone.startswith("data.backbone: expected") and "got 'hashing'" in backbone
+    assert "plm.backbones.HashingBackbone()" in backbone
+
+
 def test_construction_reads_nothing_and_sizes_read_once(make: Any, tmp_path: Path) -> None:
     source = Counting(SyntheticPairs(num_users=30, pairs_per_user=20))
     data = PreferenceDataModule(source, HashingBackbone(64), str(tmp_path / "cache"))
