@@ -329,11 +329,13 @@ def _noise(data: Any) -> dict[str, Any]:
     if found is None or math.isnan(found.noise_ceiling):
         return {}
     num_repeated = found.agreeing + found.contradicting
+    low, high = (points(bound, "") for bound in found.interval)
     return {
         **found._asdict(),
         "ceiling": found.noise_ceiling,
-        "sentence": f"noise ceiling: accuracy {points(found.noise_ceiling, '')} %: of {num_repeated:,} repeated "
-        f"comparisons of one user {found.contradicting:,} were answered the other way",
+        "ceiling_interval": list(found.interval),
+        "sentence": f"noise ceiling: accuracy {points(found.noise_ceiling, '')} % [{low}, {high}]: of {num_repeated:,} "
+        f"repeated comparisons of one user {found.contradicting:,} were answered the other way",
     }
 
 

@@ -37,7 +37,12 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         ValueError: If there is no such file, or another program wrote it.
     """
     if not Path(path).is_file():
-        raise ValueError(f"expected a checkpoint file, got {str(path)!r}, which does not exist")
+        best = Path(path) / "checkpoints" / "best.ckpt"
+        which = (
+            f"a folder; its checkpoint is {str(best)!r}" if best.is_file() else "a folder without checkpoints/best.ckpt"
+        )
+        which = which if Path(path).is_dir() else "which does not exist"
+        raise ValueError(f"expected a checkpoint file, got {str(path)!r}, {which}")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way

@@ -26,7 +26,7 @@ from plm.users import Receipt, UserStore, store_path
 
 PAIRS_FOLDER = "pairs"
 """Folder beside the runs in which `plm.fitting.fit` keeps tables of pairs."""
-_FILES = ("per_user.csv", "predictions*.csv", "users.csv", "splits.json", "portfolio.json")
+_FILES = ("per_user.csv", "predictions*.csv", "users.csv", "splits.json", "portfolio.json", "*skipped.ndjson")
 """What runs and portfolios write with ids in it."""
 
 
@@ -120,13 +120,20 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _erase_names(path: Path, user_ids: Collection[str]) -> bool:
-    """Remove rows of a CSV file, or ids and what stands under them in a JSON file; whether there were any."""
+    """Remove rows of CSV, lines of JSON, or ids and what stands under them in a JSON file; whether there were any."""
     if path.suffix == ".json":
         before = json.loads(path.read_text(encoding="utf-8"))
         after = _without(before, set(user_ids))
         if after != before:
             write_json(path, after)
         return bool(after != before)
+    if path.suffix == ".ndjson":
+        lines = path.read_bytes().splitlines(keepends=True)
+        others = [line for line in lines if not _pattern(user_ids).search(line)]
+        if len(others) < len(lines):
+            with whole_file(path) as file:
+                file.writelines(others)
+        return len(others) < len(lines)
     with path.open(encoding="utf-8", newline="") as file:
         columns, *rows = csv.reader(file)
     place = columns.index("user_id")
@@ -149,7 +156,13 @@ def _holds(path: Path, user_ids: Collection[str]) -> bool:
     """Whether a file holds an id as a word of its own, as it is or as JSON writes it."""
     if not path.is_file() or not path.stat().st_size:
         return False
-    forms = {form for user_id in user_ids for form in (user_id, json.dumps(user_id)[1:-1])}
-    words = b"|".join(re.escape(form.encode("utf-8", "surrogatepass")) for form in sorted(forms))
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return re.search(rb"(?<![\w-])(?:" + words + rb")(?![\w-])", data) is not None
+        return _pattern(user_ids).search(data) is not None
+
+
+def _pattern(user_ids: Collection[str]) -> re.Pattern[bytes]:
+    """Ids as words of their own, as they are, as JSON writes them, and as JSON writes lines of JSON."""
+    once = {user_id: json.dumps(user_id)[1:-1] for user_id in user_ids}
+    forms = {form for user_id, text in once.items() for form in (user_id, text, json.dumps(text)[1:-1])}
+    words = b"|".join(re.escape(form.encode("utf-8", "surrogatepass")) for form in sorted(forms))
+    return re.compile(rb"(?<![\w-])(?:" + words + rb")(?![\w-])")

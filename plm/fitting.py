@@ -45,7 +45,8 @@ class Run:
         self.checkpoint = self.folder / checkpoint
         """The best checkpoint; its users are stored beside it."""
         if not self.checkpoint.is_file():
-            raise ValueError(f"expected the folder of a run, got {str(folder)!r}, which has no {checkpoint}")
+            state = f"which has no {checkpoint}" if self.folder.is_dir() else "which does not exist"
+            raise ValueError(f"expected the folder of a run, such as runs/mine, got {str(folder)!r}, {state}")
 
     def __fspath__(self) -> str:
         """Its folder: what takes the folder of a run takes the run."""

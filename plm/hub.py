@@ -25,14 +25,14 @@ def is_reachable(address: str) -> bool:
 
     Where requests go through a proxy, it is the proxy that would have to be asked: the answer is yes.
     """
-    place = urlsplit(address)
-    if {"all", place.scheme} & getproxies().keys():
-        return True
     try:
+        place = urlsplit(address)
+        if {"all", place.scheme} & getproxies().keys():
+            return True
         port = place.port or (80 if place.scheme == "http" else 443)
         with socket.create_connection((place.hostname, port), timeout=SECONDS):
             return True
-    except OSError:
+    except (OSError, ValueError):  # nobody answers, or it is no address
         return False
 
 

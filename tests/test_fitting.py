@@ -18,7 +18,7 @@ from lightning import Trainer
 
 import plm
 from plm.backbones import HashingBackbone
-from plm.callbacks import PreferenceMetrics
+from plm.callbacks import FewShotCurve, PreferenceMetrics
 from plm.cli import main
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.pairs import PairFiles
@@ -233,6 +233,12 @@ def test_a_trainer_that_was_told_to_measure_is_left_alone() -> None:
     assert method.configure_callbacks() == []
     method.trainer = Trainer(logger=False)
     assert method.configure_callbacks() == []
+    method.trainer = Trainer(logger=False, callbacks=[mine := FewShotCurve(num_resamples=7)])
+    method.trainer.datamodule = PreferenceDataModule(SyntheticPairs(), HashingBackbone())  # type: ignore[attr-defined]
+    assert mine.num_resamples == 7 and [type(one).__name__ for one in method.configure_callbacks()] == [
+        "PreferenceMetrics",
+        "SaveUserStates",
+    ]
 
 
 @pytest.mark.parametrize("cls", [plm.LoRe, plm.PAL, plm.VPL, plm.BradleyTerry])

@@ -178,7 +178,8 @@ def noise_lines(audit: Audit) -> list[str]:
             f"{audit.repeats.contradicting:,} of {num_repeated:,} repeated comparisons of one user were answered the "
             "other way"
         )
-        lines.append(f"{text}: nothing is right on more than {points(audit.ceiling, '')} %")
+        low, high = (points(bound, "") for bound in audit.repeats.interval)
+        lines.append(f"{text}: nothing is right on more than {points(audit.ceiling, '')} % [{low}, {high}]")
     else:
         lines.append("how often users contradict themselves cannot be told: no ceiling is known")
     if audit.num_shared:

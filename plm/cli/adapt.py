@@ -32,11 +32,15 @@ def run(args: list[str]) -> None:
     from plm.adapting import adapt_users
     from plm.checkpoint import load_method
     from plm.data.schema import read_pairs
-    from plm.data.skipped import write_skipped
+    from plm.data.skipped import unused, write_skipped
     from plm.evaluation import print_parts
 
     method = load_method(options.ckpt_path, users=options.users)
     table = read_pairs(options.pairs, **reading_of(options), on_error=options.on_error)
+    skipped = Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.skipped.ndjson")
+    skipped = unused(skipped)
+    if write_skipped(table, skipped):  # beside the users, with whom it is erased
+        print(f"malformed rows are in {skipped}")
     store = method.known_users.store
     since = store.num_erasures
     num_users = num_known = num_written = 0
@@ -59,7 +63,4 @@ def run(args: list[str]) -> None:
     print_parts(summary, console=console)
     if num_written < num_users:
         console.print(f"{num_users - num_written} of them were deleted meanwhile and are left out", soft_wrap=True)
-    skipped = Path(Path(options.pairs[0]).name).with_suffix(".skipped.ndjson")
-    if write_skipped(table, skipped):
-        console.print(f"malformed rows are in {skipped}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"written to {store.place}", soft_wrap=True, highlight=False, markup=False)

@@ -118,7 +118,7 @@ def _convert(args: list[str]) -> int:
     from plm.data.conversion import check_output, first_records, write_pairs
     from plm.data.guesses import guess_layout
     from plm.data.schema import read_pairs
-    from plm.data.skipped import write_skipped
+    from plm.data.skipped import unused, write_skipped
     from plm.data.sources.corpus import local_files
     from plm.data.values import short
 
@@ -136,7 +136,7 @@ def _convert(args: list[str]) -> int:
         for name, text in (("prompt", chosen[0]), ("chosen", chosen[1]), ("rejected", rejected[1])):
             print(f"  {name:<9} {short(text)}")
     write_pairs(table, options.to, files)
-    skipped = Path(options.to).with_suffix(".skipped.ndjson")
+    skipped = unused(Path(options.to).with_suffix(".skipped.ndjson"))
     if write_skipped(table, skipped):
         print(f"malformed rows are in {skipped}")
     print(f"{table.num_pairs} pairs of {table.num_users} users written to {options.to}")

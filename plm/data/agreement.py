@@ -14,6 +14,7 @@ from plm.arrays import Float64Array
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable
 from plm.data.splits import SEEN, TRAIN, Splits
+from plm.data.surface import wilson
 
 
 def majority(table: PairTable, splits: Splits) -> Float64Array:
@@ -49,7 +50,22 @@ class Repeats(NamedTuple):
         0.9
         """
         num_repeated = self.agreeing + self.contradicting
-        return (1 + math.sqrt(max(2 * self.agreeing / num_repeated - 1, 0.0))) / 2 if num_repeated else math.nan
+        return _ceiling(self.agreeing / num_repeated) if num_repeated else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the ceiling, from the score interval of how often users agreed, over repetitions.
+
+        >>> [round(bound, 2) for bound in Repeats(agreeing=82, contradicting=18).interval]
+        [0.84, 0.94]
+        """
+        share = wilson(self.agreeing, self.agreeing + self.contradicting)
+        return _ceiling(share.low), _ceiling(share.high)
+
+
+def _ceiling(agreement: float) -> float:
+    """Chance of the more frequent answer of somebody who repeats it with this chance."""
+    return (1 + math.sqrt(max(2 * agreement - 1, 0.0))) / 2
 
 
 def repeated_comparisons(table: PairTable) -> Repeats:

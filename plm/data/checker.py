@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from plm.arrays import IntArray
+from plm.arrays import BoolArray, IntArray
 from plm.data.columns import Column
 from plm.data.files import position
 from plm.data.values import short
@@ -20,6 +20,14 @@ class Checker:
     def __init__(self, where: IntArray, problems: list[tuple[int, int, str]]) -> None:
         self.where = where
         self.problems = problems
+
+    @property
+    def clean(self) -> BoolArray:
+        """``(N,)`` whether nothing was found on the line of a row, so far."""
+        lines = {(file, line) for file, line, _ in self.problems}
+        if not lines:
+            return np.ones(len(self.where), dtype=np.bool_)
+        return np.array([(file, line) not in lines for file, line in self.where.tolist()], dtype=np.bool_)
 
     def add(self, rows: IntArray, text: Callable[[int], str]) -> None:
         """Note what is wrong with rows ``(n,)``, given their numbers."""

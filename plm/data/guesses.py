@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plm.data.cells import value_at
-from plm.data.files import Records
+from plm.data.checker import report
+from plm.data.files import Records, position
 from plm.data.layouts import LAYOUTS, Layout, layout_of
 from plm.data.pair_rows import pair_rows
 from plm.data.reading import found_columns
@@ -128,6 +129,8 @@ def guess_layout(
     Raises:
         ValueError: If no layout fits, or several that read the rows differently; the message names the options.
     """
+    if records.problems and on_error == "stop":
+        raise ValueError(report([str(path)], [(0, line, problem) for line, problem in records.problems]))
     given = [name for name in LAYOUTS if layout in (None, name)]
     if not given:
         layout_of(layout)  # says which there are
@@ -258,12 +261,12 @@ def _checked(path: Path, records: Records, guess: Guess, on_error: str) -> Guess
     try:
         layout = layout_of(guess.name, guess.columns, guess.winner, guess.attributes)
         layout = found_columns(path, layout, records.names)
-        return replace(guess, pairs=_read(records, layout, on_error))
+        return replace(guess, pairs=_read(path, records, layout, on_error))
     except ValueError as error:
         return replace(guess, problem=str(error).removeprefix(f"{path}: "))
 
 
-def _read(records: Records, layout: Layout, on_error: str) -> list[tuple[str, ...]]:
+def _read(path: Path, records: Records, layout: Layout, on_error: str) -> list[tuple[str, ...]]:
     """Pairs as (user, prompt, better, worse or tie).
 
     Raises:
@@ -278,15 +281,15 @@ def _read(records: Records, layout: Layout, on_error: str) -> list[tuple[str, ..
                 f"nothing reads the column {column!r} ({', '.join(map(short, labels[:3]))}) that names a winner"
             )
     rows = pair_rows(records, layout)
-    problems = [problem for _, problem in rows.problems]
+    problems = [f"{position(path, line)}: {problem}" for line, problem in rows.problems]
     pairs = []
-    for row in rows.rows:
+    for line, row in zip(rows.lines, rows.rows, strict=True):
         try:
             pairs.append(_pair(row, layout))
         except ValueError as error:
-            problems.append(str(error))
+            problems.append(f"{position(path, line)}: {error}")
     if problems and (on_error == "stop" or len(problems) >= len(pairs)):
-        raise ValueError(problems[0])
+        raise ValueError(f"{problems[0]} ({len(problems)} such rows; on_error: skip leaves them out)")
     if not pairs:
         raise ValueError("no row holds a pair")
     return pairs

@@ -13,7 +13,7 @@ from plm.data.cells import printed_list, value_at
 from plm.data.conversations import threads, with_prompt
 from plm.data.files import Records
 from plm.data.layouts import Layout
-from plm.data.values import is_number, parsed, short, to_number
+from plm.data.values import is_number, parsed, short, to_id, to_number, to_response
 
 EVERYONE = "everyone"
 """The user of files that tell no users apart."""
@@ -50,7 +50,7 @@ def pair_rows(records: Records, layout: Layout) -> PairRows:
             cells.append((line, _cells(row, layout)))
         except ValueError as error:
             pairs.problems.append((line, str(error)))
-    for line, row in _groups(cells, pairs.dropped) if layout.is_long else cells:
+    for line, row in _groups(cells, pairs) if layout.is_long else cells:
         try:
             for judgement in _judgements(row, pairs.dropped):
                 for pair in _pairs_of(judgement, pairs.dropped):
@@ -101,11 +101,13 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _groups(cells: Sequence[tuple[int, dict[str, Any]]], dropped: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _groups(cells: Sequence[tuple[int, dict[str, Any]]], pairs: PairRows) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with one response each as rows with all that a user rated of a prompt, at the line of the first.
 
     Responses without a rating or rank, those of a user in a tree of messages, and lonely ones are left out and counted.
+    A response or a user that is none is a problem of its own line, not of the group.
     """
+    dropped = pairs.dropped
     if cells and "parent_id" in cells[0][1]:
         before = threads([row for _, row in cells])
         dropped["no_thread"] += before.count(None)
@@ -116,6 +118,11 @@ def _groups(cells: Sequence[tuple[int, dict[str, Any]]], dropped: Counter[str]) 
         grade = row.get("rank") if "rank" in row else row.get("rating")
         if grade in (None, "") or row.get("role", "assistant") != "assistant":
             dropped["unrated"] += 1
+            continue
+        try:
+            to_id(row.get("user_id", EVERYONE)), to_response(row["response"])
+        except ValueError as error:
+            pairs.problems.append((line, f"{error}, got {short([row.get('user_id'), row['response']])}"))
             continue
         key = repr({name: value for name, value in row.items() if name not in _NOT_SHARED})
         groups.setdefault(key, []).append((line, row))

@@ -36,6 +36,8 @@ from plm.messages import closest, nearest
 NUM_LOOKED_AT = 256
 """Rows that are looked at to tell what a column means."""
 _TEXTS = ("prompt", "chosen", "rejected")
+_PRINTED = ("winner", "status")
+"""What may be a list of several people's, with the user, also where a text prints it."""
 
 
 def read_columns(path: Path, layout: Layout) -> RawPairs:
@@ -95,36 +97,38 @@ def _read_jsonl(path: Path, layout: Layout) -> RawPairs | None:
 
     What is wrong with a file is said by reading its rows.
     """
+    if not path.is_file() or layout.attributes or any("." in column for column in layout.columns.values()):
+        return None
     try:
         with path.open("rb") as file:
             first = [json.loads(line) for line in islice(file, NUM_LOOKED_AT)]
         names = dict.fromkeys(name for row in first for name in row)
         found = found_columns(path, layout, list(names))
         _refuse_unread_winner(path, found, Records(list(names), first, [], []))
-        kinds = {column: _kind([row.get(column) for row in first]) for column in found.columns.values()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    if None in kinds.values() or found.is_listed or found.is_long:
+    if found.is_listed or found.is_long:
         return None
+    kinds = {name: _kind([row.get(name) for row in first]) for name in names}
+    read = {name: kinds[column] for name, column in found.columns.items()}
+    if None in kinds.values() or pa.null() in read.values() or read.get("tie", pa.bool_()) != pa.bool_():
+        return None
+    if pa.float64() in (read.get("user_id"), read.get("dialogue_id")):
+        return None  # long integers would lose digits
     table = read_jsonl_table(path, kinds)
-    if table is None or not names.keys() >= {*table.column_names}:
+    if table is None or _needs_rows(table, found):
         return None
-    try:
-        if _needs_rows(table, found):
-            return None
-        pairs = _of_table(table, found)
-    except (pa.ArrowException, UnicodeDecodeError):
-        return None
+    pairs = _of_table(table, found)
     return pairs._replace(lines=pairs.lines + 1)
 
 
 def _kind(values: Sequence[Any]) -> pa.DataType | None:
-    """The type of values that have one of four; None of others."""
+    """The type of values that have one of four, or are all null; None of others."""
     kinds = {type(value) for value in values if value is not None}
     if kinds == {int, float}:
         return pa.float64()
     found = {str: pa.string(), int: pa.int64(), bool: pa.bool_(), float: pa.float64()}
-    return found.get(kinds.pop()) if len(kinds) == 1 else None
+    return found.get(kinds.pop()) if len(kinds) == 1 else None if kinds else pa.null()
 
 
 def found_columns(path: Path, layout: Layout, present: Sequence[str]) -> Layout:
@@ -194,10 +198,12 @@ def _needs_rows(table: pa.Table, found: Layout) -> bool:
     plain = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in kinds.items()}
     if any(map(pa.types.is_nested, plain.values())):
         return True
-    columns = [table.column(found.columns[name]) for name in _TEXTS if _is_text(plain[name])]
-    texts = [_distinct(column) for column in columns if len(column)]
-    starts = [pc.starts_with(text.cast(pa.string()), start) for text in texts for start in WRITTEN]
-    return any(pc.any(values).as_py() for values in starts)
+    for name, marks in {**dict.fromkeys(_TEXTS, WRITTEN), **dict.fromkeys(_PRINTED, "[")}.items():
+        if _is_text(plain.get(name)) and table.num_rows:
+            texts = _distinct(table.column(found.columns[name])).cast(pa.string())
+            if any(pc.any(pc.starts_with(texts, mark)).as_py() for mark in marks):
+                return True
+    return False
 
 
 def _distinct(column: pa.ChunkedArray) -> Any:
@@ -207,5 +213,5 @@ def _distinct(column: pa.ChunkedArray) -> Any:
     return column.unique()
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _is_text(kind: pa.DataType | None) -> bool:
+    return kind is not None and bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

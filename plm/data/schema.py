@@ -197,7 +197,7 @@ def pair_table(
 
 
 def read_pairs(
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     columns: Mapping[str, str | None] | None = None,
     winner: Mapping[str, Any] | None = None,
     attributes: Mapping[str, float] | None = None,
@@ -207,7 +207,7 @@ def read_pairs(
     """Read and validate pairs from JSONL, JSON, CSV (all also .gz) and Parquet files.
 
     Args:
-        paths: Files; their rows are concatenated.
+        paths: A file, or several, whose rows are concatenated.
         columns: As of ``plm.data.layouts.layout_of``, and so the others.
         winner: Which column names the preferred response, and by which labels.
         attributes: Columns whose weighted sum is the rating.
@@ -226,6 +226,7 @@ def read_pairs(
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error: expected stop or skip, got {on_error!r}")
+    paths = [paths] if isinstance(paths, str | Path) else paths
     described = layout_of(layout, columns, winner, attributes)
     problems: list[tuple[int, int, str]] = []
     raws = []
@@ -272,12 +273,11 @@ def _without_malformed(
     Raises:
         ValueError: With the problems, if no line is left.
     """
-    problems = sorted(set(checker.problems))
+    problems, kept = sorted(set(checker.problems)), checker.clean
     lines = {(file, line) for file, line, _ in problems}
-    kept = np.array([(file, line) not in lines for file, line in checker.where.tolist()], dtype=np.bool_)
     if not kept.any():
-        raise ValueError(report(files, problems))
-    warnings.warn(f"{report(files, problems, 'malformed rows left out')}", stacklevel=3)
+        raise ValueError(report(files, problems, "malformed rows, and no other is left; correct them"))
+    warnings.warn(report(files, problems, "malformed rows left out"), stacklevel=3)
     clean = {name: column and Column(column.codes[kept], column.values) for name, column in columns.items()}
     table = _validate(clean, sides, Checker(checker.where[kept], []), files, {**dropped, "malformed": len(lines)})
     assert table is not None
@@ -310,7 +310,7 @@ def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, i
     columns = {name: factorise(row.get(name) for row in rows) for name in (*REQUIRED, *OPTIONAL)}
     table = _validate(columns, {}, Checker(where, problems), [origin], dropped or {})
     if problems:
-        raise ValueError(report([origin], sorted(problems)))
+        raise ValueError(report([origin], sorted(problems), "malformed rows; correct or remove them"))
     assert table is not None
     return table
 
@@ -362,7 +362,7 @@ def _validate(
     optional = _optional_columns(columns, checker)
     if "user_split" in optional:
         both = np.zeros((len(users), 2), dtype=np.bool_)
-        known = (user >= 0) & np.isin(optional["user_split"], (0, 1))
+        known = (user >= 0) & np.isin(optional["user_split"], (0, 1)) & checker.clean
         both[user[known], optional["user_split"][known]] = True
         contradictory = np.flatnonzero(both.all(axis=1))
         torn = np.flatnonzero(known & np.isin(user, contradictory))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 from collections import defaultdict
+from itertools import count
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from plm.atomic import whole_file
-from plm.data.files import TABLES, read_records
+from plm.data.files import TABLES, read_records, read_table
 from plm.data.schema import PairTable
 
 NAME = "skipped.ndjson"
@@ -20,7 +24,7 @@ def write_skipped(table: PairTable, path: str | Path) -> bool:
     """Write the malformed rows of a table's files, if it left out any: one line of JSON each.
 
     A line holds ``file``, ``line`` (of tables and JSON the row, from 0), ``problems``, and ``row`` as it was read, or
-    ``text`` where it could not be read as a row.
+    ``text`` where it could not be read as a row. A file that is there is replaced, or removed where there are none.
 
     Args:
         table: What `plm.data.schema.read_pairs` returned with ``on_error="skip"``.
@@ -33,25 +37,59 @@ def write_skipped(table: PairTable, path: str | Path) -> bool:
     for file, line, problem in table.skipped:
         problems[file][line].append(problem)
     if not problems:
+        Path(path).unlink(missing_ok=True)  # what was written before the file was mended
         return False
     with whole_file(path) as out:
         for file, lines in problems.items():
-            content = _content(Path(table.files[file]), set(lines))
+            content = _content(Path(table.files[file]), list(lines))
             for line, texts in lines.items():
                 entry = {"file": table.files[file], "line": line, "problems": texts, **content.get(line, {})}
-                out.write(json.dumps(entry, default=str).encode() + b"\n")
+                out.write(json.dumps(_plain(entry)).encode() + b"\n")
     return True
 
 
-def _content(path: Path, lines: set[int]) -> dict[int, dict[str, Any]]:
+def unused(path: Path) -> Path:
+    """The path, or the next with a number that nothing has: what others wrote is kept."""
+    numbered = (path.with_name(path.name.replace(".", f"-{number}.", 1)) for number in count(2))
+    return path if not path.exists() else next(one for one in numbered if not one.exists())
+
+
+def _content(path: Path, lines: list[int]) -> dict[int, dict[str, Any]]:
     """Line -> what stands there, as ``row`` or as ``text``."""
-    records = read_records(path)
-    content: dict[int, dict[str, Any]] = {
-        line: {"row": row} for line, row in zip(records.lines, records.rows, strict=True) if line in lines
-    }
-    if not path.name.endswith((*TABLES, ".json", ".json.gz")) and len(content) < len(lines):
+    if path.name.endswith(TABLES):
+        rows = read_table(path).take(lines)
+        return {line: {"row": _row(rows.slice(place, 1))} for place, line in enumerate(lines)}
+    if path.name.endswith((".json", ".json.gz")):
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-            for line, text in enumerate(stream, start=1):
-                if line in lines and line not in content:
-                    content[line] = {"text": text.decode(errors="replace").rstrip("\r\n")}
+            entries = json.loads(stream.read().decode("utf-8-sig"))
+        return {line: {"row": entries[line]} for line in lines}
+    wanted, records = set(lines), read_records(path)
+    content: dict[int, dict[str, Any]] = {
+        line: {"row": row} for line, row in zip(records.lines, records.rows, strict=True) if line in wanted
+    }
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+        for line, text in enumerate(stream, start=1):
+            if line in wanted and line not in content:
+                content[line] = {"text": text.decode(errors="replace").rstrip("\r\n")}
     return content
+
+
+def _row(row: pa.Table) -> dict[str, Any]:
+    """One row of a table; what Python cannot hold, such as a date millions of years away, as Arrow prints it."""
+    cells: dict[str, Any] = {}
+    for name, column in zip(row.column_names, row.columns, strict=True):
+        try:
+            cells[name] = column[0].as_py()
+        except (pa.ArrowException, OverflowError, ValueError):
+            cells[name] = str(column[0].cast(pa.int64()) if pa.types.is_temporal(column.type) else column[0])
+    return cells
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON holds it."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    is_json = value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and isfinite(value))
+    return value if is_json else str(value)

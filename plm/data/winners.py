@@ -89,8 +89,10 @@ def sorted_by_winner(
     side = np.array([*("left" if word is None else word for word in words), "left"])[winner.codes]
     for left, right in (("chosen", "rejected"), ("chosen_score", "rejected_score")):
         first, second = columns[left], columns[right]
-        if first is None or second is None:
+        if first is None and second is None:
             continue
+        unknown = Column(np.full(len(side), -1, dtype=np.int64), [])
+        first, second = first or unknown, second or unknown
         second_codes = np.where(second.codes >= 0, second.codes + len(first.values), -1)
         values = [*first.values, *second.values]
         columns[left] = Column(np.where(side == "right", second_codes, first.codes), values)

@@ -294,7 +294,7 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
 
         Returns:
             `PreferenceMetrics`, `FewShotCurve` and, where checkpoints are written, `SaveUserStates`; nothing where the
-            trainer has the first of them, or the data do not name their evaluation loaders.
+            trainer has the first of them, or the data do not name their evaluation loaders. One that is there stays.
         """
         from plm.callbacks import FewShotCurve, PreferenceMetrics, SaveUserStates
 
@@ -303,7 +303,8 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
         names_loaders = hasattr(getattr(self.trainer, "datamodule", None), "eval_names")
         if told or not names_loaders:
             return []
-        return [PreferenceMetrics(), FewShotCurve(), *([SaveUserStates()] if self.trainer.checkpoint_callback else [])]
+        kinds = (PreferenceMetrics, FewShotCurve, *([SaveUserStates] if self.trainer.checkpoint_callback else []))
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
 
     def on_fit_start(self) -> None:
         """Keep what made the features, for the checkpoint, where the constructor was not told.

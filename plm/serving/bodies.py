@@ -353,7 +353,9 @@ class Question(BaseModel):
     prompt: str | list[Message]
     responses: list[str]
     information: float = Field(description="nats that the answer adds about the user")
-    chance: float = Field(description="that the user prefers the first response")
+    chance: float = Field(
+        description="that the user prefers the first response, the mean over what the user may be like"
+    )
 
 
 class Share(BaseModel):
@@ -379,7 +381,7 @@ class Belief(BaseModel):
     index: int = Field(description="its place in the pool")
     prompt: str | list[Message]
     responses: list[str]
-    chance: float = Field(description="that the user prefers the first response")
+    chance: float = Field(description="that the user, as most probably is, prefers the first response")
     population_chance: float
 
 

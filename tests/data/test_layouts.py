@@ -345,7 +345,7 @@ def test_columns_of_other_names_are_recognised() -> None:
         ),
         (
             [{"user_id": 1, "prompt": "p", "response_a": "a", "response_b": "b", "best": word} for word in "01"],
-            r"two_responses: the label '0' of 'best' is left \(response_a\), .* tie; say which: --winner column=best",
+            r"two_responses: .*the label '0' of 'best' is left \(response_a\), .* tie; say which: --winner column=best",
         ),
         (
             [{"user_id": 1, "prompt": "p", "chosen": "a", "rejected": "b", "winner": "model_b"}],

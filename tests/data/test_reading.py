@@ -73,7 +73,7 @@ OPTIONAL = {"weight": 2, "tie": True, "timestamp": "2020-01-02", "turn": 3, "dia
     "rows",
     [
         ROWS,
-        [{**row, **OPTIONAL, "chosen_score": 1.5, "unread": {"a": [1]}} for row in ROWS],
+        [{**row, **OPTIONAL, "chosen_score": 1.5, "unread": None} for row in ROWS],
         [{**row, "user_id": number % 3} for number, row in enumerate(ROWS)],
         [{**ROWS[0], "weight": 1}, {**ROWS[1], "weight": 0.5}, ROWS[2], {**ROWS[3], "weight": None}],
         [{**row, "prompt": "2020-01-02"} for row in ROWS],
@@ -108,6 +108,13 @@ FIRST = lines(ROWS * 20)
         '{"user_id": "a", "user_id": "b", "prompt": "p", "chosen": "x", "rejected": "y"}\n',
         '{"user_id": "a", "prompt": "p", "chosen": "\\ud800", "rejected": "y"}\n',
         "{\n",
+        lines([{**ROWS[0], "meta": "x"}]).replace('"x"', "[" * 20_000 + "]" * 20_000),
+        lines([{**ROWS[0], "meta": {"x": float("nan")}}]),
+        lines([{**ROWS[0], "chosen": "new", "late": 1}]),
+        lines(ROWS[:2]).replace("}\n{", "}{") + " \n",
+        lines(ROWS[:1]).replace(", ", ",\n") + lines(ROWS[:4]).replace("}\n{", "}{"),
+        "null\n",
+        lines([{**ROWS[0], "unread": 1}]).replace("}\n", "}\r\n"),
     ],
 )
 def test_what_only_rows_tell_is_told_by_them(more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +123,35 @@ def test_what_only_rows_tell_is_told_by_them(more: str, tmp_path: Path, monkeypa
     path.write_text(FIRST + more)
     both(path, monkeypatch)
     assert not is_read_by_arrow(path, monkeypatch)
+
+
+@pytest.mark.parametrize("more", [b'"note": "\xff\xfe"', b'"\xff": 1'])
+def test_bytes_that_are_no_text_are_named(more: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    noted = lines([{**row, "note": "x"} for row in ROWS * 20]).encode()
+    path.write_bytes(noted + b'{"user_id": "v", "prompt": "p", "chosen": "a", "rejected": "b", ' + more + b"}\n")
+    assert f"{path}:401: malformed JSON (expected UTF-8" in both(path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        ([{"user_id": value} for value in (1.0, 2**53 + 1, 2**53)], {}),
+        ([{"dialogue_id": value} for value in (1.0, None, 12345678901234567)], {}),
+        ([{"m.w": 1.0, "m": {"w": 2.0}}, {"m": {"w": 3.0}}], {"columns": {"weight": "m.w"}}),
+        ([{"s": 1.0}, {"s": None}], {"attributes": {"s": 1.0}}),
+        ([{"tie": 1.0}, {"tie": -0}], {}),
+        ([{"user_id": '["a","b"]', "winner": '["left","right"]'}], {"winner": {"column": "winner"}}),
+        ([{"user_id": "a", "winner": "left"}, {"user_id": "b", "winner": "right"}], {"winner": {"column": "winner"}}),
+        ([{"user_id": "a", "tie": None}, {"user_id": "b", "tie": True}], {}),
+    ],
+)
+def test_columns_are_read_alike(
+    rows: list[dict[str, Any]], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{**ROWS[number], **row} for number, row in enumerate(rows)]))
+    both(path, monkeypatch, **options)
 
 
 def test_errors_name_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

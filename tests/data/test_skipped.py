@@ -14,8 +14,9 @@ import pytest
 import plm
 from plm.cli import main
 from plm.data.schema import PairTable, read_pairs
-from plm.data.skipped import write_skipped
+from plm.data.skipped import unused, write_skipped
 from plm.data.sources.pairs import PairFiles
+from plm.erasure import _erase_names, _holds
 
 GOOD = [
     {"user_id": f"n{user}", "prompt": f"p{number}", "chosen": f"good {number} {user}", "rejected": f"bad {number}"}
@@ -102,6 +103,64 @@ def test_tables_and_csv_and_winners(tmp_path: Path) -> None:
     ]
 
 
+def test_a_rating_that_is_none_leaves_the_others(tmp_path: Path) -> None:
+    """Of eleven ratings of one prompt the last has no response: the other ten give their 45 pairs."""
+    rows: list[dict[str, Any]] = [
+        {"user_id": "u", "prompt": "p", "response": f"good {number}", "rating": number} for number in range(10)
+    ]
+    rows += [{"user_id": "u", "prompt": "p", "response": None, "rating": 3}]
+    rows += [{"user_id": True, "prompt": "p", "response": text, "rating": 3} for text in "ab"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    table = skipping(path, layout="long_ratings")
+    assert (table.num_pairs, table.dropped["malformed"]) == (45, 3)
+    write_skipped(table, tmp_path / "s.ndjson")
+    assert [entry["line"] for entry in entries(tmp_path / "s.ndjson")] == [11, 12, 13]
+
+
+def test_a_malformed_row_says_nothing_of_its_user(tmp_path: Path) -> None:
+    """Its split is not held against the good rows."""
+    rows = [{**GOOD[0], "user_split": "seen"}, {**GOOD[1], "user_split": "seen"}]
+    rows += [{**GOOD[2], "user_split": "unseen", "weight": -1}, {**GOOD[9], "user_split": "unseen"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = skipping(tmp_path / "a.jsonl")
+    assert (table.num_pairs, table.dropped["malformed"]) == (3, 1)
+
+
+def test_every_kind_of_row_is_kept_as_json(tmp_path: Path) -> None:
+    """Dates that Python cannot hold, numbers that JSON has not, and entries of an array that are no objects."""
+    rows = [*GOOD * 5, {**GOOD[2], "chosen": None}]  # more than are looked at first
+    columns = pa.Table.from_pylist(rows).append_column("when", pa.array([0] * 320 + [2**50], pa.timestamp("ms")))
+    pq.write_table(columns.append_column("x", pa.array([1.0] * 320 + [float("inf")])), tmp_path / "a.parquet")
+    assert write_skipped(skipping(tmp_path / "a.parquet"), tmp_path / "s.ndjson")
+    (entry,) = entries(tmp_path / "s.ndjson")
+    assert (entry["row"]["when"], entry["row"]["x"]) == (str(2**50), "inf")
+    (tmp_path / "a.json").write_text(json.dumps([GOOD[0], 5, None, GOOD[1]]))
+    write_skipped(skipping(tmp_path / "a.json"), tmp_path / "s.ndjson")
+    assert [entry["row"] for entry in entries(tmp_path / "s.ndjson")] == [5, None]
+    (tmp_path / "a.json").write_text(json.dumps(GOOD))
+    assert not write_skipped(read_pairs(tmp_path / "a.json"), tmp_path / "s.ndjson")
+    assert not (tmp_path / "s.ndjson").exists()  # nothing is left of what was mended
+
+
+def test_what_is_there_keeps_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "out.skipped.ndjson"
+    assert unused(path) == path
+    path.touch()
+    assert unused(path) == tmp_path / "out-2.skipped.ndjson"
+
+
+def test_users_are_erased_from_what_was_skipped(tmp_path: Path) -> None:
+    """Also where the line could not be read, and its id is written twice as JSON."""
+    rows = [{"user_id": user, "prompt": "p", "chosen": "a"} for user in ("Zoë", 'an"na', "ben")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row)[:-1] + "\n" for row in rows) + line(GOOD[0]))
+    path = tmp_path / "skipped.ndjson"
+    write_skipped(skipping(tmp_path / "a.jsonl"), path)
+    assert _holds(path, ["Zoë"]) and _holds(path, ['an"na']) and not _holds(path, ["anna"])
+    assert _erase_names(path, ["Zoë", 'an"na']) and not _erase_names(path, ["Zoë"])
+    assert [json.loads(entry["text"] + "}")["user_id"] for entry in entries(path)] == ["ben"]
+
+
 def test_nobody_is_torn_in_two(tmp_path: Path) -> None:
     """Of a user who is both seen and unseen no row is taken: which of them is wrong is not ours to say."""
     rows = [
@@ -158,4 +217,5 @@ def test_every_command_says_where_the_rest_is(
     adapting = ["adapt", "--ckpt_path", str(run.checkpoint), "--pairs", "a.jsonl"]
     assert main(adapting) == 1 and "6 malformed rows" in capsys.readouterr().err
     assert main([*adapting, "--on_error", "skip"]) == 0
-    assert "a.skipped.ndjson" in capsys.readouterr().out and len(entries(Path("a.skipped.ndjson"))) == 6
+    assert "a.skipped.ndjson" in capsys.readouterr().out
+    assert len(entries(run.checkpoint.with_name("a.skipped.ndjson"))) == 6  # beside the users, with whom it is erased

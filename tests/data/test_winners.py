@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -239,3 +240,11 @@ def test_the_command_line_reads_a_winner(tmp_path: Path, capsys: pytest.CaptureF
     assert main(args) == 1
     assert "--winner column=best left=... right=..." in capsys.readouterr().err
     assert main([*args, "--winner", "column="]) == 0
+
+
+def test_the_only_score_goes_with_its_response(tmp_path: Path) -> None:
+    row = {"user_id": "u", "prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 5, "winner": "b"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    table = read_pairs(tmp_path / "a.jsonl", winner={"column": "winner"})
+    assert table.texts()[table.chosen[0]] == ("p", "b")
+    assert np.isnan(table.chosen_score[0]) and table.rejected_score[0] == 5
