@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,8 @@ from plm.atomic import whole_file
 from plm.backbones import Backbone
 from plm.callbacks import run_dir
 from plm.checkpoint import load_method
+from plm.data.conversion import arrow_table
+from plm.data.schema import PairTable
 from plm.erasure import PAIRS_FOLDER
 from plm.method import PersonalizationMethod
 from plm.recipe.fit import run_recipe
@@ -101,6 +103,9 @@ def fit(
     *,
     backbone: str | Backbone = "minilm",
     columns: Mapping[str, str | None] | None = None,
+    winner: Mapping[str, Any] | None = None,
+    layout: str | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
     name: str | None = None,
     folder: str | Path = "runs",
     options: Mapping[str, Any] | None = None,
@@ -111,11 +116,15 @@ def fit(
     It is ``plm fit`` with the same defaults, files and printed table; ``recipe.yaml`` of the run repeats it.
 
     Args:
-        pairs: A file or a list of files of pairs; or a table of them, one row a pair: a DataFrame, an Arrow table or a
-            list of mappings. A table is kept beside the runs, as ``folder/pairs/table_<hash>.parquet``.
+        pairs: A file or a list of files of pairs; or a table of them, one row a pair: a DataFrame, an Arrow table, a
+            list of mappings, or what `plm.read_pairs` returns. A table is kept
+            beside the runs, as ``folder/pairs/table_<hash>.parquet``.
         method: Short name, as ``plm methods`` lists them, import path, or class.
         backbone: A group of ``conf/backbone``, such as ``minilm`` or ``hashing``, or a backbone.
-        columns: Our column name -> theirs, see `plm.data.sources.pairs.PairFiles`.
+        columns: Our column name -> theirs, see `plm.data.sources.pairs.PairFiles`, as for the next three.
+        winner: Which column names the preferred response, and by which labels.
+        layout: A known layout of files.
+        on_error: What a malformed row does, ``stop`` or ``skip``.
         name: Folder of the run below ``folder``, which must be new; default: method, data and time.
         folder: Folder of all runs.
         options: Any other key of a recipe -> its value, such as ``{"trainer.max_epochs": 50, "data.unseen_users": 0}``.
@@ -144,7 +153,9 @@ def fit(
             "trainer": {"default_root_dir": str(folder)},
         }
         given = {f"model.init_args.{key}": value for key, value in arguments.items()}
-        given |= {} if columns is None else {"data.source.init_args.columns": dict(columns)}
+        reading = {"columns": columns and dict(columns), "winner": winner and dict(winner), "layout": layout}
+        reading["on_error"] = on_error if on_error != "stop" else None
+        given |= {f"data.source.init_args.{key}": value for key, value in reading.items() if value is not None}
         given |= {"data.backbone": backbone.spec()} if isinstance(backbone, Backbone) else {}
         for key, value in {**given, **(options or {})}.items():
             _set(recipe, key, _plain(key, value))
@@ -212,7 +223,7 @@ def _kept(pairs: Any, folder: Path) -> Iterator[list[str]]:
         return
     try:
         sink = io.BytesIO()
-        pq.write_table(_table(pairs), sink)
+        pq.write_table(arrow_table(pairs) if isinstance(pairs, PairTable) else _table(pairs), sink)
     except (pa.ArrowException, TypeError, AttributeError, OverflowError) as error:
         expected = "expected files, a DataFrame, an Arrow table or a list of mappings of one kind"
         raise ValueError(f"pairs: {expected}, got {type(pairs).__name__}: {error}") from error

@@ -104,7 +104,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.callbacks": of_plm("metrics", "evaluation", "users"),
     "plm.audit": of_plm("data", "evaluation"),
     "plm.recipe": {"plm", *of_plm("callbacks", "checkpoint", "data", "evaluation", "method", "metrics")},
-    "plm.fitting": of_plm("backbones", "callbacks", "checkpoint", "erasure", "method", "recipe"),
+    "plm.fitting": of_plm("backbones", "callbacks", "checkpoint", "data", "erasure", "method", "recipe"),
     "plm.judging": of_plm("backbones", "data", "evaluation", "generation", "method", "recipe"),
     "plm.leaderboard": {
         "plm",

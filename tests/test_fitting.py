@@ -119,7 +119,7 @@ class Frame:
         return pa.Table.from_pylist(planted(6, 6))
 
 
-@pytest.mark.parametrize("kind", ["list", "arrow", "frame", "path", "paths"])
+@pytest.mark.parametrize("kind", ["list", "arrow", "frame", "path", "paths", "pairs"])
 def test_pairs_come_in_tables_of_every_kind(kind: str, folder: Path) -> None:
     rows = planted(6, 6)
     for name, part in (("all", rows), ("a", rows[:18]), ("b", rows[18:])):
@@ -130,6 +130,7 @@ def test_pairs_come_in_tables_of_every_kind(kind: str, folder: Path) -> None:
         "frame": Frame(),
         "path": Path("all.jsonl"),
         "paths": ["a.jsonl", "b.jsonl"],
+        "pairs": plm.read_pairs("all.jsonl"),
     }[kind]
     options = {**FAST, "trainer.max_epochs": 1, "trainer.check_val_every_n_epoch": 1, "final_test": False}
     run = plm.fit(given, plm.BradleyTerry, backbone=HashingBackbone(dim=16), name="mine", options=options, lr=0.1)
@@ -141,6 +142,33 @@ def test_pairs_come_in_tables_of_every_kind(kind: str, folder: Path) -> None:
     assert "not tested" in repr(run)
     with pytest.raises(ValueError, match="expected a run that was tested"):
         _ = run.metrics
+
+
+@pytest.mark.filterwarnings("ignore:1 malformed rows left out")
+def test_files_are_read_as_they_are_said_to_be(folder: Path) -> None:
+    """Layout, winner and malformed rows, as of `plm.read_pairs`."""
+    rows = [
+        {"annotator": row["user_id"], "prompt": row["prompt"], "answer1": row["rejected"], "answer2": row["chosen"]}
+        for row in planted(10, 12)
+    ]
+    lines = [json.dumps({**row, "comparison": "right"}) for row in rows]
+    Path("export.jsonl").write_text("\n".join([*lines, "{"]))
+    options = {**FAST, "data.cache_dir": "kept"}
+    for reading in (
+        {"layout": "label_studio"},
+        {
+            "columns": {"user_id": "annotator", "chosen": "answer1", "rejected": "answer2"},
+            "winner": {"column": "comparison"},
+        },
+    ):
+        run = plm.fit("export.jsonl", backbone="hashing", on_error="skip", options=options, num_bases=2, **reading)  # type: ignore[arg-type]
+        assert run.method.score(["the sea at 1", "the snow at 1"], user_id=run.users[0]).diff().sign() == (
+            -1 if int(run.users[0]) % 2 else 1
+        )
+        assert (run.folder / "skipped.ndjson").is_file()
+    table = plm.read_pairs("export.jsonl", layout="label_studio", on_error="skip")
+    expected = f"PairTable(120 pairs of 10 users, {len(table.items)} distinct texts; left out: 1 malformed)"
+    assert repr(table) == expected
 
 
 def test_a_column_of_some_rows_is_read(folder: Path) -> None:

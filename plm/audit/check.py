@@ -15,9 +15,10 @@ import numpy as np
 from plm.arrays import IntArray
 from plm.data.files import position
 from plm.data.keys import number_pairs
-from plm.data.schema import PairTable, spelt_alike
+from plm.data.schema import PairTable
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, split_pairs
 from plm.data.surface import MARGIN, MIN_PAIRS, Probe, Share, probe_surface
+from plm.data.values import spelt_alike
 
 Level = Literal["problem", "warning", "info"]
 

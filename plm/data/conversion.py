@@ -33,7 +33,7 @@ def first_records(path: Path) -> Records:
 
 
 def write_pairs(table: PairTable, output: str | Path, inputs: list[str]) -> None:
-    """Write pairs as Parquet, in one step; what no pair gives is no column.
+    """Write pairs as Parquet, in one step.
 
     Args:
         table: The pairs.
@@ -44,6 +44,12 @@ def write_pairs(table: PairTable, output: str | Path, inputs: list[str]) -> None
         ValueError: If it has another ending or is one of the inputs.
     """
     check_output(output, inputs)
+    with whole_file(output) as file:
+        pq.write_table(arrow_table(table), file)
+
+
+def arrow_table(table: PairTable) -> pa.Table:
+    """Pairs as a table with our columns; what no pair gives is no column."""
     texts = table.texts()
     dialogues: list[str | None] = [*table.dialogues, None]
     columns: dict[str, Any] = {
@@ -64,8 +70,7 @@ def write_pairs(table: PairTable, output: str | Path, inputs: list[str]) -> None
         values = getattr(table, name)
         optional[name] = ([None if value != value else value for value in values.tolist()], ~np.isnan(values))
     columns |= {name: values for name, (values, given) in optional.items() if given.any()}
-    with whole_file(output) as file:
-        pq.write_table(pa.table(columns), file)
+    return pa.table(columns)
 
 
 def check_output(output: str | Path, inputs: list[str]) -> None:

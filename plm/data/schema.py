@@ -29,7 +29,7 @@ from plm.data.values import (
     Response,
     canonical_messages,
     short,
-    spelling,
+    spelt_alike,
     to_bool,
     to_id,
     to_integer,
@@ -43,7 +43,7 @@ from plm.data.values import (
 from plm.data.winners import sorted_by_winner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairTable:
     """Validated pairs, column by column; texts are stored once and referred to by row."""
 
@@ -91,6 +91,12 @@ class PairTable:
     """Why rows of the files are not here -> how many."""
     skipped: list[tuple[int, int, str]] = field(default_factory=list)
     """(row of ``files``, line or row number, what is wrong) of the malformed rows that were left out."""
+
+    def __repr__(self) -> str:
+        """How much there is of everything."""
+        parts = f"{self.num_pairs:,} pairs of {self.num_users:,} users, {len(self.items):,} distinct texts"
+        left_out = [f"{count:,} {why}" for why, count in self.dropped.items()]
+        return f"PairTable({parts}{'; left out: ' + ', '.join(left_out) if left_out else ''})"
 
     @property
     def num_pairs(self) -> int:
@@ -282,14 +288,6 @@ def _without_malformed(
     table = _validate(clean, sides, Checker(checker.where[kept], []), files, {**dropped, "malformed": len(lines)})
     assert table is not None
     return replace(table, skipped=problems)
-
-
-def spelt_alike(names: Sequence[str]) -> list[list[str]]:
-    """Groups of ids that only decimals of zero or blanks at their ends keep apart, such as ``7`` and ``7.0``."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(spelling(name), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, int] | None = None) -> PairTable:

@@ -109,6 +109,14 @@ def spelling(name: str) -> str:
     return whole if point and decimals and whole.isdecimal() and not decimals.strip("0") else bare
 
 
+def spelt_alike(names: Sequence[str]) -> list[list[str]]:
+    """Groups of ids that only decimals of zero or blanks at their ends keep apart, such as ``7`` and ``7.0``."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(spelling(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def digits(value: int) -> str:
     """An integer as text.
 
