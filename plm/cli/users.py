@@ -56,6 +56,9 @@ def run(args: list[str]) -> None:
     else:
         erasure = erase_users(options.ckpt_path, options.user, options.users)
         write_rows([receipt._asdict() for receipt in erasure.receipts], None)
+        for user_id, receipt in zip(dict.fromkeys(options.user), erasure.receipts, strict=True):
+            if not receipt.was_stored:
+                print(f"nobody was stored as {user_id!r}", file=sys.stderr)
         num_stored = sum(receipt.was_stored for receipt in erasure.receipts)
         print(f"deleted {num_stored} users, {len(store)} are left in {store.place}", file=sys.stderr)
         for file in erasure.changed:
