@@ -9,6 +9,16 @@ from typing import Any
 from plm.cli.options import READING, ROWS, OptionParser, add_reading, integer, reading_of, split_overrides
 from plm.messages import nearest
 
+_HELP = """usage: plm data check|convert ...
+
+check: report what is wrong with preference pairs, before anything is trained on them
+convert: write a file of preferences in another layout as pairs
+
+plm data check --help, plm data convert --help: the options of each
+
+examples:
+  plm data check --pairs pairs.parquet
+  plm data convert export.csv --to pairs.parquet"""
 _NUM_SHOWN = 3
 """Pairs that are shown before they are written."""
 _SPLIT = {"group_by": "group_by", "unseen_users": "unseen_users", "val_rows": "val_rows", "test_rows": "test_rows"}
@@ -26,7 +36,8 @@ def run(args: list[str]) -> int:
     """
     actions = {"check": _check, "convert": _convert}
     if args[:1] in ([], ["-h"], ["--help"]):
-        args = ["check", "--help"]
+        print(_HELP)
+        return 0
     if args[0] not in actions:
         near = nearest(args[0], actions)
         raise ValueError(f"plm data {args[0]}: no such action{near} (plm data check --help, plm data convert --help)")

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from plm.messages import nearest
@@ -98,11 +99,23 @@ SHARED: dict[str, dict[str, Any]] = {
 """Options for the same thing have the same name in every command; what a command adds is said where it is made."""
 
 
+class _Keep(argparse.Action):
+    """Keeps the value of an option; where it takes several values, those of a repeated one add up."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        adds_up = self.nargs == "+" and before is not self.default
+        setattr(namespace, self.dest, [*before, *values] if adds_up else values)
+
+
 class OptionParser(argparse.ArgumentParser):
     """argparse with one-message errors that name the nearest option."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.register("action", None, _Keep)
 
     def add_shared(self, name: str, **changes: Any) -> None:
         """Add an option of the table `SHARED`, with what is particular to this command."""
@@ -110,15 +123,25 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse(self, args: list[str]) -> argparse.Namespace:
         """Parse all arguments or stop with one message."""
+        if not {"-h", "--help"} & set(args):
+            self._check_names(args)
         parsed, unknown = self.parse_known_args(args)
-        if unknown and not unknown[0].startswith("-"):
+        if unknown:
+            before = args[: args.index(unknown[0])]
+            if len(before) > 1 and before[-2].startswith("--") and not before[-1].startswith("-"):
+                self.error(f"{before[-2]} takes one value, got {before[-1]!r} and {unknown[0]!r}")
             more = "more " if any(not action.option_strings for action in self._actions) else ""
             self.error(f"{self.prog} takes no {more}arguments, got {unknown[0]!r}")
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            self.error(f"no option {unknown[0]!r}{nearest(unknown[0].partition('=')[0], options)}")
         self._keep_inputs(parsed)
         return parsed
+
+    def _check_names(self, args: list[str]) -> None:
+        """Stop at an option that there is not; argparse would first ask for those that are missing."""
+        options = [option for action in self._actions for option in action.option_strings]
+        for arg in takewhile(lambda arg: arg != "--", args):
+            name = arg.partition("=")[0]
+            if re.match(r"--?[A-Za-z]", arg) and " " not in name and name not in options:
+                self.error(f"no option {name!r}{nearest(name, options)}")
 
     def _keep_inputs(self, parsed: argparse.Namespace) -> None:
         """Stop where ``--output`` names a file that another option reads."""

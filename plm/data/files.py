@@ -48,6 +48,13 @@ def position(file: str | Path, line: int) -> str:
     return f"{file}:row {line}" if str(file).endswith((*TABLES, ".json", ".json.gz")) else f"{file}:{line}"
 
 
+def check_exists(path: Path) -> None:
+    """Raise where there is no file."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "which does not exist"
+        raise ValueError(f"expected a file, got {str(path)!r}, {what}")
+
+
 def read_records(path: Path) -> Records:
     """Read all rows and columns of one file.
 
@@ -55,8 +62,9 @@ def read_records(path: Path) -> Records:
         path: The file; its ending says the format.
 
     Raises:
-        ValueError: If the format is unknown or the file is not of that format.
+        ValueError: If there is no such file, the format is unknown or the file is not of that format.
     """
+    check_exists(path)
     if path.name.endswith(TABLES):
         return table_records(path, read_table(path))
     try:
@@ -76,8 +84,9 @@ def read_table(path: Path, columns: Sequence[str] | None = None, num_rows: int |
         num_rows: How many rows, the first ones; None = all.
 
     Raises:
-        ValueError: If it cannot be read, or two columns have one name.
+        ValueError: If there is no such file, it cannot be read, or two columns have one name.
     """
+    check_exists(path)
     with table_errors(path):
         if path.name.endswith(".arrow"):  # as the datasets library saves them: streams
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all().slice(0, num_rows)

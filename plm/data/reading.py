@@ -21,6 +21,7 @@ from plm.data.conversations import WRITTEN
 from plm.data.files import (
     TABLES,
     Records,
+    check_exists,
     file_format,
     read_jsonl_table,
     read_records,
@@ -51,9 +52,10 @@ def read_columns(path: Path, layout: Layout) -> RawPairs:
         Columns that the file has, the line (of tables: row) of each pair, and lines that are none.
 
     Raises:
-        ValueError: If the format is unknown, a required column is missing, or one that seems to name the winner would
-            not be read.
+        ValueError: If there is no such file, the format is unknown, a required column is missing, or one that
+            seems to name the winner would not be read.
     """
+    check_exists(path)
     if path.name.endswith(TABLES):
         records = _read_table(path, layout)
     else:

@@ -28,7 +28,7 @@ import plm
 from plm.checkpoint import load_method
 from plm.cli import VERBS, main
 from plm.cli.fit import NAMES as OWN_NAMES
-from plm.cli.options import SHARED
+from plm.cli.options import SHARED, OptionParser, add_reading, reading_of
 from plm.cli.recipe_options import COMMON
 from plm.cli.writing import with_results, write_rows
 from plm.method import PersonalizationMethod
@@ -395,10 +395,43 @@ def test_a_typo_in_a_recipe_gives_one_message(error: Callable[..., str], old: st
         (["adapt", "--ckpt_path", "x.ckpt", "--pairs", "y"], "'x.ckpt', which does not exist"),
         (["adapt", "--ckpt_path", "x", "--pairs", "y", "--columns", "user_id"], "expected NAME=COLUMN"),
         (["adapt", "--ckpt_path", "x", "--pairs", "y", "--colums", "a=b"], "did you mean '--columns'?"),
+        (["adapt", "--pair", "new.csv"], "no option '--pair'; did you mean '--pairs'?"),
+        (
+            ["score", "--ckpt_path", "x", "--responses", "y", "--user", "a", "b"],
+            "--user takes one value, got 'a' and 'b'",
+        ),
+        (["score", "--ckpt_path", "x", "--responses", "y.csv"], "expected a file, got 'y.csv', which does not exist"),
+        (["query", "--ckpt_path", "x", "--user", "a", "--pool", "y.parquet"], "'y.parquet', which does not exist"),
+        (
+            ["label", "--samples", "y.jsonl", "--rewards", "{rewards: {a: {class_path: Length}}}", "--output", "o"],
+            "'y.jsonl', got no such file",
+        ),
     ],
 )
 def test_a_wrong_command_gives_one_message(error: Callable[..., str], args: list[str], message: str) -> None:
     assert message in error(*args)
+
+
+def test_a_repeated_option_of_many_values_adds_up() -> None:
+    """Whoever gives none, or gives them once, gets what argparse gives; the default is left alone."""
+    parser = OptionParser(prog="plm")
+    add_reading(parser)
+    parser.add_argument_group("group").add_argument("--methods", nargs="+", default=["all"])
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse("--columns a=b c=d --methods X --columns e=f --methods Y Z --seed 1 --seed 2".split())
+    assert (
+        given.columns == [("a", "b"), ("c", "d"), ("e", "f")] and given.methods == ["X", "Y", "Z"] and given.seed == 2
+    )
+    given = parser.parse("--winner tie=same --winner tie=neither column=best".split())
+    assert reading_of(given)["winner"] == {"tie": ["same", "neither"], "column": "best"}
+    assert given.columns == SHARED["--columns"]["default"] == [] and given.methods == ["all"]
+
+
+def test_a_command_of_two_actions_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["data"], ["data", "--help"]):
+        assert main(args) == 0
+        shown = capsys.readouterr().out
+        assert all(f"\n{action}: " in shown and f"plm data {action} --help" in shown for action in ("check", "convert"))
 
 
 def test_malformed_rows_to_score_are_named_by_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -687,7 +720,7 @@ def test_options_for_the_same_thing_have_the_same_name(capsys: pytest.CaptureFix
     """Every option of every verb: it is in the table of shared ones, or only one verb has it."""
     verbs_of: dict[str, set[str]] = {}
     of_recipes = {"fit", "validate", "test", "predict", "portfolio"}
-    for verb, *action in [*([verb] for verb in VERBS.keys() - of_recipes), ["data", "convert"]]:
+    for verb, *action in [*([verb] for verb in VERBS.keys() - of_recipes), ["data", "check"], ["data", "convert"]]:
         assert main([verb, *action, "--help"]) == 0
         for name in re.findall(r"^  (--[\w.]+)", capsys.readouterr().out, flags=re.M):
             verbs_of.setdefault(name, set()).add(verb)

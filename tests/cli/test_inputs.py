@@ -396,6 +396,16 @@ def test_pairs_to_learn_from(name: str, trained: Path, users: Path, run: Run, tm
         assert run("data", "check", "--pairs", file)[0] == 1
 
 
+@pytest.mark.parametrize("name", ["no.jsonl", "no.csv.gz", "no.parquet", "folder.json"])
+def test_a_file_that_is_not_there_is_named(name: str, trained: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    what = "a folder" if name == "folder.json" else "which does not exist"
+    for verb, option in (("adapt", "--pairs"), ("score", "--responses"), ("query", "--pool")):
+        user = ["--user", "anna"] if verb == "query" else []
+        status, shown = run(verb, "--ckpt_path", trained, option, name, *user)
+        assert status == 1 and shown.endswith(f"error: expected a file, got {name!r}, {what}\n")
+
+
 @pytest.mark.parametrize("name", SCORED)
 def test_responses_to_score(name: str, trained: Path, run: Run, tmp_path: Path) -> None:
     content, expected = SCORED[name]
