@@ -166,10 +166,13 @@ def _how_to_name(name: str, column: str, present: Sequence[str]) -> str:
     """What to say of a column that is missing."""
     close = closest(column, present) or "<its name in the file>"
     hint = nearest(column, present) or "."
-    option = f"winner: {{column: {close}}}" if name == "winner" else f"columns: {{{name}: {close}}}"
+    if name == "winner":
+        option, typed = f"winner: {{column: {close}}}", f'--winner "column={close}"'
+    else:
+        option, typed = f"columns: {{{name}: {close}}}", f'--columns "{name}={close}"'
     without = {"user_id": "no users are told apart", "prompt": "the prompt is what both conversations share"}.get(name)
     instead = f", or {{{name}: null}} if {without}" if without else ""
-    return f"column {column!r} is missing{hint} Set {option}{instead}."
+    return f"column {column!r} is missing{hint} Set {option} ({typed}){instead}."
 
 
 def _refuse_unread_winner(path: Path, found: Layout, records: Records) -> None:

@@ -43,8 +43,12 @@ def write_skipped(table: PairTable, path: str | Path) -> bool:
         for file, lines in problems.items():
             content = _content(Path(table.files[file]), list(lines))
             for line, texts in lines.items():
-                entry = {"file": table.files[file], "line": line, "problems": texts, **content.get(line, {})}
-                out.write(json.dumps(_plain(entry)).encode() + b"\n")
+                entry = {"file": table.files[file], "line": line, "problems": texts}
+                try:
+                    text = json.dumps({**entry, **_plain(content.get(line, {}))})
+                except RecursionError:
+                    text = json.dumps({**entry, "text": "its brackets are too deep to be kept"})
+                out.write(text.encode() + b"\n")
     return True
 
 

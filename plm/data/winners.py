@@ -84,7 +84,7 @@ def sorted_by_winner(
     winner = columns.pop("winner", None)
     if winner is None or not all(columns[name] for name in REQUIRED):
         return columns
-    expected = ", ".join(sides)
+    expected = ", ".join([*SIDES, *(label for label in sides if label not in WORDS)])
     words = checker.convert("winner", winner, lambda value: _side_of(value, sides, expected), nullable=False)
     side = np.array([*("left" if word is None else word for word in words), "left"])[winner.codes]
     for left, right in (("chosen", "rejected"), ("chosen_score", "rejected_score")):
@@ -107,7 +107,8 @@ def _side_of(value: Any, sides: Mapping[str, str], expected: str) -> str:
     side = sides.get(label_of(value))
     if side is None:
         raise ValueError(
-            f"expected one of {expected}; say what others mean: winner: {{left: ..., right: ..., tie: ...}}"
+            f"expected one of {expected}; say what others mean: winner: {{left: ..., right: ..., tie: ...}} (--winner "
+            "left=... right=... tie=...)"
         )
     return side
 
