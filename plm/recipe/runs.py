@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -217,8 +218,12 @@ def _summary(folder: Path, root: Path) -> RunSummary:
         problems.append("few_shot of metrics.json is no curve")
         curve = {}
     facts = _mapping(folder / "facts.json", []) if (folder / "facts.json").is_file() else {}
-    if file == "recipe.yaml" and not any(folder.glob(f"{_CHECKPOINTS}/*.ckpt")):
+    checkpoints = sorted(folder.glob(f"{_CHECKPOINTS}/*.ckpt"))
+    if file == "recipe.yaml" and not checkpoints:
         problems.append("no checkpoint")
+    problems += [
+        f"{plain(path.name)} is damaged: it was not written to its end" for path in checkpoints if not _is_whole(path)
+    ]
     if numbers and not (folder / "per_user.csv").is_file():
         problems.append("no per_user.csv")
     return RunSummary(
@@ -233,6 +238,11 @@ def _summary(folder: Path, root: Path) -> RunSummary:
         curve or None,
         problems,
     )
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has its end, where the archive that torch writes keeps its directory."""
+    return checkpoint.is_dir() or zipfile.is_zipfile(checkpoint)  # a sharded one is a folder
 
 
 def _mapping(file: Path, problems: list[str], hint: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from plm.cli import main
@@ -47,7 +48,7 @@ HOSTILE = [
 def write_run(folder: Path, metrics: Any = METRICS, method: str = "plm.methods.lore.LoRe") -> Path:
     """A whole run."""
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "best.ckpt").touch()
+    torch.save({"state_dict": {"w": torch.zeros(500)}}, folder / "checkpoints" / "best.ckpt")
     source = {"class_path": "plm.data.sources.pairs.PairFiles", "init_args": {"path": "mine.jsonl"}}
     recipe = {"model": {"class_path": method}, "data": {"source": source}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -86,6 +87,9 @@ def damaged(kind: str, folder: Path) -> None:
     file, _, content = kind.partition(": ")
     if content == "gone":
         shutil.rmtree(folder / file) if (folder / file).is_dir() else (folder / file).unlink()
+    elif content == "cut":
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(whole[: len(whole) // 2])
     elif content == "folder":
         (folder / file).unlink()
         (folder / file).mkdir()
@@ -118,6 +122,8 @@ def damaged(kind: str, folder: Path) -> None:
         ('facts.json: {"fit_seconds": 1' + "0" * 400 + ', "date": [1]}', None),
         ("facts.json: folder", None),
         ("checkpoints: gone", "no checkpoint"),
+        ("checkpoints/best.ckpt: cut", "best.ckpt is damaged: "),
+        ("checkpoints/best.ckpt: folder", None),
         ("per_user.csv: gone", "no per_user.csv"),
         ("histogram.png: folder", None),
     ],
