@@ -31,6 +31,7 @@ from plm.evaluation import (
     few_shot_figure,
     few_shot_table,
     gain_figure,
+    is_flat,
     points,
     print_parts,
     summarize,
@@ -168,8 +169,9 @@ class PreferenceMetrics(L.Callback):
 class FewShotCurve(L.Callback):
     """Accuracy, calibration and harm of unseen users against the number of pairs they are adapted on.
 
-    A test logs ``test/few_shot/accuracy@<shots>``, adds ``few_shot`` to ``metrics.json`` and draws ``few_shot.png``. It
-    does nothing when the data has no few-shot batches.
+    A test logs ``test/few_shot/accuracy@<shots>``, adds ``few_shot`` to ``metrics.json`` and draws ``few_shot.png``,
+    which, as the table, is left out where no number of pairs changes anything, as of a method without a personal part.
+    It does nothing when the data has no few-shot batches.
 
     Args:
         num_resamples: Bootstrap resamples of the users behind the 95 % band.
@@ -224,6 +226,8 @@ class FewShotCurve(L.Callback):
         _log(pl_module, "test/few_shot", {f"accuracy@{shots}": value for shots, value in accuracy})
         if trainer.is_global_zero:
             self._curve = curve
+            if is_flat(table):
+                return
             path = run_dir(trainer) / "few_shot.png"
             _show(trainer, "test/few_shot", few_shot_figure(curve), path)
             self._report = [few_shot_table(curve)]

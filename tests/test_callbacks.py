@@ -247,6 +247,20 @@ def test_without_few_shot_batches_the_curve_is_silent(tmp_path: Path):
     ]
 
 
+def test_no_curve_is_shown_of_a_method_that_serves_all_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    class Alike(TinyMethod):
+        def _score(self, responses: torch.Tensor, users: UserState) -> torch.Tensor:
+            return responses.sum(-1)
+
+    for method, is_shown in ((Alike(), False), (TinyMethod(), True)):
+        run = trainer(tmp_path / str(is_shown), FewShotCurve(100), PreferenceMetrics(100), logger=False)
+        run.test(method, Planted(), verbose=False)
+        assert ("Few-shot curve" in capsys.readouterr().out) is is_shown
+        assert (run_dir(run) / "few_shot.png").exists() is is_shown
+        accuracy = metrics_json(run)["few_shot"]["accuracy"]
+        assert (len(set(accuracy)) > 1) is is_shown
+
+
 def test_a_second_test_in_the_same_folder_leaves_nothing_old(tmp_path: Path):
     run = trainer(tmp_path, FewShotCurve(100), PreferenceMetrics(100), logger=False)
     run.test(TinyMethod(), Planted(), verbose=False)

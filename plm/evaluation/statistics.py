@@ -148,6 +148,11 @@ def minimum_detectable_effect(values: Float64Array) -> float:
     return reach * float(present.std(ddof=1)) / math.sqrt(len(present))
 
 
+def is_flat(table: FewShotTable) -> bool:
+    """Whether there are several shot counts, and no user's log-loss differs between them."""
+    return len(table.shots) > 1 and np.allclose(table.log_loss, table.log_loss[:1], rtol=1e-5, equal_nan=True)
+
+
 def summarize_few_shot(table: FewShotTable, num_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Compute the few-shot curve: for each shot count the mean over repeats of the macro accuracy over users.
 
