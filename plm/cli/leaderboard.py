@@ -35,7 +35,8 @@ def run(args: list[str]) -> None:
         shared = [*shared_part(options.recipes[0], folder / "shared"), *overrides]
     else:
         folder = Path(options.output or f"runs/leaderboard/{Path(options.data).stem}")
-        files = [find_config(path) for path in (options.trainer, options.data, options.backbone)]
+        named = {kind: getattr(options, kind) for kind in ("trainer", "data", "backbone")}
+        files = [find_config(name if Path(name).suffix else f"conf/{kind}/{name}.yaml") for kind, name in named.items()]
         shared = [*(part for file in files for part in ("--config", str(file))), *overrides]
         entries, left_out = of_methods(options.methods, shared)
     plan = Plan(
@@ -68,9 +69,9 @@ def _options(args: list[str]) -> argparse.Namespace:
         "with another user's state. Finished runs are kept and not redone.",
     )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="recipes, all on the same data and backbone")
-    parser.add_argument("--data", metavar="FILE", help="instead of recipes: a data config, conf/data/polis.yaml")
-    parser.add_argument("--backbone", metavar="FILE", default="conf/backbone/minilm.yaml", help="default: %(default)s")
-    parser.add_argument("--trainer", metavar="FILE", default="conf/trainer/cpu.yaml", help="default: %(default)s")
+    parser.add_argument("--data", metavar="FILE", help="instead of recipes: a data config, or the name of one: polis")
+    parser.add_argument("--backbone", metavar="FILE", default="minilm", help="default: %(default)s")
+    parser.add_argument("--trainer", metavar="FILE", default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -59,10 +59,11 @@ def find_config(path: str) -> Path:
     known = recipes | groups
     if path in known:
         return known[path]
-    by_stem = {Path(name).stem: name for name in known}
-    near = closest(path, known) or by_stem.get(closest(file.stem, by_stem) or "")
-    advice = f"; did you mean {near!r}?" if near else ""
-    raise ValueError(f"no config file {path!r}{advice} (shipped: {', '.join(recipes) or 'none'})")
+    names = [*map(str, sorted(file.parent.glob("*.y*ml"))), *known]
+    by_stem = {Path(name).stem: name for name in reversed(names)}
+    near = by_stem.get(file.stem) or closest(path, names) or by_stem.get(closest(file.stem, by_stem) or "")
+    advice = f"; did you mean {near!r}?" if near else f" (shipped: {', '.join(recipes) or 'none'})"
+    raise ValueError(f"no config file {path!r}{advice}")
 
 
 def group_files(recipe: Path, defaults: Any) -> list[Path]:

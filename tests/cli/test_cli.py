@@ -402,6 +402,7 @@ def test_a_typo_in_a_recipe_gives_one_message(error: Callable[..., str], old: st
         ),
         (["score", "--ckpt_path", "x", "--responses", "y.csv"], "expected a file, got 'y.csv', which does not exist"),
         (["query", "--ckpt_path", "x", "--user", "a", "--pool", "y.parquet"], "'y.parquet', which does not exist"),
+        (["leaderboard", "--data", "polis", "--backbone", "hashin"], "did you mean 'conf/backbone/hashing.yaml'?"),
         (
             ["label", "--samples", "y.jsonl", "--rewards", "{rewards: {a: {class_path: Length}}}", "--output", "o"],
             "'y.jsonl', got no such file",
@@ -600,13 +601,31 @@ def test_methods_are_listed_from_their_source(
     (package / "__init__.py").write_text(
         '"""A module.\n\nPaper: Someone (2031), On Taste.\n"""\nclass Mine:\n    """Guesses well."""\n'
     )
+    Path("third/parts").mkdir()
+    Path("third/parts/__init__.py").write_text("from .made import Told\n")
+    Path("third/parts/made.py").write_text(
+        '"""Made.\n\nPaper: Somebody,\n    On Words (2032).\nDeviations: none.\n"""\nclass Told:\n    """Tells."""\n'
+    )
     monkeypatch.syspath_prepend(Path.cwd())
-    entries = [EntryPoint("Mine", "third.party:Mine", "plm.methods"), EntryPoint("Gone", "gone.x:Gone", "plm.methods")]
+    places = {"Mine": "third.party:Mine", "Gone": "gone.x:Gone", "Told": "third.parts:Told"}
+    entries = [EntryPoint(name, place, "plm.methods") for name, place in places.items()]
     monkeypatch.setattr("plm.recipe.plugins.entry_points", lambda group: entries)
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
     assert "Mine  (third.party.Mine)\n    Guesses well.\n    Paper: Someone (2031), On Taste." in shown
     assert "Gone  (gone.x.Gone)\n    cannot be imported" in shown
+    assert "Told  (third.parts.Told)\n    Tells.\n    Paper: Somebody, On Words (2032)." in shown
+
+
+def test_every_method_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    """By what it is, and by a paper with its year or number, in lines of at most 120 characters."""
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    for method in re.split(r"\n(?=\w)", shown.strip()):
+        _, summary, *paper = method.splitlines()
+        assert not summary.strip().startswith("Paper") and summary.endswith("."), method
+        assert re.search(r"Paper: .*\d{4}", " ".join(paper)) and paper[-1].endswith("."), method
+    assert max(map(len, shown.splitlines())) <= 120
 
 
 def test_plugins_get_short_names_and_broken_ones_are_reported(

@@ -71,6 +71,28 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
         expand(["fit", "--config"])
 
 
+def test_a_recipe_of_ones_own_is_suggested_before_the_shipped_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are shipped are listed only where none is near."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    for own in ("quickstart2.yaml", "mine.yaml", "mine/pairs.yaml"):
+        Path(own).write_text("a: 1")
+    near = {
+        "mine.yml": "mine.yaml",
+        "mine/pair.yaml": "mine/pairs.yaml",
+        "quickstart.yml": "recipes/quickstart.yaml",  # the same but for the ending and the folder
+        "quickstart3.yaml": "quickstart2.yaml",
+    }
+    for path, meant in near.items():
+        with pytest.raises(ValueError) as raised:
+            find_config(path)
+        assert str(raised.value) == f"no config file {path!r}; did you mean {meant!r}?"
+    with pytest.raises(ValueError, match=r"'zzzzzz' \(shipped: .*recipes/quickstart\.yaml"):
+        find_config("zzzzzz")
+
+
 def test_groups_have_no_defaults_of_their_own(project: Path) -> None:
     (project / "conf/data/a.yaml").write_text("defaults: [{data: b}]\n")
     with pytest.raises(ValueError, match="only a recipe may have defaults"):
