@@ -291,7 +291,7 @@ def test_the_table_says_how_many_candidates_each_method_had() -> None:
         ([], "expected either recipes or --data FILE"),
         (["a.yaml", "--data", "b.yaml"], "expected either recipes or --data FILE"),
         (["--data", "conf/data/poliss.yaml"], "did you mean 'conf/data/polis.yaml'?"),
-        (["--data", "polis"], "did you mean 'conf/data/polis.yaml'?"),
+        (["--data", "poliss"], "did you mean 'conf/data/polis.yaml'?"),
         (["--data", "conf/data/synthetic.yaml", "--seeds", "0"], "--seeds: expected an integer >= 1, got 0"),
         (["--data", "conf/data/synthetic.yaml", "--set", "lr"], "--set: expected KEY=VALUE, got 'lr'"),
         (["--data", "conf/data/synthetic.yaml", "--method", "LoRe"], "did you mean '--methods'?"),
