@@ -71,11 +71,15 @@ def _content(path: Path, lines: list[int]) -> dict[int, dict[str, Any]]:
     content: dict[int, dict[str, Any]] = {
         line: {"row": row} for line, row in zip(records.lines, records.rows, strict=True) if line in wanted
     }
+    begins = {*records.lines, *(line for line, _ in records.problems)}
+    texts: dict[int, str] = {line: "" for line in wanted - content.keys()}
+    at = 0
     with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
         for line, text in enumerate(stream, start=1):
-            if line in wanted and line not in content:
-                content[line] = {"text": text.decode(errors="replace").rstrip("\r\n")}
-    return content
+            at = line if line in begins else at  # a cell of CSV may go over several lines
+            if at in texts:
+                texts[at] += text.decode(errors="replace")
+    return content | {line: {"text": text.rstrip("\r\n")} for line, text in texts.items()}
 
 
 def _row(row: pa.Table) -> dict[str, Any]:

@@ -183,8 +183,14 @@ def read_runs(root: str | Path) -> list[RunSummary]:
     if not root.is_dir():
         raise ValueError(f"expected a folder of runs, got {str(root)!r}, which is none")
     found = []
-    for place, folders, files in os.walk(root):
+    seen: set[str] = set()
+    for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back, or to another run
+            folders.clear()
+            continue
+        seen.add(real)
         is_claimed = folder.parent == root and not folders and not files
         if folder != root and (is_claimed or {"recipe.yaml", "metrics.json", _CHECKPOINTS} & {*folders, *files}):
             found.append((folder.stat().st_mtime, folder))

@@ -101,6 +101,9 @@ def test_tables_and_csv_and_winners(tmp_path: Path) -> None:
         "dunno",
         "c,p,x",
     ]
+    (tmp_path / "b.csv").write_text('user_id,prompt,chosen,rejected\na,p,x,y\nz,p,"one\ntwo\nthree"\nb,p,x,y\n')
+    write_skipped(skipping(tmp_path / "b.csv"), tmp_path / "s.ndjson")
+    assert [entry["text"] for entry in entries(tmp_path / "s.ndjson")] == ['z,p,"one\ntwo\nthree"']
 
 
 def test_a_rating_that_is_none_leaves_the_others(tmp_path: Path) -> None:

@@ -172,6 +172,16 @@ class Page(HTMLParser):
         self.handlers += [name for name in values if name.startswith("on")]
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """A run that lies elsewhere is listed, and a link that leads back ends nothing but itself."""
+    write_run(tmp_path / "elsewhere" / "one")
+    root = tmp_path / "runs"
+    write_run(root / "two")
+    (root / "linked").symlink_to(tmp_path / "elsewhere" / "one")
+    (root / "back").symlink_to(root)
+    assert {run.name for run in read_runs(root)} == {"linked", "two"}
+
+
 def test_hostile_names_are_inert_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "runs"
     metrics = {**METRICS, "verdicts": {"unseen": f"unseen: {HOSTILE[0]}\x1b[2J: x"}}
