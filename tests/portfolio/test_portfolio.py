@@ -328,7 +328,7 @@ def test_given_users_are_read_before_anything_is_trained(
     monkeypatch.chdir(tmp_path)
     recipe = str(ROOT / "recipes/palm_lore_polis.yaml")
     assert main(["portfolio", "--config", recipe, "--rewards.init_args.recipe", "x.yaml", "--weights", "a.jsonl"]) == 1
-    assert "--weights: expected a JSONL file of users, got 'a.jsonl'" in capsys.readouterr().err
+    assert "--weights: expected a file, got 'a.jsonl', which does not exist" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
