@@ -210,6 +210,9 @@ def _rows(table: PairTable) -> Iterator[Finding]:
         yield Finding(level, "left out", f"{count} rows were left out: {why.replace('_', ' ')}")
     for file, line, problem in table.skipped[:_NUM_EXAMPLES]:
         yield Finding("problem", "malformed", f"{position(table.files[file], line)}: {problem}")
+    if len(table.skipped) > _NUM_EXAMPLES:
+        text = f"and {len(table.skipped) - _NUM_EXAMPLES} more, which stand in skipped.ndjson"
+        yield Finding("problem", "malformed", text)
     for what, names, rows in (
         ("user id", table.user_ids, table.user[:, None]),
         ("prompt", table.prompts, table.prompt[:, None]),

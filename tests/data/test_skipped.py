@@ -201,6 +201,7 @@ def test_every_command_says_where_the_rest_is(
         "a.jsonl:65: user_id: missing or null" in " ".join(printed.split())
         and len(entries(Path("report/skipped.ndjson"))) == 6
     )
+    assert "and 2 more, which stand in skipped.ndjson" in " ".join(printed.split())  # seven faults in six rows
     assert main(["data", "convert", "a.jsonl", "--to", "b.parquet", "--on_error", "skip"]) == 0
     assert "b.skipped.ndjson" in capsys.readouterr().out and len(entries(Path("b.skipped.ndjson"))) == 6
     assert plain(read_pairs([Path("b.parquet")])) == plain(PairFiles("a.jsonl", on_error="skip").load())
