@@ -58,9 +58,10 @@ def with_results(record: dict[str, Any], user_id: str | None, **results: Any) ->
 def write_rows(rows: Iterable[dict[str, Any]], output: str | None, noun: str = "rows") -> None:
     """Write rows as JSONL to a file, which is then named on standard error; to standard output where none is given."""
     if output:
-        rows = list(rows)
+        num_rows = 0
         with whole_file(output, "w") as file:
-            file.writelines(map(json_line, rows))
-        print(f"{len(rows)} {noun} written to {output}", file=sys.stderr)
+            for num_rows, row in enumerate(rows, start=1):  # noqa: B007 - never all at once
+                file.write(json_line(row))
+        print(f"{num_rows} {noun} written to {output}", file=sys.stderr)
     else:
         sys.stdout.write("".join(map(json_line, rows)))
