@@ -98,6 +98,9 @@ class RecipeCLI(LightningCLI):
     a short command takes.
     """
 
+    _goes_on = ""
+    """What is said of a fit that starts from a checkpoint."""
+
     def __init__(self, model_class: type, datamodule_class: type, args: list[str], **options: Any) -> None:
         self._verb = args[0] if args else ""
         super().__init__(model_class, datamodule_class, args=args, **options)
@@ -205,9 +208,13 @@ class RecipeCLI(LightningCLI):
             self.parser.error(f"--ckpt_path {path}: every run has a folder of its own; give the file")
         if path is None or path == "hpc" or Path(path).is_dir():
             return
-        held = read_checkpoint(path)[CHECKPOINT_KEY]["class_path"]
+        checkpoint = read_checkpoint(path)
+        held = checkpoint[CHECKPOINT_KEY]["class_path"]
         if find_class(held) is not find_class(config.model.class_path):
             self.parser.error(f"the checkpoint {path!r} holds {held}, the recipe asks for {config.model.class_path}")
+        if self.config.subcommand == "fit":
+            reached = f"epoch {checkpoint['epoch'] + 1} and step {checkpoint['global_step']}"
+            self._goes_on = f"goes on from {path}, where {reached} were reached"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keep what candidates of a selection are fitted with before the trainer of the run takes it over."""
@@ -242,10 +249,8 @@ class RecipeCLI(LightningCLI):
             )
         if self._get(self.config, "select"):
             self.model = select(self, self.untouched)
-        path = self._get(self.config, "ckpt_path")
-        if path is not None and Path(path).is_file() and self.trainer.is_global_zero:
-            held = read_checkpoint(path)
-            print(f"goes on from {path}, where epoch {held['epoch'] + 1} and step {held['global_step']} were reached")
+        if self._goes_on and self.trainer.is_global_zero:
+            print(self._goes_on)
 
     def after_fit(self) -> None:
         """Say which epoch was the best, and test its checkpoint."""
