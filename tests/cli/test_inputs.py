@@ -33,6 +33,7 @@ from plm.data.schema import read_pairs
 from plm.methods.lore import LoRe
 from plm.testing import saved
 from plm.users import UserStore, store_path
+from tests.changed_bytes import changed_bytes
 
 HUGE = "1" + "0" * 400
 DEEP = "[" * 100_000
@@ -677,33 +678,11 @@ CORPUS = [second(), second(tie=True, weight=2.5, timestamp="2020-01-02"), GOOD *
 @given(data=st.data())
 def test_mutated_files_are_read_or_named(data: st.DataObject, tmp_path: Path) -> None:
     """Bytes changed, taken out or put in anywhere: a table, or one message; never another error."""
-    content = bytearray(data.draw(st.sampled_from(CORPUS)).encode())
-    for _ in range(data.draw(st.integers(1, 4))):
-        start = data.draw(st.integers(0, len(content)))
-        taken = data.draw(st.integers(0, 8))
-        content[start : start + taken] = data.draw(st.one_of(st.binary(max_size=6), st.sampled_from(PIECES)))
-    file = placed(tmp_path, data.draw(st.sampled_from(["rows.jsonl", "rows.csv", "rows.json"])), bytes(content))
+    content = changed_bytes(data, data.draw(st.sampled_from(CORPUS)).encode())
+    file = placed(tmp_path, data.draw(st.sampled_from(["rows.jsonl", "rows.csv", "rows.json"])), content)
     try:
         pairs = read_pairs([file])
     except ValueError as error:
         assert str(file) in str(error)
     else:
         assert pairs.num_pairs > 0 and all(name.strip() for name in pairs.user_ids)
-
-
-PIECES = [
-    b'"',
-    b"{",
-    b"}",
-    b"[",
-    b",",
-    b"\n",
-    b"\r",
-    b"\0",
-    b"null",
-    b"NaN",
-    b"1e999",
-    b'"\\ud800"',
-    b"\xef\xbb\xbf",
-    b"\\u0000",
-]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from plm.data import reading
 from plm.data.schema import PairTable, read_pairs
+from tests.changed_bytes import changed_bytes
 
 ROWS = [
     {"user_id": f"n{user}", "prompt": f"p{number % 3}", "chosen": f"good {number}", "rejected": f"bad\n{user}"}
@@ -165,28 +166,7 @@ def test_errors_name_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @given(data=st.data())
 def test_changed_files_are_read_alike(data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes changed, taken out or put in anywhere: one table or one message, whoever reads."""
-    content = bytearray(lines([{**row, "weight": 1.5, "tie": False} for row in ROWS]).encode())
-    pieces = [
-        b'"',
-        b"{",
-        b"}",
-        b",",
-        b"\n",
-        b"\r",
-        b"\0",
-        b"null",
-        b"NaN",
-        b"1e999",
-        b"\xef\xbb\xbf",
-        b"7",
-        b" ",
-        b"\\",
-        b"\xff",
-    ]
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(0, len(content)))
-        taken = data.draw(st.integers(0, 8))
-        content[start : start + taken] = data.draw(st.one_of(st.binary(max_size=4), st.sampled_from(pieces)))
+    content = lines([{**row, "weight": 1.5, "tie": False} for row in ROWS]).encode()
     path = tmp_path / "a.jsonl"
-    path.write_bytes(bytes(content))
+    path.write_bytes(changed_bytes(data, content))
     both(path, monkeypatch)
