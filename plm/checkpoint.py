@@ -38,11 +38,12 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     """
     if not Path(path).is_file():
         best = Path(path) / "checkpoints" / "best.ckpt"
-        which = (
-            f"a folder; its checkpoint is {str(best)!r}" if best.is_file() else "a folder without checkpoints/best.ckpt"
-        )
-        which = which if Path(path).is_dir() else "which does not exist"
-        raise ValueError(f"expected a checkpoint file, got {str(path)!r}, {which}")
+        state = "which does not exist"
+        if best.is_file():
+            state = f"a folder; its checkpoint is {str(best)!r}"
+        elif Path(path).is_dir():
+            state = "a folder without checkpoints/best.ckpt"
+        raise ValueError(f"expected a checkpoint file, got {str(path)!r}, {state}")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way

@@ -128,8 +128,8 @@ def _erase_names(path: Path, user_ids: Collection[str]) -> bool:
             write_json(path, after)
         return bool(after != before)
     if path.suffix == ".ndjson":
-        lines = path.read_bytes().splitlines(keepends=True)
-        others = [line for line in lines if not _pattern(user_ids).search(line)]
+        lines, pattern = path.read_bytes().splitlines(keepends=True), _pattern(user_ids)
+        others = [line for line in lines if not pattern.search(line)]
         if len(others) < len(lines):
             with whole_file(path) as file:
                 file.writelines(others)

@@ -153,8 +153,7 @@ def fit(
             "trainer": {"default_root_dir": str(folder)},
         }
         given = {f"model.init_args.{key}": value for key, value in arguments.items()}
-        reading = {"columns": columns and dict(columns), "winner": winner and dict(winner), "layout": layout}
-        reading["on_error"] = on_error if on_error != "stop" else None
+        reading = {"columns": columns, "winner": winner, "layout": layout, "on_error": on_error}
         given |= {f"data.source.init_args.{key}": value for key, value in reading.items() if value is not None}
         given |= {"data.backbone": backbone.spec()} if isinstance(backbone, Backbone) else {}
         for key, value in {**given, **(options or {})}.items():

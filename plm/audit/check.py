@@ -23,6 +23,8 @@ from plm.data.values import spelt_alike
 Level = Literal["problem", "warning", "info"]
 
 NO_TEXT = ("none", "null", "nan", "nat", "<na>", "[]")
+_LEFT_OUT: dict[str, Level] = {"duplicates": "warning", "malformed": "problem"}
+"""Why rows were left out -> how grave that is; anything else is a fact."""
 _NUM_EXAMPLES = 5
 """Malformed rows that are findings of their own."""
 NOTABLE = 0.05
@@ -206,8 +208,7 @@ def agreement(table: PairTable) -> tuple[int, float]:
 # ---------------------------------------------------------------------- findings
 def _rows(table: PairTable) -> Iterator[Finding]:
     for why, count in table.dropped.items():
-        level: Level = {"duplicates": "warning", "malformed": "problem"}.get(why, "info")  # type: ignore[assignment]
-        yield Finding(level, "left out", f"{count} rows were left out: {why.replace('_', ' ')}")
+        yield Finding(_LEFT_OUT.get(why, "info"), "left out", f"{count} rows were left out: {why.replace('_', ' ')}")
     for file, line, problem in table.skipped[:_NUM_EXAMPLES]:
         yield Finding("problem", "malformed", f"{position(table.files[file], line)}: {problem}")
     if len(table.skipped) > _NUM_EXAMPLES:

@@ -125,11 +125,11 @@ class FeatureFiles(Backbone):
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
             raise ValueError(f"{self.path}: expected lists of numbers in the column features, got {kind}")
         values = column.flatten()
-        lengths = {length for length in np.unique(pc.list_value_length(column).fill_null(0).to_numpy())}
+        lengths = np.unique(pc.list_value_length(column).fill_null(0).to_numpy()).tolist()
         if len(lengths) != 1 or 0 in lengths or values.null_count or not pa.types.is_floating(values.type):
             raise ValueError(
                 f"{self.path}: expected lists of equally many decimal numbers in the column features, got {kind} of "
-                f"lengths {sorted(map(int, lengths))[:5]} with {values.null_count} nulls"
+                f"lengths {lengths[:5]} with {values.null_count} nulls"
             )
         numbers: Float32Array = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
         return numbers.reshape(num_rows, -1)
@@ -172,10 +172,9 @@ def _existing(path: str) -> Path:
 
 def _loaded(path: str) -> Float32Array:
     """The array of a ``.npy`` file, mapped into memory."""
+    file = _existing(path)
     try:
-        array: Float32Array = np.load(_existing(path), mmap_mode="r", allow_pickle=False)
+        array: Float32Array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        if "of features" in str(error):
-            raise
         raise ValueError(f"{path}: expected a .npy file, got {error}") from error
     return array

@@ -37,8 +37,7 @@ def run(args: list[str]) -> None:
 
     method = load_method(options.ckpt_path, users=options.users)
     table = read_pairs(options.pairs, **reading_of(options), on_error=options.on_error)
-    skipped = Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.skipped.ndjson")
-    skipped = unused(skipped)
+    skipped = unused(Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.skipped.ndjson"))
     if write_skipped(table, skipped):  # beside the users, with whom it is erased
         print(f"malformed rows are in {skipped}")
     store = method.known_users.store

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,11 @@ def check_exists(path: Path) -> None:
         raise ValueError(f"expected a file, got {str(path)!r}, {what}")
 
 
+def opened(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where its ending says gzip."""
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
+
+
 def read_records(path: Path) -> Records:
     """Read all rows and columns of one file.
 
@@ -68,7 +73,7 @@ def read_records(path: Path) -> Records:
     if path.name.endswith(TABLES):
         return table_records(path, read_table(path))
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+        with opened(path) as stream:
             readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}
             return readers[file_format(path)](path, stream)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -247,11 +247,12 @@ def read_pairs(
     dropped: Counter[str] = sum((Counter(raw.dropped) for raw in raws), Counter())
     for why, count in dropped.items():
         warnings.warn(f"{count} judgements left out: {why.replace('_', ' ')}", stacklevel=2)
-    table = _validate(stacked, described.sides, Checker(where, problems), files, dropped)
+    checker = Checker(where, problems)
+    table = _validate(stacked, described.sides, checker, files, dropped)
     if problems and on_error == "stop":
         raise ValueError(report(files, sorted(set(problems))))  # pairs of one line may share one problem
     if problems:
-        table = _without_malformed(stacked, described.sides, Checker(where, problems), files, dropped)
+        table = _without_malformed(stacked, described.sides, checker, files, dropped)
     assert table is not None
     if table.num_pairs == 0:
         raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")

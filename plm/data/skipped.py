@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections import defaultdict
 from itertools import count
@@ -13,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from plm.atomic import whole_file
-from plm.data.files import TABLES, read_records, read_table
+from plm.data.files import TABLES, opened, read_records, read_table
 from plm.data.schema import PairTable
 
 NAME = "skipped.ndjson"
@@ -64,7 +63,7 @@ def _content(path: Path, lines: list[int]) -> dict[int, dict[str, Any]]:
         rows = read_table(path).take(lines)
         return {line: {"row": _row(rows.slice(place, 1))} for place, line in enumerate(lines)}
     if path.name.endswith((".json", ".json.gz")):
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+        with opened(path) as stream:
             entries = json.loads(stream.read().decode("utf-8-sig"))
         return {line: {"row": entries[line]} for line in lines}
     wanted, records = set(lines), read_records(path)
@@ -74,7 +73,7 @@ def _content(path: Path, lines: list[int]) -> dict[int, dict[str, Any]]:
     begins = {*records.lines, *(line for line, _ in records.problems)}
     texts: dict[int, str] = {line: "" for line in wanted - content.keys()}
     at = 0
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+    with opened(path) as stream:
         for line, text in enumerate(stream, start=1):
             at = line if line in begins else at  # a cell of CSV may go over several lines
             if at in texts:

@@ -175,7 +175,7 @@ def from_prompt(prompt: str) -> str | list[dict[str, str]]:
 
 def to_response(value: Any) -> Response:
     """Convert a response to text, also where it comes as the last of its chat messages."""
-    messages = None if type(value) is str and not value.startswith("[{") else _messages(value)
+    messages = _messages(value)
     text, history = to_text(value) if messages is None else "", None
     if messages is not None:
         if messages[-1]["role"] != "assistant":
