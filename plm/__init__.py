@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the table below as imports that a type checker follows; a t
     from plm.fitting import fit as fit
     from plm.generation import best_of_n as best_of_n
     from plm.generation import sample as sample
+    from plm.learned_rewards import reward_func as reward_func
     from plm.method import PersonalizationMethod as PersonalizationMethod
     from plm.methods.bradley_terry import BradleyTerry as BradleyTerry
     from plm.methods.clap import CLaP as CLaP
@@ -61,6 +62,7 @@ _MODULE_OF = {
     "fit": "plm.fitting",
     "load_method": "plm.checkpoint",
     "read_pairs": "plm.data.schema",
+    "reward_func": "plm.learned_rewards",
     "sample": "plm.generation",
 }
 

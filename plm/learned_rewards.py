@@ -1,16 +1,17 @@
 """Rewards given by a trained model: by a user of a method, or by a classifier of Hugging Face.
 
-Like those of `plm.data.rewards` they serve in ``data.source`` of a recipe, in ``plm label`` and in ``plm judge``.
+Like those of `plm.data.rewards` they serve in ``data.source`` of a recipe, in ``plm label`` and in ``plm judge``;
+`reward_func` serves in the trainers of TRL.
 
 Axes: N responses, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from plm.backbones import device
 from plm.backbones.classifier import Classifier
 from plm.checkpoint import load_method
 from plm.data.rewards import Reward
+from plm.data.values import parsed, short, to_id, to_prompt, to_text
 from plm.method import PersonalizationMethod
+from plm.scoring import ResponseRow, score_responses
 
 _SCORED = 1024  # responses that are in memory at once
 
@@ -101,3 +104,63 @@ class ClassifierReward(Reward):
         others = logits.double().index_select(1, torch.tensor([c for c in range(logits.shape[1]) if c != row]).long())
         odds: Float64Array = (logit - others.logsumexp(1) if others.shape[1] else logit).numpy()
         return odds
+
+
+Text = str | Sequence[Mapping[str, Any]]
+"""A text, or chat messages."""
+
+
+def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Callable[..., list[float]]:
+    """Make a reward function for TRL's GRPOTrainer and RLOOTrainer, which rewards each completion for its row's user.
+
+    The data set has a column ``user_id`` beside ``prompt``. Texts and chat messages are scored as ``plm score`` scores
+    them; of a reply in messages the content, without its reasoning. Rewards come raw: they compare completions of one
+    user, as those trainers do within the completions of a row. An unknown user, or None, gets the population's reward;
+    the trainer logs the share of completions with a known user as ``user_known``.
+
+    Args:
+        checkpoint: Checkpoint written by plm fit, of any method; it is moved to the GPU where there is one.
+        users: Where the users are, see `plm.load_method`; None = beside the checkpoint.
+
+    Raises:
+        ValueError: If they cannot be read. The function raises it for rows without ``user_id``, for what is neither
+            text nor messages of ``role`` and ``content`` that end with a reply, and for a reward that is not finite.
+
+    Example:
+        ```
+        GRPOTrainer(model, reward_funcs=plm.reward_func("runs/mine/checkpoints/best.ckpt"), train_dataset=prompts)
+        ```
+    """
+    method = load_method(checkpoint, users=users)
+
+    def plm_reward(
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        user_id: Sequence[str | int | None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **_: Any,
+    ) -> list[float]:
+        """Rewards of B completions, see `plm.reward_func`; other columns and arguments are not read."""
+        if user_id is None:
+            raise ValueError(
+                "expected a column user_id in the data set, None for the population, got none; keep it by "
+                "remove_unused_columns=False"
+            )
+        rows = [_completion_row(*row) for row in zip(prompts, completions, user_id, strict=True)]
+        scores = score_responses(method.to(device()), rows)  # here, where the trainer has chosen this process's GPU
+        if log_metric is not None:
+            log_metric("user_known", float(scores.is_known.float().mean()))
+        return scores.rewards.tolist()
+
+    return plm_reward
+
+
+def _completion_row(prompt: Text, completion: Text, user_id: str | int | None) -> ResponseRow:
+    """A row to score: prompt and completion as texts, or both as chat messages, of which the last is the reply."""
+    if not isinstance(completion, str):
+        *before, reply = completion or [{}]
+        if reply.get("role") != "assistant" or not isinstance(reply.get("content"), str):
+            raise ValueError(f"expected a completion that ends with the assistant's text, got {short(completion)}")
+        prompt, completion = [*prompt, *before], reply["content"]
+    user = None if user_id is None else parsed("user_id", user_id, to_id)
+    return ResponseRow(parsed("prompt", prompt, to_prompt), to_text(completion), user, {})

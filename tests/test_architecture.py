@@ -98,7 +98,7 @@ ARROWS: dict[str, set[str]] = {
         ),
     },
     "plm.erasure": of_plm("checkpoint", "method", "users"),
-    "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards"),
+    "plm.learned_rewards": of_plm("method", "checkpoint", "backbones", "data.rewards", "data.values", "scoring"),
     "plm.rewardbench": of_plm("data.sources.corpus", "data.values"),
     "plm.evaluation": of_plm("metrics"),
     "plm.callbacks": of_plm("metrics", "evaluation", "users"),

@@ -30,22 +30,14 @@ def test_the_client_teaches_and_asks(client: httpx.Client) -> None:
     assert gap(after) > gap(before)
 
 
-def test_the_reward_functions_of_trl_and_openrlhf(
+def test_the_reward_function_of_openrlhf(
     client: httpx.Client, service: RewardService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Called as these call them."""
+    """Called as OpenRLHF calls it."""
     monkeypatch.setenv("PLM_URL", str(client.base_url).rstrip("/"))
-    expected = [float(service.method.score([text], user_id=user)) for text, user in (("tea", "ben"), ("walk", "eva"))]
-    reward = runpy.run_path(str(EXAMPLES / "trl_reward.py"))["plm_reward"]
-    columns = {"user_id": ["ben", "eva"], "completion_ids": [[1], [2]], "trainer_state": None, "log_extra": print}
-    assert reward(prompts=["a", "b"], completions=["tea", "walk"], **columns) == expected
-    chats = [[{"role": "user", "content": "a"}]] * 2
-    replies = [[{"role": "assistant", "content": text}] for text in ("tea", "walk")]
-    assert reward(prompts=chats, completions=replies, **columns) == expected
-    with pytest.raises(ValueError, match="needs a column user_id"):
-        reward(prompts=["a"], completions=["tea"])
     found = runpy.run_path(str(EXAMPLES / "openrlhf_reward.py"))["reward_func"](["a tea"], ["a "], ["ben"])
-    assert found["rewards"].tolist() == expected[:1] and found["extra_logs"]["user_known"].tolist() == [1.0]
+    assert found["rewards"].tolist() == [float(service.method.score(["tea"], user_id="ben"))]
+    assert found["extra_logs"]["user_known"].tolist() == [1.0]
 
 
 def test_the_options_in_the_examples_exist(capsys: pytest.CaptureFixture[str]) -> None:
