@@ -19,7 +19,8 @@ from torch import Tensor
 
 from plm.adapting import RecentFeatures, adapt_user
 from plm.backbones import Backbone, CausalLM, TooLong
-from plm.data.values import parsed, plain_prompt, short, to_text
+from plm.data.values import parsed, plain_prompt, short
+from plm.messages import to_text
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
 from plm.types import Tokens, UserState
 from plm.users import UserStore, shared_hash, store_path
@@ -59,6 +60,16 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     for spec in ("backbone", "latents"):
         _find_beside(checkpoint.get("hyper_parameters", {}).get(spec), Path(path).parent)
     return checkpoint
+
+
+def training_reading(path: str | Path) -> dict[str, Any]:
+    """How the pairs were read that a checkpoint was trained on: arguments of ``plm.read_pairs``, most often none.
+
+    Raises:
+        ValueError: If there is no such file, or another program wrote it.
+    """
+    reading = read_checkpoint(path).get("PreferenceDataModule", {}).get("reading", {})
+    return dict(reading)
 
 
 def _check_layout(path: str | Path, checkpoint: dict[str, Any]) -> None:

@@ -48,6 +48,23 @@ def plain(text: str) -> str:
     return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
 
 
+def to_text(value: object) -> str:
+    """Convert to a text that can be stored and sent.
+
+    Raises:
+        ValueError: For half of a surrogate pair, which has no UTF-8.
+    """
+    text = str(value)
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"expected text, got half of a character ({half}) at position {error.start}") from None
+    return text
+
+
 class Problems:
     """Collects what is wrong with the arguments of one object, so that all of it is raised in one message.
 

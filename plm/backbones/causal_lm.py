@@ -16,6 +16,7 @@ import torch
 
 from plm.backbones.backbone import Key, chat_messages, choose, plain_text, template_errors
 from plm.backbones.huggingface import FIXED_DATE, HFBackbone
+from plm.messages import to_text
 from plm.types import Tokens
 
 _PROBE = "Yes"
@@ -179,7 +180,7 @@ class CausalLM(HFBackbone):
 
     def _ids(self, text: str, special: bool) -> list[int]:
         """Token ids of a text of any length, with the tokens that open and close a text or without."""
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return list(self.tokenizer(to_text(text), add_special_tokens=special, verbose=False)["input_ids"])
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a whole prompt, at least one."""

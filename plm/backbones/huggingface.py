@@ -30,6 +30,7 @@ from plm.backbones.backbone import (
 )
 from plm.backbones.weights import content_hash, score_weight
 from plm.hub import WAYS_OUT, offline_options
+from plm.messages import to_text
 
 CPU_BATCH_TOKENS = 1024
 """What fits the processor's cache: larger batches were slower on CPU."""
@@ -292,7 +293,7 @@ class HFBackbone(Backbone):
         """Token ids of each text, of which at most the last ``max_tokens`` stay."""
         tokenizer, chat = self.tokenizer, self.template == "chat"
         rows: list[list[int]] = tokenizer(
-            list(texts),
+            [to_text(text) for text in texts],
             add_special_tokens=not chat,  # a chat template has written its own
             truncation=True,
             max_length=self.max_tokens,
@@ -339,8 +340,7 @@ class HFBackbone(Backbone):
 
     def _batches(self, rows: list[list[int]]) -> Iterator[list[int]]:
         """Indices of rows of similar length, the longest first, at most ``batch_tokens`` of them with padding."""
-        on_gpu = self._network.device.type != "cpu"
-        budget = self.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
+        budget = self.batch_tokens or (CPU_BATCH_TOKENS if self._network.device.type == "cpu" else GPU_BATCH_TOKENS)
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
         start = 0
         while start < len(order):

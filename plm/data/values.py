@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
 from typing import Any, NamedTuple, TypeVar
 
+from plm.messages import to_text
+
 _Value = TypeVar("_Value")
 
 _MESSAGE = ("role", "content")
@@ -64,23 +66,6 @@ class Response(NamedTuple):
 
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Marks that reverse the direction of what is printed after them."""
-
-
-def to_text(value: Any) -> str:
-    """Convert to a text that can be stored and sent.
-
-    Raises:
-        ValueError: For half of a surrogate pair, which has no UTF-8.
-    """
-    text = str(value)
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(f"expected text, got half of a character ({half}) at position {error.start}") from None
-    return text
 
 
 def to_id(value: Any) -> str:

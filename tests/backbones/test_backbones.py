@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from plm.backbones import Backbone, HashingBackbone, HFBackbone, weights
+from plm.backbones import Backbone, CausalLM, HashingBackbone, HFBackbone, weights
 from plm.backbones.backbone import plain_text
 
 transformers = pytest.importorskip("transformers")
@@ -195,6 +195,13 @@ def test_normalize_and_dtype(folders: Callable[[str], str]) -> None:
     half = HFBackbone(folders("bert"), normalize=True, dtype="bfloat16").encode(TEXTS)
     assert half.dtype == torch.float32
     assert 0 < (half - features).abs().max() < 0.05
+
+
+def test_half_of_a_character_is_named_not_a_riddle_of_the_tokenizer(folders: Callable[[str], str]) -> None:
+    with pytest.raises(ValueError, match=r"half of a character \(\\ud83d\) at position 3"):
+        HFBackbone(folders("bert")).encode(["w1", "w2 \ud83d"])
+    with pytest.raises(ValueError, match=r"half of a character \(\\ud83d\)"):
+        CausalLM(folders("llama")).represent(["w1"], ["\ud83d"])
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
