@@ -16,7 +16,8 @@ def run(args: list[str]) -> None:
     parser = OptionParser(
         prog="plm adapt",
         description="Learn users of a checkpoint from their pairs. The checkpoint stays as it is: the users go to the "
-        "store beside it as they are learned. A user who is already there is learned anew from these pairs alone.",
+        "store beside it as they are learned. A user who is already there is learned anew from these pairs alone. Files"
+        " are read with the columns of the training's, unless options say how.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
@@ -30,13 +31,17 @@ def run(args: list[str]) -> None:
     from rich.table import Table
 
     from plm.adapting import adapt_users
-    from plm.checkpoint import load_method
+    from plm.checkpoint import load_method, training_reading
     from plm.data.schema import read_pairs
     from plm.data.skipped import unused, write_skipped
     from plm.evaluation import print_parts
 
     method = load_method(options.ckpt_path, users=options.users)
-    table = read_pairs(options.pairs, **reading_of(options), on_error=options.on_error)
+    reading = reading_of(options)
+    if not any(reading.values()) and (reading := training_reading(options.ckpt_path)):
+        given = ", ".join(f"{name}: {value}" for name, value in reading.items())
+        print(f"the pairs are read as those of the training were ({given})")
+    table = read_pairs(options.pairs, **reading, on_error=options.on_error)
     skipped = unused(Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.skipped.ndjson"))
     if write_skipped(table, skipped):  # beside the users, with whom it is erased
         print(f"malformed rows are in {skipped}")

@@ -355,12 +355,13 @@ class PreferenceDataModule(L.LightningDataModule):
         return moved
 
     def state_dict(self) -> dict[str, Any]:
-        """Remember in checkpoints which split was trained on."""
-        return {"split_hash": self.split_hash, "shuffle_users": self.shuffle_users}
+        """Remember in checkpoints which split was trained on, and how files of pairs like these are read."""
+        split = {"split_hash": self.split_hash, "shuffle_users": self.shuffle_users}
+        return {**split, "reading": self.source.reading}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn when a checkpoint meets another split: what is tested here may have been trained on."""
-        if state_dict != self.state_dict():
+        if any(state_dict[name] != getattr(self, name) for name in ("split_hash", "shuffle_users")):
             warnings.warn(
                 f"the checkpoint was trained on the split {state_dict['split_hash'][:12]}, the data give "
                 f"{self.split_hash[:12]}: pairs tested here may have been trained on",

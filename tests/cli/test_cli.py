@@ -143,6 +143,36 @@ def fit(*args: str) -> Path:
 
 
 # ---------------------------------------------------------------------- the path from fit to score
+def test_adapt_reads_pairs_as_the_training_did_unless_it_is_told_otherwise(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels of a winner column stay as they are; read by our own column names they would be missing or reversed."""
+    rows = [
+        {"uid": f"u{user}", "q": f"p{row}", "a": f"alpha {row}", "b": f"beta {row}", "best": "b" if user % 2 else "a"}
+        for user in range(12)
+        for row in range(10)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = {
+        "columns": {"user_id": "uid", "prompt": "q", "chosen": "a", "rejected": "b"},
+        "winner": {"column": "best", "left": ["a"], "right": ["b"]},
+    }
+    source = {"class_path": "PairFiles", "init_args": {"path": "rows.jsonl", **reading}}
+    Path("recipe.yaml").write_text(RECIPE + "seed_everything: 0\nfinal_test: false\n")
+    checkpoint = fit("--data.source", json.dumps(source)) / "checkpoints" / "best.ckpt"
+    new = [{**row, "uid": "new"} for row in rows if row["uid"] == "u1"]
+    Path("new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in new))
+    adapt = ["adapt", "--ckpt_path", str(checkpoint), "--pairs", "new.jsonl"]
+    assert main(adapt) == 0
+    assert "read as those of the training were (columns: {'user_id': 'uid'" in capsys.readouterr().out
+    loaded = load_method(checkpoint)
+    assert loaded.encode is not None and loaded.find_users is not None
+    betas, alphas = (loaded.encode([""] * 10, [f"{word} {row}" for row in range(10)]) for word in ("beta", "alpha"))
+    assert torch.allclose(loaded.find_users(["new"]).tensors["shift"][0], (betas - alphas).sum(0) / 11)
+    assert main([*adapt, "--columns", "user_id=uid"]) == 1  # what is said replaces all of it
+    assert "expected" in capsys.readouterr().err
+
+
 def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

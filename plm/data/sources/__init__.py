@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pkgutil import iter_modules
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from plm.arrays import Float64Array
 from plm.data.schema import PairTable
@@ -27,6 +27,11 @@ class PairSource(ABC):
     @abstractmethod
     def load(self) -> PairTable:
         """Read and validate the pairs."""
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How files of pairs are read, as arguments of ``plm.read_pairs``, where it is asked to read them otherwise."""
+        return {}
 
     def planted_log_odds(self) -> Float64Array | None:
         """``(N,)`` log-odds that users pick as they did in each pair of ``load``; None where no utility is planted."""

@@ -46,7 +46,7 @@ def local_files(pattern: str | Sequence[str]) -> list[str]:
     where = f"PLM_DATA is {root!r}" if root else "PLM_DATA is not set"
     raise ValueError(
         f"expected data at {pattern!r}, got no such file (looked at {', '.join(map(os.path.abspath, tried))}; {where}"
-        "); correct the path (data.source.init_args.path) or set PLM_DATA to the folder that holds the data sets"
+        "); correct the path, or set PLM_DATA to the folder that holds the data sets"
     )
 
 

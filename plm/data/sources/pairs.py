@@ -56,12 +56,16 @@ class PairFiles(PairSource):
         first = Path(self.path if isinstance(self.path, str) else self.path[0] if self.path else "none")
         return "/".join(first.parts[-2:])
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The arguments that say which columns are read; those that are None are left out."""
+        names = ("columns", "winner", "attributes", "layout")
+        return {name: value for name in names if (value := getattr(self, name))}
+
     def load(self) -> PairTable:
         """Read and validate all files.
 
         Raises:
             ValueError: If a path matches no file, or with all malformed rows (see ``read_pairs``).
         """
-        return read_pairs(
-            local_files(self.path), self.columns, self.winner, self.attributes, self.layout, self.on_error
-        )
+        return read_pairs(local_files(self.path), **self.reading, on_error=self.on_error)
