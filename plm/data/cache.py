@@ -27,8 +27,10 @@ class CachedFeatures(NamedTuple):
     """The features of one backbone."""
 
     folder: Path
+    model: str
+    """Model, engine or name of the backbone."""
     name: str
-    """Model, engine or name of the backbone, and its pooling where it has one."""
+    """The same and its pooling, where it has one."""
     num_texts: int
     feature_dim: int
     num_bytes: int
@@ -62,10 +64,11 @@ def chosen(entries: Iterable[CachedFeatures], backbone: str | None, before: floa
     """
     entries = list(entries)
     if backbone is not None:
-        names = {name for entry in entries for name in (entry.name, entry.folder.name)}
-        if backbone not in names:
-            raise ValueError(f"no features of {backbone!r} are cached{nearest(backbone, names)} (plm cache lists them)")
-        entries = [entry for entry in entries if backbone in (entry.name, entry.folder.name)]
+        names = [(entry.name, entry.model, entry.folder.name) for entry in entries]
+        if not any(backbone in called for called in names):
+            advice = nearest(backbone, {name for called in names for name in called})
+            raise ValueError(f"no features of {backbone!r} are cached{advice} (plm cache lists them)")
+        entries = [entry for entry, called in zip(entries, names, strict=True) if backbone in called]
     return [entry for entry in entries if entry.last_use < before]
 
 
@@ -91,7 +94,7 @@ def _entry(folder: Path) -> CachedFeatures | None:
         return None
     shards = _shards(folder)
     num_texts, num_bytes = sum(map(_num_texts, shards)), sum(map(_size, shards))
-    return CachedFeatures(folder, _name(key), num_texts, feature_dim, num_bytes, last_use) if shards else None
+    return CachedFeatures(folder, *_names(key), num_texts, feature_dim, num_bytes, last_use) if shards else None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -117,8 +120,8 @@ def _num_texts(shard: Path) -> int:
         return 0
 
 
-def _name(key: Any) -> str:
-    """What a backbone is called in a table."""
+def _names(key: Any) -> tuple[str, str]:
+    """What a backbone is called, without its pooling and with it."""
     parts = key if isinstance(key, dict) else {"name": key}
-    first = next((parts[name] for name in ("model", "name", "engine") if parts.get(name)), "?")
-    return plain(" ".join(str(part) for part in (first, parts.get("pooling")) if part))
+    model = plain(str(next((parts[name] for name in ("model", "name", "engine") if parts.get(name)), "?")))
+    return model, plain(f"{model} {parts['pooling']}") if parts.get("pooling") else model

@@ -16,7 +16,7 @@ import torch
 from plm.backbones import HashingBackbone
 from plm.cli import main
 from plm.data import features as module
-from plm.data.cache import cached_features, chosen, clear
+from plm.data.cache import cached_features, chosen, clear, folder_name
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.features import FeatureCache
 
@@ -62,6 +62,21 @@ def test_what_is_cleared_is_chosen_by_name_folder_and_age(tmp_path: Path) -> Non
     assert clear(chosen(entries, None, 1001)) == entries[1].num_bytes
     assert [entry.folder for entry in cached_features(tmp_path)] == [new.folder]
     assert torch.equal(filled(tmp_path, 8).features(TEXTS), HashingBackbone(dim=8).encode([text for _, text in TEXTS]))
+
+
+def test_a_model_is_found_by_its_name_with_its_pooling_and_without(tmp_path: Path) -> None:
+    for pooling in ("last", "mean"):
+        identity = {"key": {"model": "my encoder", "pooling": pooling}, "feature_dim": 8}
+        folder = tmp_path / folder_name(identity)
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps(identity))
+        (folder / f"{'1' * 32}.safetensors").write_bytes(b"damaged")
+    entries = cached_features(tmp_path)
+    assert sorted(entry.name for entry in entries) == ["my encoder last", "my encoder mean"]
+    assert chosen(entries, "my encoder", float("inf")) == entries
+    assert [entry.name for entry in chosen(entries, "my encoder mean", float("inf"))] == ["my encoder mean"]
+    with pytest.raises(ValueError, match="did you mean 'my encoder'"):
+        chosen(entries, "my encode", float("inf"))
 
 
 def test_what_plm_has_not_written_stays(tmp_path: Path) -> None:
