@@ -22,6 +22,15 @@ _VERDICT = {
     "warning": "Nothing is wrong for sure, but look at the warnings.",
     "info": "Nothing suspicious was found.",
 }
+_MALFORMED = (
+    "A fit stops at the malformed rows: mend them, or leave them out with on_error: skip. Nothing else is a problem."
+)
+
+
+def conclusion(report: DataReport) -> str:
+    """The findings in a sentence or two."""
+    problems = {finding.topic for finding in report.findings if finding.level == "problem"}
+    return _MALFORMED if problems and problems <= {"malformed", "left out"} else _VERDICT[report.worst]
 
 
 def show(report: DataReport, console: Console) -> None:
@@ -35,7 +44,7 @@ def show(report: DataReport, console: Console) -> None:
         colour = _COLOUR[finding.level]
         table.add_row(f"[{colour}]{finding.level}[/]", finding.topic, escape(finding.text))
     console.print(table)
-    console.print(_VERDICT[report.worst], style=_COLOUR[report.worst].replace("dim", "green"))
+    console.print(conclusion(report), style=_COLOUR[report.worst].replace("dim", "green"))
 
 
 def write(report: DataReport, folder: Path) -> list[Path]:
@@ -84,7 +93,7 @@ def markdown(report: DataReport) -> str:
     """The report as Markdown."""
     findings = _findings(report)
     rows = [TableRow([f"**{level}**", *cells]) for (level, *cells), _ in findings.rows]
-    lines = [f"# Data report: {report.name}", "", _VERDICT[report.worst], "", *markdown_table(findings.heads, rows)]
+    lines = [f"# Data report: {report.name}", "", conclusion(report), "", *markdown_table(findings.heads, rows)]
     for table in _tables(report):
         lines += ["", f"## {table.title}", "", *markdown_table(table.heads, table.rows)]
     return "\n".join([*lines, ""])
@@ -93,7 +102,7 @@ def markdown(report: DataReport) -> str:
 def page(report: DataReport) -> str:
     """The report as one HTML page that needs nothing else."""
     pictures = [Section(title, pictures={title: content}) for title, content in plots(report).items()]
-    verdict = Section("", lines=[_VERDICT[report.worst]])
+    verdict = Section("", lines=[conclusion(report)])
     return html_page(f"Data report: {report.name}", [verdict, _findings(report), *pictures, *_tables(report)])
 
 

@@ -33,7 +33,8 @@ def read_tastes(text: str, samples: list[str]) -> SampledPairs:
     elif Path(text).suffix in (".yaml", ".yml"):
         document = merged_recipe(text, [])
     else:
-        raise ValueError(f"--rewards: expected a .yaml file or text like {EXAMPLE}, got {text!r}")
+        gone = "" if Path(text).exists() else ", which does not exist"
+        raise ValueError(f"--rewards: expected a .yaml file or text like {EXAMPLE}, got {text!r}{gone}")
     if "data" in document:
         source = document["data"].get("source") or {}
         if str(source.get("class_path")).rpartition(".")[2] != SampledPairs.__name__:

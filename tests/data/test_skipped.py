@@ -196,12 +196,14 @@ def test_every_command_says_where_the_rest_is(
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text("\n".join(map(line, [*GOOD, *BAD])))
     assert main(["data", "check", "--pairs", "a.jsonl", "--output", "report"]) == 1  # a fit would stop
-    printed = capsys.readouterr().out
-    assert (
-        "a.jsonl:65: user_id: missing or null" in " ".join(printed.split())
-        and len(entries(Path("report/skipped.ndjson"))) == 6
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a.jsonl:65: user_id: missing or null" in printed
+    assert len(entries(Path("report/skipped.ndjson"))) == 6
+    conclusion = "A fit stops at the malformed rows: mend them, or leave them out with on_error: skip."
+    assert conclusion in printed and all(
+        conclusion in Path(f"report/report.{ending}").read_text() for ending in ("md", "html")
     )
-    assert "and 2 more, which stand in skipped.ndjson" in " ".join(printed.split())  # seven faults in six rows
+    assert "and 2 more, which stand in skipped.ndjson" in printed  # seven faults in six rows
     assert main(["data", "convert", "a.jsonl", "--to", "b.parquet", "--on_error", "skip"]) == 0
     assert "b.skipped.ndjson" in capsys.readouterr().out and len(entries(Path("b.skipped.ndjson"))) == 6
     assert plain(read_pairs([Path("b.parquet")])) == plain(PairFiles("a.jsonl", on_error="skip").load())
