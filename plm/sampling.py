@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,21 +69,15 @@ def write_samples(
     return len(missing)
 
 
-def share(prompts: list[Prompt], output: Path, shard: str) -> tuple[list[Prompt], Path]:
+def share(prompts: list[Prompt], output: Path, shard: tuple[int, int]) -> tuple[list[Prompt], Path]:
     """Take the prompts of one of several processes, and its file.
 
     Args:
         prompts: All prompts.
         output: The file of one process alone.
-        shard: ``I/K``, the I-th of K equal shares.
-
-    Raises:
-        ValueError: If there is no such share.
+        shard: ``(i, k)``, the i-th of k equal shares.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    index, count = (int(part) for part in match.groups()) if match else (0, 0)
-    if not 1 <= index <= count:
-        raise ValueError(f"--shard: expected I/K with 1 <= I <= K, got {shard!r}")
+    index, count = shard
     if count == 1:
         return prompts, output
     return prompts[index - 1 :: count], output.with_name(f"{output.stem}-{index}of{count}{output.suffix}")

@@ -188,6 +188,7 @@ FLOORS: dict[str, list[set[str]]] = {
             "dashboard",
             "data",
             "export",
+            "features",
             "fit",
             "generate",
             "judge",

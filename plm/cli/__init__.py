@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "leaderboard": ("leaderboard", "compare methods and baselines on one split, with intervals and verdicts"),
     "dashboard": ("dashboard", "make a saved Weights & Biases workspace for a project of runs"),
     "runs": ("runs", "list the finished runs of a folder"),
+    "features": ("features", "encode the texts of a recipe into the cache, without a fit"),
     "cache": ("cache", "list or clear the features of texts that are kept"),
     "methods": ("fit", "list the installed methods"),
 }

@@ -54,7 +54,7 @@ def _check(args: list[str]) -> int:
         "Files in other layouts: plm data convert --help. "
         "Options of a recipe may follow, as for plm fit: --data.source.init_args.NAME VALUE.",
     )
-    parser.add_argument("--config", metavar="FILE", help="recipe whose data are checked")
+    parser.add_shared("--config", help="recipe whose data are checked")
     parser.add_shared("--pairs", help="instead of a recipe: files of preference pairs, JSONL(.gz), CSV or Parquet")
     add_reading(parser)
     parser.add_shared("--output", metavar="DIR", help="folder of the report; default: runs/data_check/<name>")

@@ -52,6 +52,15 @@ def assignment(example: str) -> Callable[[str], tuple[str, str]]:
     return parse
 
 
+def share(text: str) -> tuple[int, int]:
+    """The ``type`` of an option that takes one of several equal shares of the work, such as 1/4."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = (int(part) for part in match.groups()) if match else (0, 0)
+    if not 1 <= index <= count:
+        raise argparse.ArgumentTypeError(f"expected I/K with 1 <= I <= K, got {text!r}")
+    return index, count
+
+
 SHARED: dict[str, dict[str, Any]] = {
     "--attributes": {
         "nargs": "+",
@@ -68,6 +77,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "type": assignment("NAME=COLUMN"),
         "help": "column of the files that holds NAME, e.g. user_id=uid; user_id= for none",
     },
+    "--config": {"metavar": "FILE"},
     "--layout": {"metavar": "NAME", "help": "known layout of the files, such as argilla or helpsteer2: docs/data.md"},
     "--num_samples": {"type": integer(1), "metavar": "N"},
     "--on_error": {
@@ -82,6 +92,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--prompts": {"metavar": "FILE", "help": PROMPTS},
     "--rewards": {"metavar": "YAML", "help": REWARDS},
     "--seed": {"type": int, "default": 0, "metavar": "N"},
+    "--shard": {"type": share, "default": (1, 1), "metavar": "I/K"},
     "--user": {"metavar": "ID"},
     "--winner": {
         "nargs": "+",

@@ -24,7 +24,7 @@ def run(args: list[str]) -> None:
     parser.add_shared("--prompts", required=True)
     parser.add_shared("--num_samples", required=True, help="responses to each prompt")
     parser.add_shared("--output", required=True, help="JSONL file")
-    parser.add_argument("--shard", default="1/1", metavar="I/K", help="the I-th of K equal shares of the prompts")
+    parser.add_shared("--shard", help="the I-th of K equal shares of the prompts")
     add_settings(parser)
     add_policy(parser)
     options = parser.parse(args)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning as L
 import numpy as np
@@ -25,7 +25,7 @@ from plm.data.collate import (
     TrainBatches,
     split_weights,
 )
-from plm.data.encoding import CachedReader, drop_unreadable, encode_pairs, with_reference_logps
+from plm.data.encoding import CachedReader, drop_unreadable, encode_pairs, fill_cache, with_reference_logps
 from plm.data.keys import content_keys
 from plm.data.rows import TokenRows
 from plm.data.schema import PairTable
@@ -48,6 +48,9 @@ from plm.data.splits import (
 from plm.data.token_batches import TokenBatches
 from plm.messages import Problems
 from plm.types import PreferenceBatch
+
+if TYPE_CHECKING:
+    from plm.data.features import Filled
 
 DEFAULT_SHOTS = (0, 1, 2, 4, 8, 16, 32)
 TOKEN_BATCH_SIZE = 16
@@ -293,6 +296,28 @@ class PreferenceDataModule(L.LightningDataModule):
         names = ("split_seed", "unseen_users", "val_rows", "test_rows", "shuffle_users")
         metadata = {**{name: getattr(self, name) for name in names}, **self.summary()}
         write_splits(path, self.splits, self.table.user_ids, metadata)
+
+    def fill_cache(self, share: tuple[int, int] = (1, 1)) -> dict[str, Filled]:
+        """Encode what a fit reads through the cache and is not there yet; features are not held in memory.
+
+        Args:
+            share: ``(i, n)``, the i-th of n equal shares of the texts: see `FeatureCache.fill`.
+
+        Returns:
+            What was done to features of ``responses``, ``prompts`` and ``reference`` log-probabilities, where a fit
+            reads them.
+
+        Raises:
+            ValueError: If the data cannot be read, or a fit reads nothing through the cache.
+        """
+        return fill_cache(
+            self.table,
+            self.backbone,
+            self.cache_dir,
+            share,
+            prompt_features=self.prompt_features,
+            reference_logps=self.reference_logps,
+        )
 
     # ------------------------------------------------------------------ Lightning
     def prepare_data(self) -> None:

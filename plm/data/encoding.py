@@ -17,7 +17,7 @@ from torch import Tensor
 from plm.arrays import Float32Array, IntArray
 from plm.backbones import Backbone, CausalLM, LatentBackbone, ReferenceLogps, TooLong
 from plm.data.collate import FeaturedPairs
-from plm.data.features import FeatureCache
+from plm.data.features import FeatureCache, Filled
 from plm.data.rows import BatchRows, FeatureRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
@@ -69,7 +69,7 @@ class CachedReader:
         """Features ``(B, F)`` of B prompts alone."""
         backbone = self.backbone.prompt_backbone
         cache = self.cache if backbone is self.backbone else FeatureCache(backbone, self.cache_dir)
-        features = cache.features([("", plain_prompt(prompt)) for prompt in prompts])
+        features = cache.features(_alone(prompts))
         backbone.release()
         return features
 
@@ -123,10 +123,8 @@ def encode_pairs(
         if tokens is None:
             raise ValueError(f"expected a CausalLM, which gives tokens, got {type(backbone).__name__}")
         return FeaturedPairs(table, tokens, tokens.prompts_alone() if prompt_features else None, user_index)
-    items = np.unique(np.concatenate([table.chosen, table.rejected]))
-    prompt, response = table.items[items].T
-    prompts = [table.prompts[row] for row in prompt.tolist()]
-    features = _read(reader, prompts, [table.responses[row] for row in response.tolist()])
+    items, prompt, prompts, responses = _texts_of_pairs(table)
+    features = _read(reader, prompts, responses)
     of_items = _feature_rows(features, items, len(table.items))
     _warn_of_equal_features(table, of_items.features)
     of_prompts: BatchRows | None = None
@@ -140,6 +138,65 @@ def encode_pairs(
     if isinstance(reader, CachedReader):  # it has read all that it is going to
         backbone.release()
     return FeaturedPairs(table, of_items, of_prompts, user_index)
+
+
+def fill_cache(
+    table: PairTable,
+    backbone: Backbone,
+    cache_dir: str,
+    share: tuple[int, int],
+    *,
+    prompt_features: bool,
+    reference_logps: bool,
+) -> dict[str, Filled]:
+    """Encode what `encode_pairs` and `with_reference_logps` read through caches and is not there yet.
+
+    Args:
+        table: The pairs, of which `drop_unreadable` has left out some.
+        backbone: What reads the texts, or cuts them into tokens; its weights are freed.
+        cache_dir: Folder of the feature cache.
+        share: ``(i, n)``, the i-th of n equal shares of the texts: see `FeatureCache.fill`.
+        prompt_features: Whether prompts alone are wanted, too.
+        reference_logps: Whether log-probabilities under the untrained model are.
+
+    Returns:
+        ``responses``, ``prompts`` and ``reference``, those that are read -> what was done.
+
+    Raises:
+        ValueError: If none is.
+    """
+    parts: dict[str, tuple[Backbone, list[tuple[str, str]]]] = {}
+    if not isinstance(backbone, CausalLM):
+        _, prompt, prompts, responses = _texts_of_pairs(table)
+        parts["responses"] = backbone, list(zip(prompts, responses, strict=True))
+        if prompt_features and not isinstance(backbone.prompt_backbone, CausalLM):
+            rows = np.unique(prompt).tolist()
+            parts["prompts"] = backbone.prompt_backbone, _alone([table.prompts[row] for row in rows])
+    elif reference_logps:
+        parts["reference"] = ReferenceLogps(backbone.spec()), table.texts()
+    else:
+        raise ValueError(
+            f"expected a backbone whose features are cached, got {type(backbone).__name__}, whose tokens are not; its "
+            "log-probabilities are, with data.reference_logps"
+        )
+    filled = {}
+    for name, (encoder, texts) in parts.items():
+        filled[name] = FeatureCache(encoder, cache_dir).fill(texts, share)
+        encoder.release()
+    return filled
+
+
+def _texts_of_pairs(table: PairTable) -> tuple[IntArray, IntArray, list[str], list[str]]:
+    """The items ``(n,)`` that some pair refers to, their prompts ``(n,)`` as rows and texts, and their responses."""
+    items = np.unique(np.concatenate([table.chosen, table.rejected]))
+    prompt, response = table.items[items].T
+    prompts = [table.prompts[row] for row in prompt.tolist()]
+    return items, prompt, prompts, [table.responses[row] for row in response.tolist()]
+
+
+def _alone(prompts: Sequence[str]) -> list[tuple[str, str]]:
+    """Prompts without responses, as texts of a cache."""
+    return [("", plain_prompt(prompt)) for prompt in prompts]
 
 
 def _read(reader: TextReader, prompts: list[str], texts: list[str]) -> Float32Array:

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -48,6 +48,18 @@ QUIET_TEXTS = 256
 """Up to this many texts are encoded without a progress bar."""
 LINE_SECONDS = 30.0
 """How often a line tells the progress where no terminal shows a bar."""
+
+
+class Filled(NamedTuple):
+    """What `FeatureCache.fill` found and did."""
+
+    folder: Path
+    num_texts: int
+    """Distinct texts of all pairs."""
+    num_of_share: int
+    """Those of them that belong to the share."""
+    num_encoded: int
+    """Those of the share that were not cached."""
 
 
 class FeatureCache:
@@ -82,9 +94,7 @@ class FeatureCache:
         Raises:
             ValueError: If the backbone gives features of another shape or values that are not finite.
         """
-        first: dict[str, int] = {}
-        row = [first.setdefault(self.backbone.render(*pair), len(first)) for pair in pairs]
-        texts = list(first)
+        texts, row = self._distinct(pairs)
         digests = _digests(texts)
         out = np.empty((len(texts), self.backbone.feature_dim), dtype=np.float32)
         missing = self._read(digests, out)
@@ -92,8 +102,33 @@ class FeatureCache:
             self._encode(texts, digests, missing, out, progress)
         return torch.from_numpy(out if len(texts) == len(row) else out[row])
 
-    def _read(self, digests: Digests, out: Float32Array) -> IntArray:
-        """Fill the rows of ``out`` that are cached; return the others ``(M,)``."""
+    def fill(self, pairs: Sequence[tuple[str, str]], share: tuple[int, int] = (1, 1)) -> Filled:
+        """Encode the texts of pairs that are not cached; no features are held in memory.
+
+        Args:
+            pairs: As of `features`.
+            share: ``(i, n)``, only the texts whose hash falls into the i-th of n equal ranges: whatever other texts
+                there are, a text belongs to the same share.
+
+        Raises:
+            ValueError: As `features`.
+        """
+        texts, _ = self._distinct(pairs)
+        digests = _digests(texts)
+        rows = np.flatnonzero(_range_of(digests, share[1]) == share[0] - 1)
+        missing = rows[self._read(digests[rows], None)]
+        if len(missing):
+            self._encode(texts, digests, missing, None, progress=True)
+        return Filled(self.folder, len(texts), len(rows), len(missing))
+
+    def _distinct(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
+        """The distinct rendered texts of pairs, and the one of each pair."""
+        first: dict[str, int] = {}
+        row = [first.setdefault(self.backbone.render(*pair), len(first)) for pair in pairs]
+        return list(first), row
+
+    def _read(self, digests: Digests, out: Float32Array | None) -> IntArray:
+        """Fill the rows of ``out``, if there is one, that are cached and whole; return the others ``(M,)``."""
         self._refresh()
         missing = np.ones(len(digests), dtype=bool)
         if self._shards and len(digests):
@@ -110,8 +145,9 @@ class FeatureCache:
                 if len(rows):
                     features = self._load(shards[shard_of[found[rows[0]]]])
                     if features is not None:
-                        out[rows] = features[row_of[found[rows]]]
                         missing[rows] = False
+                        if out is not None:
+                            out[rows] = features[row_of[found[rows]]]
         return np.flatnonzero(missing)
 
     def _refresh(self) -> None:
@@ -147,8 +183,10 @@ class FeatureCache:
         self._shards.pop(shard, None)
         shard.unlink(missing_ok=True)
 
-    def _encode(self, texts: list[str], digests: Digests, missing: IntArray, out: Float32Array, progress: bool) -> None:
-        """Encode the missing texts into ``out``, shard by shard, each of about ``SHARD_SECONDS``."""
+    def _encode(
+        self, texts: list[str], digests: Digests, missing: IntArray, out: Float32Array | None, progress: bool
+    ) -> None:
+        """Encode the missing texts, into ``out`` if there is one, shard by shard, each of about ``SHARD_SECONDS``."""
         console = Console(stderr=True)
         watched = console.is_terminal or console.is_jupyter
         hidden = not (progress and watched and len(missing) > QUIET_TEXTS)
@@ -164,8 +202,9 @@ class FeatureCache:
                 features = self.backbone.encode([texts[row] for row in rows]).detach().to("cpu", torch.float32).numpy()
                 rate = len(rows) / max(time.monotonic() - began, 1e-9)
                 self._check(features, [texts[row] for row in rows])
-                out[rows] = features
-                self._write(digests[rows], out[rows])
+                self._write(digests[rows], np.ascontiguousarray(features))
+                if out is not None:
+                    out[rows] = features
                 bar.advance(task, len(rows))
                 start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
                 if lines is not None:
@@ -252,6 +291,12 @@ def _digests(texts: list[str]) -> Digests:
         hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest() for text in texts
     )
     return np.frombuffer(codes, dtype=f"S{DIGEST_BYTES}")
+
+
+def _range_of(digests: Digests, count: int) -> IntArray:
+    """Which of ``count`` equal ranges, numbered from 0, each hash ``(N,)`` falls into, by its first 32 bits."""
+    first = np.ascontiguousarray(digests).view(">u4").reshape(-1, DIGEST_BYTES // 4)[:, 0]
+    return (first.astype(np.int64) * count) >> 32
 
 
 def _as_digests(codes: NDArray[np.uint8]) -> Digests:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ import yaml
 from torch import Tensor
 
 import plm
+from plm.backbones import HashingBackbone
 from plm.checkpoint import load_method
 from plm.cli import VERBS, main
 from plm.cli.fit import NAMES as OWN_NAMES
 from plm.cli.options import SHARED, OptionParser, add_reading, reading_of
 from plm.cli.recipe_options import COMMON
 from plm.cli.writing import with_results, write_rows
+from plm.data.cache import cached_features
 from plm.method import PersonalizationMethod
 from plm.recipe.quiet import quiet
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -171,6 +173,40 @@ def test_adapt_reads_pairs_as_the_training_did_unless_it_is_told_otherwise(
     assert torch.allclose(loaded.find_users(["new"]).tensors["shift"][0], (betas - alphas).sum(0) / 11)
     assert main([*adapt, "--columns", "user_id=uid"]) == 1  # what is said replaces all of it
     assert "expected" in capsys.readouterr().err
+
+
+def test_a_fit_encodes_nothing_after_plm_features(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded: list[str] = []
+    encode = HashingBackbone.encode
+
+    def counting(backbone: HashingBackbone, texts: Sequence[str]) -> Tensor:
+        encoded.extend(texts)
+        return encode(backbone, texts)
+
+    monkeypatch.setattr(HashingBackbone, "encode", counting)
+    command = ["features", "--config", "recipe.yaml", "--data.source.init_args.pairs_per_user", "10"]
+    assert main([*command, "--shard", "2/2"]) == 0
+    part = len(encoded)
+    assert main(command) == 0
+    total = len(encoded)
+    assert 20 < part < total - 20 and total == len(set(encoded))
+    shown = capsys.readouterr().out.splitlines()
+    (cached,) = cached_features(folder / "cache")
+    assert cached.num_texts == total
+    assert shown == [
+        "200 pairs of 20 users from synthetic/low_rank-20x10",
+        f"responses: {total} distinct texts, {part} in shard 2/2: 0 were cached, {part} encoded",
+        f"  {cached.folder}",
+        "200 pairs of 20 users from synthetic/low_rank-20x10",
+        f"responses: {total} distinct texts: {part} were cached, {total - part} encoded",
+        f"  {cached.folder}",
+    ]
+    assert not Path("runs").exists()
+    fit(*command[3:], "--final_test", "false")
+    assert len(encoded) == total
+    assert main(["features", "--config", "recipe.yaml", "--dta.cache_dir", "x"]) == 2
 
 
 def test_fit_tests_the_best_checkpoint_and_its_users_can_be_adapted_and_scored(
@@ -701,6 +737,7 @@ WRONG = {
     "leaderboard": ["--seeds", "0"],
     "dashboard": ["--name", "x"],
     "runs": ["--folder", "x"],
+    "features": ["--config", "x", "--shard", "0/2"],
     "cache": ["clera"],
     "methods": ["x"],
 }

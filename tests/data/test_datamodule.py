@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plm.backbones import HashingBackbone
+from plm.backbones import HashingBackbone, ReferenceLogps
 from plm.data.collate import build_context
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.encoding import CachedReader, encode_pairs
@@ -20,6 +20,7 @@ from plm.data.sources import PairSource
 from plm.data.sources.pairs import PairFiles
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL
+from plm.testing import tiny_causal_lm
 from plm.types import PreferenceBatch
 
 
@@ -294,3 +295,34 @@ def test_hashed_words_express_the_planted_attributes(make: Any, world: Any) -> N
     guess = features[~train] @ np.linalg.solve(gram, features[train].T @ attributes[train])
     correlation = [np.corrcoef(guess[:, a], attributes[~train, a])[0, 1] for a in range(attributes.shape[1])]
     assert min(correlation) > 0.9
+
+
+# ---------------------------------------------------------------------- filled without a fit
+def test_a_filled_cache_holds_all_that_a_fit_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses and prompts alone; the features are those of a fit without it."""
+    source, backbone = SyntheticPairs(num_users=20, pairs_per_user=10), HashingBackbone(64, include_prompt=True)
+    data = PreferenceDataModule(source, backbone, str(tmp_path / "filled"), prompt_features=True)
+    expected = PreferenceDataModule(source, backbone, str(tmp_path / "other"), prompt_features=True)
+    table = data.table
+    filled = [data.fill_cache((index, 2)) for index in (2, 1)]
+    assert all(part.keys() == {"responses", "prompts"} for part in filled)
+    items = np.unique(np.concatenate([table.chosen, table.rejected]))
+    for name, count in (("responses", len(items)), ("prompts", len(np.unique(table.items[items, 0])))):
+        assert {part[name].num_texts for part in filled} == {count}
+        assert sum(part[name].num_encoded for part in filled) == count
+    expected.setup("fit")
+    monkeypatch.setattr(HashingBackbone, "encode", None)
+    data.setup("fit")
+    for ours, theirs in zip(data.train_dataloader(), expected.train_dataloader(), strict=True):
+        for name in ("chosen", "rejected", "prompt"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_reference_logps_are_filled_and_tokens_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = SyntheticPairs(num_users=3, pairs_per_user=4), tiny_causal_lm(), str(tmp_path)
+    with pytest.raises(ValueError, match="features are cached, got FreshCausalLM, whose tokens are not"):
+        PreferenceDataModule(*arguments).fill_cache()
+    data = PreferenceDataModule(*arguments, reference_logps=True)
+    assert data.fill_cache()["reference"].num_encoded == len(data.table.items)
+    monkeypatch.setattr(ReferenceLogps, "encode", None)
+    data.setup("fit")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -243,6 +244,41 @@ def test_progress_is_for_terminals(
     assert screen.getvalue() == ""
     cache.features([("again", response) for _, response in PAIRS], progress=progress)
     assert ("Encoding texts" in screen.getvalue()) is shown
+
+
+# ---------------------------------------------------------------------- shares of the texts
+def share_of(text: str, count: int) -> int:
+    """Which of equal ranges of 128 bits the hash of a text falls into, from 1."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big") * count // 2**128 + 1
+
+
+@pytest.mark.parametrize("order", [(3, 1, 4, 2), (1, 2, 3, 4)])
+def test_shares_in_any_order_are_the_whole(tmp_path: Path, order: tuple[int, ...]) -> None:
+    for index in order:
+        backbone = Fake()
+        own = {text for text in TEXTS if share_of(text, 4) == index}
+        cached = {text for text in TEXTS[:50] if share_of(text, 4) == index}
+        FeatureCache(backbone, tmp_path).fill(PAIRS[:50], (index, 4))
+        assert set(backbone.encoded) == cached and len(cached) > 3
+        filled = FeatureCache(backbone, tmp_path).fill([*PAIRS, *PAIRS[:9]], (index, 4))
+        assert filled[1:] == (200, len(own), len(own) - len(cached))
+        assert len(backbone.encoded) == len(own) and set(backbone.encoded) == own
+    last = Fake()
+    cache = FeatureCache(last, tmp_path)
+    assert torch.equal(cache.features(PAIRS), TRUTH)
+    assert cache.fill(PAIRS) == (cache.folder, 200, 200, 0) and last.encoded == []
+
+
+def test_filling_repairs_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD_TEXTS", (50, 50))
+    cache = FeatureCache(Fake(), tmp_path)
+    assert cache.fill(PAIRS).num_encoded == 200
+    content = bytearray(shards(cache)[2].read_bytes())
+    content[-5] ^= 64
+    shards(cache)[2].write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert FeatureCache(Fake(), tmp_path).fill(PAIRS).num_encoded == 50
+    assert torch.equal(FeatureCache(Fake(), tmp_path).features(PAIRS), TRUTH)
 
 
 # ---------------------------------------------------------------------- several processes
