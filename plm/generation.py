@@ -37,6 +37,8 @@ class Best(NamedTuple):
     text: str
     reward: float
     """Comparable within one user only."""
+    number: int
+    """Which of the n it is."""
 
 
 @torch.no_grad()
@@ -189,8 +191,31 @@ def best_of_n(
         raise ValueError("best_of_n got a method without an encoder; load it with plm.load_method(path)")
     states, state_row = _states(method, len(prompts), users, user_id)
     assert states is not None
-    distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    pool = [text for texts in sample_texts(policy, list(distinct), num_samples=n, **settings) for text in texts]
+    distinct = list(dict.fromkeys(prompts))
+    written = sample_texts(policy, distinct, num_samples=n, **settings)
+    return best_responses(method, prompts, dict(zip(distinct, written, strict=True)), states, state_row)
+
+
+def best_responses(
+    method: PersonalizationMethod,
+    prompts: Sequence[str],
+    responses: Mapping[str, Sequence[str]],
+    states: UserState,
+    state_row: Tensor,
+) -> list[Best]:
+    """Find the response that each prompt's user would prefer among those that were written, as `best_of_n` does.
+
+    Args:
+        method: Whose reward decides, from ``load_method``.
+        prompts: P prompts.
+        responses: Prompt -> n texts.
+        states: States of users.
+        state_row: ``(P,)`` int64, the row of ``states`` of each prompt.
+    """
+    assert method.encode is not None
+    distinct = {prompt: row for row, prompt in enumerate(responses)}
+    pool = [text for texts in responses.values() for text in texts]
+    n = len(pool) // len(distinct)
     pool_prompts = [prompt for prompt in distinct for _ in range(n)]
     filled = torch.tensor([bool(text) for text in pool])
     empty = [prompt for prompt, row in distinct.items() if not filled[row * n : (row + 1) * n].any()]
@@ -220,7 +245,7 @@ def best_of_n(
     table = table.reshape(len(prompts), n)
     best = table.argmax(1)
     return [
-        Best(pool[distinct[prompt] * n + place], float(table[row, place]))
+        Best(pool[distinct[prompt] * n + place], float(table[row, place]), place)
         for row, (prompt, place) in enumerate(zip(prompts, best.tolist(), strict=True))
     ]
 

@@ -37,6 +37,11 @@ def missing_key(name: str, record: Iterable[str]) -> str:
     return f"missing {name!r}, got the keys {sorted(record)}{advice}"
 
 
+def no_writer(name: str) -> str:
+    """What to say of a method that scores texts and writes none."""
+    return f"{name} has no policy that writes: give --policy MODEL --best_of N, and the texts are chosen by its reward"
+
+
 def first_of(lines: Sequence[str], indent: str = "") -> list[str]:
     """The first 20 lines of a report, and one that says how many more there are."""
     more = [f"... and {len(lines) - NUM_SHOWN} more"] if len(lines) > NUM_SHOWN else []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 class LocalServer(ThreadingHTTPServer):
@@ -28,3 +31,58 @@ class LocalServer(ThreadingHTTPServer):
         yield
         self.shutdown()
         self.server_close()
+
+
+class PolicyServer(LocalServer):
+    """Answers with a text that tells prompt and seed; fails as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(PolicyHandler)
+        self.models = ["tiny"]
+        self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.failures: list[tuple[int, dict[str, str]]] = []
+        self.refuses_prompt: str | None = None
+        self.busy = self.most_busy = 0
+        self.pause = 0.0
+        self.lock = threading.Lock()
+
+
+class PolicyHandler(BaseHTTPRequestHandler):
+    server: PolicyServer
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.answer(200, {"data": [{"id": name} for name in self.server.models]}, {})
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.busy += 1
+            server.most_busy = max(server.most_busy, server.busy)
+            failure = server.failures.pop() if server.failures else None
+            server.bodies.append(body)
+            server.paths.append(self.path)
+        time.sleep(server.pause)
+        with server.lock:
+            server.busy -= 1
+        prompt = body.get("prompt") or body["messages"][-1]["content"]
+        if failure is not None:
+            self.answer(failure[0], {"error": "later"}, failure[1])
+        elif prompt == server.refuses_prompt:
+            self.answer(400, {"error": {"message": "too long"}}, {})
+        else:
+            text = f"{prompt} {body['seed']}"
+            choice = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+            self.answer(200, {"choices": [choice]}, {})

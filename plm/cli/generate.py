@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plm.cli.options import OptionParser, add_policy, add_settings, check_policy, settings_of
+from plm.cli.options import OptionParser, add_policy, add_settings, check_best_of, settings_of
 
 _SHOWN = 200
 
@@ -41,14 +41,12 @@ def run(args: list[str]) -> None:
         "average of two users, 1 and 1 twice as strong",
     )
     parser.add_shared("--num_samples", default=1, help="texts of each user on each prompt (default 1)")
-    parser.add_argument("--best_of", type=int, metavar="N", help="choose the best of N by the method's reward")
+    parser.add_shared("--best_of")
     parser.add_shared("--output", help="JSONL file; default: readable texts on standard output")
     add_settings(parser)
     add_policy(parser)
     options = parser.parse(args)
-    if (options.policy is None and options.policy_url is None) != (options.best_of is None):
-        parser.error("--policy and --best_of go together: N texts of a policy are written, here or by --policy_url")
-    check_policy(parser, options)
+    check_best_of(parser, options)
     if options.best_of is not None and options.num_samples > 1:
         parser.error(f"--best_of chooses one text, got --num_samples {options.num_samples}")
     if options.mix and (options.user or options.best_of):
@@ -62,6 +60,7 @@ def run(args: list[str]) -> None:
     from plm.checkpoint import load_method
     from plm.cli.writing import policy_of, progress_bar, write_rows
     from plm.generation import best_of_n, mixture, sample
+    from plm.messages import no_writer
     from plm.method.abilities import Writer
     from plm.recipe.prompts import read_prompts, with_users
 
@@ -93,10 +92,7 @@ def run(args: list[str]) -> None:
             )
         responses = [{"responses": [response.text for response in row]} for row in samples]
     else:
-        raise ValueError(
-            f"{type(method).__name__} has no policy that writes: give --policy MODEL --best_of N, and the texts are "
-            "chosen by its reward"
-        )
+        raise ValueError(no_writer(type(method).__name__))
     user_ids: list[str | None] = [None] * len(prompts) if users is None else [*users]
     known = method.known_users.store.get(user_ids)[1].tolist()
     rows = [

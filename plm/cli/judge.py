@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plm.cli.options import OptionParser, add_settings, integer, settings_of
+from plm.cli.options import OptionParser, add_policy, add_settings, check_best_of, integer, settings_of
 
 
 def run(args: list[str]) -> None:
     """Write, value and compare texts, and report.
 
     Raises:
-        ValueError: If a file cannot be read, a user is unknown, or the method does not write.
+        ValueError: If a file cannot be read, a user is unknown, or nobody writes.
     """
     parser = OptionParser(
         prog="plm judge",
@@ -19,7 +19,8 @@ def run(args: list[str]) -> None:
         "unknown user) and the unaligned one, the language model as it is, write on the same held-out prompts with\n"
         "the same seeds; every person of --rewards values all texts, in standard deviations of the unaligned policy's\n"
         "texts (z_score: false: as they come). Intervals resample prompts. Where rows have a split, only those of the\n"
-        "test are used.",
+        "test are used. With --policy or --policy_url and --best_of that model is the unaligned policy, and each text\n"
+        "of a user is the best of N that it writes by the reward of the method, which may be any.",
     )
     parser.add_shared("--ckpt_path", required=True, help="checkpoint of a method with a policy")
     parser.add_shared("--prompts", required=True)
@@ -33,14 +34,17 @@ def run(args: list[str]) -> None:
         metavar="DIR",
         help="folder for judge.md and judge.json; default: <stem>.judge beside the checkpoint",
     )
+    parser.add_shared("--best_of")
     add_settings(parser)
+    add_policy(parser)
     options = parser.parse(args)
+    check_best_of(parser, options)
 
     from rich.console import Console
 
     from plm.backbones import device
     from plm.checkpoint import load_method
-    from plm.cli.writing import progress_bar
+    from plm.cli.writing import policy_of, progress_bar
     from plm.judging import report
     from plm.judging.tastes import read_tastes
     from plm.judging.written import judge_users, users_to_judge
@@ -50,8 +54,11 @@ def run(args: list[str]) -> None:
     tastes = read_tastes(options.rewards, [])
     prompts = held_out_prompts(options.prompts)[: options.num_prompts]
     method = load_method(options.ckpt_path, device(), options.users)
-    users = users_to_judge(method, tastes, options.user, options.ckpt_path) if isinstance(method, Writer) else []
-    with progress_bar("writing", (2 + len(users)) * len(prompts) * options.num_samples) as on_progress:
+    can_judge = isinstance(method, Writer) or options.best_of
+    users = users_to_judge(method, tastes, options.user, options.ckpt_path) if can_judge else []
+    per_prompt = options.num_samples * (options.best_of or 2 + len(users))
+    policy = policy_of(options) if options.best_of else None
+    with progress_bar("writing", per_prompt * len(prompts)) as on_progress:
         result = judge_users(
             method,
             tastes,
@@ -59,6 +66,8 @@ def run(args: list[str]) -> None:
             users,
             num_samples=options.num_samples,
             settings=settings_of(options),
+            policy=policy,
+            best_of=options.best_of or 1,
             on_progress=on_progress,
         )
     report.show(result, Console())

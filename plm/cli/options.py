@@ -69,6 +69,11 @@ SHARED: dict[str, dict[str, Any]] = {
         "type": assignment("COLUMN=WEIGHT"),
         "help": "columns whose weighted sum is the rating, e.g. helpful=1 polite=0.5",
     },
+    "--best_of": {
+        "type": integer(1),
+        "metavar": "N",
+        "help": "choose the best of N texts of --policy by the method's reward",
+    },
     "--ckpt_path": {"metavar": "FILE", "help": "checkpoint written by plm fit"},
     "--columns": {
         "nargs": "+",
@@ -272,3 +277,10 @@ def check_policy(parser: OptionParser, options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             where = "of a policy that is loaded here" if options.policy_url else "of requests to --policy_url"
             parser.error(f"--{name} is {where}; leave it out")
+
+
+def check_best_of(parser: OptionParser, options: argparse.Namespace) -> None:
+    """Refuse ``--best_of`` without a policy whose texts it chooses from, one without the other; else `check_policy`."""
+    if (options.policy is None and options.policy_url is None) != (options.best_of is None):
+        parser.error("--policy and --best_of go together: N texts of a policy are written, here or by --policy_url")
+    check_policy(parser, options)

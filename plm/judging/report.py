@@ -58,7 +58,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
     rewards = list(next(iter(result["texts"].values()))["rewards"])
     text_rows = [
         [name, *(f"{facts['rewards'][reward]:.3f}" for reward in rewards)]
-        + [f"{facts['perplexity']:.1f}", f"{facts['words']:.1f}"]
+        + ["–" if math.isnan(facts["perplexity"]) else f"{facts['perplexity']:.1f}", f"{facts['words']:.1f}"]
         + ["–" if math.isnan(facts[key]) else f"{facts[key]:.3f}" for key in ("distinct_1", "distinct_2")]
         for name, facts in result["texts"].items()
     ]

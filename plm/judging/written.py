@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from plm.arrays import Float64Array
-from plm.backbones import Backbone, CausalLM, Policy, device
+from plm.backbones import Backbone, CausalLM, Policy, RemotePolicy, device
 from plm.data.sources.sampled import SampledPairs
-from plm.generation import Sample, sample, sample_logps
+from plm.generation import Sample, best_responses, sample, sample_logps, sample_texts
 from plm.judging.compare import compare_policies, distinct
+from plm.messages import no_writer
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
 
@@ -25,7 +27,7 @@ _SHOWN = 3
 class Written(NamedTuple):
     """Texts of the unaligned policy, the population's and others on the same prompts, and the rewards of the texts."""
 
-    unaligned: Policy
+    unaligned: Policy | RemotePolicy
     prompts: Sequence[str]
     users: Sequence[str]
     """Names of the other policies."""
@@ -75,17 +77,22 @@ def judge_users(
     *,
     num_samples: int,
     settings: Mapping[str, Any],
+    policy: Policy | RemotePolicy | None = None,
+    best_of: int = 1,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Let the unaligned policy, the population's and those of users write on the same prompts, and value the texts.
 
     Args:
-        method: A method of ``load_method`` whose users write.
+        method: A method of ``load_method`` whose users write, or with ``policy`` any.
         tastes: Rewards, and the people who weigh them.
         prompts: P prompts that nothing was trained on.
         users: Users whose policies write.
         num_samples: Texts of each policy on each prompt.
         settings: Further arguments of `plm.generation.sample`, such as ``max_new_tokens``.
+        policy: The unaligned policy, where it writes for everybody and each text of population and users is the best
+            of its texts by the method's reward.
+        best_of: Of how many.
         on_progress: Called with the number of texts finished since the last call.
 
     Returns:
@@ -94,15 +101,12 @@ def judge_users(
     Raises:
         ValueError: If the method does not write, or a reward is the same for all texts of the unaligned policy.
     """
-    if not isinstance(method, Writer):
-        raise ValueError(f"plm judge needs a method with a policy, got {type(method).__name__}")
-    backbone = Backbone.from_spec(method.policy.backbone.spec())
-    assert isinstance(backbone, CausalLM)
-    unaligned = Policy(backbone).to(device())
-    drawn: dict[str, Any] = {**settings, "num_samples": num_samples, "progress": on_progress}
-    texts = [sample(unaligned, prompts, **drawn), sample(method, prompts, **drawn)]
-    of_users = sample(method, [*prompts] * len(users), user_id=[user for user in users for _ in prompts], **drawn)
-    texts += [of_users[start : start + len(prompts)] for start in range(0, len(of_users), len(prompts))]
+    drawn: dict[str, Any] = {**settings, "progress": on_progress}
+    if policy is None:
+        policy, texts = _written(method, prompts, users, num_samples, drawn)
+    else:
+        texts = _chosen(policy, method, prompts, users, num_samples, best_of, drawn)
+        settings = {**settings, "best_of": best_of}
     raw = score(tastes, prompts, texts)
     scale = np.ones_like(raw[0, 0, 0]) if not tastes.z_score else raw[0].std(axis=(0, 1))
     shift = np.zeros_like(scale) if not tastes.z_score else raw[0].mean(axis=(0, 1))
@@ -110,8 +114,53 @@ def judge_users(
     if flat:
         raise ValueError(f"rewards {flat} are the same for all texts of the unaligned policy; leave them out")
     values = np.stack([(raw - shift) / scale @ weights for weights in tastes.weights.values()], axis=-1)
-    written = Written(unaligned, prompts, users, texts, list(tastes.rewards), raw)
+    written = Written(policy, prompts, users, texts, list(tastes.rewards), raw)
     return judgement(written, values, list(tastes.weights), settings)
+
+
+def _written(
+    method: PersonalizationMethod, prompts: Sequence[str], users: Sequence[str], num_samples: int, drawn: dict[str, Any]
+) -> tuple[Policy, list[list[list[Sample]]]]:
+    """The unaligned policy, and W x P x N texts of it, of the population and of users, each by their own policy."""
+    if not isinstance(method, Writer):
+        raise ValueError(no_writer(type(method).__name__))
+    backbone = Backbone.from_spec(method.policy.backbone.spec())
+    assert isinstance(backbone, CausalLM)
+    unaligned = Policy(backbone).to(device())
+    drawn = {**drawn, "num_samples": num_samples}
+    texts = [sample(unaligned, prompts, **drawn), sample(method, prompts, **drawn)]
+    of_users = sample(method, [*prompts] * len(users), user_id=[user for user in users for _ in prompts], **drawn)
+    texts += [of_users[start : start + len(prompts)] for start in range(0, len(of_users), len(prompts))]
+    return unaligned, texts
+
+
+def _chosen(
+    policy: Policy | RemotePolicy,
+    method: PersonalizationMethod,
+    prompts: Sequence[str],
+    users: Sequence[str],
+    num_samples: int,
+    best_of: int,
+    drawn: dict[str, Any],
+) -> list[list[list[Sample]]]:
+    """W x P x N texts of a policy: the first of every ``best_of``, and the best by the population and by users."""
+    size = best_of * num_samples
+    if isinstance(policy, RemotePolicy):
+        texts = sample_texts(policy, prompts, num_samples=size, **drawn)
+        pool = [[Sample(text, ()) for text in row] for row in texts]
+    else:
+        pool = sample(policy, prompts, num_samples=size, **drawn)
+    states, _ = method.known_users.lookup([None, *users])
+    state_row = torch.arange(1 + len(users)).repeat_interleave(len(prompts))
+    chosen: list[list[list[Sample]]] = [[[] for _ in prompts] for _ in (None, *users)]
+    for start in range(0, size, best_of):
+        parts = [row[start : start + best_of] for row in pool]
+        responses = {prompt: [one.text for one in part] for prompt, part in zip(prompts, parts, strict=True)}
+        best = best_responses(method, [*prompts] * len(chosen), responses, states, state_row)
+        for place, found in enumerate(best):
+            writer, row = divmod(place, len(prompts))
+            chosen[writer][row].append(parts[row][found.number])
+    return [[row[::best_of] for row in pool], *chosen]
 
 
 def users_to_judge(
@@ -161,17 +210,26 @@ def score(tastes: SampledPairs, prompts: Sequence[str], texts: Sequence[Sequence
     return np.stack(columns, axis=-1)
 
 
+def _perplexity(unaligned: Policy | RemotePolicy, prompts: Sequence[str], rows: Sequence[Sequence[Sample]]) -> float:
+    """Of texts by the unaligned policy; nan where a server has it, which gives texts alone."""
+    if isinstance(unaligned, RemotePolicy):
+        return math.nan
+    flat = [one for row in rows for one in row]
+    logps = sample_logps(unaligned, [prompt for prompt, row in zip(prompts, rows, strict=True) for _ in row], flat)
+    return math.exp(-float(logps.double().sum()) / sum(len(one.token_ids) for one in flat))
+
+
 def describe(
-    unaligned: Policy, prompts: Sequence[str], rows: Sequence[Sequence[Sample]], rewards: dict[str, float]
+    unaligned: Policy | RemotePolicy,
+    prompts: Sequence[str],
+    rows: Sequence[Sequence[Sample]],
+    rewards: dict[str, float],
 ) -> dict[str, Any]:
     """Describe the texts of one policy: rewards, length, variety, and perplexity by the unaligned policy."""
-    flat = [one for row in rows for one in row]
-    texts = [one.text for one in flat]
-    logps = sample_logps(unaligned, [prompt for prompt, row in zip(prompts, rows, strict=True) for _ in row], flat)
-    num_tokens = sum(len(one.token_ids) for one in flat)
+    texts = [one.text for row in rows for one in row]
     return {
         "rewards": rewards,
-        "perplexity": math.exp(-float(logps.double().sum()) / num_tokens),
+        "perplexity": _perplexity(unaligned, prompts, rows),
         "words": float(np.mean([len(text.split()) for text in texts])),
         "distinct_1": distinct(texts, 1),
         "distinct_2": distinct(texts, 2),

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,75 +14,20 @@ from plm.backbones import RemoteError, RemotePolicy, remote
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
 from plm.testing import saved
-from tests.http_servers import LocalServer
+from tests.http_servers import LocalServer, PolicyHandler, PolicyServer
 
 CHAT = [{"role": "user", "content": "a bird?"}]
 
 
-class Server(LocalServer):
-    """Answers with a text that tells prompt and seed; fails as it is told."""
-
-    def __init__(self) -> None:
-        super().__init__(Handler)
-        self.models = ["tiny"]
-        self.bodies: list[dict[str, Any]] = []
-        self.paths: list[str] = []
-        self.failures: list[tuple[int, dict[str, str]]] = []
-        self.refuses_prompt: str | None = None
-        self.busy = self.most_busy = 0
-        self.pause = 0.0
-        self.lock = threading.Lock()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def answer(self, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        self.answer(200, {"data": [{"id": name} for name in self.server.models]}, {})
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.busy += 1
-            server.most_busy = max(server.most_busy, server.busy)
-            failure = server.failures.pop() if server.failures else None
-            server.bodies.append(body)
-            server.paths.append(self.path)
-        time.sleep(server.pause)
-        with server.lock:
-            server.busy -= 1
-        prompt = body.get("prompt") or body["messages"][-1]["content"]
-        if failure is not None:
-            self.answer(failure[0], {"error": "later"}, failure[1])
-        elif prompt == server.refuses_prompt:
-            self.answer(400, {"error": {"message": "too long"}}, {})
-        else:
-            text = f"{prompt} {body['seed']}"
-            choice = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
-            self.answer(200, {"choices": [choice]}, {})
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[PolicyServer]:
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
-    server = Server()
+    server = PolicyServer()
     with server.running():
         yield server
 
 
-def test_a_text_is_asked_for_with_a_seed_of_its_own(server: Server) -> None:
+def test_a_text_is_asked_for_with_a_seed_of_its_own(server: PolicyServer) -> None:
     policy = RemotePolicy(server.url)
     first = policy.texts(["one", "two"], 3, max_new_tokens=7, temperature=0.5, top_p=None, top_k=5, min_new_tokens=0)
     assert set(server.paths) == {"/v1/completions"} and len(server.bodies) == 6
@@ -101,7 +43,7 @@ def test_a_text_is_asked_for_with_a_seed_of_its_own(server: Server) -> None:
     assert [body["messages"] for body in server.bodies[-2:]] == [CHAT, CHAT]
 
 
-def test_what_fails_in_passing_is_tried_again_and_what_is_refused_is_not(server: Server) -> None:
+def test_what_fails_in_passing_is_tried_again_and_what_is_refused_is_not(server: PolicyServer) -> None:
     server.failures = [(503, {}), (429, {"Retry-After": "0"}), (500, {}), (408, {})]
     policy = RemotePolicy(server.url, concurrency=1)
     assert policy.texts(["one"], 1)[0][0].startswith("one ") and len(server.bodies) == 5
@@ -118,7 +60,7 @@ def test_what_fails_in_passing_is_tried_again_and_what_is_refused_is_not(server:
 
 @pytest.mark.parametrize("answer", [b"<html>", b"\xff\xfe{}", b"[1]"])
 def test_answers_without_a_json_object_are_refusals(answer: bytes) -> None:
-    class Odd(Handler):
+    class Odd(PolicyHandler):
         def do_POST(self) -> None:
             self.send_response(200)
             self.end_headers()
@@ -135,7 +77,7 @@ def test_an_error_whose_words_do_not_come_is_tried_again(monkeypatch: pytest.Mon
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
     tries: list[int] = []
 
-    class Cut(Handler):
+    class Cut(PolicyHandler):
         def do_POST(self) -> None:
             tries.append(1)
             self.send_response(500 if len(tries) == 1 else 200)
@@ -153,13 +95,13 @@ def test_an_error_whose_words_do_not_come_is_tried_again(monkeypatch: pytest.Mon
     assert len(tries) == 2 and error.value.is_passing and "did not end within 0.2 s" in str(error.value)
 
 
-def test_only_so_many_requests_are_under_way(server: Server) -> None:
+def test_only_so_many_requests_are_under_way(server: PolicyServer) -> None:
     server.pause = 0.02
     RemotePolicy(server.url, concurrency=3).texts([f"p{row}" for row in range(12)], 1)
     assert server.most_busy == 3
 
 
-def test_the_model_is_named_where_there_are_several(server: Server) -> None:
+def test_the_model_is_named_where_there_are_several(server: PolicyServer) -> None:
     server.models = ["anna", "base"]
     with pytest.raises(ValueError, match=r"--policy: expected the name of one of .*\['anna', 'base'\], got none"):
         RemotePolicy(server.url)
@@ -173,7 +115,7 @@ def test_the_model_is_named_where_there_are_several(server: Server) -> None:
 
 
 def test_plm_sample_goes_on_where_the_server_failed_and_writes_nothing_twice(
-    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: PolicyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
     rows = [{"prompt": CHAT}, *({"prompt": f"p{row}"} for row in range(20))]
@@ -199,7 +141,7 @@ def test_plm_sample_goes_on_where_the_server_failed_and_writes_nothing_twice(
     assert "--policy MODEL or --policy_url URL" in capsys.readouterr().err
 
 
-def test_plm_generate_chooses_among_texts_of_the_server(server: Server, tmp_path: Path) -> None:
+def test_plm_generate_chooses_among_texts_of_the_server(server: PolicyServer, tmp_path: Path) -> None:
     from plm.backbones import HashingBackbone
 
     method = BradleyTerry(1, 16, backbone=HashingBackbone(16).spec())

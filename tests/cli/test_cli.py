@@ -814,7 +814,7 @@ def test_options_for_the_same_thing_have_the_same_name(capsys: pytest.CaptureFix
     settings = {"--max_new_tokens", "--min_new_tokens", "--temperature", "--top_k", "--top_p", "--batch_tokens"}
     policy = {"--policy", "--template", "--dtype", "--max_prompt_length", "--policy_url", "--concurrency"}
     assert several == set(SHARED) | settings | policy
-    assert settings | policy <= verbs_of.keys() and verbs_of["--policy"] == {"generate", "sample"}
+    assert settings | policy <= verbs_of.keys() and verbs_of["--policy"] == {"generate", "judge", "sample"}
 
 
 def test_two_runs_in_one_process_leave_warnings_and_logging_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,6 +170,7 @@ def test_generate_chooses_by_the_reward_of_a_method_without_a_policy(
         for extra, message in (
             (["--policy", folder], "--policy and --best_of go together"),
             (["--policy", folder, "--best_of", "2", "--num_samples", "2"], "--best_of chooses one text"),
+            (["--policy", folder, "--best_of", "0"], "--best_of: expected an integer >= 1, got 0"),
             (["--temprature", "1"], "did you mean '--temperature'?"),
         ):
             assert main([*command, *extra]) == 2
@@ -177,7 +178,6 @@ def test_generate_chooses_by_the_reward_of_a_method_without_a_policy(
         for extra, message in (
             (["--policy", str(tmp_path / "none"), "--best_of", "2"], "folder of a Hugging Face model or a hub id"),
             (["--policy", folder, "--best_of", "2", "--template", "chat"], "needs one chat template"),
-            (["--policy", folder, "--best_of", "0"], "expected n >= 1, got 0"),
             (["--policy", folder, "--best_of", "2", "--temperature", "-1"], "temperature >= 0 and finite, got -1.0"),
         ):
             assert main([*command, *extra]) == 1

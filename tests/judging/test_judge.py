@@ -12,15 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from plm.backbones import CausalLM, Policy, TextWriter
+from plm.backbones import CausalLM, HashingBackbone, Policy, RemotePolicy, TextWriter
+from plm.checkpoint import load_method
 from plm.cli import main
 from plm.evaluation import cluster_bootstrap
-from plm.generation import sample, sample_logps
+from plm.generation import sample, sample_logps, sample_texts
 from plm.judging.compare import compare_policies, distinct
 from plm.method.policy import PolicyMethod
 from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.lore import LoRe
 from plm.testing import saved
 from plm.types import Context, PreferenceBatch, Tokens, UserState
+from tests.http_servers import PolicyServer
 
 Folder = Callable[[str], Path]
 SHOUT, SPACE = ord("!") - 29, ord(" ") - 29
@@ -160,6 +163,57 @@ def test_planted_habits_are_found(
     assert result["samples"][0]["prompt"] == "text 1" and "policy of" in shown
 
 
+@pytest.mark.parametrize("is_served", [False, True])
+def test_texts_of_any_policy_are_chosen_by_the_reward_of_a_method(
+    causal_lm: Folder, tmp_path: Path, is_served: bool
+) -> None:
+    """The best of every three by their own reward, empty ones aside; the unaligned policy gives the first of three."""
+    torch.manual_seed(0)
+    method = LoRe(2, 24, backbone=HashingBackbone(dim=24, ngrams=2).spec(), num_bases=3)
+    method.user_ids = ["anna", "ben"]
+    method.weights.normal_()
+    method.bases.data.normal_()
+    prompts, folder, server = [f"text {n}" for n in range(1, 24, 2)], str(causal_lm("gpt2")), PolicyServer()
+    with server.running(), saved(method) as path:
+        policy = ["--policy_url", server.url] if is_served else ["--policy", folder]
+        rewards = {
+            user: {
+                "class_path": "plm.learned_rewards.MethodReward",
+                "init_args": {"ckpt_path": str(path), "user": None if user == "population" else user},
+            }
+            for user in ("anna", "ben", "population")
+        }
+        judge = command(path, tmp_path, *policy, "--best_of", "3", "--num_samples", "2", "--user", "anna", "ben")
+        judge[judge.index("--rewards") + 1] = json.dumps({"rewards": rewards})
+        assert main(judge) == 0
+        drawn = {"num_samples": 6, "max_new_tokens": 30}
+        texts = sample_texts(RemotePolicy(server.url) if is_served else Policy(CausalLM(folder)), prompts, **drawn)
+        loaded, pool = load_method(path), [text for row in texts for text in row]
+        scores = {
+            user: loaded.score(
+                pool,
+                user_id=None if user == "population" else user,
+                prompts=[prompt for prompt in prompts for _ in range(6)],
+            )
+            .reshape(12, 2, 3)
+            .numpy()
+            .astype(float)
+            for user in rewards
+        }
+    empty = np.array([not text for text in pool]).reshape(12, 2, 3)
+    assert len(server.bodies) == 2 * 12 * 6 * is_served
+    result = json.loads((tmp_path / "out" / "judge.json").read_text())
+    assert result["settings"]["best_of"] == 3 and (result["num_prompts"], result["num_samples"]) == (12, 2)
+    for writer, entry in {"population": result["population"], **result["users"]}.items():
+        best = np.where(empty, -np.inf, scores[writer]).argmax(-1)[..., None]
+        for person, found in entry["people"].items():
+            first, chosen = scores[person][..., 0], np.take_along_axis(scores[person], best, -1)
+            assert found["difference"] == pytest.approx((chosen.mean() - first.mean()) / first.std(), abs=1e-5)
+    assert result["users"]["anna"]["people"]["anna"]["difference_low"] > 0
+    report = (tmp_path / "out" / "judge.md").read_text()
+    assert (result["texts"]["anna"]["perplexity"] is None) == is_served and "| nan |" not in report
+
+
 def test_what_cannot_be_judged_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = command(checkpoint, tmp_path)
     short = ["--max_new_tokens", "3"]
@@ -186,4 +240,6 @@ def test_what_cannot_be_judged_is_refused(checkpoint: Path, tmp_path: Path, caps
     assert "expected prompts of split test in" in told()
     with saved(BradleyTerry(1, 4)) as path:
         (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-        assert "needs a method with a policy, got BradleyTerry" in told(change={str(checkpoint): str(path)})
+        assert "BradleyTerry has no policy that writes: give --policy MODEL --best_of N" in told(
+            change={str(checkpoint): str(path)}
+        )
