@@ -21,7 +21,7 @@ from plm.backbones import device
 from plm.backbones.classifier import Classifier
 from plm.checkpoint import load_method
 from plm.data.rewards import Reward
-from plm.data.values import parsed, short, to_id, to_prompt, to_text
+from plm.data.values import parsed, short, to_id, to_prompt
 from plm.method import PersonalizationMethod
 from plm.scoring import ResponseRow, score_responses
 
@@ -163,4 +163,4 @@ def _completion_row(prompt: Text, completion: Text, user_id: str | int | None) -
             raise ValueError(f"expected a completion that ends with the assistant's text, got {short(completion)}")
         prompt, completion = [*prompt, *before], reply["content"]
     user = None if user_id is None else parsed("user_id", user_id, to_id)
-    return ResponseRow(parsed("prompt", prompt, to_prompt), to_text(completion), user, {})
+    return ResponseRow(parsed("prompt", prompt, to_prompt), completion, user, {})
