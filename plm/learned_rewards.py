@@ -157,10 +157,11 @@ def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Call
 
 def _completion_row(prompt: Text, completion: Text, user_id: str | int | None) -> ResponseRow:
     """A row to score: prompt and completion as texts, or both as chat messages, of which the last is the reply."""
+    text: Any = completion
     if not isinstance(completion, str):
         *before, reply = completion or [{}]
-        if reply.get("role") != "assistant" or not isinstance(reply.get("content"), str):
+        prompt, text = [*prompt, *before], reply.get("content")
+        if reply.get("role") != "assistant" or not isinstance(text, str):
             raise ValueError(f"expected a completion that ends with the assistant's text, got {short(completion)}")
-        prompt, completion = [*prompt, *before], reply["content"]
     user = None if user_id is None else parsed("user_id", user_id, to_id)
-    return ResponseRow(parsed("prompt", prompt, to_prompt), completion, user, {})
+    return ResponseRow(parsed("prompt", prompt, to_prompt), text, user, {})
