@@ -30,7 +30,7 @@ class SFT(PolicyMethod, Exporter):
     does the end of a fit where ``save_to`` names one.
 
     Args:
-        lr: Learning rate.
+        lr: Learning rate; a network that knows nothing yet takes a hundred times as much.
         weight_decay: Decoupled weight decay of AdamW.
         warmup: Share of all steps in which the learning rate rises from zero.
         schedule: How it goes on: constant, or falling to zero along a line or a cosine.
@@ -41,7 +41,7 @@ class SFT(PolicyMethod, Exporter):
     def __init__(
         self,
         *,
-        lr: float = 5e-4,
+        lr: float = 2e-5,
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         schedule: Schedule = "cosine",

@@ -6,6 +6,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,8 @@ import plm
 from plm.backbones import CausalLM
 from plm.cli import main
 from plm.method import PersonalizationMethod, constructor_arguments
+from plm.method.policy import PolicyMethod
+from plm.methods.clap import CLaP
 from plm.methods.lora_dpo import LoRADPO
 from plm.methods.lora_dpo.options import Divergence, LossType
 from plm.methods.lora_dpo.tables import Adapter, Decoding, Mode
@@ -34,6 +37,27 @@ LINES = re.findall(r"`(--model\.init_args\.[^`]+)`", PAGE)
 def options_of(line: str) -> dict[str, Any]:
     words = [word.removeprefix("--model.init_args.") for word in shlex.split(line)]
     return {name: yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("make", "rate"),
+    [
+        (LoRADPO, 1e-4),
+        (partial(LoRADPO, adapter="prefix"), 1e-3),
+        (partial(LoRADPO, adapter="full"), 1e-6),  # TRL's for DPO
+        (partial(LoRADPO, adapter="full", lr=1e-5), 1e-5),
+        (SFT, 2e-5),  # TRL's
+        (partial(CLaP, latent_dim=4), 1e-3),
+        (partial(CLaP, latent_dim=4, unfreeze=True), 1e-5),
+    ],
+)
+def test_the_learning_rate_goes_by_what_is_trained(
+    causal_lm: Folder, make: Callable[..., PolicyMethod], rate: float
+) -> None:
+    method = make(num_users=2, feature_dim=16, backbone=CausalLM(str(causal_lm("gpt2"))).spec())
+    method.configure_model()
+    assert [group["lr"] for group in method.param_groups()] == [rate]
+    assert getattr(method, "adapt_lr", rate) == rate  # of unseen users
 
 
 @pytest.mark.parametrize("cls", [LoRADPO, SFT, LivePAL])

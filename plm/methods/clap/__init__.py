@@ -93,7 +93,7 @@ class CLaP(PolicyMethod):
         num_negatives: How many others, drawn anew in each step; null = all.
         skip: Whether latents also get the gradient of the last hidden states by a short way that no value passes.
         seed: Seed of what is drawn at the start and in evaluation.
-        lr: Learning rate.
+        lr: Learning rate; null = 1e-3, and 1e-5 where the language model is trained, too.
         schedule: How the learning rate goes on after its warm-up: constant or falling to zero along a line or a cosine.
         **options: See `plm.method.policy.PolicyMethod`.
     """
@@ -122,12 +122,17 @@ class CLaP(PolicyMethod):
         num_negatives: int | None = 3,
         skip: bool = True,
         seed: int = 0,
-        lr: float = 1e-3,
+        lr: float | None = None,
         schedule: Schedule = "constant",
         **options: Any,
     ) -> None:
         super().__init__(
-            num_users=num_users, feature_dim=feature_dim, backbone=backbone, lr=lr, schedule=schedule, **options
+            num_users=num_users,
+            feature_dim=feature_dim,
+            backbone=backbone,
+            lr=(1e-5 if unfreeze else 1e-3) if lr is None else lr,
+            schedule=schedule,
+            **options,
         )
         check_options(self.hparams)
         self.trains_policy, self.init_from, self.seed = unfreeze, init_from, seed

@@ -50,7 +50,6 @@ class LoRADPO(AdaptedPolicy):
         share_prompts: Whether both responses of a pair share one reading of the prompt in training.
         adapt_steps: Full-batch steps in which an unseen user's adapter is trained.
         adapt_lr: Learning rate of these steps; null = ``lr``.
-        lr: Learning rate.
         **options: Arguments of `AdaptedPolicy`.
     """
 
@@ -69,10 +68,9 @@ class LoRADPO(AdaptedPolicy):
         share_prompts: bool = True,
         adapt_steps: int = 40,
         adapt_lr: float | None = None,
-        lr: float = 1e-3,
         **options: Any,
     ) -> None:
-        super().__init__(lr=lr, **options)
+        super().__init__(**options)
         self.options = LossOptions(
             tuple(loss_type),
             None if loss_weights is None else tuple(loss_weights),
@@ -85,7 +83,7 @@ class LoRADPO(AdaptedPolicy):
             use_weighting,
         )
         self.share_prompts, self.adapt_steps = share_prompts, adapt_steps
-        self.adapt_lr = lr if adapt_lr is None else adapt_lr
+        self.adapt_lr = self.lr if adapt_lr is None else adapt_lr
         problems = Problems("model.")
         problems.found += self.options.problems()
         if adapt_steps < 0:

@@ -28,6 +28,8 @@ Adapter = Literal["lora", "prefix", "full"]
 Decoding = Literal["logits", "merged"]
 MODES: dict[Adapter, tuple[Mode, ...]] = {"lora": get_args(Mode), "prefix": ("shared", "per_user"), "full": ("shared",)}
 """Modes that an adapter can be had in."""
+RATES: dict[Adapter, float] = {"lora": 1e-4, "prefix": 1e-3, "full": 1e-6}
+"""Learning rates for a pretrained network."""
 
 
 class AdaptedPolicy(PolicyMethod, Exporter):
@@ -50,6 +52,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         decoding: How a basis writes: ``logits``, the mixture of the policies' next-token distributions; ``merged``, one
             policy with the mixture of their weight changes, exact as a matrix and K times cheaper.
         seed: Seed of fresh adapters; all users start from the same.
+        lr: Learning rate; null = 1e-4 for lora, 1e-3 for prefix, 1e-6 for all weights.
         **options: Arguments of `PolicyMethod`.
 
     Raises:
@@ -70,9 +73,10 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         num_bases: int = 4,
         decoding: Decoding = "logits",
         seed: int = 0,
+        lr: float | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(lr=RATES.get(adapter, 0.0) if lr is None else lr, **options)
         self.mode, self.adapter, self.decoding, self.seed = mode, adapter, decoding, seed
         self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
         self.use_rslora, self.dropout = use_rslora, dropout
