@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import torch
+
+from plm.backbones import Backbone
 
 
 class LocalServer(ThreadingHTTPServer):
@@ -86,3 +90,41 @@ class PolicyHandler(BaseHTTPRequestHandler):
             text = f"{prompt} {body['seed']}"
             choice = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
             self.answer(200, {"choices": [choice]}, {})
+
+
+class EmbeddingsServer(LocalServer):
+    """``/v1/embeddings`` of a backbone, which may be told to do something else."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(EmbeddingsHandler)
+        self.backbone = backbone
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.failures: list[int] = []
+        self.refused: str | None = None
+        self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
+        self.warp: Callable[[torch.Tensor], torch.Tensor] = lambda features: features
+
+
+class EmbeddingsHandler(BaseHTTPRequestHandler):
+    server: EmbeddingsServer
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.bodies.append(body)
+        server.keys.append(self.headers["Authorization"])
+        status = server.failures.pop() if server.failures else 400 if server.refused in body["input"] else 200
+        answer: Any = {"error": {"message": f"not {body['input']}"}}
+        if status == 200:
+            rows = server.warp(server.backbone.encode(body["input"])).tolist()
+            data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
+            answer = server.change({"object": "list", "data": data[::-1], "model": body["model"]})
+        data_sent = json.dumps(answer).encode()
+        self.send_response(status if self.path == "/v1/embeddings" else 404)
+        self.send_header("Content-Length", str(len(data_sent)))
+        self.end_headers()
+        self.wfile.write(data_sent)

@@ -18,14 +18,17 @@ from plm.backbones.policy import Completions, Policy, TextWriter, Writing
 from plm.backbones.prefix import PrefixShape
 from plm.backbones.reading import Reading, SplitTexts, split_texts
 from plm.backbones.reference import ReferenceLogps
-from plm.backbones.remote import RemoteError, RemotePolicy, ask, text_key
+from plm.backbones.remote import Patience, RemoteError, RemotePolicy, ask, text_key
+from plm.backbones.remote_encoder import GOLDEN, EncoderError, RemoteEncoder
 from plm.backbones.warpers import Warpers, draw, gumbel_noise
 
 __all__ = [
+    "GOLDEN",
     "Backbone",
     "CausalLM",
     "Completion",
     "Completions",
+    "EncoderError",
     "FeatureFiles",
     "FreshCausalLM",
     "HFBackbone",
@@ -35,11 +38,13 @@ __all__ = [
     "LatentBackbone",
     "LoRA",
     "MixedWriting",
+    "Patience",
     "Policy",
     "Prefix",
     "PrefixShape",
     "Reading",
     "ReferenceLogps",
+    "RemoteEncoder",
     "RemoteError",
     "RemotePolicy",
     "SplitTexts",

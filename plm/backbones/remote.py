@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from plm.backbones.backbone import Key, chat_messages, choose, plain_text
 
@@ -26,6 +26,18 @@ _PASSING = (408, 409, 425, 429)
 _SENT = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
 _SENT_WHERE_SET = {"top_k": "top_k", "min_new_tokens": "min_tokens"}
 """No part of OpenAI's interface, but of that of the engines above."""
+
+
+class Patience(NamedTuple):
+    """How long a server is waited for; see `ask`."""
+
+    retries: int = RETRIES
+    timeout: float = TIMEOUT
+    longest_wait: float = _LONGEST_WAIT
+
+
+PATIENT = Patience()
+"""For work that nobody waits for."""
 
 
 def text_key(seed: int, prompt: str, number: int) -> int:

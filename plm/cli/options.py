@@ -83,6 +83,9 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "column of the files that holds NAME, e.g. user_id=uid; user_id= for none",
     },
     "--config": {"metavar": "FILE"},
+    "--encoder_model": {"metavar": "NAME", "help": "name of the encoder there"},
+    "--encoder_unchecked": {"action": "store_true"},
+    "--encoder_url": {"metavar": "URL"},
     "--layout": {"metavar": "NAME", "help": "known layout of the files, such as argilla or helpsteer2: docs/data.md"},
     "--num_samples": {"type": integer(1), "metavar": "N"},
     "--on_error": {
@@ -173,6 +176,14 @@ class OptionParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Stop with one message and status 2."""
         stop(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+def check_encoder(parser: OptionParser, options: argparse.Namespace) -> None:
+    """Refuse options of an encoder behind a server that have no effect without the others."""
+    if (options.encoder_url is None) != (options.encoder_model is None):
+        parser.error("--encoder_url and --encoder_model go together")
+    if options.encoder_unchecked and options.encoder_url is None:
+        parser.error("--encoder_unchecked is of --encoder_url")
 
 
 READING = ("--layout", "--columns", "--winner", "--attributes")

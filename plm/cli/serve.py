@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plm.cli.options import ROWS, OptionParser, integer
+from plm.cli.options import ROWS, OptionParser, check_encoder, integer
 
 
 def run(args: list[str]) -> int:
@@ -50,24 +50,20 @@ def run(args: list[str]) -> int:
         metavar="TEXT",
         help="/get_reward takes this off the end of responses: '<|im_end|>'",
     )
-    parser.add_argument(
+    parser.add_shared(
         "--encoder_url",
-        metavar="URL",
         help="features come from an OpenAI-compatible server, such as http://localhost:8000/v1, whose key, if it wants "
         "one, is the environment variable PLM_ENCODER_KEY; at the start they are compared with those of the one here",
     )
-    parser.add_argument("--encoder_model", metavar="NAME", help="name of the encoder there")
-    parser.add_argument("--encoder_unchecked", action="store_true", help="serve without that comparison")
+    parser.add_shared("--encoder_model")
+    parser.add_shared("--encoder_unchecked", help="serve without that comparison")
     parser.add_argument(
         "--check",
         action="store_true",
         help="score, and write, by HTTP and by plm score and generate, compare, and stop",
     )
     options = parser.parse(args)
-    if (options.encoder_url is None) != (options.encoder_model is None):
-        parser.error("--encoder_url and --encoder_model go together")
-    if options.encoder_unchecked and options.encoder_url is None:
-        parser.error("--encoder_unchecked is of --encoder_url")
+    check_encoder(parser, options)
     if options.check and options.encoder_url is not None:
         parser.error("--check compares to the last bit, which another encoder does not keep: leave out --encoder_url")
 

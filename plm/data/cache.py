@@ -20,6 +20,8 @@ from plm.messages import nearest, plain
 
 MANIFEST = "manifest.json"
 """File that says whose features a folder holds; its time is that of the last use."""
+PARITY = "parity.json"
+"""File beside it that says what servers have made features here, and how near theirs are to those of the backbone."""
 _SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
@@ -73,9 +75,10 @@ def chosen(entries: Iterable[CachedFeatures], backbone: str | None, before: floa
 
 
 def clear(entries: Iterable[CachedFeatures]) -> int:
-    """Remove the shards of entries; returns the bytes that were freed."""
+    """Remove the shards of entries, and which servers have made some; returns the bytes that were freed."""
     num_bytes = 0
     for entry in entries:
+        (entry.folder / PARITY).unlink(missing_ok=True)
         for shard in _shards(entry.folder):
             num_bytes += _size(shard)
             shard.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plm.arrays import BoolArray, Float64Array, IntArray
-from plm.backbones import Backbone, CausalLM, ReferenceLogps
+from plm.backbones import Backbone, CausalLM, ReferenceLogps, RemoteEncoder
 from plm.data.agreement import Repeats, majority, repeated_comparisons
 from plm.data.collate import (
     EpochPlace,
@@ -297,18 +297,19 @@ class PreferenceDataModule(L.LightningDataModule):
         metadata = {**{name: getattr(self, name) for name in names}, **self.summary()}
         write_splits(path, self.splits, self.table.user_ids, metadata)
 
-    def fill_cache(self, share: tuple[int, int] = (1, 1)) -> dict[str, Filled]:
+    def fill_cache(self, share: tuple[int, int] = (1, 1), server: RemoteEncoder | None = None) -> dict[str, Filled]:
         """Encode what a fit reads through the cache and is not there yet; features are not held in memory.
 
         Args:
             share: ``(i, n)``, the i-th of n equal shares of the texts: see `FeatureCache.fill`.
+            server: What encodes in the place of the backbone.
 
         Returns:
             What was done to features of ``responses``, ``prompts`` and ``reference`` log-probabilities, where a fit
             reads them.
 
         Raises:
-            ValueError: If the data cannot be read, or a fit reads nothing through the cache.
+            ValueError: If the data cannot be read, a fit reads nothing through the cache, or the server fails.
         """
         return fill_cache(
             self.table,
@@ -317,6 +318,7 @@ class PreferenceDataModule(L.LightningDataModule):
             share,
             prompt_features=self.prompt_features,
             reference_logps=self.reference_logps,
+            server=server,
         )
 
     # ------------------------------------------------------------------ Lightning

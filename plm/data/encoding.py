@@ -15,7 +15,15 @@ import numpy.typing as npt
 from torch import Tensor
 
 from plm.arrays import Float32Array, IntArray
-from plm.backbones import Backbone, CausalLM, LatentBackbone, ReferenceLogps, TooLong
+from plm.backbones import (
+    Backbone,
+    CausalLM,
+    EncoderError,
+    LatentBackbone,
+    ReferenceLogps,
+    RemoteEncoder,
+    TooLong,
+)
 from plm.data.collate import FeaturedPairs
 from plm.data.features import FeatureCache, Filled
 from plm.data.rows import BatchRows, FeatureRows, TokenRows
@@ -148,6 +156,7 @@ def fill_cache(
     *,
     prompt_features: bool,
     reference_logps: bool,
+    server: RemoteEncoder | None,
 ) -> dict[str, Filled]:
     """Encode what `encode_pairs` and `with_reference_logps` read through caches and is not there yet.
 
@@ -158,13 +167,19 @@ def fill_cache(
         share: ``(i, n)``, the i-th of n equal shares of the texts: see `FeatureCache.fill`.
         prompt_features: Whether prompts alone are wanted, too.
         reference_logps: Whether log-probabilities under the untrained model are.
+        server: What encodes in the place of the backbone.
 
     Returns:
         ``responses``, ``prompts`` and ``reference``, those that are read -> what was done.
 
     Raises:
-        ValueError: If none is.
+        ValueError: If none is, or the server fails or gives other features than the backbone.
     """
+    if server is not None and backbone.view != "features":
+        raise ValueError(
+            f"--encoder_url: expected a backbone that gives features of texts, got {type(backbone).__name__}, whose "
+            f"{backbone.view} no server of embeddings gives"
+        )
     parts: dict[str, tuple[Backbone, list[tuple[str, str]]]] = {}
     if not isinstance(backbone, CausalLM):
         _, prompt, prompts, responses = _texts_of_pairs(table)
@@ -181,7 +196,10 @@ def fill_cache(
         )
     filled = {}
     for name, (encoder, texts) in parts.items():
-        filled[name] = FeatureCache(encoder, cache_dir).fill(texts, share)
+        try:
+            filled[name] = FeatureCache(encoder, cache_dir, server).fill(texts, share)
+        except EncoderError as error:
+            raise ValueError(f"--encoder_url: {error}; what was encoded is kept") from error
         encoder.release()
     return filled
 

@@ -29,9 +29,9 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from plm.arrays import Float32Array, IntArray
-from plm.atomic import whole_file, write_text
-from plm.backbones import Backbone
-from plm.data.cache import MANIFEST, folder_name
+from plm.atomic import whole_file, write_json, write_text
+from plm.backbones import Backbone, RemoteEncoder
+from plm.data.cache import MANIFEST, PARITY, folder_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,13 +68,15 @@ class FeatureCache:
     Args:
         backbone: What turns texts into features.
         directory: Folder that may hold the caches of many backbones.
+        server: What encodes instead, once it has shown that its features are those of the backbone; the cache keeps
+            beside its manifest how near they are.
 
     Raises:
         ValueError: If the folder cannot be written, or holds the features of another backbone.
     """
 
-    def __init__(self, backbone: Backbone, directory: str | Path) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, directory: str | Path, server: RemoteEncoder | None = None) -> None:
+        self.backbone, self.server = backbone, server
         identity = {"format": FORMAT, "key": backbone.key(), "feature_dim": backbone.feature_dim}
         self.folder = Path(directory).expanduser() / folder_name(identity)
         _claim(self.folder, identity)
@@ -92,7 +94,8 @@ class FeatureCache:
             ``(I, D)`` float32, held in memory.
 
         Raises:
-            ValueError: If the backbone gives features of another shape or values that are not finite.
+            ValueError: If the backbone gives features of another shape or values that are not finite, or a server fails
+                or gives other features than the backbone.
         """
         texts, row = self._distinct(pairs)
         digests = _digests(texts)
@@ -187,6 +190,7 @@ class FeatureCache:
         self, texts: list[str], digests: Digests, missing: IntArray, out: Float32Array | None, progress: bool
     ) -> None:
         """Encode the missing texts, into ``out`` if there is one, shard by shard, each of about ``SHARD_SECONDS``."""
+        encoder = self.backbone if self.server is None else self._agreeing(self.server)
         console = Console(stderr=True)
         watched = console.is_terminal or console.is_jupyter
         hidden = not (progress and watched and len(missing) > QUIET_TEXTS)
@@ -199,7 +203,7 @@ class FeatureCache:
             while start < len(missing):
                 rows = missing[start : start + size]
                 began = time.monotonic()
-                features = self.backbone.encode([texts[row] for row in rows]).detach().to("cpu", torch.float32).numpy()
+                features = encoder.encode([texts[row] for row in rows]).detach().to("cpu", torch.float32).numpy()
                 rate = len(rows) / max(time.monotonic() - began, 1e-9)
                 self._check(features, [texts[row] for row in rows])
                 self._write(digests[rows], np.ascontiguousarray(features))
@@ -209,6 +213,13 @@ class FeatureCache:
                 start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
                 if lines is not None:
                     lines.show(start)
+
+    def _agreeing(self, server: RemoteEncoder) -> RemoteEncoder:
+        """The server, after its features and the backbone's have been compared and the comparison is written down."""
+        found = server.agreement
+        measured = {"checked": False} if found is None else {"checked": True, **found._asdict()}
+        write_json(self.folder / PARITY, {f"{server.model} at {server.url}": measured}, merge=True)
+        return server
 
     def _check(self, features: Float32Array, texts: list[str]) -> None:
         """Refuse features of a wrong shape or that are not finite."""

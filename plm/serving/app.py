@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import plm
+from plm.backbones import EncoderError
 from plm.querying import PoolPair
 from plm.serving import bodies, pages
 from plm.serving.chat import Chat, ChatCompletion, ChatRequest
-from plm.serving.embeddings import EncoderError
 from plm.serving.gate import Gate, problem_json
 from plm.serving.interviews import Interviews
 from plm.serving.metrics import Metrics

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-from plm.backbones import device
+from plm.backbones import GOLDEN, device
 from plm.checkpoint import load_method
 from plm.generation import sample
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
 from plm.scoring import response_row, score_responses
-from plm.serving.embeddings import GOLDEN
 from plm.serving.server import Settings, running
 
 NUM_USERS = 3

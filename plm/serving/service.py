@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from plm.backbones import device
+from plm.backbones import EncoderError, device
 from plm.checkpoint import PairsNotKeptError, load_method
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
@@ -27,7 +27,7 @@ from plm.querying import MAX_FLOATS, posterior_samples
 from plm.scoring import ResponseRow, refuse_nan, response_row
 from plm.serving import bodies
 from plm.serving.batching import Batcher
-from plm.serving.embeddings import EncoderError, EncoderServer
+from plm.serving.embeddings import EncoderServer
 from plm.types import Tokens, UserState, take_rows
 from plm.users import StoredUser, StoreError
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,68 +11,34 @@ import pytest
 import torch
 
 from plm.backbones import Backbone, HashingBackbone, HFBackbone, remote
+from plm.backbones.remote_encoder import MOST_TEXTS
 from plm.checkpoint import load_method
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lora_dpo import LoRADPO
 from plm.serving import bodies, embeddings
 from plm.serving.app import make_app
-from plm.serving.embeddings import MOST_TEXTS, EncoderServer
+from plm.serving.embeddings import EncoderServer
 from plm.serving.server import Settings, running
 from plm.serving.service import RewardService
 from plm.testing import saved, tiny_causal_lm
-from tests.http_servers import LocalServer
+from tests.http_servers import EmbeddingsServer
 
 TEXTS = [f"strong tea number {number}" for number in range(70)]
 
 
-class Encoder(LocalServer):
-    """``/v1/embeddings`` of a backbone, which may be told to do something else."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(Handler)
-        self.backbone = backbone
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.failures: list[int] = []
-        self.change: Callable[[dict[str, Any]], Any] = lambda answer: answer
-        self.warp: Callable[[torch.Tensor], torch.Tensor] = lambda features: features
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Encoder
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.bodies.append(body)
-        server.keys.append(self.headers["Authorization"])
-        status = server.failures.pop() if server.failures else 200
-        answer: Any = {"error": {"message": f"not {body['input']}"}}
-        if status == 200:
-            rows = server.warp(server.backbone.encode(body["input"])).tolist()
-            data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)]
-            answer = server.change({"object": "list", "data": data[::-1], "model": body["model"]})
-        data_sent = json.dumps(answer).encode()
-        self.send_response(status if self.path == "/v1/embeddings" else 404)
-        self.send_header("Content-Length", str(len(data_sent)))
-        self.end_headers()
-        self.wfile.write(data_sent)
-
-
 @pytest.fixture
-def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Encoder]:
+def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddingsServer]:
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.005)
-    monkeypatch.setattr(embeddings, "LONGEST_WAIT", 0.005)
-    server = Encoder(HashingBackbone(dim=64))
+    monkeypatch.setattr(embeddings, "PATIENCE", embeddings.PATIENCE._replace(longest_wait=0.005))
+    server = EmbeddingsServer(HashingBackbone(dim=64))
     with server.running():
         yield server
 
 
-def test_rewards_are_those_of_the_encoder_here(path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_are_those_of_the_encoder_here(
+    path: Path, encoder: EmbeddingsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In any order of the answer, 32 texts a request, with the key of the environment; learning reads it, too."""
     monkeypatch.setenv("PLM_ENCODER_KEY", "secret")
     service = RewardService(path, encoder=EncoderServer(encoder.url, "words"))
@@ -106,15 +70,17 @@ def refused(encode: Any, server_side: Backbone) -> Any:
     [
         (
             lambda features: features + 0.02 * torch.ones(64).cumsum(0).sin(),
-            r"cosines down to 0\.99[0-8]\d+, the least for a short one",
+            r"cosines down to 0\.99[0-8]\d+, the least for '",
         ),
         (lambda features: 3 * features, "and 3 to 3 times the length"),
-        (lambda features: features[:, :32], "expected embeddings of 64 numbers, which the checkpoint reads, got 32"),
+        (lambda features: features[:, :32], "expected embeddings of 64 numbers, as here, got 32"),
         (lambda features: -features, r"cosines down to -1\.0"),
         (lambda features: features * torch.nan, "cannot|not finite"),
     ],
 )
-def test_features_that_differ_are_refused(path: Path, encoder: Encoder, warp: Any, message: str, capsys: Any) -> None:
+def test_features_that_differ_are_refused(
+    path: Path, encoder: EmbeddingsServer, warp: Any, message: str, capsys: Any
+) -> None:
     encoder.warp = warp
     command = ["serve", "--ckpt_path", str(path), "--encoder_url", encoder.url, "--encoder_model", "words"]
     assert main(command) == 1
@@ -124,18 +90,18 @@ def test_features_that_differ_are_refused(path: Path, encoder: Encoder, warp: An
         RewardService(path, encoder=EncoderServer(encoder.url, "words"))
 
 
-def test_features_of_lower_precision_are_the_same(path: Path, encoder: Encoder) -> None:
+def test_features_of_lower_precision_are_the_same(path: Path, encoder: EmbeddingsServer) -> None:
     encoder.warp = lambda features: features.bfloat16().float()
     RewardService(path, encoder=EncoderServer(encoder.url, "words"))
 
 
 def test_an_encoder_that_is_not_here_cannot_be_compared(
-    encoder: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    encoder: EmbeddingsServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = HFBackbone(str(tmp_path / "gone")).spec()
     with saved(BradleyTerry(1, 64, backbone=spec)) as path:
         with pytest.raises(
-            ValueError, match=r"encoder cannot be loaded here .*gone.* serve here with --encoder_uncheck"
+            ValueError, match=r"encoder cannot be loaded here .*gone.* go on here with --encoder_uncheck"
         ):
             RewardService(path, encoder=EncoderServer(encoder.url, "words"))
         assert encoder.bodies == []
@@ -147,7 +113,9 @@ def test_an_encoder_that_is_not_here_cannot_be_compared(
             RewardService(path, encoder=EncoderServer(encoder.url, "words", is_unchecked=True))
 
 
-def test_long_texts_are_cut_as_the_encoder_here_cuts_them(causal_lm: Callable[[str], Path], encoder: Encoder) -> None:
+def test_long_texts_are_cut_as_the_encoder_here_cuts_them(
+    causal_lm: Callable[[str], Path], encoder: EmbeddingsServer
+) -> None:
     """The server reads 64 characters and the checkpoint's encoder the last 40; one that is sent more is found out."""
     encoder.backbone = HFBackbone(str(causal_lm("llama")), pooling="mean")
     local = HFBackbone(str(causal_lm("llama")), pooling="mean", template="response", max_length=40)
@@ -161,14 +129,14 @@ def test_long_texts_are_cut_as_the_encoder_here_cuts_them(causal_lm: Callable[[s
             RewardService(path, encoder=EncoderServer(encoder.url, "llama"))
 
 
-def test_a_method_with_a_language_model_of_its_own_is_refused(encoder: Encoder) -> None:
+def test_a_method_with_a_language_model_of_its_own_is_refused(encoder: EmbeddingsServer) -> None:
     method = LoRADPO(num_users=1, feature_dim=16, backbone=tiny_causal_lm().spec(), rank=2)
     method.configure_model()
     with saved(method) as path, pytest.raises(ValueError, match="reads the tokens of a language model of its own"):
         RewardService(path, encoder=EncoderServer(encoder.url, "words"))
 
 
-def test_clients_are_told_when_the_encoder_fails(path: Path, encoder: Encoder) -> None:
+def test_clients_are_told_when_the_encoder_fails(path: Path, encoder: EmbeddingsServer) -> None:
     """What fails in passing is asked again; then 503 while it is gone, 502 for useless answers, 422 for refusals."""
     service = RewardService(path, encoder=EncoderServer(encoder.url, "words"))
     body = {"queries": "p", "documents": ["secret words"]}
@@ -183,7 +151,7 @@ def test_clients_are_told_when_the_encoder_fails(path: Path, encoder: Encoder) -
             return response.status_code
 
         assert status() == 200 and status(503, 429) == 200
-        assert status(*[503] * 9) == 503 and len(encoder.failures) == 9 - 1 - embeddings.RETRIES
+        assert status(*[503] * 9) == 503 and len(encoder.failures) == 9 - 1 - embeddings.PATIENCE.retries
         assert status(429, 429, 429) == 503
         assert status(401) == 502 and status(404) == 502
         assert status(400, 400) == 422  # asked again by itself
@@ -208,7 +176,7 @@ def test_clients_are_told_when_the_encoder_fails(path: Path, encoder: Encoder) -
         assert status() == 503 and client.get("/health").status_code == 200
 
 
-def test_the_command_hands_them_on(path: Path, encoder: Encoder, capsys: Any) -> None:
+def test_the_command_hands_them_on(path: Path, encoder: EmbeddingsServer, capsys: Any) -> None:
     settings = Settings(str(path), encoder_url=encoder.url, encoder_model="words")
     with running(settings.app()) as url:
         assert httpx.post(f"{url}/classify", json={"input": "tea"}).status_code == 200
