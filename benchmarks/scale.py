@@ -5,10 +5,10 @@ Usage: python benchmarks/scale.py [--only open adapt skewed score refresh] [--us
 ``plm adapt`` and ``plm score`` run as commands on Parquet files, with hashed words of width 256 and LoRe: 10 pairs of
 each user, out of 200,000 distinct texts; scored is one response of each user, all of whom are known. "skewed" is
 1,000 users of whom one has 4,000 pairs and the others one each. "refresh" is `LoRe.refresh_users`, which solves all
-seen users at every candidate spread: once per validation of a fit. "open" reads and checks the pairs as JSONL, beside
-the time that Arrow alone takes to read the file. Every size is a process of its own; its peak is
-what the operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode",
-the time that the same texts take to become features.
+seen users at every candidate spread: once per validation of a fit. "open" reads and checks the pairs as JSONL and as
+CSV, beside the time that Arrow alone takes to read the file. Every size is a process of its own; its peak is what the
+operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode", the time
+that the same texts take to become features.
 """
 
 from __future__ import annotations
@@ -115,15 +115,23 @@ def make_file(path: str, kind: str, users: str) -> None:
 
 
 def make_lines(path: str, users: str) -> None:
-    """The same pairs as JSONL."""
+    """The same pairs as JSONL or CSV."""
+    import csv
     import json
 
     import pyarrow.parquet as pq
 
     make_file(f"{path}.parquet", "pairs", users)
-    with open(path, "w", encoding="utf-8") as file:
-        for batch in pq.ParquetFile(f"{path}.parquet").iter_batches():
-            file.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+    parquet = pq.ParquetFile(f"{path}.parquet")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.endswith(".csv"):
+            writer = csv.DictWriter(file, parquet.schema_arrow.names)
+            writer.writeheader()
+            write = writer.writerows
+        else:
+            write = lambda rows: file.writelines(json.dumps(row) + "\n" for row in rows)  # noqa: E731
+        for batch in parquet.iter_batches():
+            write(batch.to_pylist())
 
 
 def open_pairs(path: str) -> None:
@@ -140,10 +148,11 @@ def open_pairs(path: str) -> None:
 
 def open_by_arrow(path: str) -> None:
     """Read a file by Arrow alone."""
+    import pyarrow.csv
     import pyarrow.json
 
     began = time.perf_counter()
-    pyarrow.json.read_json(path)
+    pyarrow.csv.read_csv(path) if path.endswith(".csv") else pyarrow.json.read_json(path)
     print(time.perf_counter() - began)
 
 
@@ -204,12 +213,16 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
         found = child("refresh", users, bases)
         return [row(f"refresh, K = {bases}", f"{users:,} x {PAIRS}", found, float(found.output.split()[-1]))]
     if what == "open":
-        path = folder / "file.jsonl"
-        child("lines", path, users)
-        found, alone = child("open", path), child("arrow", path)
-        size = f"{path.stat().st_size / 1e9:.2f} GB"
-        both = {"open": found, "pyarrow.json": alone}
-        return [row(name, size, one, float(one.output.split()[-1])) for name, one in both.items()]
+        rows = []
+        for ending in ("jsonl", "csv"):
+            path = folder / f"file.{ending}"
+            child("lines", path, users)
+            size = f"{path.stat().st_size / 1e9:.2f} GB {ending}"
+            for name, kind in (("open", "open"), ("pyarrow", "arrow")):
+                found = child(kind, path)
+                rows.append(row(name, size, found, float(found.output.split()[-1])))
+            path.unlink()
+        return rows
     path, checkpoint = folder / "file.parquet", folder / f"{what}-{users}.ckpt"
     child("file", path, {"adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)
     child("checkpoint", checkpoint, bases, users if what == "score" else 0)

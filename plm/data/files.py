@@ -9,15 +9,13 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from plm.data.values import short
@@ -27,8 +25,6 @@ csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 charac
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
 TABLES = (".parquet", ".arrow")
 """Formats that hold typed columns."""
-_BLOCK = 2**24
-"""Bytes that are read at once; no row may be longer."""
 
 
 class Records(NamedTuple):
@@ -80,6 +76,18 @@ def read_records(path: Path) -> Records:
         raise ValueError(f"{path}: expected a whole gzip file, got a damaged one ({error}); write it again") from error
 
 
+def read_head(path: Path, num_rows: int) -> Records:
+    """The first rows of a JSONL or CSV file that is not packed.
+
+    Raises:
+        ValueError: If they are not of that format.
+    """
+    with path.open("rb") as stream:
+        if file_format(path) == "csv":
+            return _read_csv(path, stream, num_rows)
+        return _read_jsonl(path, islice(stream, num_rows))
+
+
 def read_table(path: Path, columns: Sequence[str] | None = None, num_rows: int | None = None) -> pa.Table:
     """Read a Parquet or Arrow file.
 
@@ -105,47 +113,6 @@ def read_table(path: Path, columns: Sequence[str] | None = None, num_rows: int |
         wanted = file.schema_arrow.names if columns is None else columns
         first = next(file.iter_batches(num_rows, columns=wanted), None) if wanted and num_rows else None
         return pa.table({name: [] for name in wanted}) if first is None else pa.Table.from_batches([first])
-
-
-def read_jsonl_table(path: Path, kinds: Mapping[str, pa.DataType]) -> pa.Table | None:
-    """Read a JSONL file by Arrow, several times faster than row by row; None where only rows tell what is in it.
-
-    Arrow and Python read numbers, texts and true or false alike; lists and objects are left to rows, and so is a file
-    whose lines are not one object each.
-
-    Args:
-        path: The file.
-        kinds: The type of every column.
-    """
-    options = pj.ParseOptions(explicit_schema=pa.schema(list(kinds.items())), unexpected_field_behavior="error")
-    try:
-        table = pj.read_json(path, pj.ReadOptions(block_size=_BLOCK), options)
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
-        return None
-    numbers = [column for column in table.columns if pa.types.is_floating(column.type)]
-    is_finite = all(pc.all(pc.is_finite(column)).as_py() in (True, None) for column in numbers)
-    if not is_finite or _num_objects(path) != table.num_rows:
-        return None
-    for place, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
-        if pa.types.is_string(column.type):  # a text is held once
-            table = table.set_column(place, name, column.dictionary_encode())
-    return table
-
-
-def _num_objects(path: Path) -> int:
-    """Lines of a file, if each begins and ends with a brace; -1 otherwise."""
-    count, last = 0, ord("\n")
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            content = np.concatenate([np.array([last], np.uint8), np.frombuffer(block, np.uint8)])
-            ends = np.flatnonzero(content == ord("\n"))
-            begins = ends[ends < len(content) - 1] + 1
-            ended = ends[ends > 0] - 1
-            if (content[begins] != ord("{")).any() or (content[ended] != ord("}")).any():
-                return -1
-            count, last = count + len(begins), int(content[-1])
-    return count if last in b"\n}" else -1
 
 
 def table_records(path: Path, table: pa.Table) -> Records:
@@ -254,7 +221,7 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not JSON; write null")
 
 
-def _read_csv(path: Path, stream: Any) -> Records:
+def _read_csv(path: Path, stream: Any, num_rows: int | None = None) -> Records:
     header: list[str] = []
     end = 0  # the last line that was read
     rows, lines, problems = [], [], []
@@ -264,7 +231,7 @@ def _read_csv(path: Path, stream: Any) -> Records:
             header = next(reader, [])
             named_once(path, header)
             end = reader.line_num
-            for cells in reader:
+            for cells in islice(reader, num_rows):
                 start, end = end + 1, reader.line_num  # a quoted cell may span lines: name the first one
                 if not cells:
                     continue

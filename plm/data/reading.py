@@ -5,10 +5,8 @@ Axes: N rows of a file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from plm.data.files import (
     Records,
     check_exists,
     file_format,
-    read_jsonl_table,
+    read_head,
     read_records,
     read_table,
     table_errors,
@@ -31,12 +29,15 @@ from plm.data.files import (
 )
 from plm.data.layouts import GRADED, NAMED, Layout
 from plm.data.pair_rows import EVERYONE, pair_rows
+from plm.data.text_tables import TextTable, read_csv_table, read_jsonl_table
 from plm.data.winners import refuse_unread_winner
 from plm.messages import closest, nearest
 
 NUM_LOOKED_AT = 256
 """Rows that are looked at to tell what a column means."""
 _TEXTS = ("prompt", "chosen", "rejected")
+_NOT_GIVEN = (*OPTIONAL, "winner")
+"""Columns of CSV in which an empty cell means "not given"."""
 _PRINTED = ("winner", "status")
 """What may be a list of several people's, with the user, also where a text prints it."""
 
@@ -59,7 +60,7 @@ def read_columns(path: Path, layout: Layout) -> RawPairs:
     if path.name.endswith(TABLES):
         records = _read_table(path, layout)
     else:
-        records = (_read_jsonl(path, layout) if path.name.endswith(".jsonl") else None) or read_records(path)
+        records = _read_text(path, layout) or read_records(path)
     if isinstance(records, RawPairs):
         pa.default_memory_pool().release_unused()  # Arrow keeps the memory of a table that is gone
         return records
@@ -67,7 +68,7 @@ def read_columns(path: Path, layout: Layout) -> RawPairs:
     if records.names:
         _refuse_unread_winner(path, found, records)
     pairs = pair_rows(records, found)
-    empty = (*OPTIONAL, "winner") if file_format(path) == "csv" else ()  # an empty cell means "not given"
+    empty = _NOT_GIVEN if file_format(path) == "csv" else ()
     columns = {}
     for name in dict.fromkeys(name for shape in {tuple(row) for row in pairs.rows} for name in shape):
         values = [row.get(name) for row in pairs.rows]
@@ -94,34 +95,44 @@ def _of_table(table: pa.Table, found: Layout) -> RawPairs:
     return RawPairs(columns, np.arange(table.num_rows, dtype=np.int64), [])
 
 
-def _read_jsonl(path: Path, layout: Layout) -> RawPairs | None:
-    """Columns of a file whose rows are evidently pairs as they stand, in one pass; None of any other.
+def _read_text(path: Path, layout: Layout) -> RawPairs | None:
+    """Columns of a JSONL or CSV file whose rows are evidently pairs as they stand, in one pass; None of any other.
 
     What is wrong with a file is said by reading its rows.
     """
-    if not path.is_file() or layout.attributes or any("." in column for column in layout.columns.values()):
+    dotted = any("." in column for column in layout.columns.values())
+    if not path.name.endswith((".jsonl", ".csv")) or layout.attributes or dotted:
         return None
     try:
-        with path.open("rb") as file:
-            first = [json.loads(line) for line in islice(file, NUM_LOOKED_AT)]
-        names = dict.fromkeys(name for row in first for name in row)
-        found = found_columns(path, layout, list(names))
-        _refuse_unread_winner(path, found, Records(list(names), first, [], []))
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        head = read_head(path, NUM_LOOKED_AT)
+        found = found_columns(path, layout, head.names)
+        _refuse_unread_winner(path, found, head)
+    except ValueError:
         return None
-    if found.is_listed or found.is_long:
+    if head.problems or found.is_listed or found.is_long:
         return None
-    kinds = {name: _kind([row.get(name) for row in first]) for name in names}
+    read = _read_csv if file_format(path) == "csv" else _read_jsonl
+    text = read(path, found, head)
+    if text is None or _needs_rows(text.table, found):
+        return None
+    return _of_table(text.table, found)._replace(lines=text.lines)
+
+
+def _read_csv(path: Path, found: Layout, head: Records) -> TextTable | None:
+    """The columns of a CSV file that are read; an empty cell of one that need not be there means "not given"."""
+    nullable = {column for name, column in found.columns.items() if name in _NOT_GIVEN}
+    return read_csv_table(path, head.names, list(dict.fromkeys(found.columns.values())), nullable)
+
+
+def _read_jsonl(path: Path, found: Layout, head: Records) -> TextTable | None:
+    """All columns of a JSONL file, if those of the first rows are of one kind each that Arrow reads as Python does."""
+    kinds = {name: _kind([row.get(name) for row in head.rows]) for name in head.names}
     read = {name: kinds[column] for name, column in found.columns.items()}
     if None in kinds.values() or pa.null() in read.values() or read.get("tie", pa.bool_()) != pa.bool_():
         return None
     if pa.float64() in (read.get("user_id"), read.get("dialogue_id")):
         return None  # long integers would lose digits
-    table = read_jsonl_table(path, kinds)
-    if table is None or _needs_rows(table, found):
-        return None
-    pairs = _of_table(table, found)
-    return pairs._replace(lines=pairs.lines + 1)
+    return read_jsonl_table(path, kinds)
 
 
 def _kind(values: Sequence[Any]) -> pa.DataType | None:

@@ -1,7 +1,9 @@
-"""JSONL that Arrow reads gives what its rows give, to the row, and what only rows can tell is told by them."""
+"""JSONL and CSV that Arrow reads give what their rows give, and what only rows can tell is told by them."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import warnings
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from plm.data import reading
+from plm.data import reading, text_tables
 from plm.data.schema import PairTable, read_pairs
 from tests.changed_bytes import changed_bytes
 
@@ -49,7 +51,7 @@ def both(path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     """What Arrow gives, where it is asked, after a comparison with what rows give."""
     fast = outcome(path, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "read_jsonl_table", lambda path, kinds: None)
+        patch.setattr(reading, "_read_text", lambda path, layout: None)
         assert outcome(path, **options) == fast
     return fast
 
@@ -168,5 +170,108 @@ def test_changed_files_are_read_alike(data: st.DataObject, tmp_path: Path, monke
     """Bytes changed, taken out or put in anywhere: one table or one message, whoever reads."""
     content = lines([{**row, "weight": 1.5, "tie": False} for row in ROWS]).encode()
     path = tmp_path / "a.jsonl"
+    path.write_bytes(changed_bytes(data, content))
+    both(path, monkeypatch)
+
+
+# ---------------------------------------------------------------------- CSV
+def cells(rows: list[dict[str, Any]], end: str = "\r\n") -> str:
+    """Rows as Python's csv module writes them."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator=end)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def written_csv(path: Path, content: str) -> Path:
+    path.write_bytes(content.encode())
+    return path
+
+
+MARKED = [
+    {**row, "note": f'said "{number}"\r\nand, then\nleft', "chosen": f'"{number}",\n\ngood'}
+    for number, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        MARKED,
+        [{**row, **OPTIONAL, "tie": "", "weight": "" if number % 2 else 2} for number, row in enumerate(ROWS)],
+        [{**row, "chosen": "", "weight": "0x"} for row in ROWS],
+        [{**row, "a\nname": "x", "user_id": number % 3} for number, row in enumerate(ROWS)],
+        [],
+    ],
+    ids=["plain", "marks", "optional", "wrong", "names", "none"],
+)
+def test_cells_are_read_by_arrow(
+    rows: list[dict[str, Any]], end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written_csv(tmp_path / "a.csv", cells(rows, end) if rows else "user_id,prompt,chosen,rejected" + end)
+    both(path, monkeypatch)
+    monkeypatch.setattr(reading, "read_records", None)
+    outcome(path)
+
+
+def test_errors_name_the_line_on_which_a_row_of_many_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written_csv(tmp_path / "a.csv", cells([*MARKED, {**MARKED[0], "chosen": ROWS[0]["rejected"]}]))
+    assert (
+        len(MARKED) == 20
+    )  # below the line of names; each has four ends in its cells and one of its own, two in a name
+    assert f"{path}:122: chosen equals rejected" in both(path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "\n",
+        "\nu,p,x,y\n",
+        "u,p\rq,x,y\n",
+        "u,p,x\n",
+        "u,p,x,y,z\n",
+        'u,p,"x"z,y\n',
+        'u,p, "x",y\n',
+        'u,p,x"x,y\n',
+        'u,p,"x,y\n',
+        'u,p,"x"',
+        'u,p,"[{""role"": ""user"", ""content"": ""x""}]",y\n',
+        "   \n",
+    ],
+)
+def test_cells_that_only_rows_tell(more: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written_csv(tmp_path / "a.csv", cells(ROWS * 20, "\n") + more)
+    both(path, monkeypatch)
+    assert not is_read_by_arrow(path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "more", [b"u,p,\xff,y\n", b"u,p,\0,y\n", b'u,"a\rb",x,y', b"u,p,x,y", b'"u","","x",""""\n', b'u,p,"x\n\n",y']
+)
+def test_odd_cells_are_read_alike(more: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + cells(ROWS * 20, "\n").encode() + more)
+    both(path, monkeypatch)
+
+
+def test_blocks_that_end_anywhere_are_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quotes, ends of lines and braces are told across the ends of blocks."""
+    quoted = written_csv(tmp_path / "a.csv", cells(MARKED))
+    objects = written_csv(tmp_path / "a.jsonl", lines(ROWS))
+    for size in range(1, 40):
+        monkeypatch.setattr(text_tables, "_BLOCK", size)
+        assert text_tables._num_csv_lines(quoted) == quoted.read_bytes().count(b"\n")
+        assert text_tables._num_objects(objects) == len(ROWS)
+
+
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_cells_are_read_alike(data: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = cells([{**row, "weight": 1.5, "tie": ""} for row in MARKED[:8]]).encode()
+    path = tmp_path / "a.csv"
     path.write_bytes(changed_bytes(data, content))
     both(path, monkeypatch)
