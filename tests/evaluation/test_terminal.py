@@ -37,6 +37,19 @@ def test_no_number_is_cut(width: int, terminal: bool) -> None:
     assert console.width == width
 
 
+def test_a_table_too_wide_for_a_terminal_is_several_with_the_first_column_in_each() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=60, force_terminal=True, color_system=None)
+    print_parts(wide_table(), console=console)
+    lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
+    assert lines[0] == "Regret" and "Regret" not in lines[1:] and max(map(len, lines)) <= 60
+    heads = [line.split("worst-case ")[1:] for line in lines if "worst-case" in line]
+    assert [int(head[0]) for head in heads] == [0] * len(heads)
+    assert [int(number) for head in heads for number in head[1:]] == list(range(1, 12))
+    rows = [line for line in lines if line.startswith("0.000 [0.000, 1.000]")]
+    assert len(rows) == len(heads) == 11  # two columns of 20 characters and what is between them fit, three do not
+
+
 def test_a_table_that_fits_is_not_widened() -> None:
     table = plain_table("")
     table.add_column("one")
