@@ -128,6 +128,7 @@ METHODS: dict[str, tuple[Callable[[PreferenceDataModule], PolicyMethod], int | N
     "sft_saved": (lambda data: sft(data, str(_folder() / "saved")), None),
     "shared": (lora_dpo, None),
     "full": (lambda data: lora_dpo(data, adapter="full"), None),
+    "moving": (lambda data: lora_dpo(data, adapter="full", ref_model_sync_steps=2), None),
     "per_user": (lambda data: lora_dpo(data, mode="per_user"), 2),
     "per_user_by_pair": (lambda data: lora_dpo(data, mode="per_user"), None),
     "shared_and_user": (lambda data: lora_dpo(data, mode="shared_and_user"), 2),
@@ -245,6 +246,7 @@ SLOW = pytest.mark.slow
         pytest.param("shared_and_user", "ddp", marks=SLOW),
         pytest.param("per_user_by_pair", "ddp", marks=SLOW),
         pytest.param("full", "fsdp2", marks=SLOW),
+        pytest.param("moving", "fsdp2", marks=SLOW),
         pytest.param("basis", "fsdp2", marks=SLOW),
         pytest.param("per_user", "fsdp2", marks=SLOW),
         pytest.param("shared_and_user", "fsdp2", marks=SLOW),
@@ -267,7 +269,7 @@ def test_accumulated_gradients(name: str, strategy: str) -> None:
 
 @SLOW
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["sft", "per_user"])
+@pytest.mark.parametrize("name", ["sft", "moving", "per_user"])
 def test_a_fit_goes_on_with_another_number_of_processes(name: str, strategy: str) -> None:
     """From a checkpoint within an epoch: one process goes on where two were, and the other way round."""
     one, two = in_one_process(name), fit(name, strategy)

@@ -154,17 +154,19 @@ class Policy(nn.Module):
             module.set_reshard_after_backward(True, recurse=False)
             module.reshard()
 
+    def whole_state(self) -> dict[str, Any]:
+        """Weights of the network on the CPU, brought together where processes share them; all of them call this."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.network, options=options)
+
     def save(self, folder: str | Path) -> None:
         """Write network and tokenizer as a Hugging Face folder, replacing what is there in one step.
 
         Where processes share the weights, all of them call this; the first writes.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        state = None
-        if self._sharded:
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_model_state_dict(self.network, options=options)
+        state = self.whole_state() if self._sharded else None
         if not is_first():
             return
         folder = Path(folder)

@@ -56,14 +56,18 @@ def test_trained_weights_are_kept_in_float32(
         torch.testing.assert_close(two, one, atol=1e-7, rtol=1e-5)
 
 
-def test_a_cached_reference_of_another_precision_is_refused(causal_lm: Callable[[str], Path]) -> None:
-    spec = CausalLM(str(causal_lm("gpt2")), dtype="bfloat16").spec()
-    method = LoRADPO(num_users=2, feature_dim=16, backbone=spec, adapter="full")
-    method.trainer = SimpleNamespace(  # type: ignore[assignment]
-        datamodule=SimpleNamespace(view="tokens", user_ids=["a", "b"], reference_head=None, reference_logps=True),
-        precision="32-true",
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        accumulate_grad_batches=1,
-    )
-    with pytest.raises(ValueError, match=r"reference_logps: expected false with model\.adapter 'full' .*'bfloat16'"):
-        method.setup("fit")
+def test_a_cached_reference_that_is_not_the_policys_is_refused(causal_lm: Callable[[str], Path]) -> None:
+    for dtype, options, message in (
+        ("bfloat16", {}, r"reference_logps: expected false with model\.adapter 'full' .*'bfloat16'"),
+        ("float32", {"ref_model_sync_steps": 2}, r"reference_logps: expected false with model\.ref_model_sync_steps"),
+    ):
+        spec = CausalLM(str(causal_lm("gpt2")), dtype=dtype).spec()
+        method = LoRADPO(num_users=2, feature_dim=16, backbone=spec, adapter="full", **options)
+        method.trainer = SimpleNamespace(  # type: ignore[assignment]
+            datamodule=SimpleNamespace(view="tokens", user_ids=["a", "b"], reference_head=None, reference_logps=True),
+            precision="32-true",
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            accumulate_grad_batches=1,
+        )
+        with pytest.raises(ValueError, match=message):
+            method.setup("fit")

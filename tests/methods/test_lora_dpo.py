@@ -107,6 +107,39 @@ def test_checkpointed_blocks_run_again_and_give_the_same(
     assert runs[1] == runs[0] + 3, "once more in each of three backward passes"
 
 
+def test_a_reference_that_moves_is_the_mix_of_the_weights_so_far(causal_lm: Folder, tmp_path: Path) -> None:
+    """TR-DPO: after every second of five steps 0.6 of the policy's weights and 0.4 of its own."""
+    method = make(causal_lm("llama"), adapter="full", lr=1e-3, ref_model_sync_steps=2)
+    seen = [copied(method.policy)]
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            seen.append(copied(method.policy))
+
+    fit(method, [batch_of(method, [0, 0, 1, 2])] * 5, tmp_path, callbacks=[Keep()])
+    found = copied(method._moving[0])
+    for name, start in seen[0].items():
+        expected = 0.6 * seen[4][name] + 0.4 * (0.6 * seen[2][name] + 0.4 * start)
+        assert torch.allclose(found[name], expected, rtol=0, atol=5e-7)
+    moved = max(float((seen[4][name] - start).abs().max()) for name, start in seen[0].items())
+    assert moved > 1e-3
+
+
+def copied(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: value.detach().double().clone() for name, value in policy.network.named_parameters()}
+
+
+def test_only_the_loss_is_by_a_reference_that_moves(causal_lm: Folder, tmp_path: Path) -> None:
+    """A reference that is the policy leaves every step at log 2; rewards are those over the untrained network."""
+    options = {"adapter": "full", "lr": 1e-3, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    method = make(causal_lm("gpt2"), **options)
+    batch = batch_of(method, [0, 0, 1, 2])
+    assert fit(method, [batch] * 3, tmp_path) == pytest.approx([math.log(2)] * 3, abs=1e-5)
+    rewards, loaded = method.score(batch.chosen), make(causal_lm("gpt2"), adapter="full")
+    loaded.load_state_dict(method.state_dict(), strict=False)
+    assert rewards.abs().max() > 1e-3 and torch.allclose(rewards, loaded.eval().score(batch.chosen), atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_gives_the_same(causal_lm: Folder, tmp_path: Path) -> None:
@@ -284,6 +317,11 @@ REFUSED = {
     "prefix": ({"adapter": "prefix", "mode": "basis"}, "model.mode: expected shared or per_user with model.adapter"),
     "checkpointing": ({"adapter": "prefix", "gradient_checkpointing": True}, "expected false with model.adapter"),
     "wpo": ({"mode": "basis", "use_weighting": True}, "model.use_weighting: expected false with model.mode 'basis'"),
+    "moving": ({"ref_model_sync_steps": 2}, "model.ref_model_sync_steps: expected null with model.adapter 'lora'"),
+    "mixing": (
+        {"adapter": "full", "ref_model_sync_steps": 0, "ref_model_mixup_alpha": 0.0},
+        r"mixup_alpha: expected above 0 and at most 1, got 0.0(.|\n)*sync_steps: expected an integer >= 1, got 0",
+    ),
     "steps": ({"adapt_steps": -1}, "model.adapt_steps: expected at least 0, got -1"),
     "warmup": ({"warmup": 1.0}, r"model.warmup: expected a share in \[0, 1\), got 1.0"),
     "targets": ({"target_modules": ["q_proj"]}, r"expected names of linear maps .* got \['q_proj'\]; it has"),

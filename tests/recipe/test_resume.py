@@ -160,6 +160,7 @@ METHODS: dict[str, tuple[Callable[[PreferenceDataModule], PolicyMethod], int | N
     "per_user": (lambda data: lora_dpo(data, mode="per_user"), 2),
     "shared_and_user": (lambda data: lora_dpo(data, mode="shared_and_user"), 2),
     "basis": (lambda data: lora_dpo(data, mode="basis", num_bases=2), None),
+    "moving": (lambda data: lora_dpo(data, adapter="full", ref_model_sync_steps=4), None),
 }
 
 

@@ -98,6 +98,7 @@ class LoRADPO(AdaptedPolicy):
         self._reader = PairReader(
             policy,
             self.reference_policy,
+            self.loss_reference,
             self.options,
             self.shape if self.adapter == "prefix" and isinstance(self.shape, PrefixShape) else None,
             share_prompts=self.share_prompts,

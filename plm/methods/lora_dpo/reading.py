@@ -32,6 +32,7 @@ class PairReader:
     Args:
         policy: The policy.
         reference: Gives its reference.
+        loss_reference: Gives the reference of the loss.
         options: What the losses need.
         shape: What a prefix looks like; None where adapters steer the policy.
         share_prompts: Whether the prompt of a pair is read once.
@@ -42,13 +43,15 @@ class PairReader:
         self,
         policy: Policy,
         reference: Callable[[], Policy],
+        loss_reference: Callable[[], Policy],
         options: LossOptions,
         shape: PrefixShape | None,
         *,
         share_prompts: bool,
         chunks: Callable[[Tokens], list[Tensor]],
     ) -> None:
-        self.policy, self.reference, self.options, self.shape = policy, reference, options, shape
+        self.policy, self.reference, self.loss_reference = policy, reference, loss_reference
+        self.options, self.shape = options, shape
         self.share_prompts, self.chunks = share_prompts, chunks
 
     def steering(self, owned: Sequence[Owned], num_rows: int) -> tuple[list[Tensor], Prefix | None]:
@@ -84,10 +87,10 @@ class PairReader:
 
     @torch.no_grad()
     def reference_totals(self, chosen: Tokens, rejected: Tokens) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of B pairs under the reference: brought by the data, or read."""
+        """Log-probabilities of B pairs under the reference of the loss: brought by the data, or read."""
         if self.options.ld_alpha is None and chosen.ref_logps is not None and rejected.ref_logps is not None:
             return chosen.ref_logps, rejected.ref_logps
-        first, second = self.sides(self.reference(), (), chosen, rejected)
+        first, second = self.sides(self.loss_reference(), (), chosen, rejected)
         return pair_totals(first.logps, second.logps, self.options.ld_alpha)
 
     def pairs(

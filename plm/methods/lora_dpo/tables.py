@@ -17,6 +17,7 @@ from torch import Tensor
 from plm.backbones import LoRA, MixedWriting, Policy, PrefixShape, TargetModules, Writing
 from plm.distributed import summed
 from plm.messages import Problems
+from plm.method import CHECKPOINT_KEY
 from plm.method.abilities import Exporter
 from plm.method.policy import PolicyMethod
 from plm.methods.lora_dpo.adapters import Owned
@@ -53,6 +54,9 @@ class AdaptedPolicy(PolicyMethod, Exporter):
             policy with the mixture of their weight changes, exact as a matrix and K times cheaper.
         seed: Seed of fresh adapters; all users start from the same.
         lr: Learning rate; null = 1e-4 for lora, 1e-3 for prefix, 1e-6 for all weights.
+        ref_model_sync_steps: Steps after which, with adapter full, the reference of the loss moves to the policy
+            (TR-DPO, arXiv 2404.09656); null = it stays. Rewards and evaluation keep to the untrained network.
+        ref_model_mixup_alpha: Share of the policy's weights in it then.
         **options: Arguments of `PolicyMethod`.
 
     Raises:
@@ -74,6 +78,8 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         decoding: Decoding = "logits",
         seed: int = 0,
         lr: float | None = None,
+        ref_model_sync_steps: int | None = None,
+        ref_model_mixup_alpha: float = 0.6,
         **options: Any,
     ) -> None:
         super().__init__(lr=RATES.get(adapter, 0.0) if lr is None else lr, **options)
@@ -81,6 +87,10 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
         self.use_rslora, self.dropout = use_rslora, dropout
         self.num_virtual_tokens, self.num_bases = num_virtual_tokens, num_bases
+        self.sync_steps, self.mixup_alpha = ref_model_sync_steps, ref_model_mixup_alpha
+        self._untrained: list[Policy] = []  # lists, so that they are no submodules
+        self._moving: list[Policy] = []
+        self._saved_reference: dict[str, Any] | None = None
         if mode != "shared":
             self.user_tables = ("weight_logits" if mode == "basis" else "adapters", "num_pairs")
             self.register_buffer("num_pairs", torch.zeros(self.num_users, dtype=torch.long))
@@ -89,6 +99,14 @@ class AdaptedPolicy(PolicyMethod, Exporter):
             if number < 1:
                 problems.add(name, "at least 1", number)
         problems.shares(dropout=dropout)
+        if not 0 < ref_model_mixup_alpha <= 1:
+            problems.add("ref_model_mixup_alpha", "above 0 and at most 1", ref_model_mixup_alpha)
+        problems.integers(1, ref_model_sync_steps=ref_model_sync_steps)
+        problems.say(
+            f"model.ref_model_sync_steps: expected null with model.adapter {adapter!r}, whose reference is the network "
+            f"itself, got {ref_model_sync_steps!r}",
+            when=adapter != "full" and ref_model_sync_steps is not None,
+        )
         problems.choices(adapter=(adapter, tuple(MODES)))
         if mode not in (modes := MODES.get(adapter, (mode,))):
             problems.add("mode", f"{' or '.join(modes)} with model.adapter {adapter!r}", mode)
@@ -107,7 +125,6 @@ class AdaptedPolicy(PolicyMethod, Exporter):
 
     def build(self, policy: Policy) -> None:
         """Add the adapters: that of everybody, one for each seen user, or the bases."""
-        self._untrained: list[Policy] = []  # a list, so that it is no submodule
         if self.adapter == "full":
             policy.network.requires_grad_(True)
             return
@@ -144,23 +161,50 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         return F.embedding(user_index, self.weight_logits, sparse=True).softmax(-1)
 
     def reference_policy(self) -> Policy:
-        """The network without adapters; for full fine-tuning, an untrained copy of it, shared out as it is."""
-        if self.adapter != "full":
-            return self.policy
-        if not self._untrained:
-            untrained = Policy(self.causal_lm).to(self.policy.device, self.policy.dtype)
-            self._untrained.append(untrained)
+        """The network without adapters; for full fine-tuning, an untrained copy of it."""
+        return self.policy if self.adapter != "full" else self._copied(self._untrained, None)
+
+    def loss_reference(self) -> Policy:
+        """The reference of the loss: the same, or one that moves."""
+        return self.reference_policy() if self.sync_steps is None else self._copied(self._moving, self._saved_reference)
+
+    def _copied(self, copies: list[Policy], state: dict[str, Any] | None) -> Policy:
+        """The copy of the network that is kept in a list, loaded on first use and shared out as the network is."""
+        if not copies:
+            copy = Policy(self.causal_lm).to(self.policy.device, self.policy.dtype)
+            if state is not None:
+                copy.network.load_state_dict(state)
+            copies.append(copy)
             if self.device_mesh is not None:
-                untrained.shard(self.device_mesh.device_type)
+                copy.shard(self.device_mesh.device_type)
                 if not self.trainer.training:
-                    untrained.gather()
-        if self.device_mesh is not None:
-            return self._untrained[0]
-        return self._untrained[0].to(self.policy.device, self.policy.dtype)
+                    copy.gather()
+        return copies[0] if self.device_mesh is not None else copies[0].to(self.policy.device, self.policy.dtype)
 
     def networks(self) -> list[Policy]:
-        """Also the untrained copy."""
-        return [*super().networks(), *self._untrained]
+        """Also the untrained copy, and the one that moves."""
+        return [*super().networks(), *self._untrained, *self._moving]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Also move the reference of the loss, where it does."""
+        super().optimizer_step(*args, **kwargs)
+        if self._moving and (self.trainer.global_step + 1) % (self.sync_steps or 1) == 0:
+            weights = zip(self._moving[0].network.parameters(), self.policy.network.parameters(), strict=True)
+            with torch.no_grad():
+                for value, trained in weights:
+                    value.mul_(1 - self.mixup_alpha).add_(trained, alpha=self.mixup_alpha)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also keep a reference that moves."""
+        super().on_save_checkpoint(checkpoint)
+        if self._moving:
+            checkpoint[CHECKPOINT_KEY]["reference"] = self._moving[0].whole_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also go on with the reference that the fit had."""
+        super().on_load_checkpoint(checkpoint)
+        self._saved_reference = checkpoint.get(CHECKPOINT_KEY, {}).get("reference")
+        self._moving.clear()
 
     # ------------------------------------------------------------------ training
     def setup(self, stage: str) -> None:
@@ -177,6 +221,10 @@ class AdaptedPolicy(PolicyMethod, Exporter):
                 f"data.reference_logps: expected false with model.adapter 'full' and data.backbone.init_args.dtype "
                 f"{dtype!r}, got true: they are cached in that precision, and trained weights are kept in float32, so "
                 "that policy and reference would differ before the first step; leave it out"
+            )
+        if self.sync_steps is not None and is_cached:
+            raise ValueError(
+                "data.reference_logps: expected false with model.ref_model_sync_steps, whose reference moves, got true"
             )
         if self.personal and stage == "fit" and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
