@@ -167,8 +167,10 @@ class NetworkMethod(PersonalizationMethod):
         return any(isinstance(getattr(self, name), torch.nn.Parameter) for name in self.user_tables)
 
     def on_fit_start(self) -> None:
-        """Take the method out of DDP where gradients may be sparse; `on_before_optimizer_step` averages them."""
+        """Take the method out of DDP where gradients may be sparse, which `on_before_optimizer_step` averages."""
         super().on_fit_start()
+        for optimizer in self.trainer.optimizers:  # a resumed fit loads their states, for which they take a step
+            self._take_one_by_one(optimizer)
         strategy = self.trainer.strategy
         if self._trains_tables and isinstance(strategy.model, torch.nn.parallel.DistributedDataParallel):
             strategy.model = self
@@ -179,12 +181,13 @@ class NetworkMethod(PersonalizationMethod):
         return dict(zip(scalars, means, strict=True))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average the gradients that nobody else does: what is not sharded by a sharding strategy, or is sparse.
-
-        Optimizers that take many parameters in one call, as on a GPU, do not take sharded and whole ones together.
-        """
+        """Average the gradients that nobody else does: what is not sharded by a sharding strategy, or is sparse."""
         if self.device_mesh is not None or self._trains_tables:
             average_gradients(self.parameters())
+        self._take_one_by_one(optimizer)  # loaded states bring the choice of the processes that saved them
+
+    def _take_one_by_one(self, optimizer: torch.optim.Optimizer) -> None:
+        """Several parameters in one call, as on a GPU, cannot be sharded and whole ones together."""
         if self.device_mesh is not None:
             for group in optimizer.param_groups:
                 group["foreach"] = False
