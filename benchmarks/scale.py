@@ -1,6 +1,7 @@
 """Many users: seconds and peak memory of learning, scoring and refreshing them, at growing sizes.
 
-Usage: python benchmarks/scale.py [--only open adapt skewed score refresh] [--users 20000 100000 1000000] [--bases 8]
+Usage: python benchmarks/scale.py [--only open adapt skewed score refresh features] [--users 20000 100000 1000000]
+       [--bases 8]
 
 ``plm adapt`` and ``plm score`` run as commands on Parquet files, with hashed words of width 256 and LoRe: 10 pairs of
 each user, out of 200,000 distinct texts; scored is one response of each user, all of whom are known. "skewed" is
@@ -8,7 +9,10 @@ each user, out of 200,000 distinct texts; scored is one response of each user, a
 seen users at every candidate spread: once per validation of a fit. "open" reads and checks the pairs as JSONL and as
 CSV, beside the time that Arrow alone takes to read the file. Every size is a process of its own; its peak is what the
 operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode", the time
-that the same texts take to become features.
+that the same texts take to become features. "features" is a cache of so many texts, of width 384, and batches of 4,096
+in random order until all are read: from memory, where a fit holds features up to 1 GiB, and from files that are mapped
+into memory, where it finds more. The operating system counts what it keeps of such files, and gives it up when memory
+is short; "own" is what a process holds without them.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 DIM, PAIRS, TEXTS, SKEWED = 256, 10, 200_000, 4_000
+CACHED_DIM, SHARD = 384, 1_000
+"""Width of cached features, and how many texts are in a file."""
 ROWS = 500_000
 """Rows of a Parquet file that are made at once."""
 
@@ -197,7 +203,44 @@ def refresh(users: str, bases: str) -> None:
     print(time.perf_counter() - began)
 
 
-CHILDREN = {"checkpoint": make_checkpoint, "file": make_file, "encode": encode, "refresh": refresh}
+def fill(folder: str, texts: str) -> None:
+    """A cache of random features."""
+    import torch
+
+    from plm.backbones import HashingBackbone
+    from plm.data import features
+
+    class Random(HashingBackbone):
+        def encode(self, texts: list[str]) -> torch.Tensor:
+            return torch.randn(len(texts), CACHED_DIM)
+
+    features.SHARD_TEXTS = (SHARD, SHARD)
+    features.FeatureCache(Random(dim=CACHED_DIM), folder).fill([("", f"text {number}") for number in range(int(texts))])
+
+
+def epoch(folder: str, texts: str, kind: str) -> None:
+    """Find features and read them all; the seconds of both, and GB that no file backs."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from plm.backbones import HashingBackbone
+    from plm.data.features import FeatureCache
+    from plm.data.rows import FeatureRows, MappedRows
+
+    pairs = [("", f"text {number}") for number in range(int(texts))]
+    cache = FeatureCache(HashingBackbone(dim=CACHED_DIM), folder)
+    began = time.perf_counter()
+    rows = MappedRows(*cache.mapped(pairs)) if kind == "mapped" else FeatureRows(cache.features(pairs).numpy())
+    found = time.perf_counter()
+    for part in np.array_split(np.random.default_rng(0).permutation(len(pairs)), max(1, len(pairs) // 4096)):
+        rows.gather(part)
+    own = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
+    print(found - began, time.perf_counter() - found, int(own) * 1024 / 1e9)
+
+
+CHILDREN = {"fill": fill, "epoch": epoch}
+CHILDREN |= {"checkpoint": make_checkpoint, "file": make_file, "encode": encode, "refresh": refresh}
 CHILDREN |= {"lines": make_lines, "open": open_pairs, "arrow": open_by_arrow}
 
 
@@ -223,6 +266,15 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
                 rows.append(row(name, size, found, float(found.output.split()[-1])))
             path.unlink()
         return rows
+    if what == "features":
+        child("fill", folder, users)
+        rows = []
+        for kind in ("held", "mapped"):
+            found = child("epoch", folder, users, kind)
+            seconds = [float(number) for number in found.output.split()[-3:]]
+            rows.append(row(f"features, {kind}: found", f"{users:,} texts", found, seconds[0]))
+            rows.append(row(f"features, {kind}: read, own {seconds[2]:.2f} GB", f"{users:,} texts", found, seconds[1]))
+        return rows
     path, checkpoint = folder / "file.parquet", folder / f"{what}-{users}.ckpt"
     child("file", path, {"adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)
     child("checkpoint", checkpoint, bases, users if what == "score" else 0)
@@ -244,7 +296,7 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["open", "adapt", "skewed", "score", "refresh"])
+    parser.add_argument("--only", nargs="+", default=["open", "adapt", "skewed", "score", "refresh", "features"])
     parser.add_argument("--users", nargs="+", type=int, default=[20_000, 100_000, 1_000_000])
     parser.add_argument("--bases", type=int, default=8)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

@@ -26,13 +26,15 @@ from plm.backbones import (
 )
 from plm.data.collate import FeaturedPairs
 from plm.data.features import FeatureCache, Filled
-from plm.data.rows import BatchRows, FeatureRows, TokenRows
+from plm.data.rows import BatchRows, FeatureRows, MappedRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
 from plm.types import Tokens
 
 TEXTS_AT_ONCE = 2**14
 """Texts that are read at once where no cache keeps their features."""
+MOST_HELD = 2**30
+"""Bytes of features that a fit holds in memory; more stay on the disk, and are mapped into memory."""
 ADVICE = "shorten them, or train the model that makes the latents with a greater max_length or with max_prompt_length"
 
 
@@ -72,6 +74,15 @@ class CachedReader:
                 f"cache {self.cache_dir}"
             )
         return features
+
+    def rows(self, prompts: Sequence[str], texts: Sequence[str], items: IntArray, num_items: int) -> BatchRows:
+        """Features of n responses as rows ``items`` ``(n,)`` of ``num_items``; on the disk if they are many."""
+        if len(texts) * self.backbone.feature_dim * 4 <= MOST_HELD:
+            return _feature_rows(self(prompts, texts).numpy(), items, num_items)
+        found = self.cache.mapped(list(zip(prompts, texts, strict=True)))
+        place = np.full((num_items, 2), -1, dtype=np.int32)
+        place[items] = found.place
+        return MappedRows(found.shards, place)
 
     def prompts(self, prompts: Sequence[str]) -> Tensor:
         """Features ``(B, F)`` of B prompts alone."""
@@ -132,9 +143,11 @@ def encode_pairs(
             raise ValueError(f"expected a CausalLM, which gives tokens, got {type(backbone).__name__}")
         return FeaturedPairs(table, tokens, tokens.prompts_alone() if prompt_features else None, user_index)
     items, prompt, prompts, responses = _texts_of_pairs(table)
-    features = _read(reader, prompts, responses)
-    of_items = _feature_rows(features, items, len(table.items))
-    _warn_of_equal_features(table, of_items.features)
+    if isinstance(reader, CachedReader):
+        of_items = reader.rows(prompts, responses, items, len(table.items))
+    else:
+        of_items = _feature_rows(_read(reader, prompts, responses), items, len(table.items))
+    _warn_of_equal_features(table, of_items)
     of_prompts: BatchRows | None = None
     if prompt_features and tokens is not None and isinstance(backbone.prompt_backbone, CausalLM):
         of_prompts = tokens.prompts_alone()
@@ -219,8 +232,6 @@ def _alone(prompts: Sequence[str]) -> list[tuple[str, str]]:
 
 def _read(reader: TextReader, prompts: list[str], texts: list[str]) -> Float32Array:
     """Features ``(n, D)`` of n texts, which are read in parts, so that they are in memory once."""
-    if isinstance(reader, CachedReader):
-        return reader(prompts, texts).numpy()
     features = np.zeros((0, 0), dtype=np.float32)
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         rows = slice(start, start + TEXTS_AT_ONCE)
@@ -241,16 +252,17 @@ def _feature_rows(values: Float32Array, rows: IntArray, num_rows: int) -> Featur
     return FeatureRows(out)
 
 
-def _warn_of_equal_features(table: PairTable, features: Float32Array) -> None:
+def _warn_of_equal_features(table: PairTable, items: BatchRows) -> None:
     """Warn of pairs whose two responses are one to the method: whatever it has learned, it is right in half of them.
 
     Args:
         table: The pairs.
-        features: ``(I, D)`` of its items.
+        items: Features ``(I, D)`` of its items.
     """
-    codes = _codes(features)
+    codes = _codes(items, len(table.items))
     alike = np.flatnonzero(codes[table.chosen] == codes[table.rejected])  # few: others need not be compared as a whole
-    same = alike[(features[table.chosen[alike]] == features[table.rejected[alike]]).all(1)]
+    sides = items.gather(table.chosen[alike]), items.gather(table.rejected[alike])
+    same = alike[(_numbers(sides[0]) == _numbers(sides[1])).all(1)]
     if len(same):
         warnings.warn(
             f"{len(same)} of {table.num_pairs} pairs have the same features on both sides (the first at "
@@ -260,14 +272,21 @@ def _warn_of_equal_features(table: PairTable, features: Float32Array) -> None:
         )
 
 
-def _codes(features: Float32Array) -> npt.NDArray[np.uint64]:
-    """One number for each row ``(I, D)``, the same for equal rows: a sum of its bits times fixed odd numbers."""
-    factors = np.random.default_rng(0).integers(2**62, size=features.shape[1], dtype=np.uint64) * 2 + 1
-    codes = np.empty(len(features), dtype=np.uint64)
-    for start in range(0, len(features), TEXTS_AT_ONCE):  # bounds the memory of 64 bits
-        rows = features[start : start + TEXTS_AT_ONCE] + np.float32(0)  # -0 is 0
-        codes[start : start + TEXTS_AT_ONCE] = (rows.view(np.uint32) * factors).sum(1)
+def _codes(items: BatchRows, count: int) -> npt.NDArray[np.uint64]:
+    """One number for each row of features ``(I, D)``, the same for equal rows: a sum of its bits times odd numbers."""
+    factors = np.random.default_rng(0).integers(2**62, size=items.width, dtype=np.uint64) * 2 + 1
+    codes = np.empty(count, dtype=np.uint64)
+    for start in range(0, count, TEXTS_AT_ONCE):  # bounds the memory of 64 bits
+        part = np.arange(start, min(start + TEXTS_AT_ONCE, count))
+        rows = _numbers(items.gather(part)) + np.float32(0)  # -0 is 0
+        codes[part] = (rows.view(np.uint32) * factors).sum(1)
     return codes
+
+
+def _numbers(features: Tensor | Tokens) -> Float32Array:
+    """Gathered features ``(B, D)``."""
+    assert isinstance(features, Tensor)
+    return features.numpy()
 
 
 def with_reference_logps(tokens: TokenRows, table: PairTable, causal_lm: CausalLM, cache_dir: str) -> TokenRows:

@@ -5,6 +5,7 @@ Axes: I pairs of (prompt, response), N distinct texts, D feature width.
 A backbone's features live in a folder named by the hash of its key: ``manifest.json`` and shards, each a safetensors
 file of text hashes and feature rows under a checksum. A shard is written to a temporary name and renamed, so it is
 whole or absent: a killed run goes on after its last one, and processes that share the folder cannot harm each other.
+A shard is never written again, so that features may be read from where it is mapped into memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Digests: TypeAlias = NDArray[np.bytes_]  # (N,) of 16 bytes
+    _Take: TypeAlias = Callable[[IntArray, Float32Array, IntArray], None]
+    """Is given rows ``(n,)``, the features ``(m, D)`` of their shard, and their rows there ``(n,)``."""
 
 FORMAT = 1
 DIGEST_BYTES = 16
@@ -48,6 +51,15 @@ QUIET_TEXTS = 256
 """Up to this many texts are encoded without a progress bar."""
 LINE_SECONDS = 30.0
 """How often a line tells the progress where no terminal shows a bar."""
+
+
+class MappedFeatures(NamedTuple):
+    """Features of I pairs in files that are mapped into memory."""
+
+    shards: list[Float32Array]
+    """``(n, D)`` each."""
+    place: NDArray[np.int32]
+    """``(I, 2)`` the shard of each pair and its row there."""
 
 
 class Filled(NamedTuple):
@@ -100,10 +112,37 @@ class FeatureCache:
         texts, row = self._distinct(pairs)
         digests = _digests(texts)
         out = np.empty((len(texts), self.backbone.feature_dim), dtype=np.float32)
-        missing = self._read(digests, out)
+
+        def take(rows: IntArray, features: Float32Array, at: IntArray) -> None:
+            out[rows] = features[at]
+
+        missing = self._read(digests, take)
         if len(missing):
             self._encode(texts, digests, missing, out, progress)
         return torch.from_numpy(out if len(texts) == len(row) else out[row])
+
+    def mapped(self, pairs: Sequence[tuple[str, str]]) -> MappedFeatures:
+        """Features of pairs as `features` gives them, which stay on the disk: nothing is held but where they are.
+
+        Args:
+            pairs: As of `features`.
+
+        Raises:
+            ValueError: As `features`.
+        """
+        texts, row = self._distinct(pairs)
+        digests = _digests(texts)
+        shards: list[Float32Array] = []
+        place = np.zeros((len(texts), 2), dtype=np.int32)
+        missing = np.arange(len(texts))
+
+        def take(rows: IntArray, features: Float32Array, at: IntArray) -> None:
+            place[missing[rows]] = np.stack([np.full(len(at), len(shards)), at], 1)
+            shards.append(features)
+
+        while len(missing := missing[self._read(digests[missing], take)]):
+            self._encode(texts, digests, missing, None, progress=True)
+        return MappedFeatures(shards, place[row])
 
     def fill(self, pairs: Sequence[tuple[str, str]], share: tuple[int, int] = (1, 1)) -> Filled:
         """Encode the texts of pairs that are not cached; no features are held in memory.
@@ -119,7 +158,7 @@ class FeatureCache:
         texts, _ = self._distinct(pairs)
         digests = _digests(texts)
         rows = np.flatnonzero(_range_of(digests, share[1]) == share[0] - 1)
-        missing = rows[self._read(digests[rows], None)]
+        missing = rows[self._read(digests[rows], lambda *_: None)]
         if len(missing):
             self._encode(texts, digests, missing, None, progress=True)
         return Filled(self.folder, len(texts), len(rows), len(missing))
@@ -130,8 +169,8 @@ class FeatureCache:
         row = [first.setdefault(self.backbone.render(*pair), len(first)) for pair in pairs]
         return list(first), row
 
-    def _read(self, digests: Digests, out: Float32Array | None) -> IntArray:
-        """Fill the rows of ``out``, if there is one, that are cached and whole; return the others ``(M,)``."""
+    def _read(self, digests: Digests, take: _Take) -> IntArray:
+        """Hand rows of ``digests`` that are cached and whole to ``take``, a shard at a time; return others ``(M,)``."""
         self._refresh()
         missing = np.ones(len(digests), dtype=bool)
         if self._shards and len(digests):
@@ -140,7 +179,9 @@ class FeatureCache:
             shard_of = np.repeat(np.arange(len(shards)), [len(self._shards[shard]) for shard in shards])
             row_of = np.concatenate([np.arange(len(self._shards[shard])) for shard in shards])
             order = np.argsort(stored, kind="stable")
-            found = order[np.searchsorted(stored, digests, sorter=order).clip(max=len(order) - 1)]
+            wanted = np.argsort(digests, kind="stable")  # neighbours are found near each other
+            found = np.empty(len(digests), dtype=np.int64)
+            found[wanted] = order[np.searchsorted(stored[order], digests[wanted]).clip(max=len(order) - 1)]
             hits = np.flatnonzero(stored[found] == digests)
             hits = hits[np.argsort(shard_of[found[hits]], kind="stable")]
             bounds = np.flatnonzero(np.diff(shard_of[found[hits]])) + 1
@@ -149,8 +190,7 @@ class FeatureCache:
                     features = self._load(shards[shard_of[found[rows[0]]]])
                     if features is not None:
                         missing[rows] = False
-                        if out is not None:
-                            out[rows] = features[row_of[found[rows]]]
+                        take(rows, features, row_of[found[rows]])
         return np.flatnonzero(missing)
 
     def _refresh(self) -> None:
@@ -166,25 +206,26 @@ class FeatureCache:
                     self._drop(shard, error)
 
     def _load(self, shard: Path) -> Float32Array | None:
-        """Features of a shard ``(n, D)``; None if it is gone or damaged."""
+        """Features of a shard ``(n, D)``, mapped into memory; None if it is gone or damaged."""
         try:
-            with safe_open(shard, framework="numpy") as file:
-                digests, features = file.get_tensor("digests"), file.get_tensor("features")
-                if _checksum(digests, features) != (file.metadata() or {}).get("checksum"):
+            with safe_open(shard, framework="numpy") as file:  # it checks what stands where
+                features = _mapped(shard)
+                if _checksum(file.get_tensor("digests"), features) != (file.metadata() or {}).get("checksum"):
                     raise ValueError("its checksum differs")
         except FileNotFoundError:
             self._shards.pop(shard)
             return None
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError) as error:
             self._drop(shard, error)
             return None
-        return np.asarray(features, dtype=np.float32)
+        return features
 
     def _drop(self, shard: Path, error: Exception) -> None:
         """Forget a damaged shard."""
         warnings.warn(f"{str(shard)!r} is damaged ({error}): removed, its texts are encoded again", stacklevel=2)
         self._shards.pop(shard, None)
-        shard.unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows keeps files that are mapped
+            shard.unlink(missing_ok=True)
 
     def _encode(
         self, texts: list[str], digests: Digests, missing: IntArray, out: Float32Array | None, progress: bool
@@ -313,6 +354,16 @@ def _range_of(digests: Digests, count: int) -> IntArray:
 def _as_digests(codes: NDArray[np.uint8]) -> Digests:
     """Stored bytes ``(N, 16)`` as hashes ``(N,)``."""
     return np.ascontiguousarray(codes).view(f"S{DIGEST_BYTES}").reshape(-1)
+
+
+def _mapped(shard: Path) -> Float32Array:
+    """The features ``(n, D)`` of a shard, mapped into memory, not read; no file stays open, as with `numpy.memmap`."""
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))["features"]
+    start, end = ((8 + length + offset) // 4 for offset in entry["data_offsets"])  # the format aligns to 8 bytes
+    values: Float32Array = torch.from_file(str(shard), shared=False, size=end, dtype=torch.float32).numpy()
+    return values[start:].reshape(entry["shape"])
 
 
 def _checksum(codes: NDArray[np.uint8], features: Float32Array) -> str:

@@ -43,7 +43,7 @@ class BatchRows(ABC):
 
 @dataclass(frozen=True)
 class FeatureRows(BatchRows):
-    """Features; may be memory-mapped."""
+    """Features in memory."""
 
     features: Float32Array
     """``(I, D)``."""
@@ -56,6 +56,31 @@ class FeatureRows(BatchRows):
     def gather(self, rows: IntArray) -> Tensor:
         """Rows ``(B,)`` -> ``(B, D)``."""
         return torch.from_numpy(np.ascontiguousarray(self.features[rows], dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class MappedRows(BatchRows):
+    """Features in files that are mapped into memory: read when they are gathered, and shared by processes."""
+
+    files: Sequence[Float32Array]
+    """``(n, D)`` each; at least one."""
+    place: npt.NDArray[np.int32]
+    """``(I, 2)`` the file of each item and its row there; -1 for an item without features, which are nan."""
+
+    @property
+    def width(self) -> int:
+        """Width D of the features."""
+        return int(self.files[0].shape[1])
+
+    def gather(self, rows: IntArray) -> Tensor:
+        """Rows ``(B,)`` -> ``(B, D)``."""
+        file, row = self.place[rows].T
+        out = np.empty((len(rows), self.width), dtype=np.float32)
+        order = np.lexsort((row, file))  # each file once, from its beginning to its end
+        for part in np.split(order, np.flatnonzero(np.diff(file[order])) + 1):
+            if len(part):
+                out[part] = self.files[file[part[0]]][row[part]] if file[part[0]] >= 0 else np.nan
+        return torch.from_numpy(out)
 
 
 @dataclass(frozen=True)

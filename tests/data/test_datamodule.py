@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from plm.backbones import HashingBackbone, ReferenceLogps
+from plm.data import encoding
 from plm.data.collate import build_context
 from plm.data.datamodule import PreferenceDataModule
 from plm.data.encoding import CachedReader, encode_pairs
+from plm.data.rows import FeatureRows, MappedRows
 from plm.data.schema import PairTable
 from plm.data.sources import PairSource
 from plm.data.sources.pairs import PairFiles
@@ -295,6 +297,47 @@ def test_hashed_words_express_the_planted_attributes(make: Any, world: Any) -> N
     guess = features[~train] @ np.linalg.solve(gram, features[train].T @ attributes[train])
     correlation = [np.corrcoef(guess[:, a], attributes[~train, a])[0, 1] for a in range(attributes.shape[1])]
     assert min(correlation) > 0.9
+
+
+# ---------------------------------------------------------------------- features that stay on the disk
+@pytest.mark.parametrize("batch_size", [None, 40])
+def test_batches_of_mapped_features_are_those_of_features_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int | None
+) -> None:
+    """Items that no pair refers to included; pairs of the same features on both sides are warned about."""
+
+    rows = [(f"u{row % 5}", f"p{row}", f"tea {row}", f"no {row}") for row in range(90)]
+    rows += [(f"u{row}", "same", "strong tea", "tea strong") for row in range(3)]
+    names = ("user_id", "prompt", "chosen", "rejected")
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+    )
+
+    class Part(Counting):
+        def load(self) -> PairTable:
+            return self.source.load().take(np.arange(2, 93))  # keeps the items of the first two
+
+    def batches(cache: str, kind: type) -> list[PreferenceBatch]:
+        source = Part(PairFiles(str(tmp_path / "pairs.jsonl")))
+        data = PreferenceDataModule(source, HashingBackbone(32), cache, batch_size=batch_size)
+        with pytest.warns(
+            UserWarning, match=r"3 of 91 pairs have the same features on both sides \(.*pairs.jsonl:91\)"
+        ):
+            data.setup("fit")
+        items, table = data._data.items, data.table
+        every = items.gather(np.arange(len(table.items)))
+        assert type(items) is kind and isinstance(every, Tensor)
+        used = np.isin(np.arange(len(table.items)), [table.chosen, table.rejected])
+        assert torch.equal(every.isnan().all(1), torch.from_numpy(~used)) and (~used).sum() == 4
+        return [batch for loader in (data.train_dataloader(), *data.test_dataloader()) for batch in loader]
+
+    monkeypatch.setattr("plm.data.features.SHARD_TEXTS", (16, 16))
+    held = batches(str(tmp_path / "held"), FeatureRows)
+    monkeypatch.setattr(encoding, "MOST_HELD", 0)
+    for ours, theirs in zip(batches(str(tmp_path / "mapped"), MappedRows), held, strict=True):
+        assert torch.equal(ours.chosen, theirs.chosen) and torch.equal(ours.rejected, theirs.rejected)
+        if ours.context is not None:
+            assert torch.equal(ours.context.chosen, theirs.context.chosen)
 
 
 # ---------------------------------------------------------------------- filled without a fit

@@ -19,9 +19,10 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
+from plm.arrays import Float32Array, IntArray
 from plm.backbones import Backbone, HashingBackbone
 from plm.data import features as module
-from plm.data.features import FeatureCache
+from plm.data.features import FeatureCache, MappedFeatures
 
 FAKE = '''
 import hashlib, time, torch
@@ -174,7 +175,11 @@ def test_text_hashes_that_end_in_zero_are_kept_apart(tmp_path: Path) -> None:
     asked = np.frombuffer(b"".join([bytes(14) + b"\1\0", *codes[::-1]]), dtype="S16")
     out = np.zeros((5, 16), dtype=np.float32)
     for reader in (cache, FeatureCache(Fake(), tmp_path)):
-        assert reader._read(asked, out).tolist() == [0]
+
+        def take(rows: IntArray, features: Float32Array, at: IntArray) -> None:
+            out[rows] = features[at]
+
+        assert reader._read(asked, take).tolist() == [0]
         assert torch.equal(torch.from_numpy(out[1:]), TRUTH[:4].flip(0))
 
 
@@ -244,6 +249,44 @@ def test_progress_is_for_terminals(
     assert screen.getvalue() == ""
     cache.features([("again", response) for _, response in PAIRS], progress=progress)
     assert ("Encoding texts" in screen.getvalue()) is shown
+
+
+# ---------------------------------------------------------------------- on the disk
+def gathered(found: MappedFeatures) -> Tensor:
+    return torch.from_numpy(np.stack([found.shards[shard][row] for shard, row in found.place]))
+
+
+def test_mapped_features_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the pairs, repeated ones too; what is not cached is encoded, once, and damaged shards again."""
+    monkeypatch.setattr(module, "SHARD_TEXTS", (30, 30))
+    FeatureCache(Fake(), tmp_path).features(PAIRS[40:120])
+    backbone = Fake()
+    cache = FeatureCache(backbone, tmp_path)
+    content = bytearray(shards(cache)[0].read_bytes())
+    content[-5] ^= 64
+    num_lost = texts_in(shards(cache)[0])
+    shards(cache)[0].write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        found = cache.mapped([*PAIRS[::-1], *PAIRS[:7]])
+    assert torch.equal(gathered(found), torch.cat([TRUTH.flip(0), TRUTH[:7]]))
+    assert len(backbone.encoded) == len(set(backbone.encoded)) == 200 - 80 + num_lost
+    assert torch.equal(gathered(FeatureCache(Fake(), tmp_path).mapped(PAIRS)), TRUTH)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the system does not show what is mapped")
+def test_mapped_features_hold_no_files_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shard is a map of its own, no file stays open, and one that is cleared meanwhile can be read on."""
+    monkeypatch.setattr(module, "SHARD_TEXTS", (4, 4))
+    cache = FeatureCache(Fake(), tmp_path)
+    cache.fill(PAIRS)
+    num_open = len(os.listdir("/proc/self/fd"))
+    found = cache.mapped(PAIRS)
+    assert len(found.shards) == 50 and len(os.listdir("/proc/self/fd")) == num_open
+    maps = Path("/proc/self/maps").read_text()
+    assert all(maps.count(str(shard)) == 1 for shard in shards(cache))
+    for shard in shards(cache):
+        shard.unlink()
+    assert torch.equal(gathered(found), TRUTH)
 
 
 # ---------------------------------------------------------------------- shares of the texts
