@@ -21,6 +21,7 @@ from plm.functional import (
     flatten_context,
     padded_users,
     per_user_sum,
+    project,
     targets,
     unit_mean_per_user,
     user_chunks,
@@ -28,6 +29,18 @@ from plm.functional import (
 from plm.types import Context
 
 K = 4
+
+
+def test_features_are_projected_column_by_column_with_the_same_values_and_gradients() -> None:
+    """A product whose second factor lies as columns is what torch's derivative of a product tells apart."""
+    features = torch.randn(3, 50, 7, dtype=torch.float64, requires_grad=True)
+    directions = torch.randn(7, K, dtype=torch.float64, requires_grad=True)
+    projected, product = project(features, directions), features @ directions
+    weight = torch.randn_like(product)
+    leaves = (features, directions)
+    found, expected = (torch.autograd.grad((out * weight).sum(), leaves) for out in (projected, product))
+    assert torch.allclose(projected, product, rtol=1e-12)
+    assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(found, expected, strict=True))
 
 
 def pair_list(counts: list[int], num_weights: int = K, seed: int = 0, scale: float = 1.0) -> PairList:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from plm.functional import bt_losses, targets
+from plm.functional import bt_losses, project, targets
 from plm.method import PersonalizationMethod
 from plm.method.population import RIDGES
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -80,7 +80,7 @@ class BradleyTerry(PersonalizationMethod):
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Sum of the candidates' losses, which do not share parameters, and the loss of the one chosen so far."""
-        margins = batch.difference @ self._directions()
+        margins = project(batch.difference, self._directions())
         losses = ridge_losses(margins, self.directions, batch, self.ridges, self.num_train_pairs)
         return {"loss": losses.sum(), "nll": losses[self.chosen_ridge]}
 
@@ -89,7 +89,7 @@ class BradleyTerry(PersonalizationMethod):
         """Pick the ridge with the lowest validation loss."""
         total = self.reference.new_zeros(len(self.ridges))
         for batch in self.val_pass():
-            margins = batch.difference @ self._directions()
+            margins = project(batch.difference, self._directions())
             total += (batch.weight * bt_losses(margins.T, targets(batch.tie).to(margins))).sum(-1)
         total = self.sum_over_processes(total)
         if total.any():

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.functional import targets
+from plm.functional import project, targets
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
 from plm.optimizer import with_decay
@@ -139,7 +139,7 @@ class DPL(PersonalizationMethod):
     # ------------------------------------------------------------------ the distribution of a response
     def _outputs(self, features: Tensor) -> Tensor:
         """What the heads give: ``(B, D)`` -> ``(B, 2)`` or ``(B, A)``."""
-        return features @ self.heads / self.feature_scale + self.bias
+        return project(features, self.heads) / self.feature_scale + self.bias
 
     def _normal(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and spread, ``(B,)`` each."""

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from plm.distributed import summed, world_size
-from plm.functional import PairList, bt_losses, flatten_context, per_user_sum, targets, unit_mean_per_user
+from plm.functional import PairList, bt_losses, flatten_context, per_user_sum, project, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
 from plm.method.episodes import Arranged, arrange, draw_episodes, pairs_that_count
@@ -156,7 +156,7 @@ class MRM(PersonalizationMethod):
     # ------------------------------------------------------------------ shared by training and use
     def _along_bases(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """What weights multiply, and what they do not: ``(..., D)`` -> ``(..., K)`` and ``(...)``."""
-        along = features @ self.bases / (self.feature_scale if self.temperature is None else self.temperature)
+        along = project(features, self.bases) / (self.feature_scale if self.temperature is None else self.temperature)
         return along, features @ self.bradley_terry if self.residual else along.new_zeros(along.shape[:-1])
 
     def _pairs(self, difference: Tensor, target: Tensor, weight: Tensor, user: Tensor, num_users: int) -> PairList:

@@ -29,6 +29,7 @@ from plm.functional import (
     fit_gaussian,
     flatten_context,
     per_user_sum,
+    project,
     targets,
     unit_mean_per_user,
 )
@@ -130,7 +131,7 @@ class PReF(PersonalizationMethod):
 
         Also under autocast in the precision of the features, in which users are solved and kept.
         """
-        along = (features @ self.bases).to(features) / self.feature_scale
+        along = project(features, self.bases).to(features) / self.feature_scale
         if self.mean == "zero":
             return along, along.new_zeros(along.shape[:-1])
         return along, (features @ self.bradley_terry).to(features)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plm.functional import Posterior, expected_losses, targets
+from plm.functional import Posterior, expected_losses, project, targets
 from plm.types import PreferenceBatch
 
 
@@ -31,7 +31,7 @@ class ProjectedPairs(NamedTuple):
 
 def projected_pairs(batch: PreferenceBatch, bases: Tensor) -> ProjectedPairs:
     """Project the pairs of a batch on bases ``(D, K)``."""
-    margins = batch.difference @ bases
+    margins = project(batch.difference, bases)
     return ProjectedPairs(margins, targets(batch.tie).to(margins), batch.weight, batch.user_index)
 
 
@@ -56,7 +56,7 @@ def basis_margins(difference: Tensor, bases: Tensor, weights: Tensor) -> Tensor:
 
     Paper eq 7, factored: ``((X V) * W[user]).sum(-1)``; nothing of size pairs x users is ever made.
     """
-    return ((difference @ bases) * weights).sum(-1)
+    return (project(difference, bases) * weights).sum(-1)
 
 
 def cosine_anchor(bases: Tensor, reference: Tensor) -> Tensor:

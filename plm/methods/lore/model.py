@@ -24,6 +24,7 @@ from plm.functional import (
     fit_gaussian,
     flatten_context,
     per_user_sum,
+    project,
     unit_mean_per_user,
     user_chunks,
 )
@@ -292,5 +293,5 @@ class LoRe(PersonalizationMethod):
             return self.population_state(num_users)._replace(num_pairs=counts)
         with torch.no_grad():
             difference, target, weight, user = flatten_context(context)
-            pairs = self._pairs(difference @ self._bases(), self.prior_scale, target, weight, user, num_users)
+            pairs = self._pairs(project(difference, self._bases()), self.prior_scale, target, weight, user, num_users)
             return self._state(fit_gaussian(pairs), self.prior_scale, counts)

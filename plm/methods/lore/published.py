@@ -25,6 +25,7 @@ from plm.functional import (
     fit_simplex,
     fit_simplex_by_adam,
     flatten_context,
+    project,
     unit_mean_per_user,
 )
 from plm.messages import Problems
@@ -223,7 +224,7 @@ class PublishedLoRe(PersonalizationMethod):
         num_users, kept = context.num_users, self.kept
         with torch.no_grad():
             difference, target, weight, user = flatten_context(context)
-            margins = (difference @ self._bases())[:, kept]
+            margins = project(difference, self._bases())[:, kept]
             pairs = PairList(margins, torch.zeros_like(target), target, weight, user, num_users)
             centre = self.population_state(1).tensors["weights"][0, kept]
             fitted = fit_simplex(pairs, centre, self.prior_precision)

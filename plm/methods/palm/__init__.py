@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from plm.arrays import Float64Array
-from plm.functional import PairList, bt_losses, fit_simplex, flatten_context, targets, unit_mean_per_user
+from plm.functional import PairList, bt_losses, fit_simplex, flatten_context, project, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.methods.palm.oracle import BestOfN
 from plm.methods.palm.routing import RoutedMethod
@@ -118,7 +118,7 @@ class PALM(RoutedMethod):
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Bradley-Terry loss of each user's mix of objectives, plus the normal priors of objectives and weights."""
-        projected = batch.difference @ self._objectives()
+        projected = project(batch.difference, self._objectives())
         weights = torch.softmax(self.logits, -1)
         margin = (projected * weights[batch.user_index]).sum(-1)
         nll = (batch.weight * bt_losses(margin, targets(batch.tie).to(margin))).mean()
@@ -135,7 +135,7 @@ class PALM(RoutedMethod):
         weights, precision = torch.zeros_like(self.weights), torch.zeros_like(self.precision)
         counts, rows = torch.zeros_like(self.num_pairs), []
         for batch in self.train_pass():
-            rewards = torch.stack(batch.features, 1) @ self._objectives()  # (B, 2, R)
+            rewards = project(torch.stack(batch.features, 1), self._objectives())  # (B, 2, R)
             users, user = torch.unique(batch.user_index, return_inverse=True)
             weight = unit_mean_per_user(batch.weight, user, len(users))
             projected, target = rewards[:, 0] - rewards[:, 1], targets(batch.tie).to(rewards)
@@ -178,6 +178,6 @@ class PALM(RoutedMethod):
         """Solve LoRe's few-shot problem (eq 11) with the objectives fixed, then route; without pairs, to cold start."""
         with torch.no_grad():
             difference, target, weight, user = flatten_context(context)
-            projected = difference @ self._objectives()
+            projected = project(difference, self._objectives())
             pairs = PairList(projected, torch.zeros_like(target), target, weight, user, context.num_users)
             return self.inferred(pairs, context.mask.sum(-1))
