@@ -471,7 +471,7 @@ def test_a_missing_chat_template_is_told(causal_lm: Folder, tmp_path: Path) -> N
 
 
 def test_a_policy_is_left_as_it_was(causal_lm: Folder) -> None:
-    """Also in the middle of training, where checkpointed blocks cannot keep keys and values."""
+    """Also in the middle of training, with blocks that run again."""
     policy = Policy(CausalLM(str(causal_lm("gpt2"))), gradient_checkpointing=True).train()
     before = [module.training for module in policy.modules()]
     assert any(before)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from plm.atomic import replace
 from plm.backbones.attention import Prefix, attention_bias, attention_window, decoder_of, filled_cache
 from plm.backbones.causal_lm import CausalLM
+from plm.backbones.checkpointing import run_blocks_again
 from plm.backbones.head import TokenFacts, token_logps
 from plm.backbones.lora import LoRA, TargetModules
 from plm.distributed import is_first
@@ -64,8 +65,7 @@ class Policy(nn.Module):
         self.window = attention_window(network.config)
         self.lora: LoRA | None = None
         if gradient_checkpointing:
-            options = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
-            self.network.activation_checkpointing_enable(options)
+            run_blocks_again(network, self._checkpoint_contexts)
         self._head_is_whole = self._shares = False
         self._sharded: list[Any] = []  # inner modules first
         self.train()

@@ -68,7 +68,7 @@ class Reading:
         self._mask = torch.cat([self._mask, attended], 1)
         mask = self.policy.mask(self._mask, ids.shape[1], self._bias)
         return self.policy.decoder(  # type: ignore[no-any-return]
-            input_ids=ids, attention_mask=mask, position_ids=position, cache=self._cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=position, cache=self._cache, use_cache=False
         ).last_hidden_state
 
     def take(self, rows: Tensor) -> Reading:

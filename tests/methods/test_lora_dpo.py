@@ -86,12 +86,13 @@ def test_half_precision_trains_towards_the_same(causal_lm: Folder, kind: str, ca
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
 def test_checkpointed_blocks_run_again_and_give_the_same(
-    causal_lm: Folder, kind: str, share_prompts: bool, tmp_path: Path
+    causal_lm: Folder, kind: str, share_prompts: bool, adapter: str, tmp_path: Path
 ) -> None:
     results, runs = [], []
     for checkpointing in (False, True):
-        options = {"gradient_checkpointing": checkpointing, "share_prompts": share_prompts}
+        options = {"gradient_checkpointing": checkpointing, "share_prompts": share_prompts, "adapter": adapter}
         method = make(causal_lm(kind), mode="per_user", **options)
         count = [0]
 
@@ -315,7 +316,6 @@ REFUSED = {
     "tokens": ({"adapter": "prefix", "num_virtual_tokens": 0}, "model.num_virtual_tokens: expected at least 1"),
     "full": ({"adapter": "full", "mode": "per_user"}, "model.mode: expected shared with model.adapter 'full', got"),
     "prefix": ({"adapter": "prefix", "mode": "basis"}, "model.mode: expected shared or per_user with model.adapter"),
-    "checkpointing": ({"adapter": "prefix", "gradient_checkpointing": True}, "expected false with model.adapter"),
     "wpo": ({"mode": "basis", "use_weighting": True}, "model.use_weighting: expected false with model.mode 'basis'"),
     "moving": ({"ref_model_sync_steps": 2}, "model.ref_model_sync_steps: expected null with model.adapter 'lora'"),
     "mixing": (

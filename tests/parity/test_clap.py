@@ -31,7 +31,7 @@ from plm.methods.clap.losses import (
 )
 from plm.recipe.defaults import shipped
 from plm.testing.contract import saved
-from plm.types import Tokens, UserState
+from plm.types import PreferenceBatch, Tokens, UserState
 from tests.groups import method_options
 
 Folder = Callable[[str], Path]
@@ -63,6 +63,42 @@ def posteriors(num_prompts: int = 1, num_responses: int = 4, seed: int = 0) -> P
     generator = torch.Generator().manual_seed(seed)
     mean, log_var = (torch.randn(num_prompts, num_responses, 3, generator=generator).double() for _ in range(2))
     return Posteriors(1.5 * mean, log_var - 1, torch.ones(num_prompts, num_responses, dtype=torch.bool))
+
+
+# ---------------------------------------------------------------------- memory
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("options", [{}, {"placement": "prefix", "unfreeze": True}, {"gated": True}])
+def test_blocks_that_run_again_find_the_keys_and_values_of_their_first_run(
+    causal_lm: Folder, kind: str, options: dict[str, Any]
+) -> None:
+    """Every part of a text is read after others: the same loss and gradients, and less is kept for them."""
+    found: list[tuple[Tensor, dict[str, Tensor], int]] = []
+    for checkpointing in (False, True):
+        method = clap(causal_lm, kind, gradient_checkpointing=checkpointing, **options).train()
+        others = [(prompt, response[::-1]) for prompt, response in PAIRS]
+        batch = PreferenceBatch(
+            tokens(method), tokens(method, others), torch.zeros(4).long(), torch.ones(4), torch.zeros(4).bool()
+        )
+        kept: dict[int, int] = {}
+        pointers = {value.untyped_storage().data_ptr() for value in method.parameters()}
+
+        def pack(value: Tensor, kept: dict[int, int] = kept, pointers: set[int] = pointers) -> Tensor:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in pointers:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            loss = method.loss(batch)["loss"]
+        loss.backward()
+        gradients = {name: value.grad for name, value in method.named_parameters() if value.grad is not None}
+        found.append((loss.detach(), gradients, sum(kept.values())))
+    (loss, gradients, size), (again, same, less) = found
+    assert torch.equal(loss, again) and gradients.keys() == same.keys() and any(value.any() for value in same.values())
+    for name, value in gradients.items():
+        torch.testing.assert_close(same[name], value, atol=1e-6, rtol=1e-5)
+    assert less < 0.6 * size
 
 
 # ---------------------------------------------------------------------- losses

@@ -28,6 +28,4 @@ def check_options(options: Mapping[str, Any]) -> None:
         placement=(options["placement"], get_args(Placement)),
         kl=(options["kl"], get_args(KL)),
     )
-    if options.get("gradient_checkpointing"):
-        problems.add("gradient_checkpointing", "false, for texts are read in parts that share keys and values", True)
     problems.check()

@@ -110,11 +110,6 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         problems.choices(adapter=(adapter, tuple(MODES)))
         if mode not in (modes := MODES.get(adapter, (mode,))):
             problems.add("mode", f"{' or '.join(modes)} with model.adapter {adapter!r}", mode)
-        problems.say(
-            "model.gradient_checkpointing: expected false with model.adapter 'prefix', whose keys and values a block "
-            "that is run again does not see, got true",
-            when=adapter == "prefix" and self.gradient_checkpointing,
-        )
         problems.check()
 
     # ------------------------------------------------------------------ parameters
