@@ -378,8 +378,9 @@ def test_empty_responses_are_never_the_best(causal_lm: Folder, monkeypatch: pyte
     monkeypatch.setattr("plm.generation.sample", lambda *args, **settings: pool)
     first, second = best_of_n(policy_of(causal_lm), reward, ["one", "two"], n=3, max_new_tokens=4)
     rewards = reward.score(["b b", "cd"], prompts="one").detach()
-    assert first == (drawn[0][1 + int(rewards.argmax())], pytest.approx(float(rewards.max()), abs=1e-5))
-    assert second.text == "e"
+    number = 1 + int(rewards.argmax())
+    assert first == (drawn[0][number], pytest.approx(float(rewards.max()), abs=1e-5), number)
+    assert (second.text, second.number) == ("e", 0)
     pool[1] = 3 * pool[1][1:2]
     with pytest.raises(ValueError, match=r"not empty among 3, got none to the prompt 'two'; raise n, or set min_new"):
         best_of_n(policy_of(causal_lm), reward, ["one", "two"], n=3, max_new_tokens=4)
