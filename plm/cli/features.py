@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib.util import find_spec
+
 from plm.cli.options import OptionParser, check_encoder, split_overrides
 
 _CONCURRENCY = 16
@@ -32,11 +35,26 @@ def run(args: list[str]) -> None:
     )
     parser.add_shared("--encoder_model")
     parser.add_shared("--encoder_unchecked", help="without that comparison, where the backbone cannot be loaded")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: workers of Ray encode, here or on the cluster that RAY_ADDRESS names, where all see the cache; it "
+        "needs pip install 'plm[ray]' (default local: this process)",
+    )
+    parser.add_shared("--workers", help="of Ray (default: one for each GPU, or each CPU but one)")
     own, overrides = split_overrides(args)
     options = parser.parse(own)
     check_encoder(parser, options)
+    if options.engine == "local" and options.workers is not None:
+        parser.error("--workers goes with --engine ray")
+    if options.engine == "ray" and options.encoder_url is not None:
+        parser.error("--encoder_url and --engine ray are two ways to encode; give one of them")
+    if options.engine == "ray" and find_spec("ray") is None:
+        raise ValueError("plm features --engine ray needs ray; pip install 'plm[ray]'")
 
     from plm.backbones import RemoteEncoder
+    from plm.data.ray_workers import encode_by_ray
     from plm.recipe.fit import RecipeReader, run_recipe
 
     recipe = [part for file in options.config for part in ("--config", file)]
@@ -52,9 +70,10 @@ def run(args: list[str]) -> None:
             concurrency=_CONCURRENCY,
             quotes=True,
         )
+    engine = partial(encode_by_ray, workers=options.workers) if options.engine == "ray" else None
     print(f"{data.table.num_pairs:,} pairs of {data.table.num_users:,} users from {data.source.name}")
     index, count = options.shard
-    for name, filled in data.fill_cache(options.shard, server).items():
+    for name, filled in data.fill_cache(options.shard, server, engine).items():
         part = f", {filled.num_of_share:,} in shard {index}/{count}" if count > 1 else ""
         cached = filled.num_of_share - filled.num_encoded
         print(

@@ -102,6 +102,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "metavar": "N"},
     "--shard": {"type": share, "default": (1, 1), "metavar": "I/K"},
     "--user": {"metavar": "ID"},
+    "--workers": {"type": integer(1), "metavar": "N"},
     "--winner": {
         "nargs": "+",
         "default": [],

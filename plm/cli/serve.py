@@ -30,11 +30,9 @@ def run(args: list[str]) -> int:
     parser.add_argument(
         "--api_keys", metavar="FILE", help="keys, one a line; a request must bring one as a bearer (default: none)"
     )
-    parser.add_argument(
+    parser.add_shared(
         "--workers",
-        type=integer(1),
         default=1,
-        metavar="N",
         help="processes, each with its own copy of the model, on one store of users (default 1)",
     )
     parser.add_argument(

@@ -50,7 +50,7 @@ from plm.messages import Problems
 from plm.types import PreferenceBatch
 
 if TYPE_CHECKING:
-    from plm.data.features import Filled
+    from plm.data.features import Engine, Filled
 
 DEFAULT_SHOTS = (0, 1, 2, 4, 8, 16, 32)
 TOKEN_BATCH_SIZE = 16
@@ -297,12 +297,15 @@ class PreferenceDataModule(L.LightningDataModule):
         metadata = {**{name: getattr(self, name) for name in names}, **self.summary()}
         write_splits(path, self.splits, self.table.user_ids, metadata)
 
-    def fill_cache(self, share: tuple[int, int] = (1, 1), server: RemoteEncoder | None = None) -> dict[str, Filled]:
+    def fill_cache(
+        self, share: tuple[int, int] = (1, 1), server: RemoteEncoder | None = None, engine: Engine | None = None
+    ) -> dict[str, Filled]:
         """Encode what a fit reads through the cache and is not there yet; features are not held in memory.
 
         Args:
             share: ``(i, n)``, the i-th of n equal shares of the texts: see `FeatureCache.fill`.
             server: What encodes in the place of the backbone.
+            engine: What has other processes encode, such as `plm.data.ray_workers.encode_by_ray`.
 
         Returns:
             What was done to features of ``responses``, ``prompts`` and ``reference`` log-probabilities, where a fit
@@ -319,6 +322,7 @@ class PreferenceDataModule(L.LightningDataModule):
             prompt_features=self.prompt_features,
             reference_logps=self.reference_logps,
             server=server,
+            engine=engine,
         )
 
     # ------------------------------------------------------------------ Lightning

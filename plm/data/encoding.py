@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from plm.data.rows import BatchRows, FeatureRows, MappedRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.values import plain_prompt
 from plm.types import Tokens
+
+if TYPE_CHECKING:
+    from plm.data.features import Engine
 
 TEXTS_AT_ONCE = 2**14
 """Texts that are read at once where no cache keeps their features."""
@@ -170,6 +173,7 @@ def fill_cache(
     prompt_features: bool,
     reference_logps: bool,
     server: RemoteEncoder | None,
+    engine: Engine | None,
 ) -> dict[str, Filled]:
     """Encode what `encode_pairs` and `with_reference_logps` read through caches and is not there yet.
 
@@ -181,6 +185,7 @@ def fill_cache(
         prompt_features: Whether prompts alone are wanted, too.
         reference_logps: Whether log-probabilities under the untrained model are.
         server: What encodes in the place of the backbone.
+        engine: What has other processes encode.
 
     Returns:
         ``responses``, ``prompts`` and ``reference``, those that are read -> what was done.
@@ -210,7 +215,7 @@ def fill_cache(
     filled = {}
     for name, (encoder, texts) in parts.items():
         try:
-            filled[name] = FeatureCache(encoder, cache_dir, server).fill(texts, share)
+            filled[name] = FeatureCache(encoder, cache_dir, server).fill(texts, share, engine)
         except EncoderError as error:
             raise ValueError(f"--encoder_url: {error}; what was encoded is kept") from error
         encoder.release()

@@ -16,7 +16,7 @@ import os
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     Digests: TypeAlias = NDArray[np.bytes_]  # (N,) of 16 bytes
     _Take: TypeAlias = Callable[[IntArray, Float32Array, IntArray], None]
     """Is given rows ``(n,)``, the features ``(m, D)`` of their shard, and their rows there ``(n,)``."""
+    Engine: TypeAlias = Callable[["FeatureCache", list[str]], Iterator[int]]
+    """Has rendered texts encoded, and gives how many are done, time and again."""
 
 FORMAT = 1
 DIGEST_BYTES = 16
@@ -144,23 +146,31 @@ class FeatureCache:
             self._encode(texts, digests, missing, None, progress=True)
         return MappedFeatures(shards, place[row])
 
-    def fill(self, pairs: Sequence[tuple[str, str]], share: tuple[int, int] = (1, 1)) -> Filled:
+    def fill(
+        self, pairs: Sequence[tuple[str, str]], share: tuple[int, int] = (1, 1), engine: Engine | None = None
+    ) -> Filled:
         """Encode the texts of pairs that are not cached; no features are held in memory.
 
         Args:
             pairs: As of `features`.
             share: ``(i, n)``, only the texts whose hash falls into the i-th of n equal ranges: whatever other texts
                 there are, a text belongs to the same share.
+            engine: What has other processes encode texts into this cache; None = they are encoded here.
 
         Raises:
-            ValueError: As `features`.
+            ValueError: As `features`, or if the other processes have not filled this cache.
         """
         texts, _ = self._distinct(pairs)
         digests = _digests(texts)
         rows = np.flatnonzero(_range_of(digests, share[1]) == share[0] - 1)
         missing = rows[self._read(digests[rows], lambda *_: None)]
         if len(missing):
-            self._encode(texts, digests, missing, None, progress=True)
+            self._encode(texts, digests, missing, None, True, engine)
+        if engine is not None and (num_left := len(self._read(digests[missing], lambda *_: None))):
+            raise ValueError(
+                f"expected {len(missing)} texts to be in {str(self.folder)!r} by now, {num_left} are not: who encodes "
+                "must see that folder and read the same model"
+            )
         return Filled(self.folder, len(texts), len(rows), len(missing))
 
     def _distinct(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
@@ -227,33 +237,69 @@ class FeatureCache:
         with suppress(PermissionError):  # Windows keeps files that are mapped
             shard.unlink(missing_ok=True)
 
+    def encode(self, texts: list[str]) -> int:
+        """Encode those of rendered texts that are not cached; returns how many.
+
+        Raises:
+            ValueError: As `features`.
+        """
+        digests = _digests(texts)
+        missing = self._read(digests, lambda *_: None)
+        if len(missing):
+            self._encode(texts, digests, missing, None, progress=False)
+        return len(missing)
+
+    def __reduce__(self) -> tuple[Callable[..., FeatureCache], tuple[object, ...]]:
+        """Another process makes the backbone anew, and its key from the files that are there."""
+        return _rebuilt, (self.backbone.spec(), str(self.folder.parent))
+
     def _encode(
-        self, texts: list[str], digests: Digests, missing: IntArray, out: Float32Array | None, progress: bool
+        self,
+        texts: list[str],
+        digests: Digests,
+        missing: IntArray,
+        out: Float32Array | None,
+        progress: bool,
+        engine: Engine | None = None,
     ) -> None:
-        """Encode the missing texts, into ``out`` if there is one, shard by shard, each of about ``SHARD_SECONDS``."""
-        encoder = self.backbone if self.server is None else self._agreeing(self.server)
+        """Encode the missing texts, into ``out`` if there is one, and tell the progress."""
         console = Console(stderr=True)
         watched = console.is_terminal or console.is_jupyter
         hidden = not (progress and watched and len(missing) > QUIET_TEXTS)
         lines = _Lines(console, len(missing)) if progress and not watched else None
         columns = (TextColumn("Encoding texts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         missing = np.array(sorted(missing, key=lambda row: -len(texts[row])))  # what is in a shard is of similar length
+        steps = (
+            self._by_shards(texts, digests, missing, out)
+            if engine is None
+            else engine(self, [texts[row] for row in missing])
+        )
         with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
             task = bar.add_task("", total=len(missing))
-            start, size = 0, SHARD_TEXTS[0]
-            while start < len(missing):
-                rows = missing[start : start + size]
-                began = time.monotonic()
-                features = encoder.encode([texts[row] for row in rows]).detach().to("cpu", torch.float32).numpy()
-                rate = len(rows) / max(time.monotonic() - began, 1e-9)
-                self._check(features, [texts[row] for row in rows])
-                self._write(digests[rows], np.ascontiguousarray(features))
-                if out is not None:
-                    out[rows] = features
-                bar.advance(task, len(rows))
-                start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
+            num_done = 0
+            for count in steps:
+                num_done += count
+                bar.advance(task, count)
                 if lines is not None:
-                    lines.show(start)
+                    lines.show(num_done)
+
+    def _by_shards(
+        self, texts: list[str], digests: Digests, missing: IntArray, out: Float32Array | None
+    ) -> Iterator[int]:
+        """Encode shard by shard, each of about ``SHARD_SECONDS``; gives how many texts it holds."""
+        encoder = self.backbone if self.server is None else self._agreeing(self.server)
+        start, size = 0, SHARD_TEXTS[0]
+        while start < len(missing):
+            rows = missing[start : start + size]
+            began = time.monotonic()
+            features = encoder.encode([texts[row] for row in rows]).detach().to("cpu", torch.float32).numpy()
+            rate = len(rows) / max(time.monotonic() - began, 1e-9)
+            self._check(features, [texts[row] for row in rows])
+            self._write(digests[rows], np.ascontiguousarray(features))
+            if out is not None:
+                out[rows] = features
+            start, size = start + len(rows), int(np.clip(rate * SHARD_SECONDS, *SHARD_TEXTS))
+            yield len(rows)
 
     def _agreeing(self, server: RemoteEncoder) -> RemoteEncoder:
         """The server, after its features and the backbone's have been compared and the comparison is written down."""
@@ -283,6 +329,11 @@ class FeatureCache:
         with whole_file(shard) as file:
             file.write(save(tensors, metadata={"checksum": _checksum(codes, features)}))
         self._shards[shard] = digests
+
+
+def _rebuilt(spec: dict[str, Any], directory: str) -> FeatureCache:
+    """A cache in another process than the one it came from."""
+    return FeatureCache(Backbone.from_spec(spec), directory)
 
 
 class _Lines:
