@@ -10,6 +10,7 @@ A shard is never written again, so that features may be read from where it is ma
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -413,7 +414,12 @@ def _mapped(shard: Path) -> Float32Array:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))["features"]
     start, end = ((8 + length + offset) // 4 for offset in entry["data_offsets"])  # the format aligns to 8 bytes
-    values: Float32Array = torch.from_file(str(shard), shared=False, size=end, dtype=torch.float32).numpy()
+    try:
+        values: Float32Array = torch.from_file(str(shard), shared=False, size=end, dtype=torch.float32).numpy()
+    except RuntimeError as error:
+        if f"({errno.ENOENT})" in str(error):  # another process has just removed it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(shard)) from error
+        raise
     return values[start:].reshape(entry["shape"])
 
 

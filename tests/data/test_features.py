@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,32 @@ def test_a_shard_that_another_process_removed(tmp_path: Path) -> None:
     for shard in shards(cache):
         shard.unlink()
     assert torch.equal(cache.features(PAIRS), TRUTH)
+
+
+def test_a_shard_that_another_process_removes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its head is read, after it, before its features are mapped, and after."""
+    opened, mapped = module.safe_open, torch.from_file
+    monkeypatch.setattr(module, "SHARD_TEXTS", (100, 100))
+    FeatureCache(Fake(), tmp_path).features(PAIRS)
+
+    def removed(call: Any, after: bool) -> Any:
+        def wrapper(path: str | Path, *args: Any, **options: Any) -> Any:
+            found = call(path, *args, **options) if after else None
+            Path(path).unlink(missing_ok=True)
+            return found if after else call(path, *args, **options)
+
+        return wrapper
+
+    moments = [("safe_open", opened, False), ("safe_open", opened, True)]
+    moments += [("from_file", mapped, False), ("from_file", mapped, True)]
+    for name, call, after in moments:
+        cache = FeatureCache(backbone := Fake(), tmp_path)
+        assert cache.fill(PAIRS).num_encoded in (0, 200)
+        backbone.encoded.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch if name == "from_file" else module, name, removed(call, after))
+            assert torch.equal(cache.features(PAIRS), TRUTH)
+        assert len(backbone.encoded) == (0 if (name, after) == ("from_file", True) else 200)
 
 
 def test_text_hashes_that_end_in_zero_are_kept_apart(tmp_path: Path) -> None:
