@@ -6,6 +6,7 @@ Every installed method is a name of plm as well, by its entry point.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,16 +72,22 @@ __all__ = ["__version__", *_MODULE_OF]
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or an installed method, from the module that defines it."""
-    from importlib.metadata import entry_points  # slow to import
-
     if name in _MODULE_OF:
         value = getattr(import_module(_MODULE_OF[name]), name)
-    elif not name.startswith("_") and (found := entry_points(group="plm.methods", name=name)):
-        value = next(iter(found)).load()
+    elif not name.startswith("_") and name in _installed():
+        value = _installed()[name].load()
     else:
         raise AttributeError(f"module 'plm' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+@cache  # who parses a recipe asks for every class whether it is a name of plm, and reading takes tens of milliseconds
+def _installed() -> dict[str, Any]:
+    """Entry points of installed methods by name."""
+    from importlib.metadata import entry_points  # slow to import
+
+    return {entry.name: entry for entry in entry_points(group="plm.methods")}
 
 
 def __dir__() -> list[str]:
