@@ -63,37 +63,27 @@ class CachedReader:
         self.backbone, self.cache_dir = backbone, cache_dir
         self.cache = FeatureCache(backbone, cache_dir)
 
-    def __call__(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
-        """Features ``(B, D)`` of B responses to B prompts.
+    def responses(self, prompts: Sequence[str], texts: Sequence[str], items: IntArray, num_items: int) -> BatchRows:
+        """Features of n responses to n prompts as rows ``items`` ``(n,)`` of ``num_items``."""
+        return _cached_rows(self.cache, list(zip(prompts, texts, strict=True)), items, num_items)
 
-        Raises:
-            ValueError: If they have another shape than the backbone promises.
-        """
-        features = self.cache.features(list(zip(prompts, texts, strict=True)))
-        if features.shape != (len(texts), self.backbone.feature_dim):
-            raise ValueError(
-                f"expected features of shape {(len(texts), self.backbone.feature_dim)} from "
-                f"{type(self.backbone).__name__}, got {tuple(features.shape)}; correct its feature_dim or clear the "
-                f"cache {self.cache_dir}"
-            )
-        return features
-
-    def rows(self, prompts: Sequence[str], texts: Sequence[str], items: IntArray, num_items: int) -> BatchRows:
-        """Features of n responses as rows ``items`` ``(n,)`` of ``num_items``; on the disk if they are many."""
-        if len(texts) * self.backbone.feature_dim * 4 <= MOST_HELD:
-            return _feature_rows(self(prompts, texts).numpy(), items, num_items)
-        found = self.cache.mapped(list(zip(prompts, texts, strict=True)))
-        place = np.full((num_items, 2), -1, dtype=np.int32)
-        place[items] = found.place
-        return MappedRows(found.shards, place)
-
-    def prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Features ``(B, F)`` of B prompts alone."""
+    def prompts(self, prompts: Sequence[str], rows: IntArray, num_prompts: int) -> BatchRows:
+        """Features of n prompts alone as ``rows`` ``(n,)`` of ``num_prompts``."""
         backbone = self.backbone.prompt_backbone
         cache = self.cache if backbone is self.backbone else FeatureCache(backbone, self.cache_dir)
-        features = cache.features(_alone(prompts))
+        found = _cached_rows(cache, _alone(prompts), rows, num_prompts)
         backbone.release()
-        return features
+        return found
+
+
+def _cached_rows(cache: FeatureCache, texts: list[tuple[str, str]], rows: IntArray, num_rows: int) -> BatchRows:
+    """Features of n texts as ``rows`` ``(n,)`` of ``num_rows``; above `MOST_HELD` they stay on the disk."""
+    if len(texts) * cache.backbone.feature_dim * 4 <= MOST_HELD:
+        return _feature_rows(cache.features(texts).numpy(), rows, num_rows)
+    found = cache.mapped(texts)
+    place = np.full((num_rows, 2), -1, dtype=np.int32)
+    place[rows] = found.place
+    return MappedRows(found.shards, place)
 
 
 def drop_unreadable(table: PairTable, backbone: Backbone) -> tuple[PairTable, TokenRows | None]:
@@ -116,7 +106,7 @@ def drop_unreadable(table: PairTable, backbone: Backbone) -> tuple[PairTable, To
 def encode_pairs(
     table: PairTable,
     backbone: Backbone,
-    reader: TextReader | None = None,
+    reader: TextReader | CachedReader | None = None,
     *,
     user_index: IntArray | None = None,
     prompt_features: bool = False,
@@ -147,7 +137,7 @@ def encode_pairs(
         return FeaturedPairs(table, tokens, tokens.prompts_alone() if prompt_features else None, user_index)
     items, prompt, prompts, responses = _texts_of_pairs(table)
     if isinstance(reader, CachedReader):
-        of_items = reader.rows(prompts, responses, items, len(table.items))
+        of_items = reader.responses(prompts, responses, items, len(table.items))
     else:
         of_items = _feature_rows(_read(reader, prompts, responses), items, len(table.items))
     _warn_of_equal_features(table, of_items)
@@ -155,10 +145,14 @@ def encode_pairs(
     if prompt_features and tokens is not None and isinstance(backbone.prompt_backbone, CausalLM):
         of_prompts = tokens.prompts_alone()
     elif prompt_features:
-        rows = np.unique(prompt)
-        read = reader.prompts([table.prompts[row] for row in rows.tolist()])
-        assert isinstance(read, Tensor)
-        of_prompts = _feature_rows(read.cpu().numpy(), rows, len(table.prompts))
+        rows, count = np.unique(prompt), len(table.prompts)
+        alone = [table.prompts[row] for row in rows.tolist()]
+        if isinstance(reader, CachedReader):
+            of_prompts = reader.prompts(alone, rows, count)
+        else:
+            read = reader.prompts(alone)
+            assert isinstance(read, Tensor)
+            of_prompts = _feature_rows(read.cpu().numpy(), rows, count)
     if isinstance(reader, CachedReader):  # it has read all that it is going to
         backbone.release()
     return FeaturedPairs(table, of_items, of_prompts, user_index)

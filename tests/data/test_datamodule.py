@@ -319,14 +319,14 @@ def test_batches_of_mapped_features_are_those_of_features_in_memory(
 
     def batches(cache: str, kind: type) -> list[PreferenceBatch]:
         source = Part(PairFiles(str(tmp_path / "pairs.jsonl")))
-        data = PreferenceDataModule(source, HashingBackbone(32), cache, batch_size=batch_size)
+        data = PreferenceDataModule(source, HashingBackbone(32), cache, batch_size=batch_size, prompt_features=True)
         with pytest.warns(
             UserWarning, match=r"3 of 91 pairs have the same features on both sides \(.*pairs.jsonl:91\)"
         ):
             data.setup("fit")
         items, table = data._data.items, data.table
         every = items.gather(np.arange(len(table.items)))
-        assert type(items) is kind and isinstance(every, Tensor)
+        assert type(items) is type(data._data.prompts) is kind and isinstance(every, Tensor)
         used = np.isin(np.arange(len(table.items)), [table.chosen, table.rejected])
         assert torch.equal(every.isnan().all(1), torch.from_numpy(~used)) and (~used).sum() == 4
         return [batch for loader in (data.train_dataloader(), *data.test_dataloader()) for batch in loader]
@@ -335,7 +335,8 @@ def test_batches_of_mapped_features_are_those_of_features_in_memory(
     held = batches(str(tmp_path / "held"), FeatureRows)
     monkeypatch.setattr(encoding, "MOST_HELD", 0)
     for ours, theirs in zip(batches(str(tmp_path / "mapped"), MappedRows), held, strict=True):
-        assert torch.equal(ours.chosen, theirs.chosen) and torch.equal(ours.rejected, theirs.rejected)
+        for name in ("chosen", "rejected", "prompt"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name))
         if ours.context is not None:
             assert torch.equal(ours.context.chosen, theirs.context.chosen)
 
