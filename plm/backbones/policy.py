@@ -21,6 +21,7 @@ from plm.backbones.causal_lm import CausalLM
 from plm.backbones.checkpointing import run_blocks_again
 from plm.backbones.head import TokenFacts, token_logps
 from plm.backbones.lora import LoRA, TargetModules
+from plm.backbones.packing import pack_pairs, pack_texts
 from plm.distributed import is_first
 from plm.types import Tokens
 
@@ -66,7 +67,7 @@ class Policy(nn.Module):
         self.lora: LoRA | None = None
         if gradient_checkpointing:
             run_blocks_again(network, self._checkpoint_contexts)
-        self._head_is_whole = self._shares = False
+        self._head_is_whole = self._takes_masks = False
         self._sharded: list[Any] = []  # inner modules first
         self.train()
 
@@ -250,8 +251,8 @@ class Policy(nn.Module):
         they have alone. Rows 0..B-1 of the result are chosen, B..2B-1 rejected. Where such a text is longer than a
         window of the network's attention, which takes no mask of ours, both responses are read apart instead.
         """
-        if not self._shares:
-            self._check_sharing()
+        if not self._takes_masks:
+            self._check_masks()
         if self.window is not None:
             length = chosen.attention_mask.sum(-1) + rejected.completion_mask.sum(-1)
             virtual = 0 if prefix is None else prefix[0][0].shape[2]
@@ -268,20 +269,34 @@ class Policy(nn.Module):
             cache, length = filled_cache(prefix), prefix[0][0].shape[2]
             mask = torch.cat([mask.new_ones(*mask.shape[:2], length), mask], 2)
             position = position + length
-        bias = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
-        bias.masked_fill_(~mask, torch.finfo(self.dtype).min)
-        hidden = self.decoder(
-            input_ids=packed,
-            attention_mask=bias[:, None],
-            position_ids=position,
-            cache=cache,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = self._masked(packed, mask, position, cache)
         pair = row % len(packed)
         return Completions(hidden[pair, source], packed[pair, column], row)
 
+    def packed_completions(self, tokens: Tokens) -> Completions:
+        """As `completions`, with several texts in a row, which see themselves alone and stand at their own places.
+
+        Texts longer than a window of the network's attention, which takes no mask of ours, are read apart instead.
+        """
+        if not self._takes_masks:
+            self._check_masks()
+        if self.window is not None and int(tokens.attention_mask.sum(-1).max()) > self.window:
+            return self.completions(tokens)
+        packed = pack_texts(tokens)
+        hidden = self._masked(packed.input_ids, packed.mask, packed.position, None)
+        text, _ = tokens.completion_mask.nonzero(as_tuple=True)
+        return Completions(hidden[packed.row, packed.column - 1], packed.input_ids[packed.row, packed.column], text)
+
+    def _masked(self, ids: Tensor, mask: Tensor, position: Tensor, cache: Any) -> Tensor:
+        """Last hidden states ``(B, T, D)`` of rows whose tokens may look at what ``mask`` ``(B, T, S + T)`` says."""
+        bias = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
+        bias.masked_fill_(~mask, torch.finfo(self.dtype).min)
+        return self.decoder(  # type: ignore[no-any-return]
+            input_ids=ids, attention_mask=bias[:, None], position_ids=position, cache=cache, use_cache=False
+        ).last_hidden_state
+
     @torch.no_grad()
-    def _check_sharing(self) -> None:
+    def _check_masks(self) -> None:
         """Raise unless the network reads a small pair in one text as it reads its responses apart."""
         kernel = self.decoder.config._attn_implementation
         row = torch.arange(1, 7, device=self.device)[None]
@@ -298,9 +313,9 @@ class Policy(nn.Module):
         if difference > (1e-4 if is_exact else 5e-2) * max(size, 1.0):
             raise ValueError(
                 f"{type(self.network).__name__} with attention {kernel!r} cannot read both responses of a pair after "
-                "one prompt; set model.share_prompts to false"
+                "one prompt, nor several texts in one row; set model.share_prompts to false, and model.packing"
             )
-        self._shares = True
+        self._takes_masks = True
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary scores ``(..., V)`` of last hidden states ``(..., D)``.
@@ -398,41 +413,3 @@ class Writing:
                 use_cache=True,
             ).last_hidden_state
             return self.policy.logits(hidden[:, -1]).float()
-
-
-def pack_pairs(chosen: Tokens, rejected: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pack prompt, chosen and rejected response of each pair into one row.
-
-    Returns:
-        Token ids ``(B, T)``; mask ``(B, T, T)`` bool, True = may look at; positions ``(B, T)``; and of the n response
-        tokens, all chosen ones first: the column that predicts them, their own column, and their text ``(n,)`` each,
-        0..B-1 for chosen and B..2B-1 for rejected.
-
-    Raises:
-        ValueError: If a pair's responses do not follow the same prompt.
-    """
-    num_pairs, device = chosen.num_rows, chosen.input_ids.device
-    prompts, parts = [], []
-    for side in (chosen, rejected):
-        before = side.attention_mask & ~side.completion_mask
-        prompts.append((before.sum(-1), side.input_ids[before]))
-        parts.append(side.completion_mask.sum(-1))
-    if not all(torch.equal(a, b) for a, b in zip(*prompts, strict=True)):
-        raise ValueError("expected both responses of a pair to follow the same prompt; set share_prompts to false")
-    p, c, r = prompts[0][0], parts[0], parts[1]  # (B,) each
-    column = torch.arange(int((p + c + r).max()), device=device)[None, :]  # (1, T)
-    start_c, start_r, end = p[:, None], (p + c)[:, None], (p + c + r)[:, None]
-    kind = (column >= start_c).long() + (column >= start_r).long() + (column >= end).long()  # 0 prompt .. 3 padding
-    packed = torch.zeros(num_pairs, column.shape[1], dtype=torch.long, device=device)
-    packed[kind == 0] = prompts[0][1]
-    packed[kind == 1] = chosen.input_ids[chosen.completion_mask]
-    packed[kind == 2] = rejected.input_ids[rejected.completion_mask]
-    position = torch.where(kind == 2, column - c[:, None], column).clamp(max=int((p + torch.maximum(c, r)).max()) - 1)
-    causal = column[:, :, None] >= column[:, None, :]
-    mask = causal & ((kind[:, None, :] == 0) | (kind[:, None, :] == kind[:, :, None]))
-    (chosen_row, chosen_column), (rejected_row, rejected_column) = ((kind == k).nonzero(as_tuple=True) for k in (1, 2))
-    row = torch.cat([chosen_row, rejected_row + num_pairs])
-    token_column = torch.cat([chosen_column, rejected_column])
-    first = token_column == torch.cat([start_c[:, 0], start_r[:, 0]])[row]
-    source = torch.where(first, p.repeat(2)[row] - 1, token_column - 1)
-    return packed, mask, position, source, token_column, row

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.backbones import Prefix, TextWriter
+from plm.backbones import TextWriter
 from plm.distributed import summed
 from plm.functional import SequenceLogps, response_logps
 from plm.messages import Problems
@@ -73,10 +73,10 @@ class PolicyMethod(NetworkMethod, Writer):
         super().on_load_checkpoint(checkpoint)
 
     # ------------------------------------------------------------------ reading
-    def logps(self, tokens: Tokens, *adapters: Tensor, prefix: Prefix | None = None) -> SequenceLogps:
-        """Log-probabilities of the responses of B texts, read with ``adapters``, see `LoRA.use`, after ``prefix``."""
+    def logps(self, tokens: Tokens, *adapters: Tensor, packing: bool = False) -> SequenceLogps:
+        """Log-probabilities of the responses of B texts, read with ``adapters``, see `LoRA.use`."""
         with self.policy.adapted(*adapters):
-            hidden, token, row = self.policy.completions(tokens, prefix)
+            hidden, token, row = (self.policy.packed_completions if packing else self.policy.completions)(tokens)
             return response_logps(self.policy.token_logps(hidden, token)[0], row, tokens.num_rows)
 
     def count_tokens(self, *texts: Tokens) -> Tensor:

@@ -34,6 +34,7 @@ class SFT(PolicyMethod, Exporter):
         weight_decay: Decoupled weight decay of AdamW.
         warmup: Share of all steps in which the learning rate rises from zero.
         schedule: How it goes on: constant, or falling to zero along a line or a cosine.
+        packing: Whether short texts of a batch share rows in training, instead of being padded to the longest.
         save_to: Folder for the trained model, for later stages; null = none.
         **options: Arguments of `NetworkMethod`.
     """
@@ -45,11 +46,12 @@ class SFT(PolicyMethod, Exporter):
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         schedule: Schedule = "cosine",
+        packing: bool = False,
         save_to: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule, **options)
-        self.save_to = save_to
+        self.packing, self.save_to = packing, save_to
         self._nats = torch.zeros(2, dtype=torch.float64)
         """Nats of the preferred responses evaluated so far, and how many tokens they have."""
 
@@ -60,7 +62,7 @@ class SFT(PolicyMethod, Exporter):
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Mean negative log-likelihood per token of the preferred responses, in nats."""
         chosen, _ = batch.tokens
-        logps = self.logps(chosen)
+        logps = self.logps(chosen, packing=self.packing)
         weight = pair_weights(batch.weight)[logps.row]
         total = summed(weight.sum()) / world_size()  # so that the mean over processes is the mean over all tokens
         loss = -(weight * logps.token).sum() / total.clamp(min=torch.finfo(weight.dtype).tiny)

@@ -16,6 +16,12 @@ class TestSFT(TokenContract):
         return SFT(num_users=num_users, feature_dim=feature_dim, backbone=tiny_causal_lm().spec(), lr=1e-2, warmup=0.0)
 
 
+class TestSFTPacked(TokenContract):
+    def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
+        common: dict[str, Any] = {"lr": 1e-2, "warmup": 0.0, "packing": True}
+        return SFT(num_users=num_users, feature_dim=feature_dim, backbone=tiny_causal_lm().spec(), **common)
+
+
 class TestLoRADPO(TokenContract):
     options: dict[str, Any] = {}  # noqa: RUF012 - read only
 
@@ -61,4 +67,10 @@ class TestCLaP(TokenContract):
 
 
 class TestCLaPUnfrozen(TestCLaP):
-    options = {"unfreeze": True, "placement": "prefix", "gated": True, "kl": "joint"}  # noqa: RUF012
+    options = {  # noqa: RUF012
+        "unfreeze": True,
+        "placement": "prefix",
+        "gated": True,
+        "kl": "joint",
+        "gradient_checkpointing": True,
+    }
