@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from plm.cli.options import ROWS, OptionParser, check_encoder, integer
 
 
@@ -65,6 +67,8 @@ def run(args: list[str]) -> int:
     if options.check and options.encoder_url is not None:
         parser.error("--check compares to the last bit, which another encoder does not keep: leave out --encoder_url")
 
+    # before torch, whose threads spin for a while after each piece of work: between requests they keep a processor busy
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from plm.serving.check import CHAT, check
         from plm.serving.server import Settings, serve

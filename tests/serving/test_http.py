@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -326,6 +327,17 @@ async def _changed(self: Any) -> Any:
     """A server that takes everybody for eva in /score."""
     value = json.loads(await self.body())
     return {**value, "user": "eva"} if "documents" in value else value
+
+
+def test_threads_do_not_spin_between_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tells them so is set before torch reads it, unless somebody has set it."""
+    seen: list[str] = []
+    monkeypatch.setattr(server, "serve", lambda *_: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert main(["serve", "--ckpt_path", "x.ckpt"]) == 0
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["serve", "--ckpt_path", "x.ckpt"]) == 0
+    assert seen == ["active", "passive"]
 
 
 @pytest.mark.parametrize(
