@@ -110,13 +110,15 @@ Text = str | Sequence[Mapping[str, Any]]
 """A text, or chat messages."""
 
 
-def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Callable[..., list[float]]:
+def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Callable[..., list[float | None]]:
     """Make a reward function for TRL's GRPOTrainer and RLOOTrainer, which rewards each completion for its row's user.
 
     The data set has a column ``user_id`` beside ``prompt``. Texts and chat messages are scored as ``plm score`` scores
     them; of a reply in messages the content, without its reasoning. Rewards come raw: they compare completions of one
-    user, as those trainers do within the completions of a row. An unknown user, or None, gets the population's reward;
-    the trainer logs the share of completions with a known user as ``user_known``.
+    user, as those trainers do within the completions of a row. An empty completion, of blanks at most, has no reward:
+    None, which those trainers leave out of the mean that others are compared with and learn nothing from. A number
+    would be a guess, and 0 a prize among negative rewards. An unknown user, None or "" gets the population's reward;
+    the trainer logs the share of rewarded completions with a known user as ``user_known``.
 
     Args:
         checkpoint: Checkpoint written by plm fit, of any method; it is moved to the GPU where there is one.
@@ -139,7 +141,7 @@ def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Call
         user_id: Sequence[str | int | None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
-    ) -> list[float]:
+    ) -> list[float | None]:
         """Rewards of B completions, see `plm.reward_func`; other columns and arguments are not read."""
         if user_id is None:
             raise ValueError(
@@ -147,10 +149,15 @@ def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Call
                 "remove_unused_columns=False"
             )
         rows = [_completion_row(*row) for row in zip(prompts, completions, user_id, strict=True)]
-        scores = score_responses(method.to(device()), rows)  # here, where the trainer has chosen this process's GPU
-        if log_metric is not None:
-            log_metric("user_known", float(scores.is_known.float().mean()))
-        return scores.rewards.tolist()
+        written = [place for place, row in enumerate(rows) if row.text.strip()]
+        rewards: list[float | None] = [None] * len(rows)
+        if written:  # on the GPU that the trainer has chosen for this process
+            scores = score_responses(method.to(device()), [rows[place] for place in written])
+            for place, reward in zip(written, scores.rewards.tolist(), strict=True):
+                rewards[place] = reward
+            if log_metric is not None:
+                log_metric("user_known", float(scores.is_known.float().mean()))
+        return rewards
 
     return plm_reward
 

@@ -13,8 +13,10 @@ import torch
 import plm
 from plm.backbones import HFBackbone
 from plm.cli import main
+from plm.method import PersonalizationMethod
+from plm.methods.lora_dpo import LoRADPO
 from plm.methods.lore import LoRe
-from plm.testing import saved
+from plm.testing import saved, tiny_causal_lm
 
 CHAT = [{"role": "user", "content": "tea or coffee?"}]
 ROWS: list[tuple[Any, str, str | int | None]] = [
@@ -79,10 +81,33 @@ def test_a_turn_before_the_reply_is_read_and_its_reasoning_is_not(checkpoint: Pa
     assert [found] != reward([CHAT], [reply("tea")], ["ben"])
 
 
-def test_a_model_may_say_nothing(checkpoint: Path) -> None:
-    """Which its reward model judges as it stands."""
-    (found,) = plm.reward_func(checkpoint)(["tea?"], [""], ["anna"])
-    assert found == float(plm.load_method(checkpoint).score([""], user_id="anna", prompts="tea?"))
+@pytest.mark.parametrize("reads", ["tokens", "the response alone"])
+def test_an_empty_completion_has_no_reward(reads: str, causal_lm: Callable[[str], Path]) -> None:
+    """Whether or not the method could read it; the others are rewarded as if it were not there."""
+    method: PersonalizationMethod
+    if reads == "tokens":
+        method = LoRADPO(num_users=1, feature_dim=16, backbone=tiny_causal_lm().spec(), mode="per_user")
+        method.configure_model()
+        with torch.no_grad():
+            method.adapters.normal_()
+    else:
+        method = LoRe(1, 16, backbone=HFBackbone(str(causal_lm("gpt2")), template="response").spec())
+        method.weights.normal_()
+        method.bases.data.normal_()
+    method.user_ids = ["anna"]
+    with saved(method) as path:
+        reward, logged = plm.reward_func(path), []
+        found = reward(
+            ["what now?"] * 4,
+            ["", "a walk", " \n", "tea"],
+            ["anna", "anna", "anna", "nobody"],
+            log_metric=lambda *entry: logged.append(entry),
+        )
+        expected = reward(["what now?"] * 2, ["a walk", "tea"], ["anna", "nobody"])
+        assert found == [None, expected[0], None, expected[1]] and None not in expected
+        assert logged == [("user_known", 0.5)]
+        assert reward([CHAT], [reply("")], ["anna"], log_metric=lambda *entry: logged.append(entry)) == [None]
+        assert len(logged) == 1
 
 
 @pytest.mark.parametrize(
@@ -119,7 +144,7 @@ def test_trl_trains_a_step_on_them(
 
     plm_reward, calls = plm.reward_func(checkpoint), []
 
-    def recorded(**columns: Any) -> list[float]:
+    def recorded(**columns: Any) -> list[float | None]:
         calls.append((columns, plm_reward(**columns)))
         return calls[-1][1]
 
