@@ -118,7 +118,8 @@ def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Call
     user, as those trainers do within the completions of a row. An empty completion, of blanks at most, has no reward:
     None, which those trainers leave out of the mean that others are compared with and learn nothing from. A number
     would be a guess, and 0 a prize among negative rewards. An unknown user, None or "" gets the population's reward;
-    the trainer logs the share of rewarded completions with a known user as ``user_known``.
+    the trainer logs the share of rewarded completions with a known user as ``user_known``, and rewards under the
+    function's name, ``plm_RUN_CHECKPOINT``.
 
     Args:
         checkpoint: Checkpoint written by plm fit, of any method; it is moved to the GPU where there is one.
@@ -159,6 +160,9 @@ def reward_func(checkpoint: str | Path, users: str | Path | None = None) -> Call
                 log_metric("user_known", float(scores.is_known.float().mean()))
         return rewards
 
+    path = Path(checkpoint).absolute()
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    plm_reward.__name__ = f"plm_{run.name}_{path.stem}"
     return plm_reward
 
 
@@ -166,9 +170,11 @@ def _completion_row(prompt: Text, completion: Text, user_id: str | int | None) -
     """A row to score: prompt and completion as texts, or both as chat messages, of which the last is the reply."""
     text: Any = completion
     if not isinstance(completion, str):
-        *before, reply = completion or [{}]
-        prompt, text = [*prompt, *before], reply.get("content")
-        if reply.get("role") != "assistant" or not isinstance(text, str):
+        *before, reply = completion if isinstance(completion, Sequence) and completion else [None]
+        is_reply = isinstance(reply, Mapping) and reply.get("role") == "assistant"
+        text = reply.get("content") if is_reply else None
+        if not isinstance(text, str):
             raise ValueError(f"expected a completion that ends with the assistant's text, got {short(completion)}")
-    user = None if user_id is None else parsed("user_id", user_id, to_id)
+        prompt = [*prompt, *before]
+    user = None if user_id in (None, "") else parsed("user_id", user_id, to_id)
     return ResponseRow(parsed("prompt", prompt, to_prompt), text, user, {})

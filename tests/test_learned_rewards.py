@@ -24,6 +24,7 @@ ROWS: list[tuple[Any, str, str | int | None]] = [
     ("what now?", "a long walk in the rain", "ben"),
     ("what now?", "sleep, and then coffee", 7),
     ("what now?", "sleep, and then coffee", "nobody"),
+    ("what now?", "a walk", ""),
     (CHAT, "tea, of course", "anna"),
     (CHAT, "coffee, black as the night", None),
 ]
@@ -64,7 +65,7 @@ def test_rewards_are_those_of_plm_score(checkpoint: Path, tmp_path: Path) -> Non
         log_metric=lambda *entry: logged.append(entry),
     )
     assert found == expected and len(set(expected)) == len(ROWS)
-    assert logged == [("user_known", pytest.approx(4 / 6))]
+    assert logged == [("user_known", pytest.approx(4 / 7))]
     method = plm.load_method(checkpoint)
     of_anna = method.score(["a long walk in the rain"], user_id="anna", prompts="what now?")
     of_population = method.score(["sleep, and then coffee"], prompts="what now?")
@@ -110,12 +111,25 @@ def test_an_empty_completion_has_no_reward(reads: str, causal_lm: Callable[[str]
         assert len(logged) == 1
 
 
+def test_its_name_tells_checkpoints_apart(checkpoint: Path, tmp_path: Path) -> None:
+    """TRL logs the rewards of each function by its name."""
+    for run, kept in (("mine", "best"), ("mine", "last"), ("yours", "best")):
+        path = tmp_path / run / "checkpoints" / f"{kept}.ckpt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(checkpoint.read_bytes())
+        assert getattr(plm.reward_func(path), "__name__", None) == f"plm_{run}_{kept}"
+    path = path.rename(tmp_path / "kept.ckpt")
+    assert getattr(plm.reward_func(str(path)), "__name__", None) == f"plm_{tmp_path.name}_kept"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"user_id": None}, "a column user_id in the data set"),
         ({"user_id": [1.5]}, "user_id: expected a string or an integer, got 1.5"),
         ({"prompts": [CHAT], "completions": [[]]}, "ends with the assistant's text, got \\[\\]"),
+        ({"completions": [{"role": "assistant", "content": "b"}]}, "ends with the assistant's text, got {'role'"),
+        ({"completions": [["b"]]}, "ends with the assistant's text, got \\['b'\\]"),
         ({"prompts": [CHAT], "completions": [CHAT]}, "ends with the assistant's text, got"),
         ({"prompts": [[{"role": "user"}]], "completions": [reply("a")]}, "prompt: expected chat messages"),
     ],
