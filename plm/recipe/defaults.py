@@ -99,26 +99,50 @@ def group_files(recipe: Path, defaults: Any) -> list[Path]:
 
 
 def expand(args: Sequence[str]) -> list[str]:
-    """Put the group files of every ``--config`` before it, which gives arguments that LightningCLI understands.
+    """Put every ``--config``, after its group files, before the other options, which win over it wherever they stand.
+
+    Without one, a checkpoint of a run is evaluated by the recipe of the run.
+
+    Args:
+        args: Command line, the verb first if there is one.
 
     Raises:
         ValueError: See `find_config`, `read_config` and `group_files`.
     """
-    out: list[str] = []
-    rest: Iterator[str] = iter(args)
+    configs: list[str] = []
+    others: list[str] = []
+    verb = [arg for arg in args[:1] if not arg.startswith("-")]
+    rest: Iterator[str] = iter(args[len(verb) :])
     for arg in rest:
         option, equals, value = arg.partition("=")
         if option not in ("--config", "-c"):
-            out.append(arg)
+            others.append(arg)
             continue
         path = value if equals else next(rest, None)
         if path is None:
             raise ValueError(f"{option} needs the path of a config file")
-        recipe = find_config(path)
-        groups = group_files(recipe, read_config(recipe).get("defaults") or [])
-        nested = [str(file) for file in groups if "defaults" in read_config(file)]
-        if nested:
-            raise ValueError(f"only a recipe may have defaults, not its groups; found them in {nested}")
-        for file in [*groups, recipe]:
-            out += ["--config", str(file)]
-    return out
+        configs += _with_groups(path)
+    if not configs and verb and verb[0] in ("validate", "test", "predict"):
+        configs += _recipe_of_run(others)
+    return [*verb, *configs, *others]
+
+
+def _with_groups(path: str) -> list[str]:
+    """Options that name a config file and the groups before it."""
+    recipe = find_config(path)
+    groups = group_files(recipe, read_config(recipe).get("defaults") or [])
+    nested = [str(file) for file in groups if "defaults" in read_config(file)]
+    if nested:
+        raise ValueError(f"only a recipe may have defaults, not its groups; found them in {nested}")
+    return [part for file in [*groups, recipe] for part in ("--config", str(file))]
+
+
+def _recipe_of_run(args: Sequence[str]) -> list[str]:
+    """Options that name the recipe of the run that a checkpoint is of; none where there is none."""
+    for place, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option == "--ckpt_path":
+            path = value if equals else next(iter(args[place + 1 :]), "")
+            recipe = Path(path).absolute().parent.parent / "recipe.yaml"
+            return ["--config", str(recipe)] if recipe.is_file() else []
+    return []

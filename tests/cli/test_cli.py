@@ -145,6 +145,29 @@ def fit(*args: str) -> Path:
 
 
 # ---------------------------------------------------------------------- the path from fit to score
+def test_options_win_over_the_recipe_wherever_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = ["--trainer.max_epochs", "1", "--model.init_args.num_bases=3", "--config", "recipe.yaml"]
+    assert main(["fit", *before, "--data.repeats", "2", "--print_config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["trainer"]["max_epochs"], shown["data"]["repeats"]) == (1, 2)
+    assert shown["model"]["init_args"]["num_bases"] == 3
+
+
+def test_a_checkpoint_of_a_run_is_evaluated_by_the_recipe_of_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit("--model.init_args.num_bases", "3")
+    expected = json.loads((run / "metrics.json").read_text())["unseen"]["accuracy"]
+    checkpoint = str(run / "checkpoints" / "best.ckpt")
+    named = ["--ckpt_path", checkpoint, "--model.init_args.num_bases", "3", "--config", "recipe.yaml"]
+    for args in (named, [f"--ckpt_path={checkpoint}"]):
+        before = set(Path("runs").glob("*"))
+        assert main(["test", *args]) == 0
+        (made,) = set(Path("runs").glob("*")) - before
+        assert json.loads((made / "metrics.json").read_text())["unseen"]["accuracy"] == expected
+        assert "no --ckpt_path" not in capsys.readouterr().err
+
+
 def test_adapt_reads_pairs_as_the_training_did_unless_it_is_told_otherwise(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
