@@ -23,8 +23,6 @@ from plm.data.values import spelt_alike
 Level = Literal["problem", "warning", "info"]
 
 NO_TEXT = ("none", "null", "nan", "nat", "<na>", "[]")
-_LEFT_OUT: dict[str, Level] = {"duplicates": "warning", "malformed": "problem"}
-"""Why rows were left out -> how grave that is; anything else is a fact."""
 _NUM_EXAMPLES = 5
 """Malformed rows that are findings of their own."""
 NOTABLE = 0.05
@@ -88,6 +86,7 @@ def check_pairs(
     *,
     num_weights: int | None = None,
     checked_on: Literal["corpus", "schema"] = "corpus",
+    stops: bool = True,
     **split: Any,
 ) -> DataReport:
     """Check a table and the split that the data module would draw.
@@ -97,9 +96,10 @@ def check_pairs(
         name: Where they come from.
         num_weights: Weights K that a method would fit per user, such as LoRe's ``num_bases``.
         checked_on: As `plm.data.sources.PairSource.checked_on`.
+        stops: Whether a fit stops at malformed rows; else it leaves them out.
         **split: How the data module would split, see `split_pairs`.
     """
-    findings = [*_rows(table), *_labels(table)]
+    findings = [*_rows(table, "problem" if stops else "warning"), *_labels(table)]
     if checked_on == "schema":
         text = "this source was tested on small files with the columns of the corpus, not yet on the corpus: compare"
         findings.insert(0, Finding("warning", "source", f"{text} the counts with those of the paper"))
@@ -206,14 +206,15 @@ def agreement(table: PairTable) -> tuple[int, float]:
 
 
 # ---------------------------------------------------------------------- findings
-def _rows(table: PairTable) -> Iterator[Finding]:
+def _rows(table: PairTable, malformed: Level) -> Iterator[Finding]:
+    graver: dict[str, Level] = {"duplicates": "warning", "malformed": malformed}
     for why, count in table.dropped.items():
-        yield Finding(_LEFT_OUT.get(why, "info"), "left out", f"{count} rows were left out: {why.replace('_', ' ')}")
+        yield Finding(graver.get(why, "info"), "left out", f"{count} rows were left out: {why.replace('_', ' ')}")
     for file, line, problem in table.skipped[:_NUM_EXAMPLES]:
-        yield Finding("problem", "malformed", f"{position(table.files[file], line)}: {problem}")
+        yield Finding(malformed, "malformed", f"{position(table.files[file], line)}: {problem}")
     if len(table.skipped) > _NUM_EXAMPLES:
         text = f"and {len(table.skipped) - _NUM_EXAMPLES} more, which stand in skipped.ndjson"
-        yield Finding("problem", "malformed", text)
+        yield Finding(malformed, "malformed", text)
     for what, names, rows in (
         ("user id", table.user_ids, table.user[:, None]),
         ("prompt", table.prompts, table.prompt[:, None]),

@@ -74,7 +74,7 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
     rows: list[_Row] = []
     where: list[str] = []
     problems: list[str] = []
-    for path in _files(Path(place)):
+    for path in item_files(Path(place)):
         records = read_records(path)
         names = _names(path, records.names, columns or {})
         problems += [f"{position(path, line)}: {text}" for line, text in records.problems]
@@ -106,7 +106,7 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
     )
 
 
-def _files(place: Path) -> list[Path]:
+def item_files(place: Path) -> list[Path]:
     """The file, or the files of predictions in the folder of a run or in that of ``plm predict`` beside it."""
     if not place.is_dir():
         return [place]
@@ -115,8 +115,8 @@ def _files(place: Path) -> list[Path]:
         if files := sorted(folder.glob("predictions*.csv")):
             return files
     raise ValueError(
-        f"expected predictions.csv in {place} or in {beside.name} beside it, got none; plm predict --ckpt_path ... "
-        "writes it"
+        f"expected predictions.csv in {place} or in {beside.name} beside it, got none; plm predict --ckpt_path "
+        f"{place}/checkpoints/best.ckpt writes it"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from plm.audit.check import DataReport, agreement, check_pairs, split_stages
-from plm.audit.items import read_items
+from plm.audit.items import item_files, read_items
 from plm.audit.results import Fault, ModelScores, read_candidates, score_model, selection_fault, tie_fault
 from plm.audit.signal import Control, UserSignal, read_signal
 from plm.data.agreement import Repeats, repeated_comparisons
@@ -138,7 +138,7 @@ def audit_files(
         tie_fault(model, reported, is_split=is_split),
         selection_fault(read_candidates(candidates) if candidates else ()),
     ]
-    more = [] if scores is None else sorted(map(str, Path(scores).glob("predictions*.csv"))) or [scores]
+    more = [] if scores is None else list(map(str, item_files(Path(scores))))
     inputs = [*files, *test_files, *more, *([candidates] if candidates else [])]
     hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in inputs}
     repeats = repeated_comparisons(table)

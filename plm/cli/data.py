@@ -89,7 +89,8 @@ def _check(args: list[str]) -> int:
     else:
         recipe = merged_recipe(options.config, overrides)
         source, split = build_source(recipe), recipe.get("data") or {}
-        method_args = (recipe.get("model") or {}).get("init_args") or {}
+        model = recipe.get("model")
+        method_args = (model.get("init_args") or {}) if isinstance(model, dict) else {}
         num_weights = num_weights or next((method_args[name] for name in _WEIGHTS if name in method_args), None)
     stops = isinstance(source, PairFiles) and source.on_error == "stop"
     if isinstance(source, PairFiles):
@@ -100,6 +101,7 @@ def _check(args: list[str]) -> int:
         source.name,
         num_weights=num_weights,
         checked_on=source.checked_on,
+        stops=stops,
         **{argument: split[name] for name, argument in _SPLIT.items() if name in split},
     )
     console = Console()

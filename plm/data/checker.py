@@ -55,7 +55,7 @@ class Checker:
 def report(
     files: list[str],
     problems: Sequence[tuple[int, int, str]],
-    what: str = "malformed rows; correct or remove them, or set on_error: skip to leave them out",
+    what: str = "malformed rows; correct or remove them, or leave them out, as plm data convert --on_error skip does",
 ) -> str:
     """One line for each of the first problems (row of ``files``, line, text), and how many more there are."""
     lines = [f"{position(files[file], line)}: {text}" for file, line, text in problems]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import math
@@ -253,6 +254,27 @@ def test_a_reported_accuracy_is_counted_again(tmp_path: Path, reported: str | No
         0.65
     )
     assert (fault.state, text in fault.text) == (state, True), fault
+
+
+def test_the_folder_of_a_run_stands_for_the_predictions_beside_it(tmp_path: Path) -> None:
+    world = World(0)
+    expected = world.audit(tmp_path)
+    predictions = tmp_path / "run-predict" / "predictions.csv"
+    for folder in (tmp_path / "run", predictions.parent):
+        folder.mkdir()
+    with predictions.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(world.scores[0]))
+        writer.writeheader()
+        writer.writerows(world.scores)
+    found = audit_files(
+        [str(tmp_path / "pairs.jsonl")],
+        scores=str(tmp_path / "run"),
+        candidates=str(tmp_path / "candidates.jsonl"),
+    )
+    assert [(fault.name, fault.state, fault.text) for fault in found.faults] == [
+        (fault.name, fault.state, fault.text) for fault in expected.faults
+    ]
+    assert str(predictions) in found.inputs
 
 
 def test_missing_scores_are_ties_unless_half_was_reported(tmp_path: Path) -> None:

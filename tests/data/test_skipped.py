@@ -70,7 +70,7 @@ def test_what_is_left_is_what_was_right_and_the_rest_is_kept_as_it_stood(tmp_pat
     assert [entry["line"] for entry in kept] == [2, 4, 6, 8, 10, 12]
     assert [entry.get("row", entry.get("text")) for entry in kept] == BAD
     assert len(kept[2]["problems"]) == 2 and {entry["file"] for entry in kept} == {str(path)}
-    with pytest.raises(ValueError, match=r"^6 malformed rows; .*on_error: skip"):
+    with pytest.raises(ValueError, match=r"^6 malformed rows; .*--on_error skip"):
         read_pairs([path])
 
 
@@ -204,6 +204,12 @@ def test_every_command_says_where_the_rest_is(
         conclusion in Path(f"report/report.{ending}").read_text() for ending in ("md", "html")
     )
     assert "and 2 more, which stand in skipped.ndjson" in printed  # seven faults in six rows
+    Path("skips.yaml").write_text(
+        "model: BradleyTerry\ndata: {source: {class_path: PairFiles, init_args: {path: a.jsonl, on_error: skip}}}\n"
+    )
+    assert main(["data", "check", "--config", "skips.yaml", "--output", "report"]) == 0  # a fit would go on
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "A fit stops" not in printed and "warning malformed a.jsonl:65" in printed
     assert main(["data", "convert", "a.jsonl", "--to", "b.parquet", "--on_error", "skip"]) == 0
     assert "b.skipped.ndjson" in capsys.readouterr().out and len(entries(Path("b.skipped.ndjson"))) == 6
     assert plain(read_pairs([Path("b.parquet")])) == plain(PairFiles("a.jsonl", on_error="skip").load())
