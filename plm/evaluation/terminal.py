@@ -42,7 +42,12 @@ def _measured(part: RenderableType, console: Console) -> Measurement:
 
 def _fitting(part: RenderableType, console: Console) -> Iterator[RenderableType]:
     """A part itself, or the tables that a table has to be in a terminal that is too narrow for it."""
-    if not (console.is_terminal and isinstance(part, Table) and _measured(part, console).minimum > console.width):
+    if not (
+        console.is_terminal
+        and isinstance(part, Table)
+        and len(part.columns) > 1
+        and _measured(part, console).minimum > console.width
+    ):
         yield part
         return
     start, title = 1, part.title
@@ -52,6 +57,7 @@ def _fitting(part: RenderableType, console: Console) -> Iterator[RenderableType]
             stop += 1
         narrow = _of(part, start, stop)
         narrow.title, title = title, None
+        narrow.caption = part.caption if stop == len(part.columns) else None
         yield narrow
         start = stop
 

@@ -50,6 +50,19 @@ def test_a_table_too_wide_for_a_terminal_is_several_with_the_first_column_in_eac
     assert len(rows) == len(heads) == 11  # two columns of 20 characters and what is between them fit, three do not
 
 
+def test_nothing_of_a_table_gets_lost_or_comes_twice() -> None:
+    """One column cannot be split, and a caption stands once."""
+    out = io.StringIO()
+    console = Console(file=out, width=60, force_terminal=True, color_system=None)
+    narrow = plain_table("")
+    narrow.add_column("one")
+    narrow.add_row("x" * 70)
+    wide = wide_table()
+    wide.caption = "captioned"
+    print_parts(narrow, wide, console=console)
+    assert "x" * 70 in out.getvalue() and out.getvalue().count("captioned") == 1
+
+
 def test_a_table_that_fits_is_not_widened() -> None:
     table = plain_table("")
     table.add_column("one")
