@@ -29,8 +29,8 @@ NOBODY = ""
 """Stands for each erased user in a checkpoint, whose tables keep their sizes; it is no id."""
 
 
-def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint written by a plm method, without running code from it.
+def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint written by a plm method, without running code from it; with ``mmap`` no weights are read yet.
 
     A checkpoint or a model's folder that it names by an absolute path and that is gone is looked for beside it.
 
@@ -46,7 +46,7 @@ def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
             state = "a folder without checkpoints/best.ckpt"
         raise ValueError(f"expected a checkpoint file, got {str(path)!r}, {state}")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can fail in any way
         lines = str(error).splitlines()
         reason = "it is no archive that torch writes, or a part of one"
@@ -68,8 +68,9 @@ def training_reading(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If there is no such file, or another program wrote it.
     """
-    reading = read_checkpoint(path).get("PreferenceDataModule", {}).get("reading", {})
-    return dict(reading)
+    checkpoint = read_checkpoint(path, mmap=True)
+    reading: dict[str, Any] = checkpoint.get("PreferenceDataModule", {}).get("reading", {})
+    return reading
 
 
 def _check_layout(path: str | Path, checkpoint: dict[str, Any]) -> None:
@@ -85,6 +86,9 @@ def _check_layout(path: str | Path, checkpoint: dict[str, Any]) -> None:
         or len(set(names)) != len(names),
         "hyper_parameters (a mapping)": not isinstance(hparams, dict),
         "state_dict (a mapping)": not isinstance(checkpoint.get("state_dict"), dict),
+        "PreferenceDataModule.reading (columns, winner, attributes, layout)": not _is_reading(
+            checkpoint.get("PreferenceDataModule", {})
+        ),
     }
     for entry in (entry for entry, holds in wrong.items() if holds):
         raise ValueError(f"expected a checkpoint of plm, but {str(path)!r} has no valid entry {entry}; it is damaged")
@@ -95,6 +99,12 @@ def _check_layout(path: str | Path, checkpoint: dict[str, Any]) -> None:
             raise ValueError(
                 f"expected {name} of {str(path)!r} as class_path and init_args, got {spec!r}; it is damaged"
             )
+
+
+def _is_reading(data: Any) -> bool:
+    """Whether a checkpoint says in order how pairs are read, or nothing of it."""
+    reading = data.get("reading", {}) if isinstance(data, dict) else None
+    return isinstance(reading, dict) and reading.keys() <= {"columns", "winner", "attributes", "layout"}
 
 
 def find_class(class_path: str) -> type[PersonalizationMethod]:

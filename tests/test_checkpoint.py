@@ -194,6 +194,8 @@ def test_find_class_takes_a_path_to_a_method() -> None:
     ("entry", "value", "message"),
     [
         ("plm", None, "no valid entry plm"),
+        ("PreferenceDataModule", {"reading": ["a"]}, "no valid entry PreferenceDataModule.reading"),
+        ("PreferenceDataModule", {"reading": {"path": "x"}}, "no valid entry PreferenceDataModule.reading"),
         ("plm", {"class_path": None, "user_ids": ["a"]}, "no valid entry plm"),
         ("plm", {"class_path": "x.Y", "user_ids": [["a"]]}, "no valid entry plm"),
         ("plm", {"class_path": "x.Y", "user_ids": ["a", "a"]}, "no valid entry plm"),

@@ -41,7 +41,13 @@ def run(args: list[str]) -> None:
     if not any(reading.values()) and (reading := training_reading(options.ckpt_path)):
         given = ", ".join(f"{name}: {value}" for name, value in reading.items())
         print(f"the pairs are read as those of the training were ({given})")
-    table = read_pairs(options.pairs, **reading, on_error=options.on_error)
+    try:
+        table = read_pairs(options.pairs, **reading, on_error=options.on_error)
+    except ValueError as error:
+        if any(reading_of(options).values()) or not reading:
+            raise
+        advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
+        raise ValueError(f"{error}\nThis is how the training's pairs are read; {advice}") from error
     skipped = unused(Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.skipped.ndjson"))
     if write_skipped(table, skipped):  # beside the users, with whom it is erased
         print(f"malformed rows are in {skipped}")

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import date
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +35,7 @@ from plm.cli.options import SHARED, OptionParser, add_reading, reading_of
 from plm.cli.recipe_options import COMMON
 from plm.cli.writing import with_results, write_rows
 from plm.data.cache import cached_features
+from plm.data.sources.pairs import PairFiles
 from plm.method import PersonalizationMethod
 from plm.recipe.quiet import quiet
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -182,6 +185,10 @@ def test_adapt_reads_pairs_as_the_training_did_unless_it_is_told_otherwise(
         "columns": {"user_id": "uid", "prompt": "q", "chosen": "a", "rejected": "b"},
         "winner": {"column": "best", "left": ["a"], "right": ["b"]},
     }
+    assert PairFiles("x", attributes={"a": np.float64(1)}, winner={"left": [date(2020, 1, 2)]}).reading == {
+        "attributes": {"a": 1.0},
+        "winner": {"left": ["2020-01-02"]},
+    }  # what checkpoints can hold
     source = {"class_path": "PairFiles", "init_args": {"path": "rows.jsonl", **reading}}
     Path("recipe.yaml").write_text(RECIPE + "seed_everything: 0\nfinal_test: false\n")
     checkpoint = fit("--data.source", json.dumps(source)) / "checkpoints" / "best.ckpt"
@@ -196,6 +203,11 @@ def test_adapt_reads_pairs_as_the_training_did_unless_it_is_told_otherwise(
     assert torch.allclose(loaded.find_users(["new"]).tensors["shift"][0], (betas - alphas).sum(0) / 11)
     assert main([*adapt, "--columns", "user_id=uid"]) == 1  # what is said replaces all of it
     assert "expected" in capsys.readouterr().err
+    ours = [{"user_id": "me", "prompt": row["q"], "chosen": row["b"], "rejected": row["a"]} for row in new]
+    Path("new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
+    assert main(adapt) == 1 and "are read with --layout pairs" in capsys.readouterr().err
+    assert main([*adapt, "--layout", "pairs"]) == 0
+    assert "me" in load_method(checkpoint).users.ids
 
 
 def test_a_fit_encodes_nothing_after_plm_features(
@@ -229,6 +241,7 @@ def test_a_fit_encodes_nothing_after_plm_features(
     assert not Path("runs").exists()
     fit(*command[3:], "--final_test", "false")
     assert len(encoded) == total
+    assert main([*command, "--trainer.accelerator", "gpu", "--trainer.devices", "8"]) == 0  # nothing is trained
     assert main(["features", "--config", "recipe.yaml", "--dta.cache_dir", "x"]) == 2
 
 
