@@ -87,7 +87,7 @@ def _installed() -> dict[str, Any]:
     """Entry points of installed methods by name."""
     from importlib.metadata import entry_points  # slow to import
 
-    return {entry.name: entry for entry in entry_points(group="plm.methods")}
+    return {entry.name: entry for entry in reversed(entry_points(group="plm.methods"))}  # the first of a name
 
 
 def __dir__() -> list[str]:

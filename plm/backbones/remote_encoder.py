@@ -22,6 +22,7 @@ from torch import Tensor
 from plm.backbones.backbone import Backbone, Key
 from plm.backbones.huggingface import HFBackbone
 from plm.backbones.remote import PATIENT, Patience, RemoteError, ask
+from plm.messages import to_text
 
 KEY_VARIABLE = "PLM_ENCODER_KEY"
 """Environment variable with the key of the server, if it wants one."""
@@ -135,7 +136,11 @@ class RemoteEncoder(Backbone):
             return list(texts)
         special = self.local.template != "chat"
         found = tokenizer(
-            list(texts), add_special_tokens=special, truncation=True, max_length=most, return_offsets_mapping=True
+            [to_text(text) for text in texts],
+            add_special_tokens=special,
+            truncation=True,
+            max_length=most,
+            return_offsets_mapping=True,
         )
         starts = [next((start for start, end in row if end > start), 0) for row in found["offset_mapping"]]
         is_full = [len(ids) == most for ids in found["input_ids"]]

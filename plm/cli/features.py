@@ -9,6 +9,8 @@ from plm.cli.options import OptionParser, check_encoder, split_overrides
 
 _CONCURRENCY = 16
 """Requests to a server at once."""
+_UNTRAINED = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto")
+"""Nothing is trained here: the devices of the recipe need not be."""
 
 
 def run(args: list[str]) -> None:
@@ -58,7 +60,9 @@ def run(args: list[str]) -> None:
     from plm.recipe.fit import RecipeReader, run_recipe
 
     recipe = [part for file in options.config for part in ("--config", file)]
-    data = run_recipe(["fit", *recipe, *(f"--{override}" for override in overrides)], RecipeReader).datamodule
+    data = run_recipe(
+        ["fit", *recipe, *(f"--{override}" for override in overrides), *_UNTRAINED], RecipeReader
+    ).datamodule
     server = None
     if options.encoder_url is not None:
         server = RemoteEncoder(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,8 +81,10 @@ def clear(entries: Iterable[CachedFeatures]) -> int:
     for entry in entries:
         (entry.folder / PARITY).unlink(missing_ok=True)
         for shard in _shards(entry.folder):
-            num_bytes += _size(shard)
-            shard.unlink(missing_ok=True)
+            size = _size(shard)
+            with suppress(PermissionError):  # Windows keeps files that are mapped
+                shard.unlink(missing_ok=True)
+                num_bytes += size
     return num_bytes
 
 

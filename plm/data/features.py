@@ -159,8 +159,10 @@ class FeatureCache:
             engine: What has other processes encode texts into this cache; None = they are encoded here.
 
         Raises:
-            ValueError: As `features`, or if the other processes have not filled this cache.
+            ValueError: As `features`, or if the other processes have not filled this cache, or there is a server, too.
         """
+        if engine is not None and self.server is not None:
+            raise ValueError("expected a server or other processes that encode, got both")
         texts, _ = self._distinct(pairs)
         digests = _digests(texts)
         rows = np.flatnonzero(_range_of(digests, share[1]) == share[0] - 1)
@@ -252,7 +254,7 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple[Callable[..., FeatureCache], tuple[object, ...]]:
         """Another process makes the backbone anew, and its key from the files that are there."""
-        return _rebuilt, (self.backbone.spec(), str(self.folder.parent))
+        return _rebuilt, (self.backbone.spec(), str(self.folder.parent.absolute()))
 
     def _encode(
         self,
@@ -306,7 +308,10 @@ class FeatureCache:
         """The server, after its features and the backbone's have been compared and the comparison is written down."""
         found = server.agreement
         measured = {"checked": False} if found is None else {"checked": True, **found._asdict()}
-        write_json(self.folder / PARITY, {f"{server.model} at {server.url}": measured}, merge=True)
+        path, name = self.folder / PARITY, f"{server.model} at {server.url}"
+        before = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+        if before is None or before["checked"]:  # features that nobody has compared stay in the cache
+            write_json(path, {name: measured}, merge=True)
         return server
 
     def _check(self, features: Float32Array, texts: list[str]) -> None:

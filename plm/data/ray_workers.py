@@ -56,6 +56,10 @@ def _encode(cache: FeatureCache, texts: list[str], workers: int | None) -> Itera
     room = ray.cluster_resources()
     cpus, gpus = room.get("CPU", 0.0), room.get("GPU", 0.0)
     size = workers or int(gpus) or max(1, int(cpus) - 1)
+    if workers is None and cpus < 2:
+        raise ValueError(
+            f"--engine ray: expected two CPUs or more, got {cpus:g}; leave it out, and this process encodes"
+        )
     if size * CPUS > cpus - 1:
         raise ValueError(
             f"--workers: expected at most {int((cpus - 1) / CPUS)} where Ray has {cpus:g} CPUs, of which a worker "

@@ -113,9 +113,12 @@ def _read_text(path: Path, layout: Layout) -> RawPairs | None:
         return None
     read = _read_csv if file_format(path) == "csv" else _read_jsonl
     text = read(path, found, head)
-    if text is None or _needs_rows(text.table, found):
+    try:
+        if text is None or _needs_rows(text.table, found):
+            return None
+        return _of_table(text.table, found)._replace(lines=text.lines)
+    except pa.ArrowException:  # a column of more than 2 GiB of distinct text
         return None
-    return _of_table(text.table, found)._replace(lines=text.lines)
 
 
 def _read_csv(path: Path, found: Layout, head: Records) -> TextTable | None:

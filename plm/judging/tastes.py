@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_tastes(text: str, samples: list[str]) -> SampledPairs:
     elif Path(text).suffix in (".yaml", ".yml"):
         document = merged_recipe(text, [])
     else:
-        gone = "" if Path(text).exists() else ", which does not exist"
+        gone = "" if os.path.exists(text) else ", which does not exist"
         raise ValueError(f"--rewards: expected a .yaml file or text like {EXAMPLE}, got {text!r}{gone}")
     if "data" in document:
         source = document["data"].get("source") or {}

@@ -120,6 +120,13 @@ def test_what_was_encoded_before_a_failure_is_kept(server: EmbeddingsServer, tmp
     assert sum(len(body["input"]) for body in server.bodies) == 6 + 23
 
 
+def test_a_later_comparison_says_nothing_of_what_nobody_compared(server: EmbeddingsServer, tmp_path: Path) -> None:
+    FeatureCache(LOCAL, tmp_path, encoder(server, is_unchecked=True)).fill(PAIRS[:5])
+    cache = FeatureCache(LOCAL, tmp_path, encoder(server))
+    assert cache.fill(PAIRS).num_encoded > 0
+    assert list(json.loads((cache.folder / "parity.json").read_text()).values()) == [{"checked": False}]
+
+
 def test_a_backbone_that_is_not_here_cannot_be_compared(server: EmbeddingsServer, tmp_path: Path) -> None:
     """Features that nobody compares are marked as such; texts are sent as they are rendered."""
 
@@ -130,9 +137,7 @@ def test_a_backbone_that_is_not_here_cannot_be_compared(server: EmbeddingsServer
             return {"model": "elsewhere"}
 
     local = Elsewhere(str(tmp_path / "gone"), template="response")
-    with pytest.raises(
-        ValueError, match=r"cannot be loaded here .*gone.*; go on here with --encoder_unchecked|--encoder_unch"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be loaded here .*gone.*, go on here with --encoder_unchecked"):
         FeatureCache(local, tmp_path, encoder(server, local)).fill(PAIRS)
     assert server.bodies == []
     cache = FeatureCache(local, tmp_path, encoder(server, local, is_unchecked=True))

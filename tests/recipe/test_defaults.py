@@ -32,7 +32,7 @@ def test_groups_come_before_their_recipe_in_order(project: Path, form: list[str]
     args = ["fit", "--a=1", *(part.format(path) for part in form), "--model.lr", "2"]
     conf = project / "conf"
     groups = ["--config", str(conf / "trainer/cpu.yaml"), "--config", str(conf / "data/b.yaml")]
-    assert expand(args) == ["fit", "--a=1", *groups, "--config", path, "--model.lr", "2"]
+    assert expand(args) == ["fit", *groups, "--config", path, "--a=1", "--model.lr", "2"]
 
 
 def test_without_defaults_nothing_changes(project: Path) -> None:
