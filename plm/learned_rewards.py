@@ -170,11 +170,11 @@ def _completion_row(prompt: Text, completion: Text, user_id: str | int | None) -
     """A row to score: prompt and completion as texts, or both as chat messages, of which the last is the reply."""
     text: Any = completion
     if not isinstance(completion, str):
-        *before, reply = completion if isinstance(completion, Sequence) and completion else [None]
-        is_reply = isinstance(reply, Mapping) and reply.get("role") == "assistant"
-        text = reply.get("content") if is_reply else None
+        messages: list[Any] = list(completion) if isinstance(completion, Sequence) else []
+        reply = messages.pop() if messages else None
+        text = reply.get("content") if isinstance(reply, Mapping) and reply.get("role") == "assistant" else None
         if not isinstance(text, str):
             raise ValueError(f"expected a completion that ends with the assistant's text, got {short(completion)}")
-        prompt = [*prompt, *before]
+        prompt = [*prompt, *messages]
     user = None if user_id in (None, "") else parsed("user_id", user_id, to_id)
     return ResponseRow(parsed("prompt", prompt, to_prompt), text, user, {})
