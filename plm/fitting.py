@@ -9,7 +9,7 @@ import json
 import tempfile
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -236,6 +236,8 @@ def _kept(pairs: Any, folder: Path) -> Iterator[list[str]]:
     except BaseException:
         if is_new:
             file.unlink(missing_ok=True)
+            with suppress(OSError):  # it holds other tables
+                file.parent.rmdir()
         raise
 
 
