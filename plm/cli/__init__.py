@@ -70,6 +70,9 @@ def main(args: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:  # whoever reads the output has enough of it, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is written at the end
+        return 1
     except (ValueError, OSError) as error:
         if debug():
             traceback.print_exc()
