@@ -175,7 +175,7 @@ class KnownUsers:
             if known is not None and not anew and not kept and known.num_pairs:
                 raise PairsNotKeptError(
                     f"user {user_id!r} was learned from {known.num_pairs} pairs that were not kept, so these cannot be "
-                    "added to them; give anew=True to learn the user from these pairs alone"
+                    "added to them; give anew to learn the user from these pairs alone"
                 )
             learned = _distinct([*kept, *added])
             with self.lock:

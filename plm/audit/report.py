@@ -166,7 +166,8 @@ def control_tables(audit: Audit) -> list[Section]:
             for name, text in _CONTROLS.items()
             if name in numbers
         ]
-        title = f"The model that was scored: {numbers['num_users']:,} users, {audit.model.num_expected:,} pairs"
+        num_scored = audit.model.num_expected - audit.model.num_missing
+        title = f"The model that was scored: {numbers['num_users']:,} users, {num_scored:,} pairs"
         sections.append(Section(title, heads, rows))
     if audit.controls:
         rows = [

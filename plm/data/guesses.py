@@ -94,7 +94,7 @@ class Guess:
         unread = [name for name in names if name not in {*self.places, *heads}]
         if unread:
             lines.append(f"  {'not read':<11} {', '.join(unread)}")
-        lines.append(f"in a recipe: {json.dumps(self.options)}")
+        lines.append(f"in a recipe, data.source.init_args: {json.dumps(self.options)}")
         return [line if line.isprintable() else repr(line) for line in lines]
 
     @property

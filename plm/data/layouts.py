@@ -69,7 +69,7 @@ class KnownLayout:
 
 LAYOUTS = {
     "pairs": KnownLayout(
-        "a prompt and two responses, the preferred one first: texts, replies or whole conversations",
+        "a prompt and two responses, the preferred one first if no column says: texts, replies or whole conversations",
         {"user_id": "user_id", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     ),
     "implicit_prompt": KnownLayout(

@@ -275,7 +275,7 @@ class RewardService:
             is_stored = self.method.learn(user_id, pairs, request.anew, request.must_exist)
         user = self._find(user_id) if is_stored else None
         if user is None:
-            raise RequestError("ConflictError", "the user was deleted meanwhile and stays deleted")
+            raise RequestError("ConflictError", "there is no such user any more, or never was; nothing was stored")
         return user
 
     def forget(self, user_id: str) -> bodies.Erased:

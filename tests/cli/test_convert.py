@@ -37,7 +37,7 @@ def test_a_file_is_guessed_shown_and_written(tmp_path: Path, capsys: pytest.Capt
     assert "export.jsonl is read as label_studio: CSV or JSON-MIN export of Label Studio's" in shown
     assert "  user_id     annotator\n" in shown and "  winner      comparison\n" in shown
     assert "  not read    id\n" in shown
-    assert 'in a recipe: {"layout": "label_studio"}' in shown
+    assert 'in a recipe, data.source.init_args: {"layout": "label_studio"}' in shown
     assert shown.count("  chosen    '") == 3 and "export.jsonl:2: user '1'\n  prompt    'Q1'\n  chosen    'y1'" in shown
     assert "4 pairs of 2 users written to" in shown
     assert plain(read_pairs([to])) == [
