@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -124,6 +125,26 @@ def test_a_reference_that_moves_is_the_mix_of_the_weights_so_far(causal_lm: Fold
         assert torch.allclose(found[name], expected, rtol=0, atol=5e-7)
     moved = max(float((seen[4][name] - start).abs().max()) for name, start in seen[0].items())
     assert moved > 1e-3
+
+
+def test_a_reference_that_moved_is_held_once_and_by_a_fit_alone(causal_lm: Folder, tmp_path: Path) -> None:
+    """A fit that goes on takes it out of the checkpoint, at the value it had; who loads the method keeps none."""
+    options: dict[str, Any] = {"adapter": "full", "lr": 1e-3, "ref_model_sync_steps": 1}
+    method = make(causal_lm("gpt2"), **options)
+    method.user_ids = ["a", "b", "c"]
+    batch = batch_of(method, [0, 0, 1, 2])
+    fit(method, [batch] * 2, tmp_path)
+    with saved(method) as path:
+        loaded = load_method(path)
+        assert isinstance(loaded, LoRADPO) and loaded._saved_reference is None and not loaded._moving
+        resumed = make(causal_lm("gpt2"), **options)
+        resumed.trainer = SimpleNamespace(training=True)  # type: ignore[assignment]
+        resumed.on_load_checkpoint(torch.load(path, weights_only=True))
+        resumed.trainer = None
+    assert resumed._saved_reference is not None
+    found, expected = copied(resumed.loss_reference()), copied(method.loss_reference())
+    assert resumed._saved_reference is None and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def copied(policy: Policy) -> dict[str, torch.Tensor]:
@@ -321,6 +342,14 @@ REFUSED = {
     "mixing": (
         {"adapter": "full", "ref_model_sync_steps": 0, "ref_model_mixup_alpha": 0.0},
         r"mixup_alpha: expected above 0 and at most 1, got 0.0(.|\n)*sync_steps: expected an integer >= 1, got 0",
+    ),
+    "mixing what stays": (
+        {"adapter": "full", "ref_model_mixup_alpha": 0.5},
+        "model.ref_model_mixup_alpha acts only with model.ref_model_sync_steps, .* got 0.5",
+    ),
+    "moving unread": (
+        {"adapter": "full", "loss_type": ["sft"], "ref_model_sync_steps": 4},
+        "model.ref_model_sync_steps: expected null with model.loss_type sft alone, which reads no reference, got 4",
     ),
     "steps": ({"adapt_steps": -1}, "model.adapt_steps: expected at least 0, got -1"),
     "warmup": ({"warmup": 1.0}, r"model.warmup: expected a share in \[0, 1\), got 1.0"),

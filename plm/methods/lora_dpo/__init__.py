@@ -90,6 +90,11 @@ class LoRADPO(AdaptedPolicy):
             problems.add("adapt_steps", "at least 0", adapt_steps)
         if self.mode == "basis" and use_weighting:
             problems.add("use_weighting", "false with model.mode 'basis', whose policies are several", use_weighting)
+        problems.say(
+            "model.ref_model_sync_steps: expected null with model.loss_type sft alone, which reads no reference, got "
+            f"{self.sync_steps!r}",
+            when={*loss_type} == {"sft"} and self.sync_steps is not None,
+        )
         problems.check()
 
     def build(self, policy: Policy) -> None:

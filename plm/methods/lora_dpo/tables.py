@@ -29,6 +29,8 @@ Adapter = Literal["lora", "prefix", "full"]
 Decoding = Literal["logits", "merged"]
 MODES: dict[Adapter, tuple[Mode, ...]] = {"lora": get_args(Mode), "prefix": ("shared", "per_user"), "full": ("shared",)}
 """Modes that an adapter can be had in."""
+MIXUP_ALPHA = 0.6
+"""Share of the policy in a reference that moves, by default TR-DPO's."""
 RATES: dict[Adapter, float] = {"lora": 1e-4, "prefix": 1e-3, "full": 1e-6}
 """Learning rates for a pretrained network."""
 
@@ -79,7 +81,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
         seed: int = 0,
         lr: float | None = None,
         ref_model_sync_steps: int | None = None,
-        ref_model_mixup_alpha: float = 0.6,
+        ref_model_mixup_alpha: float = MIXUP_ALPHA,
         **options: Any,
     ) -> None:
         super().__init__(lr=RATES.get(adapter, 0.0) if lr is None else lr, **options)
@@ -106,6 +108,11 @@ class AdaptedPolicy(PolicyMethod, Exporter):
             f"model.ref_model_sync_steps: expected null with model.adapter {adapter!r}, whose reference is the network "
             f"itself, got {ref_model_sync_steps!r}",
             when=adapter != "full" and ref_model_sync_steps is not None,
+        )
+        problems.say(
+            "model.ref_model_mixup_alpha acts only with model.ref_model_sync_steps, without which the reference stays, "
+            f"got {ref_model_mixup_alpha!r}",
+            when=ref_model_mixup_alpha != MIXUP_ALPHA and ref_model_sync_steps is None,
         )
         problems.choices(adapter=(adapter, tuple(MODES)))
         if mode not in (modes := MODES.get(adapter, (mode,))):
@@ -161,7 +168,11 @@ class AdaptedPolicy(PolicyMethod, Exporter):
 
     def loss_reference(self) -> Policy:
         """The reference of the loss: the same, or one that moves."""
-        return self.reference_policy() if self.sync_steps is None else self._copied(self._moving, self._saved_reference)
+        if self.sync_steps is None:
+            return self.reference_policy()
+        moving = self._copied(self._moving, self._saved_reference)
+        self._saved_reference = None
+        return moving
 
     def _copied(self, copies: list[Policy], state: dict[str, Any] | None) -> Policy:
         """The copy of the network that is kept in a list, loaded on first use and shared out as the network is."""
@@ -196,10 +207,12 @@ class AdaptedPolicy(PolicyMethod, Exporter):
             checkpoint[CHECKPOINT_KEY]["reference"] = self._moving[0].whole_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also go on with the reference that the fit had."""
+        """Also let a fit go on with the reference that it had; nothing else reads it."""
         super().on_load_checkpoint(checkpoint)
-        self._saved_reference = checkpoint.get(CHECKPOINT_KEY, {}).get("reference")
         self._moving.clear()
+        self._saved_reference = None
+        if self._trainer is not None and self._trainer.training:
+            self._saved_reference = checkpoint.get(CHECKPOINT_KEY, {}).get("reference")
 
     # ------------------------------------------------------------------ training
     def setup(self, stage: str) -> None:
