@@ -221,8 +221,8 @@ def best_responses(
     empty = [prompt for prompt, row in distinct.items() if not filled[row * n : (row + 1) * n].any()]
     if empty:
         raise ValueError(
-            f"expected a response that is not empty among {n}, got none to the prompt {empty[0]!r:.80}; raise n, "
-            "or set min_new_tokens"
+            f"expected a response that is not empty among {n}, got none to the prompt {empty[0]!r:.80}; raise n "
+            "(--best_of), or set min_new_tokens"
         )
     written = filled.nonzero()[:, 0].tolist()
     written_prompts = [pool_prompts[place] for place in written]

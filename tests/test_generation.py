@@ -382,7 +382,9 @@ def test_empty_responses_are_never_the_best(causal_lm: Folder, monkeypatch: pyte
     assert first == (drawn[0][number], pytest.approx(float(rewards.max()), abs=1e-5), number)
     assert (second.text, second.number) == ("e", 0)
     pool[1] = 3 * pool[1][1:2]
-    with pytest.raises(ValueError, match=r"not empty among 3, got none to the prompt 'two'; raise n, or set min_new"):
+    with pytest.raises(
+        ValueError, match=r"not empty among 3, got none to the prompt 'two'; raise n \(--best_of\), or set min"
+    ):
         best_of_n(policy_of(causal_lm), reward, ["one", "two"], n=3, max_new_tokens=4)
 
 

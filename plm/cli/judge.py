@@ -20,7 +20,8 @@ def run(args: list[str]) -> None:
         "the same seeds; every person of --rewards values all texts, in standard deviations of the unaligned policy's\n"
         "texts (z_score: false: as they come). Intervals resample prompts. Where rows have a split, only those of the\n"
         "test are used. With --policy or --policy_url and --best_of that model is the unaligned policy, and each text\n"
-        "of a user is the best of N that it writes by the reward of the method, which may be any.",
+        "of a user is the best of N that it writes by the reward of the method, which may be any; an empty text is\n"
+        "chosen only where all N are.",
     )
     parser.add_shared("--ckpt_path", required=True, help="checkpoint of a method with a policy")
     parser.add_shared("--prompts", required=True)

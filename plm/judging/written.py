@@ -92,15 +92,18 @@ def judge_users(
         settings: Further arguments of `plm.generation.sample`, such as ``max_new_tokens``.
         policy: The unaligned policy, where it writes for everybody and each text of population and users is the best
             of its texts by the method's reward.
-        best_of: Of how many.
+        best_of: Of how many; where all of them are empty, the first.
         on_progress: Called with the number of texts finished since the last call.
 
     Returns:
         See `judgement`.
 
     Raises:
-        ValueError: If the method does not write, or a reward is the same for all texts of the unaligned policy.
+        ValueError: If the method does not write, a reward is the same for all texts of the unaligned policy, or there
+            is ``best_of`` without ``policy``.
     """
+    if policy is None and best_of != 1:
+        raise ValueError(f"expected best_of=1 without a policy whose texts are chosen from, got {best_of!r}")
     drawn: dict[str, Any] = {**settings, "progress": on_progress}
     if policy is None:
         policy, texts = _written(method, prompts, users, num_samples, drawn)
@@ -143,7 +146,10 @@ def _chosen(
     best_of: int,
     drawn: dict[str, Any],
 ) -> list[list[list[Sample]]]:
-    """W x P x N texts of a policy: the first of every ``best_of``, and the best by the population and by users."""
+    """W x P x N texts of a policy: the first of every ``best_of``, and the best by the population and by users.
+
+    Of texts that are all empty, of which a method may know no reward, everybody gets the first.
+    """
     size = best_of * num_samples
     if isinstance(policy, RemotePolicy):
         texts = sample_texts(policy, prompts, num_samples=size, **drawn)
@@ -151,15 +157,18 @@ def _chosen(
     else:
         pool = sample(policy, prompts, num_samples=size, **drawn)
     states, _ = method.known_users.lookup([None, *users])
-    state_row = torch.arange(1 + len(users)).repeat_interleave(len(prompts))
     chosen: list[list[list[Sample]]] = [[[] for _ in prompts] for _ in (None, *users)]
     for start in range(0, size, best_of):
         parts = [row[start : start + best_of] for row in pool]
-        responses = {prompt: [one.text for one in part] for prompt, part in zip(prompts, parts, strict=True)}
-        best = best_responses(method, [*prompts] * len(chosen), responses, states, state_row)
-        for place, found in enumerate(best):
-            writer, row = divmod(place, len(prompts))
-            chosen[writer][row].append(parts[row][found.number])
+        filled = [row for row, part in enumerate(parts) if any(one.text for one in part)]
+        number = np.zeros((len(chosen), len(prompts)), dtype=np.int64)
+        if filled:
+            responses = {prompts[row]: [one.text for one in parts[row]] for row in filled}
+            state_row = torch.arange(len(chosen)).repeat_interleave(len(filled))
+            best = best_responses(method, [prompts[row] for row in filled] * len(chosen), responses, states, state_row)
+            number[:, filled] = np.array([one.number for one in best]).reshape(len(chosen), len(filled))
+        for (writer, row), place in np.ndenumerate(number):
+            chosen[writer][row].append(parts[row][place])
     return [[row[::best_of] for row in pool], *chosen]
 
 

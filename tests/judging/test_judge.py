@@ -12,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from plm.backbones import CausalLM, HashingBackbone, Policy, RemotePolicy, TextWriter
+from plm.backbones import CausalLM, HashingBackbone, HFBackbone, Policy, RemotePolicy, TextWriter
 from plm.checkpoint import load_method
 from plm.cli import main
 from plm.evaluation import cluster_bootstrap
-from plm.generation import sample, sample_logps, sample_texts
+from plm.generation import Sample, sample, sample_logps, sample_texts
+from plm.judging import written
 from plm.judging.compare import compare_policies, distinct
+from plm.judging.tastes import read_tastes
+from plm.judging.written import judge_users
 from plm.method.policy import PolicyMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lore import LoRe
@@ -212,6 +215,41 @@ def test_texts_of_any_policy_are_chosen_by_the_reward_of_a_method(
     assert result["users"]["anna"]["people"]["anna"]["difference_low"] > 0
     report = (tmp_path / "out" / "judge.md").read_text()
     assert (result["texts"]["anna"]["perplexity"] is None) == is_served and "| nan |" not in report
+
+
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_an_empty_text_is_chosen_where_there_is_no_other(
+    causal_lm: Folder, monkeypatch: pytest.MonkeyPatch, best_of: int
+) -> None:
+    """Of a method that cannot read it: one unlucky prompt does not end the rest."""
+    torch.manual_seed(0)
+    method = LoRe(1, 16, backbone=HFBackbone(str(causal_lm("gpt2")), template="response").spec(), num_bases=2)
+    method.user_ids = ["anna"]
+    method.weights.normal_()
+    method.bases.data.normal_()
+    prompts, texts = ["a", "b", "c"], [["", ""], ["", "two words"], ["one", "three short words"]]
+    pool = [[Sample(text, (1,)) for text in row] for row in texts]
+    monkeypatch.setattr(written, "sample", lambda *_, **__: pool)
+    tastes = read_tastes("{rewards: {words: {class_path: Length}}}", [])
+    policy = Policy(CausalLM(str(causal_lm("gpt2"))))
+    with saved(method) as path:
+        loaded = load_method(path)
+        found = judge_users(
+            loaded, tastes, prompts, ["anna"], num_samples=2 // best_of, settings={}, policy=policy, best_of=best_of
+        )
+        better = {
+            user: int(loaded.score(texts[2], prompts="c", **known).argmax())
+            for user, known in {"population": {}, "anna": {"user_id": "anna"}}.items()
+        }
+        with pytest.raises(ValueError, match="expected best_of=1 without a policy whose texts are chosen from, got 4"):
+            judge_users(loaded, tastes, prompts, ["anna"], num_samples=1, settings={}, best_of=4)
+    shown = [{name: text for name, text in row.items() if name != "prompt"} for row in found["samples"]]
+    assert shown[0] == {"unaligned": "", "population": "", "anna": ""}
+    if best_of == 1:
+        assert found["texts"]["anna"] == found["texts"]["unaligned"]
+        return
+    assert shown[1] == {"unaligned": "", "population": "two words", "anna": "two words"}
+    assert shown[2] == {"unaligned": "one", **{user: texts[2][place] for user, place in better.items()}}
 
 
 def test_what_cannot_be_judged_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
