@@ -42,11 +42,11 @@ def read_jsonl_table(path: Path, kinds: Mapping[str, pa.DataType]) -> TextTable 
         path: The file.
         kinds: The type of every column.
     """
-    options = pj.ParseOptions(explicit_schema=pa.schema(list(kinds.items())), unexpected_field_behavior="error")
-    try:
+    try:  # a name may hold half of a character
+        options = pj.ParseOptions(explicit_schema=pa.schema(list(kinds.items())), unexpected_field_behavior="error")
         table = pj.read_json(path, pj.ReadOptions(block_size=_BLOCK), options)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
+    except (pa.ArrowException, OSError, UnicodeError):
         return None
     numbers = [column for column in table.columns if pa.types.is_floating(column.type)]
     is_finite = all(pc.all(pc.is_finite(column)).as_py() in (True, None) for column in numbers)
@@ -88,7 +88,7 @@ def read_csv_table(
                 columns[name] = pc.if_else(pc.equal(columns[name], ""), pa.scalar(None, pa.string()), columns[name])
             batches.append(pa.record_batch([column.dictionary_encode() for column in columns.values()], encoded))
             feeds.append(sum(pc.count_substring(column, "\n").to_numpy() for column in batch.columns))
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
+    except (pa.ArrowException, OSError, UnicodeError):
         return None
     num_feeds = np.concatenate(feeds)
     first = 2 + sum(name.count("\n") for name in names)

@@ -147,6 +147,7 @@ def test_bytes_that_are_no_text_are_named(more: bytes, tmp_path: Path, monkeypat
         ([{"user_id": '["a","b"]', "winner": '["left","right"]'}], {"winner": {"column": "winner"}}),
         ([{"user_id": "a", "winner": "left"}, {"user_id": "b", "winner": "right"}], {"winner": {"column": "winner"}}),
         ([{"user_id": "a", "tie": None}, {"user_id": "b", "tie": True}], {}),
+        ([{"\ud800": 1}], {}),
     ],
 )
 def test_columns_are_read_alike(
