@@ -245,4 +245,4 @@ def test_an_id_is_a_name_and_never_a_path_or_a_number(
         loaded = load_method(path)
         assert loaded.find_users is not None
         trained = loaded.find_users(["1", "0002", "../x"]).tensors["adapter"]
-        assert (trained - method.fresh).abs().amax(1).min() > 1e-4
+        assert (trained - method.fresh).abs().amax(1).min() > 0.9 * method.adapt_lr  # a step of Adam
