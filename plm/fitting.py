@@ -163,7 +163,10 @@ def fit(
         file = Path(scratch) / "recipes" / "recipe.yaml"  # groups are looked up in the folder above, which is empty
         file.parent.mkdir()
         file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        trainer = run_recipe(["fit", "--config", str(file)]).trainer
+        try:
+            trainer = run_recipe(["fit", "--config", str(file)]).trainer
+        except ValueError as error:
+            raise type(error)(str(error).removeprefix(f"{file}: ")) from error  # nobody has written that file
     best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     return Run(run_dir(trainer), Path(best).resolve())
 

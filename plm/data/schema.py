@@ -303,7 +303,8 @@ def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, i
         ValueError: With every malformed row as ``origin:number: what is wrong``, or if there is none.
     """
     if not rows:
-        raise ValueError(f"expected preference pairs, got none in {origin} (left out: {dropped or 'nothing'})")
+        left_out = f" (left out: {dropped})" if dropped else ""
+        raise ValueError(f"expected preference pairs, got none in {origin}{left_out}")
     where = np.stack([np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))], axis=1)
     problems: list[tuple[int, int, str]] = []
     columns = {name: factorise(row.get(name) for row in rows) for name in (*REQUIRED, *OPTIONAL)}
