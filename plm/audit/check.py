@@ -16,7 +16,7 @@ from plm.arrays import IntArray
 from plm.data.files import position
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable
-from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, split_pairs
+from plm.data.splits import SEEN, TEST, TRAIN, UNSEEN, VAL, split_pairs
 from plm.data.surface import MARGIN, MIN_PAIRS, Probe, Share, probe_surface
 from plm.data.values import spelt_alike
 
@@ -122,6 +122,7 @@ def check_pairs(
         "users seen": int((user_split == SEEN).sum()),
         "users unseen": int((user_split == UNSEEN).sum()),
         "pairs train or support": int((stage == TRAIN).sum()),
+        "pairs validation": int((stage == VAL).sum()),
         "pairs test or query": int((stage == TEST).sum()),
         **{f"left out: {why.replace('_', ' ')}": count for why, count in table.dropped.items()},
     }

@@ -15,6 +15,7 @@ import numpy as np
 from plm.arrays import Float64Array, IntArray
 from plm.audit.items import ItemScores
 from plm.evaluation import (
+    MIN_USERS,
     Section,
     TableRow,
     compare,
@@ -146,8 +147,11 @@ def sections(users: str, result: dict[str, Any]) -> list[Section]:
     ]  # fmt: skip
     group, paired = ("users", "by item") if users == "all" else (f"{users} users", f"on {users} users")
     title = f"Accuracy of {result['num_users']:,} {group} on {result['num_items']:,} items, 95% intervals over users"
+    method = result["method"]
+    if result["num_users"] < MIN_USERS:
+        method = f"no intervals: they need {MIN_USERS} users"
     heads = ["difference", "points", "p", "p, Holm", "found four times in five from"]
     return [
         Section(title, ["model", "mean over users %", "mean over items %", "ties left out"], files),
-        Section(f"Paired {paired}, clustered by user ({result['method']})", heads, versus),
+        Section(f"Paired {paired}, clustered by user ({method})", heads, versus),
     ]

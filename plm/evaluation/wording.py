@@ -18,7 +18,8 @@ def verdict(name: str, numbers: Mapping[str, float]) -> str:
     low, high = numbers["personal_minus_global_low"], numbers["personal_minus_global_high"]
     gain = difference(numbers, "personal_minus_global", " points")
     if math.isnan(low):
-        return f"{name}: no verdict: an interval needs {MIN_USERS} users, got {numbers['num_users']:.0f}"
+        advice = "; hold out more of them (data.unseen_users)" if name == "unseen" else ""
+        return f"{name}: no verdict: an interval needs {MIN_USERS} users, got {numbers['num_users']:.0f}{advice}"
     other = ""
     if "personal_minus_other" in numbers:
         other = f"{difference(numbers, 'personal_minus_other')} over another user's state"

@@ -128,6 +128,13 @@ def test_several_files_are_corrected_by_holm(tmp_path: Path, capsys: pytest.Capt
     assert f"{files[0]} − {files[1]}" in shown and "found four times in five" in shown
 
 
+def test_too_few_users_for_an_interval_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"item": str(item), "user": f"u{item % 7}", "margin": 1 - 2 * (item % 2)} for item in range(28)]
+    files = [str(write(tmp_path / f"{name}.csv", rows)) for name in "ab"]
+    assert main(["compare", *files]) == 0
+    assert "no intervals: they need 8 users" in " ".join(capsys.readouterr().out.split())
+
+
 def test_ties_are_left_out_and_zero_margins_are_half(tmp_path: Path) -> None:
     rows = [
         {"item": "a", "user_id": "u", "tie": 0, "margin": 0},

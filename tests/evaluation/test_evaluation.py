@@ -181,6 +181,7 @@ def test_verdict_without_an_interval_or_a_control():
     assert verdict("unseen", {"num_users": 5.0}) == "unseen: no verdict: the method serves every user alike"
     few = summarize(user_table(num_users=MIN_USERS - 1), num_resamples=100)
     assert verdict("seen", few) == f"seen: no verdict: an interval needs {MIN_USERS} users, got {MIN_USERS - 1}"
+    assert verdict("unseen", few).endswith(f"got {MIN_USERS - 1}; hold out more of them (data.unseen_users)")
 
 
 def test_verdict_is_right_on_planted_users():
