@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,9 @@ def clipped(limit: float, algorithm: str, whole: torch.Tensor, sharded: torch.Te
     return [parameters[0].grad, parameters[1].grad.full_tensor()]  # type: ignore[attr-defined]
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     table, other = gradients(rank)
     average_gradients([table, other, torch.nn.Parameter(torch.zeros(1))])
     assert table.grad is not None and table.grad.is_sparse
@@ -61,11 +60,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

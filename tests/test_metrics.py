@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -198,9 +197,9 @@ def test_few_shot_keeps_cells_of_its_own_users_alone():
         FewShotMetric([3], [0, 4], 2).update(**few_shot_pairs())
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     pairs = random_pairs()
     metric, empty_there = PreferenceMetric(17), FewShotMetric(range(5), [0, 4], 2)
     metric.update(**part(pairs, torch.arange(400) % 2 == rank))  # every user on both ranks
@@ -211,11 +210,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
