@@ -140,7 +140,7 @@ def test_who_is_deleted_while_being_learned_is_a_conflict(
 
     for change in (learn_and_forget, lambda *_: 0):
         monkeypatch.setattr(type(service.method), "learn", change)
-        with pytest.raises(RequestError, match="deleted meanwhile") as error:
+        with pytest.raises(RequestError, match="no such user any more") as error:
             service.learn("gone", bodies.PairsRequest(pairs=[PAIR]))
         assert error.value.status == 409
 
@@ -153,7 +153,7 @@ def test_an_answer_that_comes_late_adds_nobody(service: RewardService) -> None:
             service.learn("late", bodies.PairsRequest(pairs=[PAIR]))
             assert service.learn("late", late).num_pairs == 1
             service.forget("late")
-        with pytest.raises(RequestError, match="deleted meanwhile") as error:
+        with pytest.raises(RequestError, match="no such user any more") as error:
             service.learn("late", late)
         assert error.value.status == 409 and "late" not in service.method.users
 
