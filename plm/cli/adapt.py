@@ -38,13 +38,14 @@ def run(args: list[str]) -> None:
 
     method = load_method(options.ckpt_path, users=options.users)
     reading = reading_of(options)
-    if not any(reading.values()) and (reading := training_reading(options.ckpt_path)):
-        given = ", ".join(f"{name}: {value}" for name, value in reading.items())
+    former = {} if any(reading.values()) else training_reading(options.ckpt_path)
+    if former:
+        given = ", ".join(f"{name}: {value}" for name, value in former.items())
         print(f"the pairs are read as those of the training were ({given})")
     try:
-        table = read_pairs(options.pairs, **reading, on_error=options.on_error)
+        table = read_pairs(options.pairs, **(former or reading), on_error=options.on_error)
     except ValueError as error:
-        if any(reading_of(options).values()) or not reading:
+        if not former:
             raise
         advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
         raise ValueError(f"{error}\nThis is how the training's pairs are read; {advice}") from error

@@ -105,7 +105,8 @@ def _blocks(path: Path) -> Iterator[tuple[_Bytes, _Bytes, _Bytes]]:
         block = content[start : start + _BLOCK]
         before = content[start - 1] if start else _FEED
         after = content[start + _BLOCK] if start + _BLOCK < len(content) else _FEED
-        yield np.append(before, block[:-1]), block, np.append(block[1:], after)
+        padded = np.pad(block, 1, constant_values=(before, after))
+        yield padded[:-2], padded[1:-1], padded[2:]
 
 
 def _num_objects(path: Path) -> int:
