@@ -42,6 +42,11 @@ def no_writer(name: str) -> str:
     return f"{name} has no policy that writes: give --policy MODEL --best_of N, and the texts are chosen by its reward"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number with a noun: ``1 user``, ``1,200 users``."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+
+
 def first_of(lines: Sequence[str], indent: str = "") -> list[str]:
     """The first 20 lines of a report, and one that says how many more there are."""
     more = [f"... and {len(lines) - NUM_SHOWN} more"] if len(lines) > NUM_SHOWN else []

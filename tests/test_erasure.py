@@ -138,7 +138,7 @@ def test_what_was_killed_half_way_is_ended_by_the_same_command(
     assert main(command) == 0
     shown = capsys.readouterr()
     assert [json.loads(line)["was_stored"] for line in shown.out.splitlines()] == [False, False]
-    assert "deleted 0 users, 2 are left" in shown.err and "never-seen" not in shown.out
+    assert "deleted 0 users, 2 left" in shown.err and "never-seen" not in shown.out
     nobody = [line for line in shown.err.splitlines() if line.startswith("nobody")]
     assert nobody == ["nobody was stored as 'person-anna'", "nobody was stored as 'never-seen'"]
     assert not any(b"person-anna" in data for data in bytes_of(run).values())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plm.cli.options import READING, ROWS, OptionParser, add_reading, integer, reading_of, split_overrides
-from plm.messages import nearest
+from plm.messages import counted, nearest
 
 _HELP = """usage: plm data check|convert ...
 
@@ -152,5 +152,5 @@ def _convert(args: list[str]) -> int:
     skipped = unused(Path(options.to).with_suffix(".skipped.ndjson"))
     if write_skipped(table, skipped):
         print(f"malformed rows are in {skipped}")
-    print(f"{table.num_pairs} pairs of {table.num_users} users written to {options.to}")
+    print(f"{counted(table.num_pairs, 'pair')} of {counted(table.num_users, 'user')} written to {options.to}")
     return 0

@@ -6,6 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from plm.cli.options import OptionParser, check_encoder, split_overrides
+from plm.messages import counted
 
 _CONCURRENCY = 16
 """Requests to a server at once."""
@@ -75,7 +76,7 @@ def run(args: list[str]) -> None:
             quotes=True,
         )
     engine = partial(encode_by_ray, workers=options.workers) if options.engine == "ray" else None
-    print(f"{data.table.num_pairs:,} pairs of {data.table.num_users:,} users from {data.source.name}")
+    print(f"{counted(data.table.num_pairs, 'pair')} of {counted(data.table.num_users, 'user')} from {data.source.name}")
     index, count = options.shard
     for name, filled in data.fill_cache(options.shard, server, engine).items():
         part = f", {filled.num_of_share:,} in shard {index}/{count}" if count > 1 else ""

@@ -36,7 +36,7 @@ def run(args: list[str]) -> None:
     if not runs:
         print(f"no run in {options.folder}")
         return
-    heads = ("run", "method", "data", "users", "accuracy %", "personal − global")
+    heads = ("run", "date", "method", "data", "users", "accuracy %", "personal − global")
     table = Table(*heads, box=None)
     table.columns[0].overflow = "fold"
     for found in runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from plm.cli.options import OptionParser
-from plm.messages import nearest
+from plm.messages import counted, nearest
 
 _ACTIONS = ("list", "export", "delete")
 _LATER = "SQLite removes them when no process reads a former state, by the same command; PostgreSQL by VACUUM FULL"
@@ -60,7 +60,7 @@ def run(args: list[str]) -> None:
             if not receipt.was_stored:
                 print(f"nobody was stored as {user_id!r}", file=sys.stderr)
         num_stored = sum(receipt.was_stored for receipt in erasure.receipts)
-        print(f"deleted {num_stored} users, {len(store)} are left in {store.place}", file=sys.stderr)
+        print(f"deleted {counted(num_stored, 'user')}, {len(store):,} left in {store.place}", file=sys.stderr)
         for file in erasure.changed:
             print(f"removed from {file}", file=sys.stderr)
         for file in erasure.remaining:

@@ -10,6 +10,7 @@ import numpy as np
 
 from plm.arrays import Float64Array
 from plm.evaluation.wording import difference, points
+from plm.messages import counted
 from plm.metrics import UserTable
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def gain_figure(groups: Mapping[str, UserTable]) -> Figure:
             fontweight="bold",
         )
         shares = ", ".join(f"{len(part) / len(gain):.0%} {effect}" for effect, part in reversed(parts.items()))
-        headline(axes, f"{name.capitalize()} users", f"{len(gain):,} users: {shares}")
+        headline(axes, f"{name.capitalize()} users", f"{counted(len(gain), 'user')}: {shares}")
     figure.align_ylabels()
     panels[-1].set_xlabel("accuracy with the user's own state − with the population's (points)")
     return figure

@@ -27,6 +27,7 @@ from plm.evaluation import (
     write_report,
 )
 from plm.leaderboard.results import GROUPS, BoardRow, Versus, all_pairs, ranked, verdicts, versus
+from plm.messages import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,7 +144,9 @@ class Leaderboard:
     def caption(self, group: str) -> str:
         """What a table is about."""
         numbers = next(row.numbers[group] for row in self.rows if group in row.numbers)
-        return f"{self.title}: {numbers['num_users']:,.0f} {group} users, {numbers['num_pairs']:,.0f} pairs"
+        return (
+            f"{self.title}: {counted(numbers['num_users'], f'{group} user')}, {counted(numbers['num_pairs'], 'pair')}"
+        )
 
     def provenance(self) -> list[str]:
         """Where the numbers come from, a line each."""

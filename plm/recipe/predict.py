@@ -10,6 +10,7 @@ from plm.atomic import write_csv
 from plm.callbacks import is_fast_dev_run, run_dir
 from plm.data.keys import pair_names
 from plm.evaluation import print_parts
+from plm.messages import counted
 from plm.metrics import CONTROL_MARGINS
 from plm.types import PreferenceBatch
 
@@ -61,7 +62,7 @@ class SavePredictions(L.Callback):
         part = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = f"predictions{part}.csv"
         write_csv(run_dir(trainer) / file, COLUMNS, self._rows)
-        self._report = [f"{file} of {len(self._rows):,} pairs in {run_dir(trainer)}"]
+        self._report = [f"{file} of {counted(len(self._rows), 'pair')} in {run_dir(trainer)}"]
         self._rows = []
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from plm.atomic import whole_file
+from plm.messages import counted
 from plm.types import UserState
 from plm.users.database import ERASURES, FACTS, PAIRS, SCHEMA, USERS, Database, among, upsert
 from plm.users.folder import read_folder
@@ -162,7 +163,7 @@ class UserStore:
 
     def __repr__(self) -> str:
         """How many, and where."""
-        return f"{len(self):,} users of {self.place}"
+        return f"{counted(len(self), 'user')} of {self.place}"
 
     def __contains__(self, user_id: object) -> bool:
         """Whether the user has a row."""

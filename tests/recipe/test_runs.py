@@ -223,6 +223,7 @@ def test_runs_are_listed_the_newest_first(capsys: pytest.CaptureFixture[str], mo
     assert main(["runs"]) == 0
     shown = capsys.readouterr().out
     assert shown.index("two") < shown.index("one") and "50.0" in shown
+    assert "–" in shown.splitlines()[1] and str(datetime.now().date()) in shown
     assert shown.endswith("two: no checkpoint; no per_user.csv\n")
     assert main(["runs", "nowhere"]) == 1 and "expected a folder of runs, got 'nowhere'" in capsys.readouterr().err
 
