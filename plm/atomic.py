@@ -79,13 +79,18 @@ def _to_disk(path: Path) -> None:
 
 
 @contextmanager
-def only_writer(lock: Path, message: str) -> Iterator[None]:
+def only_writer(lock: Path, message: str, wait: float = 0.0) -> Iterator[None]:
     """Hold a lock file, so that no second process writes the same thing; given back however the block ends.
 
+    Args:
+        lock: The file.
+        message: What the error says.
+        wait: Seconds that the other process is waited for.
+
     Raises:
-        ValueError: With the message, if another process holds it.
+        ValueError: With the message, if another process still holds it then.
     """
-    held = FileLock(lock, timeout=0)
+    held = FileLock(lock, timeout=wait)
     try:
         held.acquire()
     except Timeout:

@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 """File that says whose features a folder holds; its time is that of the last use."""
 PARITY = "parity.json"
 """File beside it that says what servers have made features here, and how near theirs are to those of the backbone."""
+PARITY_LOCK = ".parity.lock"
+"""File that a process holds while it changes the former."""
 _SHARD = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
@@ -79,7 +81,9 @@ def clear(entries: Iterable[CachedFeatures]) -> int:
     """Remove the shards of entries, and which servers have made some; returns the bytes that were freed."""
     num_bytes = 0
     for entry in entries:
-        (entry.folder / PARITY).unlink(missing_ok=True)
+        for note in (PARITY, PARITY_LOCK):
+            with suppress(PermissionError):  # a process is about to write it
+                (entry.folder / note).unlink(missing_ok=True)
         for shard in _shards(entry.folder):
             size = _size(shard)
             with suppress(PermissionError):  # Windows keeps files that are mapped

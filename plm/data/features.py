@@ -31,9 +31,9 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from plm.arrays import Float32Array, IntArray
-from plm.atomic import whole_file, write_json, write_text
+from plm.atomic import only_writer, whole_file, write_json, write_text
 from plm.backbones import Backbone, RemoteEncoder
-from plm.data.cache import MANIFEST, PARITY, folder_name
+from plm.data.cache import MANIFEST, PARITY, PARITY_LOCK, folder_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,6 +52,8 @@ SHARD_TEXTS = (64, 8192)
 """Fewest and most texts of a shard; enough of them to sort into batches of similar length."""
 QUIET_TEXTS = 256
 """Up to this many texts are encoded without a progress bar."""
+PARITY_WAIT = 60.0
+"""Seconds that a process waits for another to note how near a server's features are."""
 LINE_SECONDS = 30.0
 """How often a line tells the progress where no terminal shows a bar."""
 
@@ -309,9 +311,11 @@ class FeatureCache:
         found = server.agreement
         measured = {"checked": False} if found is None else {"checked": True, **found._asdict()}
         path, name = self.folder / PARITY, f"{server.model} at {server.url}"
-        before = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
-        if before is None or before["checked"]:  # features that nobody has compared stay in the cache
-            write_json(path, {name: measured}, merge=True)
+        busy = f"{str(path)!r} has been written by another process for {PARITY_WAIT:g} s; try again"
+        with only_writer(self.folder / PARITY_LOCK, busy, PARITY_WAIT):  # what others measure meanwhile stays, too
+            before = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+            if before is None or before["checked"]:  # features that nobody has compared stay in the cache
+                write_json(path, {name: measured}, merge=True)
         return server
 
     def _check(self, features: Float32Array, texts: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -125,6 +126,26 @@ def test_a_later_comparison_says_nothing_of_what_nobody_compared(server: Embeddi
     cache = FeatureCache(LOCAL, tmp_path, encoder(server))
     assert cache.fill(PAIRS).num_encoded > 0
     assert list(json.loads((cache.folder / "parity.json").read_text()).values()) == [{"checked": False}]
+
+
+def test_two_processes_that_write_what_they_compared_wait_for_each_other(
+    server: EmbeddingsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has looked for notes and is about to write when the other comes, who compares nothing."""
+    unchecked = FeatureCache(LOCAL, tmp_path, encoder(server, is_unchecked=True))
+    other = Thread(target=unchecked.fill, args=(PAIRS[5:10],))
+    write = module.write_json
+
+    def late(path: Path, entries: Any, **options: Any) -> None:
+        if not other.ident:
+            other.start()
+            other.join(0.5)
+        write(path, entries, **options)
+
+    monkeypatch.setattr(module, "write_json", late)
+    FeatureCache(LOCAL, tmp_path, encoder(server)).fill(PAIRS[:5])
+    other.join()
+    assert list(json.loads((unchecked.folder / "parity.json").read_text()).values()) == [{"checked": False}]
 
 
 def test_a_backbone_that_is_not_here_cannot_be_compared(server: EmbeddingsServer, tmp_path: Path) -> None:
