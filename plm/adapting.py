@@ -14,6 +14,7 @@ from torch import Tensor
 
 from plm.data.collate import FeaturedPairs, build_context
 from plm.data.encoding import TextReader, encode_pairs
+from plm.data.keys import digest, in_share
 from plm.data.schema import PairTable, make_pairs
 from plm.functional import user_chunks
 from plm.method import PersonalizationMethod
@@ -22,6 +23,11 @@ from plm.types import Context, Tokens, UserState
 
 MAX_FLOATS = 2**22
 """Numbers of padded pairs and of states that are made at once (16 MiB)."""
+
+
+def users_of_share(table: PairTable, share: tuple[int, int]) -> PairTable:
+    """The pairs of the i-th of n equal shares of the users, ``share = (i, n)``, by a hash of their ids alone."""
+    return table if share == (1, 1) else table.take(in_share(digest(table.user_ids), share)[table.user])
 
 
 def adapt_users(method: PersonalizationMethod, table: PairTable) -> Iterator[tuple[list[str], UserState]]:

@@ -55,6 +55,12 @@ def read_responses(path: str, user_id: str | None = None) -> list[ResponseRow]:
     return read_rows(Path(path), lambda record: response_row(record, user_id), '{"response": ...}')
 
 
+def rows_of_share(rows: list[ResponseRow], share: tuple[int, int]) -> list[ResponseRow]:
+    """The i-th of n equal parts of rows, ``share = (i, n)``: one after the other they are all rows in their order."""
+    index, count = share
+    return rows[(index - 1) * len(rows) // count : index * len(rows) // count]
+
+
 def response_row(record: dict[str, Any], default_user: str | None = None) -> ResponseRow:
     """Check a row with a ``response`` and, optionally, a ``prompt`` and a ``user_id``.
 
@@ -110,7 +116,7 @@ def _parts(rows: Sequence[ResponseRow]) -> tuple[Tensor, ...]:
         numbers: dict[tuple[str, str], int] = {}
         order = torch.tensor([numbers.setdefault((row.prompt, row.text), len(numbers)) for row in rows])
         order = torch.argsort(order, stable=True)
-    return torch.split(order, ROWS_AT_ONCE)
+    return torch.split(order, ROWS_AT_ONCE) if len(rows) else ()
 
 
 def _users(method: PersonalizationMethod, rows: Sequence[ResponseRow]) -> tuple[UserState, Tensor, Tensor]:

@@ -17,20 +17,22 @@ def run(args: list[str]) -> None:
         prog="plm adapt",
         description="Learn users of a checkpoint from their pairs. The checkpoint stays as it is: the users go to the "
         "store beside it as they are learned. A user who is already there is learned anew from these pairs alone. Files"
-        " are read with the columns of the training's, unless options say how.",
+        " are read with the columns of the training's, unless options say how. Processes that share the work get"
+        " --shard 1/4 to --shard 4/4, in any order, at once or not: each adds users of its own to the same store.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
     add_reading(parser)
     parser.add_shared("--on_error")
     parser.add_shared("--users")
+    parser.add_shared("--shard", help="the I-th of K equal shares of the users, by hashes of their ids (default: all)")
     options = parser.parse(args)
 
     import torch
     from rich.console import Console
     from rich.table import Table
 
-    from plm.adapting import adapt_users
+    from plm.adapting import adapt_users, users_of_share
     from plm.checkpoint import load_method, training_reading
     from plm.data.schema import read_pairs
     from plm.data.skipped import unused, write_skipped
@@ -50,8 +52,13 @@ def run(args: list[str]) -> None:
         advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
         raise ValueError(f"{error}\nThis is how the training's pairs are read; {advice}") from error
     skipped = unused(Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.skipped.ndjson"))
-    if write_skipped(table, skipped):  # beside the users, with whom it is erased
+    index, count = options.shard
+    if index == 1 and write_skipped(table, skipped):  # beside the users, with whom it is erased; once, of all shares
         print(f"malformed rows are in {skipped}")
+    table = users_of_share(table, options.shard)
+    if not table.num_pairs:
+        print(f"no user of the file is in shard {index}/{count}")
+        return
     store = method.known_users.store
     since = store.num_erasures
     num_users = num_known = num_written = 0

@@ -61,6 +61,14 @@ def share(text: str) -> tuple[int, int]:
     return index, count
 
 
+def share_name(path: str, share: tuple[int, int]) -> str:
+    """The name of a share's part of a file: ``out.jsonl`` of 2/12 -> ``out-02-of-12.jsonl``; the file itself of 1/1."""
+    index, count = share
+    folder, name = os.path.split(path)
+    stem, dot, ending = name.partition(".")
+    return path if count == 1 else os.path.join(folder, f"{stem}-{index:0{len(str(count))}}-of-{count}{dot}{ending}")
+
+
 SHARED: dict[str, dict[str, Any]] = {
     "--attributes": {
         "nargs": "+",
@@ -142,7 +150,7 @@ class OptionParser(argparse.ArgumentParser):
         self.add_argument(name, **{**SHARED[name], **changes})
 
     def parse(self, args: list[str]) -> argparse.Namespace:
-        """Parse all arguments or stop with one message."""
+        """Parse all arguments or stop with one message; the output of one of several shares is named after it."""
         if not {"-h", "--help"} & set(args):
             self._check_names(args)
         parsed, unknown = self.parse_known_args(args)
@@ -152,6 +160,8 @@ class OptionParser(argparse.ArgumentParser):
                 self.error(f"{before[-2]} takes one value, got {before[-1]!r} and {unknown[0]!r}")
             more = "more " if any(not action.option_strings for action in self._actions) else ""
             self.error(f"{self.prog} takes no {more}arguments, got {unknown[0]!r}")
+        if getattr(parsed, "output", None) is not None and "shard" in parsed:
+            parsed.output = share_name(parsed.output, parsed.shard)
         self._keep_inputs(parsed)
         return parsed
 

@@ -21,7 +21,9 @@ def run(args: list[str]) -> None:
         "Rewards compare responses for one user; they do not compare users. Those of a portfolio are by the mix of\n"
         "the member that serves the user, as plm generate --best_of chooses, not by the user's own weights.\n"
         "--reference adds win_probability: how likely the user prefers the response to one of the reference\n"
-        "responses, on one scale for all users.",
+        "responses, on one scale for all users.\n"
+        "Processes that share the work get --shard 1/4 to --shard 4/4, in any order, at once or not: each writes a\n"
+        "file of its own, out-1-of-4.jsonl for --output out.jsonl, and these in order are what one process writes.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_argument("--responses", required=True, metavar="FILE", help=f"responses to score: {ROWS}")
@@ -30,14 +32,15 @@ def run(args: list[str]) -> None:
     parser.add_argument(
         "--reference", metavar="FILE", help="responses to compare with, a few hundred, in the same formats"
     )
+    parser.add_shared("--shard", help="the I-th of K equal shares of the rows, in their order (default: all)")
     parser.add_shared("--output", help="JSONL file of rewards; default: standard output")
     options = parser.parse(args)
 
     from plm.checkpoint import load_method
     from plm.cli.writing import with_results, write_rows
-    from plm.scoring import read_responses, score_responses
+    from plm.scoring import read_responses, rows_of_share, score_responses
 
-    rows = read_responses(options.responses, options.user)
+    rows = rows_of_share(read_responses(options.responses, options.user), options.shard)
     method = load_method(options.ckpt_path, users=options.users)
     scores = score_responses(method, rows, read_responses(options.reference) if options.reference else None)
     known = scores.is_known.tolist()

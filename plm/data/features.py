@@ -34,6 +34,7 @@ from plm.arrays import Float32Array, IntArray
 from plm.atomic import only_writer, whole_file, write_json, write_text
 from plm.backbones import Backbone, RemoteEncoder
 from plm.data.cache import MANIFEST, PARITY, PARITY_LOCK, folder_name
+from plm.data.keys import in_share
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -167,7 +168,7 @@ class FeatureCache:
             raise ValueError("expected a server or other processes that encode, got both")
         texts, _ = self._distinct(pairs)
         digests = _digests(texts)
-        rows = np.flatnonzero(_range_of(digests, share[1]) == share[0] - 1)
+        rows = np.flatnonzero(in_share(digests.view(">u8").reshape(-1, DIGEST_BYTES // 8)[:, 0], share))
         missing = rows[self._read(digests[rows], lambda *_: None)]
         if len(missing):
             self._encode(texts, digests, missing, None, True, engine)
@@ -404,12 +405,6 @@ def _digests(texts: list[str]) -> Digests:
         hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest() for text in texts
     )
     return np.frombuffer(codes, dtype=f"S{DIGEST_BYTES}")
-
-
-def _range_of(digests: Digests, count: int) -> IntArray:
-    """Which of ``count`` equal ranges, numbered from 0, each hash ``(N,)`` falls into, by its first 32 bits."""
-    first = np.ascontiguousarray(digests).view(">u4").reshape(-1, DIGEST_BYTES // 4)[:, 0]
-    return (first.astype(np.int64) * count) >> 32
 
 
 def _as_digests(codes: NDArray[np.uint8]) -> Digests:

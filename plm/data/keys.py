@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from plm.arrays import IntArray
+from plm.arrays import BoolArray, IntArray
 from plm.data.schema import PairTable
 
 KeyArray = npt.NDArray[np.uint64]
@@ -48,6 +48,16 @@ def digest(texts: Sequence[str]) -> KeyArray:
     """Hash texts (blake2b), the same in every process."""
     raw = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
     return np.frombuffer(raw, dtype="<u8").astype(np.uint64)
+
+
+def in_share(keys: KeyArray, share: tuple[int, int]) -> BoolArray:
+    """Whether each hash falls into the i-th of n equal ranges, ``share = (i, n)``, by its first 32 bits.
+
+    Whatever others there are, a text belongs to the same share.
+    """
+    index, count = share
+    within: BoolArray = ((keys >> np.uint64(32)) * np.uint64(count)) >> np.uint64(32) == index - 1
+    return within
 
 
 def seed_key(seed: int) -> KeyArray:

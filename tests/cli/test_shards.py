@@ -1,0 +1,135 @@
+"""Processes that share the work of adapting and scoring by ``--shard`` do what one process does."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plm import load_method
+from plm.backbones import HashingBackbone
+from plm.cli import main
+from plm.cli.options import share_name
+from plm.methods.lore import LoRe
+from plm.testing import saved
+
+WORDS = "tea milk sea walk film home black strong evening long".split()
+IDS = [f"user {number}" for number in range(23)] + ["ünï", "a/b"]
+
+
+def texts(draw: random.Random) -> list[str]:
+    """Two different texts."""
+    return [" ".join(words) for words in draw.sample([draw.sample(WORDS, 4) for _ in range(8)], 2)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Iterator[Path]:
+    torch.manual_seed(0)
+    method = LoRe(1, 64, backbone=HashingBackbone(dim=64).spec(), num_bases=3)
+    torch.nn.init.normal_(method.bases)
+    with saved(method) as path:
+        yield path
+
+
+def pairs_of(draw: random.Random, user_ids: list[str], count: int) -> list[dict[str, Any]]:
+    return [
+        {"user_id": user_id, "prompt": "what?", **dict(zip(("chosen", "rejected"), texts(draw), strict=True))}
+        for user_id in user_ids
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:1 malformed rows left out")
+def test_shares_of_the_users_learn_what_one_process_learns(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In any order, one of them twice: every user once, with the state that one process gives; malformed rows once."""
+    file = write(tmp_path / "new.jsonl", [*pairs_of(random.Random(0), IDS, 6), {"user_id": "user 0"}])
+    adapt = ["adapt", "--ckpt_path", str(checkpoint), "--pairs", file, "--on_error", "skip"]
+    whole, parts = str(tmp_path / "whole.db"), str(tmp_path / "parts.db")
+    assert main([*adapt, "--users", whole]) == 0
+    capsys.readouterr()
+    numbers = []
+    for index in (3, 1, 4, 2, 4):
+        assert main([*adapt, "--users", parts, "--shard", f"{index}/4"]) == 0
+        numbers.append(int(capsys.readouterr().out.split("in the store")[1].split("│")[1]))
+    assert sum(numbers[:4]) == len(IDS) and numbers[4] == numbers[2] and min(numbers) > 0
+    one, shared = (load_method(checkpoint, users=place) for place in (whole, parts))
+    assert sorted(one.users.ids) == sorted(shared.users.ids) == sorted(IDS)
+    for name, value in one.known_users(IDS).tensors.items():
+        torch.testing.assert_close(shared.known_users(IDS).tensors[name], value, rtol=0, atol=1e-5)
+    assert {user.user_id: user.num_pairs for user in shared.users} == {
+        user.user_id: user.num_pairs for user in one.users
+    }
+    assert len(list(checkpoint.parent.glob("*.skipped.ndjson"))) == 2  # of the whole, and of the first share
+    few = write(tmp_path / "few.jsonl", pairs_of(random.Random(0), IDS[:1], 6))
+    empty = [main(["adapt", "--ckpt_path", str(checkpoint), "--pairs", few, "--shard", f"{i}/3"]) for i in (1, 2, 3)]
+    assert empty == [0, 0, 0] and capsys.readouterr().out.count("no user of the file is in shard") == 2
+
+
+def test_shares_of_the_rows_are_scored_as_one_process_scores_them(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(1)
+    load_method(checkpoint).learn(
+        "anna", [{key: row[key] for key in row if key != "user_id"} for row in pairs_of(draw, ["anna"], 4)]
+    )
+    rows = [{"id": row, "response": texts(draw)[0], "user_id": draw.choice(["anna", "nobody"])} for row in range(25)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    score = ["score", "--ckpt_path", str(checkpoint), "--responses", file, "--reference", file]
+    assert main([*score, "--output", str(tmp_path / "out.jsonl")]) == 0
+    for index in (11, 2, 1, *range(3, 11)):
+        assert main([*score, "--output", str(tmp_path / "out.jsonl"), "--shard", f"{index}/11"]) == 0
+    parts = sorted(tmp_path.glob("out-*.jsonl"))
+    assert [part.name for part in parts] == [f"out-{index:02}-of-11.jsonl" for index in range(1, 12)]
+    found = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+    expected = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in found] == list(range(25))
+    for one, other in zip(found, expected, strict=True):
+        for name in ("reward", "win_probability"):
+            assert one.pop(name) == pytest.approx(other.pop(name), abs=1e-6)
+    assert found == expected
+    assert main([*score, "--output", str(tmp_path / "out.jsonl"), "--shard", "30/30"]) == 0
+    assert main([*score, "--output", str(tmp_path / "out.jsonl"), "--shard", "1/30"]) == 0
+    assert [len((tmp_path / f"out-{name}-of-30.jsonl").read_text().splitlines()) for name in ("01", "30")] == [0, 1]
+    capsys.readouterr()
+    part = str(tmp_path / "out-01-of-11.jsonl")
+    assert (
+        main(
+            [
+                "score",
+                "--ckpt_path",
+                "x",
+                "--responses",
+                part,
+                "--output",
+                str(tmp_path / "out.jsonl"),
+                "--shard",
+                "1/11",
+            ]
+        )
+        == 2
+    )
+    assert "is what --responses reads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "share", "name"),
+    [
+        ("out.jsonl", (1, 1), "out.jsonl"),
+        ("a.b/out.jsonl.gz", (2, 12), "a.b/out-02-of-12.jsonl.gz"),
+        ("a.b/out", (3, 4), "a.b/out-3-of-4"),
+    ],
+)
+def test_a_share_of_a_file_has_a_name_of_its_own(path: str, share: tuple[int, int], name: str) -> None:
+    assert share_name(path, share) == name
