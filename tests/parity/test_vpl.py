@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -365,6 +366,27 @@ def test_annealing_counts_optimizer_steps_of_training_alone(monkeypatch: pytest.
     monkeypatch.setattr(data, "train_dataloader", lambda: twice)
     fit(VPL(8, DIM, **SMALL), data, tmp_path, max_epochs=2, accumulate_grad_batches=2)
     assert steps == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"anneal_steps": 8},
+            "ends at 0.55 of model.kl_weight: it grows over 8 .*, and the fit takes 4;",
+        ),  # 0.1 + 0.9 / 2
+        ({"anneal_steps": 4}, None),
+        ({"anneal_steps": 8, "anneal": "none"}, None),
+        ({"anneal_steps": 8, "kl_weight": 0.0}, None),
+    ],
+)
+def test_a_fit_that_ends_before_its_annealing_warns(options: dict[str, Any], told: str | None, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = quiet_trainer(tmp_path, max_epochs=4)  # steps
+        trainer.fit(VPL(8, DIM, **{**SMALL, **options}), datamodule=PlantedData(8, feature_dim=DIM))
+    found = [str(one.message) for one in caught if "anneal_steps" in str(one.message)]
+    assert found == [] if told is None else re.search(told, "".join(found))
 
 
 def test_free_bits_cost_nothing(tmp_path: Path) -> None:

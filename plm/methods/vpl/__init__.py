@@ -42,6 +42,7 @@ from plm.methods.vpl.networks import (
     anneal_factor,
     on_sphere,
     swap_guide,
+    warn_of_short_annealing,
 )
 from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -309,6 +310,7 @@ class VPL(PersonalizationMethod):
         """AdamW, whose learning rate decays to zero as ``schedule`` says."""
         optimizer = torch.optim.AdamW(self.param_groups(), weight_decay=self.weight_decay)
         steps = self.trainer.estimated_stepping_batches
+        warn_of_short_annealing(steps, self.anneal_steps, self.anneal, self.kl_weight)
         warm_up = WARM_UP * steps if self.schedule == "cosine" else 0.0
 
         def factor(step: int) -> float:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 SLOPE = 0.2
@@ -81,6 +82,17 @@ def anneal_factor(step: int, num_steps: int, shape: Anneal, cyclical: bool) -> f
     elif shape == "logistic":
         progress = 1 / (1 + math.exp(-10 * (progress - 0.5)))
     return 0.1 + 0.9 * progress
+
+
+def warn_of_short_annealing(num_steps: float, anneal_steps: int, shape: Anneal, kl_weight: float) -> None:
+    """Warn where a fit of ``num_steps`` optimizer steps ends before the KL weight is reached."""
+    if kl_weight > 0 and shape != "none" and num_steps < anneal_steps:
+        share = anneal_factor(int(num_steps), anneal_steps, shape, cyclical=False)
+        rank_zero_warn(
+            f"the KL weight ends at {share:.2f} of model.kl_weight: it grows over {anneal_steps:,} optimizer steps "
+            f"(model.anneal_steps), and the fit takes {num_steps:,.0f}; raise trainer.max_epochs, set data.batch_size "
+            "for more steps in an epoch, or lower model.anneal_steps"
+        )
 
 
 def swap_guide(posterior: Gaussian, swapped: Gaussian) -> Tensor:
