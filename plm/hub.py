@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,6 +13,8 @@ from urllib.request import getproxies
 
 SECONDS = 5.0
 """How long an answer is waited for."""
+_is_refused = ContextVar("_is_refused", default=False)
+"""Whether nothing is to be downloaded."""
 WAYS_OUT = """\
 take one of three ways out:
   a copy of the model: name its folder, by PLM_ENCODER in {backbone: minilm} and by PLM_GEMMA in {backbone: gemma};
@@ -36,10 +41,20 @@ def is_reachable(address: str) -> bool:
         return False
 
 
+@contextmanager
+def no_downloads() -> Iterator[None]:
+    """Load only what was loaded before, within the block."""
+    token = _is_refused.set(True)
+    try:
+        yield
+    finally:
+        _is_refused.reset(token)
+
+
 def offline_options() -> dict[str, Any]:
     """Options for what loads from the hub: only what was loaded before, where the hub is out of reach."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
+    if _is_refused.get() or constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
         return {"local_files_only": True}
     return {}

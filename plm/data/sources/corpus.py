@@ -97,10 +97,10 @@ def corpus_files(
     revision: str = "main",
     option: str = "set data.source.init_args.path to its folder",
 ) -> list[str]:
-    """Files of a dataset of the hub: in the folder ``path`` where given, else downloaded (and kept by the hub's cache).
+    """Files of a dataset of the hub: in a folder where there is one, else downloaded (and kept by the hub's cache).
 
     Args:
-        path: Folder with the layout of the dataset's repository.
+        path: Folder with the layout of the dataset's repository; None = ``OWNER/NAME`` in the folder named by PLM_DATA.
         repo: Id of the dataset on the hub.
         pattern: Which files, such as ``default/train/*.parquet``.
         revision: Branch or commit of the hub.
@@ -111,7 +111,11 @@ def corpus_files(
     """
     if path is not None:
         return local_files(os.path.join(path, pattern))
-    instead = f"or download {pattern} of {repo} (revision {revision}) and {option}"
+    if root := os.environ.get("PLM_DATA"):
+        files = sorted(glob.glob(os.path.join(glob.escape(os.path.expanduser(root)), repo, pattern)))
+        if files:
+            return files
+    instead = f"or download {pattern} of {repo} (revision {revision}) into {repo} below PLM_DATA, or {option}"
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

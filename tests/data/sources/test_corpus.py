@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from plm.data.sources.corpus import corpus_files, corpus_rows, local_files, usable
+from plm.hub import no_downloads, offline_options
 
 ROWS = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
 
@@ -48,6 +49,27 @@ def test_a_folder_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "corpus" / "x.jsonl").write_text("{}\n")
     monkeypatch.setenv("PLM_DATA", str(tmp_path))
     assert corpus_files("corpus", "some/repo", "*.jsonl") == [str(tmp_path / "corpus" / "x.jsonl")]
+
+
+def test_a_dataset_of_the_hub_is_first_looked_for_below_plm_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``OWNER/NAME``, with the layout of its repository: nothing is asked of the hub."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    root = tmp_path / "data [of us]"  # no pattern
+    file = root / "some/repo/train/0.parquet"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    monkeypatch.setenv("PLM_DATA", str(root))
+    assert corpus_files(None, "some/repo", "train/*.parquet", "r") == [str(file)]
+
+
+def test_nothing_is_downloaded_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("plm.hub.is_reachable", lambda _: True)
+    with no_downloads():
+        assert offline_options() == {"local_files_only": True}
+    assert offline_options() == {}
 
 
 def test_the_hub_gets_exactly_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
