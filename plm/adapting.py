@@ -1,28 +1,183 @@
-"""Learn new users of a fitted method from a table of their pairs."""
+"""Learn users of a fitted method from a table of their pairs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plm.arrays import BoolArray, IntArray
 from plm.data.collate import FeaturedPairs, build_context
+from plm.data.columns import joined
 from plm.data.encoding import TextReader, encode_pairs
 from plm.data.keys import digest, in_share
-from plm.data.schema import PairTable, make_pairs
+from plm.data.schema import PairTable, make_pairs, pair_table
 from plm.functional import user_chunks
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
 from plm.types import Context, Tokens, UserState
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from plm.users import UserStore
+
 MAX_FLOATS = 2**22
 """Numbers of padded pairs and of states that are made at once (16 MiB)."""
+
+
+USERS_AT_ONCE = 10_000
+"""Users who are looked up in the store at once."""
+
+
+class Learned(NamedTuple):
+    """U users whose states were stored in one transaction."""
+
+    user_ids: list[str]
+    num_pairs: IntArray
+    """``(U,)`` pairs that the state was fitted on."""
+    num_known: int
+    """Those of them who were there before."""
+    num_added: int
+    """Those of these whose pairs are kept, so that the state was fitted to the former pairs and the new ones."""
+    num_gone: int
+    """Others, who were deleted while they were learned, and are not stored."""
+
+
+def learn_users(method: PersonalizationMethod, table: PairTable, keep_pairs: bool = False) -> Iterator[Learned]:
+    """Learn every user of a table and store them; nobody else's row is touched.
+
+    A user whose pairs are kept is fitted to these and the new ones, each once, and all of them are kept. Any other user
+    is fitted to the new pairs alone, also one who was there before: of former pairs that were not kept nothing is left.
+    Other processes may learn and delete users meanwhile; a user whom one of them has changed is learned again.
+
+    Args:
+        method: A method that was loaded by `plm.load_method`.
+        table: Pairs.
+        keep_pairs: Whether to keep the pairs of users of whom none are kept yet, so that later pairs can be added.
+    """
+    store, users = method.users, np.unique(table.user)
+    while len(users):
+        since, left = store.num_erasures, []
+        names = [table.user_ids[row] for row in users.tolist()]
+        version, keeps = _former(store, names)
+        part = table.take(np.isin(table.user, users))
+        with_former = _with_kept(store, part, [name for name, kept in zip(names, keeps.tolist(), strict=True) if kept])
+        new_rows = _rows_by_user(part)
+        for user_ids, states in adapt_users(method, with_former):
+            at = np.array([bisect_left(names, user_id) for user_id in user_ids])
+            keeping = [
+                user_id for user_id, kept in zip(user_ids, keeps[at].tolist(), strict=True) if kept or keep_pairs
+            ]
+            before = store.pairs(keeping)
+            pairs = {
+                name: distinct_pairs([*before.get(name, ()), *_as_dicts(part, new_rows(name))]) for name in keeping
+            }
+            versions = dict(zip(user_ids, version[at].tolist(), strict=True))
+            written = set(store.add(user_ids, states, pairs=pairs, since=since, versions=versions))
+            is_written = np.array([user_id in written for user_id in user_ids])
+            there = store.found([user_id for user_id in user_ids if user_id not in written])
+            left += list(there)
+            yield Learned(
+                [user_id for user_id in user_ids if user_id in written],
+                states.num_pairs.numpy()[is_written],
+                int((version[at][is_written] > 0).sum()),
+                int(keeps[at][is_written].sum()),
+                len(user_ids) - len(written) - len(there),
+            )
+        users = np.array([bisect_left(table.user_ids, name) for name in left], dtype=np.int64)
+
+
+def _former(store: UserStore, user_ids: Sequence[str]) -> tuple[IntArray, BoolArray]:
+    """Versions ``(U,)`` of users in the store, 0 = unknown, and ``(U,)`` whether their pairs are kept."""
+    version, keeps = np.zeros(len(user_ids), dtype=np.int64), np.zeros(len(user_ids), dtype=np.bool_)
+    for start in range(0, len(user_ids), USERS_AT_ONCE):
+        page = user_ids[start : start + USERS_AT_ONCE]
+        found = store.found(page)
+        for row, user_id in enumerate(page if found else (), start):
+            if user_id in found:
+                version[row], keeps[row] = found[user_id].version, found[user_id].keeps_pairs
+    return version, keeps
+
+
+def _with_kept(store: UserStore, table: PairTable, user_ids: Sequence[str]) -> PairTable:
+    """A table and the pairs that are kept of some of its users, each pair once and as it stands in the table."""
+    tables = [table]
+    for start in range(0, len(user_ids), USERS_AT_ONCE):
+        kept = store.pairs(user_ids[start : start + USERS_AT_ONCE])
+        rows = [{**pair, "user_id": user_id} for user_id, pairs in kept.items() for pair in distinct_pairs(pairs)]
+        tables += [make_pairs(rows, "kept pair")] if rows else []
+    return table if len(tables) == 1 else _joined(tables)
+
+
+def _joined(tables: Sequence[PairTable]) -> PairTable:
+    """The pairs of tables, each once, as it stands in the first that holds it; weights and ties alone go with them."""
+
+    def numbered(name: str) -> tuple[list[str], list[IntArray]]:
+        """All distinct texts of a field, and for each table the numbers of its own."""
+        numbers: dict[str, int] = {}
+        rows = [[numbers.setdefault(text, len(numbers)) for text in getattr(table, name)] for table in tables]
+        return list(numbers), [np.array(row, dtype=np.int64) for row in rows]
+
+    def together(column: Callable[[int, PairTable], NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate([column(number, table) for number, table in enumerate(tables)])
+
+    user_ids, users = numbered("user_ids")
+    prompts, prompt_rows = numbered("prompts")
+    responses, response_rows = numbered("responses")
+    columns = {
+        "user": together(lambda number, table: users[number][table.user]),
+        "prompt": together(lambda number, table: prompt_rows[number][table.prompt]),
+        "chosen": together(lambda number, table: response_rows[number][table.items[table.chosen, 1]]),
+        "rejected": together(lambda number, table: response_rows[number][table.items[table.rejected, 1]]),
+        "tie": together(lambda _, table: table.tie),
+    }
+    first = np.sort(np.unique(joined([column.astype(np.int64) for column in columns.values()]), return_index=True)[1])
+    columns["weight"] = together(lambda _, table: table.weight)
+    kept: dict[str, Any] = {name: column[first] for name, column in columns.items()}
+    return pair_table(user_ids, prompts, responses, **kept)
+
+
+def _rows_by_user(table: PairTable) -> Callable[[str], IntArray]:
+    """What finds the rows of a user, in their order."""
+    order = np.argsort(table.user, kind="stable")
+    ends = np.cumsum(np.bincount(table.user, minlength=table.num_users))
+
+    def rows(user_id: str) -> IntArray:
+        user = bisect_left(table.user_ids, user_id)
+        return order[ends[user - 1] if user else 0 : ends[user]]
+
+    return rows
+
+
+def _as_dicts(table: PairTable, rows: IntArray) -> list[dict[str, Any]]:
+    """Pairs of a table as they are kept in the store."""
+    return [
+        {
+            "prompt": table.prompts[table.prompt[row]],
+            "chosen": table.responses[table.items[table.chosen[row], 1]],
+            "rejected": table.responses[table.items[table.rejected[row], 1]],
+            "tie": bool(table.tie[row]),
+            "weight": float(table.weight[row]),
+        }
+        for row in rows.tolist()
+    ]
+
+
+def distinct_pairs(pairs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Each pair once, where it first came and as it came last: what is sent again is no second answer."""
+    last: dict[str, Mapping[str, Any]] = {}
+    for pair in pairs:
+        texts = [pair.get(name) for name in ("prompt", "chosen", "rejected")]
+        last[json.dumps([*texts, pair.get("tie") or False], default=str)] = pair
+    return list(last.values())
 
 
 def users_of_share(table: PairTable, share: tuple[int, int]) -> PairTable:

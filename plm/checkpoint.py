@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plm.adapting import RecentFeatures, adapt_user
+from plm.adapting import RecentFeatures, adapt_user, distinct_pairs
 from plm.backbones import Backbone, CausalLM, TooLong
 from plm.data.values import parsed, plain_prompt, short
 from plm.messages import to_text
@@ -177,7 +176,7 @@ class KnownUsers:
                     f"user {user_id!r} was learned from {known.num_pairs} pairs that were not kept, so these cannot be "
                     "added to them; give anew to learn the user from these pairs alone"
                 )
-            learned = _distinct([*kept, *added])
+            learned = distinct_pairs([*kept, *added])
             with self.lock:
                 state = adapt_user(self.method, user_id, learned)
             versions = {user_id: 0 if known is None else known.version}
@@ -234,15 +233,6 @@ def _as_dict(pair: Pair) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"expected pairs of prompt, chosen, rejected, tie and weight, got the keys {unknown}")
     return dict(pair)
-
-
-def _distinct(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each pair once, where it first came and as it came last: what is sent again is no second answer."""
-    last: dict[str, dict[str, Any]] = {}
-    for pair in pairs:
-        texts = [pair.get(name) for name in ("prompt", "chosen", "rejected")]
-        last[json.dumps([*texts, pair.get("tie", False)], default=str)] = pair
-    return list(last.values())
 
 
 class TextEncoder:

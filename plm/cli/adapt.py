@@ -15,24 +15,32 @@ def run(args: list[str]) -> None:
     """
     parser = OptionParser(
         prog="plm adapt",
-        description="Learn users of a checkpoint from their pairs. The checkpoint stays as it is: the users go to the "
-        "store beside it as they are learned. A user who is already there is learned anew from these pairs alone. Files"
-        " are read with the columns of the training's, unless options say how. Processes that share the work get"
-        " --shard 1/4 to --shard 4/4, in any order, at once or not: each adds users of its own to the same store.",
+        description="Learn users of a checkpoint from their pairs. The checkpoint stays as it is: the users go to the\n"
+        "store beside it as they are learned. A user who is already there and whose pairs are kept is learned from\n"
+        "these and the new ones; one whose pairs were not kept, as those of the training are not, is learned anew\n"
+        "from the new pairs alone. Files are read with the columns of the training's, unless options say how.\n"
+        "Processes that share the work get --shard 1/4 to --shard 4/4, in any order, at once or not: each adds users\n"
+        "of its own to the same store.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--pairs", required=True)
     add_reading(parser)
     parser.add_shared("--on_error")
     parser.add_shared("--users")
+    parser.add_argument(
+        "--keep_pairs",
+        action="store_true",
+        help="keep the pairs of these users beside their states, so that later pairs add to them; those of users whose "
+        "pairs are kept already stay kept without it (default: the states alone)",
+    )
     parser.add_shared("--shard", help="the I-th of K equal shares of the users, by hashes of their ids (default: all)")
     options = parser.parse(args)
 
-    import torch
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
-    from plm.adapting import adapt_users, users_of_share
+    from plm.adapting import learn_users, users_of_share
     from plm.checkpoint import load_method, training_reading
     from plm.data.schema import read_pairs
     from plm.data.skipped import unused, write_skipped
@@ -59,26 +67,21 @@ def run(args: list[str]) -> None:
     if not table.num_pairs:
         print(f"no user of the file is in shard {index}/{count}")
         return
-    store = method.known_users.store
-    since = store.num_erasures
-    num_users = num_known = num_written = 0
-    counts = []
-    for user_ids, states in adapt_users(method, table):
-        num_known += int(store.get(user_ids)[1].sum())
-        num_written += len(store.add(user_ids, states, since=since))
-        num_users += len(user_ids)
-        counts.append(states.num_pairs)
-    pairs = torch.cat(counts).float()
-    summary = Table("users", "new", "learned anew", "pairs per user (median, most)", "in the store")
+    learned = list(learn_users(method, table, options.keep_pairs))
+    num_known, num_added = (sum(part.num_known for part in learned), sum(part.num_added for part in learned))
+    num_gone = sum(part.num_gone for part in learned)
+    pairs = np.concatenate([part.num_pairs for part in learned])
+    summary = Table("users", "new", "pairs added", "learned anew", "pairs per user (median, most)", "in the store")
     summary.add_row(
-        str(num_users),
-        str(num_users - num_known),
-        str(num_known),
-        f"{pairs.median():.0f}, {pairs.max():.0f}",
-        str(len(store)),
+        str(len(pairs)),
+        str(len(pairs) - num_known),
+        str(num_added),
+        str(num_known - num_added),
+        f"{np.median(pairs):.0f}, {pairs.max()}" if len(pairs) else "–",
+        str(len(method.users)),
     )
     console = Console()
     print_parts(summary, console=console)
-    if num_written < num_users:
-        console.print(f"{num_users - num_written} of them were deleted meanwhile and are left out", soft_wrap=True)
-    console.print(f"written to {store.place}", soft_wrap=True, highlight=False, markup=False)
+    if num_gone:
+        console.print(f"{num_gone} more were deleted meanwhile and are left out", soft_wrap=True)
+    console.print(f"written to {method.users.place}", soft_wrap=True, highlight=False, markup=False)

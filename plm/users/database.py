@@ -28,6 +28,8 @@ from plm.atomic import replace
 SCHEMA = 1
 """Version of the tables below; a store of a later version is refused, and a new version says how to bring an older one
 up to it."""
+MAX_ID = 512
+"""Characters of a user id, at most."""
 WAIT = 60.0
 """Seconds that a writer waits for the others."""
 PATIENCE = 5.0
@@ -230,6 +232,15 @@ class Database:
         else:
             return
         raise StoreError(f"the user store {self.name!r} cannot be {verb}: {reason}")
+
+
+def problem_of_id(user_id: str) -> str:
+    """What keeps a text from being the id of a user, or an empty string."""
+    if not 1 <= len(user_id) <= MAX_ID:
+        return f"which is not 1 to {MAX_ID} characters long"
+    if "\0" in user_id or (not user_id.isascii() and any("\ud800" <= mark <= "\udfff" for mark in user_id)):
+        return "which holds a character that cannot be stored"
+    return ""
 
 
 def among(connection: sa.Connection, column: sa.Column[str], user_ids: Sequence[str]) -> sa.ColumnElement[bool]:

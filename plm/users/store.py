@@ -26,12 +26,10 @@ from torch import Tensor
 from plm.atomic import whole_file
 from plm.messages import counted
 from plm.types import UserState
-from plm.users.database import ERASURES, FACTS, PAIRS, SCHEMA, USERS, Database, among, upsert
+from plm.users.database import ERASURES, FACTS, PAIRS, SCHEMA, USERS, Database, among, problem_of_id, upsert
 from plm.users.folder import read_folder
 from plm.users.rows import from_rows, header_of, to_rows
 
-MAX_ID = 512
-"""Characters of a user id, at most."""
 _AT_ONCE = 10_000
 """Rows in memory while all users are read or written."""
 
@@ -71,6 +69,15 @@ class StoredUser(NamedTuple):
     """When the user was added, in seconds since 1970."""
     updated: float
     """When the state was written."""
+    keeps_pairs: bool
+    """Whether these pairs are kept, too."""
+
+
+_KNOWN = (
+    *(USERS.c[name] for name in StoredUser._fields[:-1]),
+    sa.exists().where(PAIRS.c.user_id == USERS.c.user_id),
+)
+"""Columns of a `StoredUser`."""
 
 
 class Receipt(NamedTuple):
@@ -144,8 +151,7 @@ class UserStore:
 
     def page(self, after: int = -1, count: int = _AT_ONCE) -> dict[int, StoredUser]:
         """Number -> user, of ``count`` users with a number above ``after``, in the order in which they were added."""
-        columns = (USERS.c.number, *(USERS.c[name] for name in StoredUser._fields))
-        query = sa.select(*columns).where(USERS.c.number > after).order_by(USERS.c.number).limit(count)
+        query = sa.select(USERS.c.number, *_KNOWN).where(USERS.c.number > after).order_by(USERS.c.number).limit(count)
         with self._reading() as connection:
             rows = [] if connection is None else connection.execute(query).all()
         return {row.number: StoredUser(*row[1:]) for row in rows}
@@ -171,12 +177,16 @@ class UserStore:
 
     def find(self, user_id: str) -> StoredUser | None:
         """What is known of a user besides the state; None if the user is unknown."""
-        columns = [USERS.c[name] for name in StoredUser._fields]
+        return self.found([user_id]).get(user_id)
+
+    def found(self, user_ids: Sequence[str]) -> dict[str, StoredUser]:
+        """What is known of users besides their states; unknown ones are left out."""
+        possible = [user_id for user_id in user_ids if not problem_of_id(user_id)]
         with self._reading() as connection:
-            if connection is None or problem_of_id(user_id):
-                return None
-            row = connection.execute(sa.select(*columns).where(USERS.c.user_id == user_id)).first()
-        return None if row is None else StoredUser(*row)
+            if connection is None:
+                return {}
+            rows = connection.execute(sa.select(*_KNOWN).where(among(connection, USERS.c.user_id, possible)))
+            return {row.user_id: StoredUser(*row) for row in rows}
 
     def get(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
         """Look users up; only their rows are read.
@@ -371,11 +381,9 @@ class UserStore:
             erased = sa.select(ERASURES.c.receipt).where(ERASURES.c.number > since)
             receipts = set(connection.execute(erased).scalars())
             outdated |= {user_id for user_id in user_ids if receipts and _receipt(secret, user_id) in receipts}
-        for user_id, version in versions.items():
-            row = sa.select(USERS.c.version).where(USERS.c.user_id == user_id)
-            if (connection.execute(row).scalar() or 0) != version:
-                outdated.add(user_id)
-        return outdated
+        known = sa.select(USERS.c.user_id, USERS.c.version).where(among(connection, USERS.c.user_id, list(versions)))
+        there: dict[str, int] = {user_id: version for user_id, version in connection.execute(known)}
+        return outdated | {user_id for user_id, version in versions.items() if there.get(user_id, 0) != version}
 
     def _write(
         self,
@@ -426,15 +434,6 @@ class UserStore:
                 self._write(connection, former.user_ids, former.state)
                 _set(connection, imported=folder.name)
         shutil.rmtree(folder)
-
-
-def problem_of_id(user_id: str) -> str:
-    """What keeps a text from being the id of a user, or an empty string."""
-    if not 1 <= len(user_id) <= MAX_ID:
-        return f"which is not 1 to {MAX_ID} characters long"
-    if "\0" in user_id or (not user_id.isascii() and any("\ud800" <= mark <= "\udfff" for mark in user_id)):
-        return "which holds a character that cannot be stored"
-    return ""
 
 
 def _receipt(secret: str, user_id: str) -> str:
