@@ -69,18 +69,10 @@ def write_samples(
     return len(missing)
 
 
-def share(prompts: list[Prompt], output: Path, shard: tuple[int, int]) -> tuple[list[Prompt], Path]:
-    """Take the prompts of one of several processes, and its file.
-
-    Args:
-        prompts: All prompts.
-        output: The file of one process alone.
-        shard: ``(i, k)``, the i-th of k equal shares.
-    """
-    index, count = shard
-    if count == 1:
-        return prompts, output
-    return prompts[index - 1 :: count], output.with_name(f"{output.stem}-{index}of{count}{output.suffix}")
+def prompts_of_share(prompts: list[Prompt], share: tuple[int, int]) -> list[Prompt]:
+    """The prompts of one of several processes, ``share = (i, n)``: every n-th, from the i-th on."""
+    index, count = share
+    return prompts[index - 1 :: count]
 
 
 def _prepare(output: Path, metadata: dict[str, Any]) -> set[str]:

@@ -62,11 +62,10 @@ def share(text: str) -> tuple[int, int]:
 
 
 def share_name(path: str, share: tuple[int, int]) -> str:
-    """The name of a share's part of a file: ``out.jsonl`` of 2/12 -> ``out-02-of-12.jsonl``; the file itself of 1/1."""
+    """The name of a share's part of a file: ``out.jsonl`` of 2/12 -> ``out-02of12.jsonl``; the file itself of 1/1."""
     index, count = share
-    folder, name = os.path.split(path)
-    stem, dot, ending = name.partition(".")
-    return path if count == 1 else os.path.join(folder, f"{stem}-{index:0{len(str(count))}}-of-{count}{dot}{ending}")
+    stem, ending = os.path.splitext(path)
+    return path if count == 1 else f"{stem}-{index:0{len(str(count))}}of{count}{ending}"
 
 
 SHARED: dict[str, dict[str, Any]] = {

@@ -34,9 +34,9 @@ def run(args: list[str]) -> None:
 
     from plm.cli.writing import policy_of, progress_bar
     from plm.recipe.prompts import read_prompts
-    from plm.sampling import share, write_samples
+    from plm.sampling import prompts_of_share, write_samples
 
-    prompts, output = share(read_prompts(options.prompts), Path(options.output), options.shard)
+    prompts, output = prompts_of_share(read_prompts(options.prompts), options.shard), Path(options.output)
     policy = policy_of(options)
     with progress_bar("sampling", len(prompts) * options.num_samples) as on_progress:
         num_written = write_samples(

@@ -23,7 +23,7 @@ def run(args: list[str]) -> None:
         "--reference adds win_probability: how likely the user prefers the response to one of the reference\n"
         "responses, on one scale for all users.\n"
         "Processes that share the work get --shard 1/4 to --shard 4/4, in any order, at once or not: each writes a\n"
-        "file of its own, out-1-of-4.jsonl for --output out.jsonl, and these in order are what one process writes.",
+        "file of its own, out-1of4.jsonl for --output out.jsonl, and these in order are what one process writes.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_argument("--responses", required=True, metavar="FILE", help=f"responses to score: {ROWS}")

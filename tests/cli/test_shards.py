@@ -91,7 +91,7 @@ def test_shares_of_the_rows_are_scored_as_one_process_scores_them(
     for index in (11, 2, 1, *range(3, 11)):
         assert main([*score, "--output", str(tmp_path / "out.jsonl"), "--shard", f"{index}/11"]) == 0
     parts = sorted(tmp_path.glob("out-*.jsonl"))
-    assert [part.name for part in parts] == [f"out-{index:02}-of-11.jsonl" for index in range(1, 12)]
+    assert [part.name for part in parts] == [f"out-{index:02}of11.jsonl" for index in range(1, 12)]
     found = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
     expected = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in found] == list(range(25))
@@ -101,9 +101,9 @@ def test_shares_of_the_rows_are_scored_as_one_process_scores_them(
     assert found == expected
     assert main([*score, "--output", str(tmp_path / "out.jsonl"), "--shard", "30/30"]) == 0
     assert main([*score, "--output", str(tmp_path / "out.jsonl"), "--shard", "1/30"]) == 0
-    assert [len((tmp_path / f"out-{name}-of-30.jsonl").read_text().splitlines()) for name in ("01", "30")] == [0, 1]
+    assert [len((tmp_path / f"out-{name}of30.jsonl").read_text().splitlines()) for name in ("01", "30")] == [0, 1]
     capsys.readouterr()
-    part = str(tmp_path / "out-01-of-11.jsonl")
+    part = str(tmp_path / "out-01of11.jsonl")
     assert (
         main(
             [
@@ -127,8 +127,8 @@ def test_shares_of_the_rows_are_scored_as_one_process_scores_them(
     ("path", "share", "name"),
     [
         ("out.jsonl", (1, 1), "out.jsonl"),
-        ("a.b/out.jsonl.gz", (2, 12), "a.b/out-02-of-12.jsonl.gz"),
-        ("a.b/out", (3, 4), "a.b/out-3-of-4"),
+        ("a.b/out.v2.jsonl", (2, 12), "a.b/out.v2-02of12.jsonl"),
+        ("a.b/out", (3, 4), "a.b/out-3of4"),
     ],
 )
 def test_a_share_of_a_file_has_a_name_of_its_own(path: str, share: tuple[int, int], name: str) -> None:
