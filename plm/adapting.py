@@ -6,22 +6,26 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from plm.arrays import BoolArray, IntArray
-from plm.data.collate import FeaturedPairs, build_context
+from plm.data.collate import EpochPlace, EvalBatches, FeaturedPairs, SupportDraws, build_context
 from plm.data.columns import joined
 from plm.data.encoding import TextReader, encode_pairs
-from plm.data.keys import digest, in_share
+from plm.data.keys import content_keys, digest, in_share
 from plm.data.schema import PairTable, make_pairs, pair_table
+from plm.data.splits import TEST, TRAIN, UNSEEN, nested_supports, split_pairs
 from plm.functional import user_chunks
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
+from plm.metrics import FewShotMetric, FewShotTable
 from plm.types import Context, Tokens, UserState
 
 if TYPE_CHECKING:
@@ -33,6 +37,10 @@ MAX_FLOATS = 2**22
 """Numbers of padded pairs and of states that are made at once (16 MiB)."""
 
 
+PREDICTED_USERS = 2_000
+"""New users whose pairs are predicted, at most: enough for an interval of a point."""
+PREDICTED_PAIRS = 32
+"""Pairs of one of them that are predicted, at most."""
 USERS_AT_ONCE = 10_000
 """Users who are looked up in the store at once."""
 
@@ -51,7 +59,12 @@ class Learned(NamedTuple):
     """Others, who were deleted while they were learned, and are not stored."""
 
 
-def learn_users(method: PersonalizationMethod, table: PairTable, keep_pairs: bool = False) -> Iterator[Learned]:
+def learn_users(
+    method: PersonalizationMethod,
+    table: PairTable,
+    keep_pairs: bool = False,
+    on_encoded: Callable[[FeaturedPairs], None] | None = None,
+) -> Iterator[Learned]:
     """Learn every user of a table and store them; nobody else's row is touched.
 
     A user whose pairs are kept is fitted to these and the new ones, each once, and all of them are kept. Any other user
@@ -62,6 +75,7 @@ def learn_users(method: PersonalizationMethod, table: PairTable, keep_pairs: boo
         method: A method that was loaded by `plm.load_method`.
         table: Pairs.
         keep_pairs: Whether to keep the pairs of users of whom none are kept yet, so that later pairs can be added.
+        on_encoded: Is given all pairs that are learned, once, with what the method reads.
     """
     store, users = method.users, np.unique(table.user)
     while len(users):
@@ -69,9 +83,13 @@ def learn_users(method: PersonalizationMethod, table: PairTable, keep_pairs: boo
         names = [table.user_ids[row] for row in users.tolist()]
         version, keeps = _former(store, names)
         part = table.take(np.isin(table.user, users))
-        with_former = _with_kept(store, part, [name for name, kept in zip(names, keeps.tolist(), strict=True) if kept])
+        kept_names = [name for name, kept in zip(names, keeps.tolist(), strict=True) if kept]
+        data = _encoded(method, _with_kept(store, part, kept_names))
+        if on_encoded is not None:
+            on_encoded(data)
+            on_encoded = None
         new_rows = _rows_by_user(part)
-        for user_ids, states in adapt_users(method, with_former):
+        for user_ids, states in _batched(method, data):
             at = np.array([bisect_left(names, user_id) for user_id in user_ids])
             keeping = [
                 user_id for user_id, kept in zip(user_ids, keeps[at].tolist(), strict=True) if kept or keep_pairs
@@ -199,9 +217,14 @@ def adapt_users(method: PersonalizationMethod, table: PairTable) -> Iterator[tup
         User ids and their states, on the CPU, of so many users that these are worth a transaction; users with the
         fewest pairs come first.
     """
+    yield from _batched(method, _encoded(method, table))
+
+
+def _batched(method: PersonalizationMethod, data: FeaturedPairs) -> Iterator[tuple[list[str], UserState]]:
+    """User ids and states of so many users that these are worth a transaction."""
     user_ids: list[str] = []
     states: list[UserState] = []
-    for some_ids, some in _adapted(method, _encoded(method, table)):
+    for some_ids, some in _adapted(method, data):
         user_ids, states = [*user_ids, *some_ids], [*states, some]
         if sum(value.numel() for state in states for value in (*state.tensors.values(), state.num_pairs)) > MAX_FLOATS:
             yield user_ids, UserState.cat(states)
@@ -338,6 +361,60 @@ def foretold_chances(method: PersonalizationMethod, pairs: Sequence[Mapping[str,
         usual = chances(method.population_state(len(judged)))
     is_tie = torch.zeros_like(judged, dtype=torch.bool) if one.tie is None else one.tie[0, judged]
     return Foretold(chances(states).cpu(), usual.cpu(), is_tie.cpu())
+
+
+def predicted_new_users(
+    method: PersonalizationMethod, data: FeaturedPairs, shots: Sequence[int]
+) -> FewShotTable | None:
+    """How well new users are predicted before any of their pairs is learned, and after some.
+
+    About half of a user's pairs are predicted and the others may be learned, divided as those of the unseen users of a
+    fit are: what shares a prompt, or responses, is on one side. Nothing is stored.
+
+    Args:
+        method: A method that reads features.
+        data: Pairs; those of users whom the method was trained on are left out.
+        shots: Numbers of pairs to choose from: the largest that half of the users have to learn is taken, and users who
+            have fewer are left out.
+
+    Returns:
+        No pairs and the chosen number of pairs, for at most `PREDICTED_USERS`; None if there are no such users.
+    """
+    table = _new_users(data.table, set(method.user_ids))
+    stage, keys = split_pairs(table, test_rows=0.5).stage, content_keys(table).pair
+    pool, query = np.flatnonzero(stage == TRAIN), np.flatnonzero(stage == TEST)
+    num_pool, num_query = (np.bincount(table.user[side], minlength=table.num_users) for side in (pool, query))
+    possible = [count for count in shots if 0 < count <= np.median(num_pool[num_query > 0])] if len(query) else []
+    if not possible:
+        return None
+    users = np.flatnonzero((num_pool >= max(possible)) & (num_query > 0))
+    query = query[np.isin(table.user[query], users)]
+    query = nested_supports(query, table.user[query], keys[query], PREDICTED_PAIRS)
+    support = SupportDraws(pool, keys[pool], [(0, 0), (max(possible), 0)], 0)
+    pairs = replace(data, table=table, user_index=np.full(table.num_users, -1))
+    weight = np.ones(len(query), dtype=np.float32)
+    metric = FewShotMetric(users.tolist(), [0, max(possible)], 1)
+    for batch in EvalBatches(pairs, query, weight, users, support, True, lambda: EpochPlace(0, 1, 0)):
+        with torch.no_grad():
+            margin = method.evaluate(move_data_to_device(batch, method.device))["margin"].cpu()
+        assert batch.user_row is not None and batch.num_shots is not None and batch.repeat is not None
+        metric.update(margin, batch.user_row, batch.num_shots, batch.repeat, batch.tie)
+    return metric.table()
+
+
+def _new_users(table: PairTable, trained: Collection[str]) -> PairTable:
+    """Pairs of at most `PREDICTED_USERS` users who are not among the trained ones, chosen by a hash, all as unseen."""
+    new = [row for row in np.unique(table.user).tolist() if table.user_ids[row] not in trained]
+    order = np.argsort(digest([table.user_ids[row] for row in new]), kind="stable")[:PREDICTED_USERS]
+    rows = np.flatnonzero(np.isin(table.user, np.array(new, dtype=np.int64)[order]))
+    users, user = np.unique(table.user[rows], return_inverse=True)
+    return replace(
+        table.take(rows),
+        user_ids=[table.user_ids[row] for row in users.tolist()],
+        user=user,
+        user_split=np.full(len(rows), UNSEEN),
+        row_split=np.full(len(rows), -1),
+    )
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

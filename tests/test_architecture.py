@@ -84,7 +84,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.data.features": of_plm("backbones", "data.cache", "data.keys"),
     "plm.data.encoding": of_plm("backbones", "data"),
     "plm.data.datamodule": of_plm("backbones", "data"),
-    "plm.adapting": of_plm("data", "functional", "method"),
+    "plm.adapting": of_plm("data", "functional", "method", "metrics"),
     "plm.scoring": of_plm("backbones", "data.files", "data.values", "functional", "method"),
     "plm.exporting": of_plm("backbones", "method"),
     "plm.querying": of_plm("data.encoding", "data.files", "data.values", "method"),
@@ -141,7 +141,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"abilities", "network"},
         {"live", "policy"},
     ],
-    "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}],
+    "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}, {"drift"}],
     "plm.audit": [
         {"check", "items"},
         {"comparison"},

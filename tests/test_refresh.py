@@ -129,7 +129,7 @@ def test_what_others_change_meanwhile_is_not_lost(path: Path, monkeypatch: pytes
     method = load_method(path)
     rows = [row for name in ("anna", "carl", "dora", "eva") for row in pairs_of(name, 4, 1)]
     learn(method, rows[:8], keep_pairs=True)
-    adapt, calls = plm.adapting.adapt_users, []
+    adapt, calls = plm.adapting._batched, []
 
     def meanwhile(*args: Any) -> Any:
         for part in adapt(*args):
@@ -141,7 +141,7 @@ def test_what_others_change_meanwhile_is_not_lost(path: Path, monkeypatch: pytes
             calls.append(sorted(part[0]))
             yield part
 
-    monkeypatch.setattr("plm.adapting.adapt_users", meanwhile)
+    monkeypatch.setattr("plm.adapting._batched", meanwhile)
     parts = list(learn_users(method, make_pairs([*rows[8:], *pairs_of("anna", 2, 2), *pairs_of("carl", 2, 2)], "pair")))
     assert calls == [["anna", "carl", "dora", "eva"], ["anna", "eva"]]
     assert [sorted(part.user_ids) for part in parts] == [["dora"], ["anna", "eva"]]

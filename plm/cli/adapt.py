@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from plm.cli.options import OptionParser, add_reading, reading_of
+from plm.cli.options import OptionParser, add_reading, reading_of, share_name
+
+if TYPE_CHECKING:
+    from plm.data.collate import FeaturedPairs
+    from plm.data.schema import PairTable
+    from plm.metrics import FewShotTable
 
 
 def run(args: list[str]) -> None:
@@ -37,37 +44,32 @@ def run(args: list[str]) -> None:
     options = parser.parse(args)
 
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
-    from plm.adapting import learn_users, users_of_share
-    from plm.checkpoint import load_method, training_reading
-    from plm.data.schema import read_pairs
+    from plm.adapting import learn_users, predicted_new_users, users_of_share
+    from plm.checkpoint import load_method
     from plm.data.skipped import unused, write_skipped
-    from plm.evaluation import print_parts
+    from plm.evaluation import MIN_USERS, drift_report, print_parts, unseen_users_curve
 
     method = load_method(options.ckpt_path, users=options.users)
-    reading = reading_of(options)
-    former = {} if any(reading.values()) else training_reading(options.ckpt_path)
-    if former:
-        given = ", ".join(f"{name}: {value}" for name, value in former.items())
-        print(f"the pairs are read as those of the training were ({given})")
-    try:
-        table = read_pairs(options.pairs, **(former or reading), on_error=options.on_error)
-    except ValueError as error:
-        if not former:
-            raise
-        advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
-        raise ValueError(f"{error}\nThis is how the training's pairs are read; {advice}") from error
-    skipped = unused(Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.skipped.ndjson"))
+    table = _read_pairs(options)
     index, count = options.shard
+    skipped = unused(_beside(options, "skipped.ndjson"))
     if index == 1 and write_skipped(table, skipped):  # beside the users, with whom it is erased; once, of all shares
         print(f"malformed rows are in {skipped}")
     table = users_of_share(table, options.shard)
     if not table.num_pairs:
         print(f"no user of the file is in shard {index}/{count}")
         return
-    learned = list(learn_users(method, table, options.keep_pairs))
+    curve = unseen_users_curve(options.ckpt_path) if method.view == "features" else None
+    predicted: list[FewShotTable | None] = []
+
+    def predict(data: FeaturedPairs) -> None:
+        """Predict pairs of new users before they are learned."""
+        if curve is not None:
+            predicted.append(predicted_new_users(method, data, curve["shots"]))
+
+    learned = list(learn_users(method, table, options.keep_pairs, predict))
     num_known, num_added = (sum(part.num_known for part in learned), sum(part.num_added for part in learned))
     num_gone = sum(part.num_gone for part in learned)
     pairs = np.concatenate([part.num_pairs for part in learned])
@@ -80,8 +82,47 @@ def run(args: list[str]) -> None:
         f"{np.median(pairs):.0f}, {pairs.max()}" if len(pairs) else "–",
         str(len(method.users)),
     )
-    console = Console()
-    print_parts(summary, console=console)
+    print_parts(summary)
     if num_gone:
-        console.print(f"{num_gone} more were deleted meanwhile and are left out", soft_wrap=True)
-    console.print(f"written to {method.users.place}", soft_wrap=True, highlight=False, markup=False)
+        print(f"{num_gone} more were deleted meanwhile and are left out")
+    print(f"written to {method.users.place}")
+    for new_users in predicted:
+        if curve is not None and new_users is not None and len(new_users.user_row) >= MIN_USERS:
+            _report(drift_report(new_users, curve), share_name(str(_beside(options, "drift.json")), options.shard))
+
+
+def _read_pairs(options: Namespace) -> PairTable:
+    """Read the pairs as the options say, or as those of the training were read."""
+    from plm.checkpoint import training_reading
+    from plm.data.schema import read_pairs
+
+    reading = reading_of(options)
+    former = {} if any(reading.values()) else training_reading(options.ckpt_path)
+    if former:
+        given = ", ".join(f"{name}: {value}" for name, value in former.items())
+        print(f"the pairs are read as those of the training were ({given})")
+    try:
+        return read_pairs(options.pairs, **(former or reading), on_error=options.on_error)
+    except ValueError as error:
+        if not former:
+            raise
+        advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
+        raise ValueError(f"{error}\nThis is how the training's pairs are read; {advice}") from error
+
+
+def _beside(options: Namespace, ending: str) -> Path:
+    """A file beside the checkpoint, named after the first file of pairs."""
+    return Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.{ending}")
+
+
+def _report(report: dict[str, Any], path: str) -> None:
+    """Show whether the bases fit the new users, and keep the numbers."""
+    from plm.atomic import write_json
+    from plm.evaluation import drift_table, print_parts
+
+    try:
+        write_json(path, report)
+        place = f"these numbers are in {path}"
+    except OSError as error:  # the checkpoint may lie where nobody writes
+        place = f"these numbers are in no file: {error}"
+    print_parts("", drift_table(report), report["verdict"], place)

@@ -1,6 +1,7 @@
 """Statistics over users: intervals, comparisons, verdicts, and the tables, files, pages and pictures that show them."""
 
 from plm.evaluation.comparison import Comparison, compare, holm
+from plm.evaluation.drift import drift_report, drift_table, unseen_users_curve
 from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_figure
 from plm.evaluation.page import (
     Link,
@@ -51,6 +52,8 @@ __all__ = [
     "compare",
     "control_notes",
     "difference",
+    "drift_report",
+    "drift_table",
     "few_shot_figure",
     "few_shot_table",
     "gain_figure",
@@ -72,6 +75,7 @@ __all__ = [
     "summarize",
     "summarize_few_shot",
     "summary_table",
+    "unseen_users_curve",
     "user_rows",
     "verdict",
     "write_figures",

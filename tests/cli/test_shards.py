@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ IDS = [f"user {number}" for number in range(23)] + ["ünï", "a/b"]
 
 def texts(draw: random.Random) -> list[str]:
     """Two different texts."""
-    return [" ".join(words) for words in draw.sample([draw.sample(WORDS, 4) for _ in range(8)], 2)]
+    return [" ".join(words) for words in draw.sample(list(combinations(WORDS, 4)), 2)]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -121,6 +122,41 @@ def test_shares_of_the_rows_are_scored_as_one_process_scores_them(
         == 2
     )
     assert "is what --responses reads" in capsys.readouterr().err
+
+
+def test_adapt_says_whether_the_bases_fit_the_new_users(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the numbers of the fit's test; of few new users nothing is said. A repeated command says the same."""
+    file = write(
+        tmp_path / "new.jsonl",
+        [{**row, "prompt": f"{number}?"} for number, row in enumerate(pairs_of(random.Random(0), IDS, 8))],
+    )
+    adapt = ["adapt", "--ckpt_path", str(checkpoint), "--pairs", file]
+    assert main(adapt) == 0 and "bases" not in capsys.readouterr().out  # no test to compare with
+    (checkpoint.parent / "splits.json").write_text(json.dumps({"pairs_support": 80, "users_unseen": 10}))
+    verdicts = []
+    for accuracy in (0.99, 0.02):
+        ends = {f"{name}_{end}": [accuracy] * 2 for name in ("accuracy", "gain") for end in ("low", "high")}
+        curve = {
+            "num_users": 9,
+            "shots": [0, 3],
+            "log_loss": [0.6] * 2,
+            "accuracy": [accuracy] * 2,
+            "gain": [accuracy] * 2,
+            **ends,
+        }
+        (checkpoint.parent / "metrics.json").write_text(json.dumps({"few_shot": curve}))
+        assert main(adapt) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        kept = json.loads((checkpoint.parent / "new.drift.json").read_text())
+        assert kept["new"]["num_users"] == len(IDS) and kept["verdict"] in shown and "after 3 of the user" in shown
+        verdicts.append((kept["fit_again"], kept["new"]["accuracy"]))
+    assert [fit_again for fit_again, _ in verdicts] == [True, False] and verdicts[0][1] == verdicts[1][1]
+    assert main([*adapt, "--shard", "2/2"]) == 0
+    assert json.loads((checkpoint.parent / "new.drift-2of2.json").read_text())["new"]["num_users"] < len(IDS)
+    few = write(tmp_path / "few.jsonl", pairs_of(random.Random(0), IDS[:7], 8))
+    assert main([*adapt[:-1], few]) == 0 and not list(checkpoint.parent.glob("few.*"))
 
 
 @pytest.mark.parametrize(
