@@ -26,6 +26,8 @@ def run(args: list[str]) -> None:
         "store beside it as they are learned. A user who is already there and whose pairs are kept is learned from\n"
         "these and the new ones; one whose pairs were not kept, as those of the training are not, is learned anew\n"
         "from the new pairs alone. Files are read with the columns of the training's, unless options say how.\n"
+        "Where the run has tested unseen users and eight of the users are new, it says whether they are predicted as\n"
+        "well as those were, or whether the checkpoint should be fitted again.\n"
         "Processes that share the work get --shard 1/4 to --shard 4/4, in any order, at once or not: each adds users\n"
         "of its own to the same store.",
     )
