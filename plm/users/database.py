@@ -4,7 +4,8 @@ SQLite is written ahead (WAL): readers see the last commit and never wait for a 
 returns (``synchronous=FULL``), and what is deleted is overwritten (``secure_delete``). Writers take a lock file, which
 the system gives back when a process is killed, so that only one connection at a time moves the log into the database:
 versions of SQLite before 3.51.3 can damage a database where two do. A connection is opened for a transaction and closed
-after it: nothing is carried over a fork, and while nobody is at work the database is one file that can be copied.
+after it: nothing is carried over a fork, and while nobody is at work the database is one file that can be copied. A
+process that works with it all the time keeps its connections (``held_open``).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +23,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from filelock import FileLock, Timeout
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from plm.atomic import replace
 
@@ -34,6 +36,8 @@ WAIT = 60.0
 """Seconds that a writer waits for the others."""
 PATIENCE = 5.0
 """Seconds that a deletion waits for readers of the former state."""
+KEPT = 8
+"""Connections that stay open while a database is held open; more are opened where more threads work at once."""
 _WRITERS = 5_127_460_091
 """Key of the lock that writers of a PostgreSQL database take for their transaction."""
 
@@ -94,8 +98,7 @@ class Database:
         self.name = str(place)
         self._is_made = False
         if self.path is not None:
-            self._reader = sa.create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
-            sa.event.listen(self._reader, "begin", _begin)
+            self._reader = self._engine(NullPool)
         else:
             url = sa.make_url(self.name)
             self.name = str(url)  # without the password
@@ -105,19 +108,40 @@ class Database:
                 self._reader = sa.create_engine(url, pool_pre_ping=True)
             except ModuleNotFoundError as error:
                 raise ValueError(f"users: {self.name!r} needs psycopg; pip install 'plm[postgres]'") from error
-        self._writer = self._reader.execution_options(plm_writes=True)
+        self._use(self._reader)
+
+    def _use(self, engine: sa.Engine) -> None:
+        """Take the connections of all transactions from an engine."""
+        self._reader, self._writer = engine, engine.execution_options(plm_writes=True)
+
+    def _engine(self, pool: type[Pool], **options: Any) -> sa.Engine:
+        """Transactions on the file, by connections that a pool keeps or closes."""
+        engine = sa.create_engine("sqlite://", creator=self._connect, poolclass=pool, **options)
+        sa.event.listen(engine, "begin", _begin)
+        return engine
 
     def _connect(self) -> sqlite3.Connection:
         """Open the file; where its folder cannot be written, as a file that does not change."""
         path = self.path
         assert path is not None
-        log = Path(f"{path}-wal")
-        frozen = not os.access(path.parent, os.W_OK) and not log.exists()
-        uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if frozen else 'rw'}"
+        uri = f"file:{quote(str(path.absolute()))}?mode={'ro&immutable=1' if self._is_frozen() else 'rw'}"
         connection = sqlite3.connect(uri, uri=True, timeout=WAIT, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA secure_delete=ON")
         return connection
+
+    def _is_frozen(self) -> bool:
+        """Whether nobody can write the file."""
+        assert self.path is not None
+        return not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists()
+
+    def _is_opened(self, opened: os.stat_result) -> bool:
+        """Whether the file is still the one that was opened."""
+        assert self.path is not None
+        try:
+            return os.path.samestat(opened, self.path.stat())
+        except FileNotFoundError:
+            return False
 
     # ------------------------------------------------------------------ transactions
     @property
@@ -157,21 +181,31 @@ class Database:
 
     @contextmanager
     def held_open(self) -> Iterator[None]:
-        """Keep the files of SQLite open, for a process that works with them all the time.
+        """Keep connections to SQLite open, for a process that works with it all the time.
 
-        Whoever closes them last moves the log into the database, which takes as long as a commit.
+        Opening one costs more than a read; and whoever closes the last moves the log into the database, which takes as
+        long as a commit. Another file in the place of the one that is held open is refused.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None or not self.path.exists() or self._is_frozen():
             yield
             return
-        with self._errors("read"):
-            connection = self._connect()
-            connection.execute(f"SELECT * FROM {FACTS.name}").fetchall()  # opens the log, too
+        opened, alone = self.path.stat(), self._reader
+
+        def check(*_: Any) -> None:
+            if not self._is_opened(opened):
+                raise StoreError(f"the user store {self.name!r} was replaced while it is open; start again")
+
+        kept = self._engine(QueuePool, pool_size=KEPT, max_overflow=-1)
+        sa.event.listen(kept, "checkout", check)
+        self._use(kept)
         try:
+            with self.reading() as connection:
+                connection.execute(sa.select(FACTS))  # opens the log, too
             yield
         finally:
+            self._use(alone)
             with self._only_writer():
-                connection.close()
+                kept.dispose()
 
     def wipe(self) -> bool:
         """Remove what has been deleted from the write-ahead log too; whether nothing is left of it.
@@ -243,11 +277,38 @@ def problem_of_id(user_id: str) -> str:
     return ""
 
 
-def among(connection: sa.Connection, column: sa.Column[str], user_ids: Sequence[str]) -> sa.ColumnElement[bool]:
+def rows_of(
+    connection: sa.Connection, user_ids: Iterable[str], *columns: sa.ColumnElement[Any], order: tuple[Any, ...] = ()
+) -> Sequence[Any]:
+    """The rows of many users, of whom none need be there; the first of the columns is that of their ids."""
+    return connection.execute(_select(connection.dialect.name, columns, order), _ids(user_ids)).all()
+
+
+def delete_rows_of(connection: sa.Connection, user_ids: Iterable[str], column: sa.Column[str]) -> None:
+    """Delete the rows of many users, of whom none need be there, from the table whose column holds their ids."""
+    connection.execute(_delete(connection.dialect.name, column), _ids(user_ids))
+
+
+def _ids(user_ids: Iterable[str]) -> dict[str, list[str]]:
+    """Those of the ids that can be stored: a database refuses the others."""
+    return {"ids": [user_id for user_id in user_ids if not problem_of_id(user_id)]}
+
+
+@cache  # to make a statement takes longer than to read a user
+def _select(dialect: str, columns: tuple[Any, ...], order: tuple[Any, ...]) -> sa.Select[Any]:
+    return sa.select(*columns).where(_among(dialect, columns[0])).order_by(*order)
+
+
+@cache
+def _delete(dialect: str, column: sa.Column[str]) -> sa.Delete:
+    return sa.delete(column.table).where(_among(dialect, column))
+
+
+def _among(dialect: str, column: sa.Column[str]) -> sa.ColumnElement[bool]:
     """The condition that a column is one of many ids, bound as one value."""
-    if connection.dialect.name == "postgresql":
-        return column == sa.any_(sa.bindparam("ids", list(user_ids), type_=postgresql.ARRAY(sa.Text)))
-    each = sa.func.json_each(sa.bindparam("ids", list(user_ids), type_=sa.JSON)).table_valued("value")
+    if dialect == "postgresql":
+        return column == sa.any_(sa.bindparam("ids", type_=postgresql.ARRAY(sa.Text)))
+    each = sa.func.json_each(sa.bindparam("ids", type_=sa.JSON)).table_valued("value")
     return column.in_(sa.select(each.c.value))
 
 

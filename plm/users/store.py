@@ -26,7 +26,18 @@ from torch import Tensor
 from plm.atomic import whole_file
 from plm.messages import counted
 from plm.types import UserState
-from plm.users.database import ERASURES, FACTS, PAIRS, SCHEMA, USERS, Database, among, problem_of_id, upsert
+from plm.users.database import (
+    ERASURES,
+    FACTS,
+    PAIRS,
+    SCHEMA,
+    USERS,
+    Database,
+    delete_rows_of,
+    problem_of_id,
+    rows_of,
+    upsert,
+)
 from plm.users.folder import read_folder
 from plm.users.rows import from_rows, header_of, to_rows
 
@@ -181,12 +192,10 @@ class UserStore:
 
     def found(self, user_ids: Sequence[str]) -> dict[str, StoredUser]:
         """What is known of users besides their states; unknown ones are left out."""
-        possible = [user_id for user_id in user_ids if not problem_of_id(user_id)]
         with self._reading() as connection:
             if connection is None:
                 return {}
-            rows = connection.execute(sa.select(*_KNOWN).where(among(connection, USERS.c.user_id, possible)))
-            return {row.user_id: StoredUser(*row) for row in rows}
+            return {row.user_id: StoredUser(*row) for row in rows_of(connection, user_ids, *_KNOWN)}
 
     def get(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
         """Look users up; only their rows are read.
@@ -199,19 +208,14 @@ class UserStore:
             nobody is known there are no tensors.
         """
         distinct = list(dict.fromkeys(user_id for user_id in user_ids if user_id is not None))
-        wanted = [user_id for user_id in distinct if not problem_of_id(user_id)]
-        found: dict[str | None, tuple[bytes, int]] = {}
+        columns = USERS.c.user_id, USERS.c.state, USERS.c.num_pairs
         with self._reading() as connection:
-            if connection is not None:
-                query = sa.select(USERS.c.user_id, USERS.c.state, USERS.c.num_pairs)
-                query = query.where(among(connection, USERS.c.user_id, wanted))
-                for user_id, state, num_pairs in connection.execute(query):
-                    found[user_id] = state, num_pairs
-        place = {user_id: row for row, user_id in enumerate(found)}
+            rows = [] if connection is None else rows_of(connection, distinct, *columns)
+        place = {user_id: row for row, (user_id, _, _) in enumerate(rows)}
         row_of = torch.tensor([place.get(user_id, -1) for user_id in user_ids], dtype=torch.long)
         known = row_of >= 0
-        read = from_rows([state for state, _ in found.values()]) if found else {}
-        counts = torch.tensor([count for _, count in found.values()], dtype=torch.long)
+        read = from_rows([state for _, state, _ in rows]) if rows else {}
+        counts = torch.tensor([num_pairs for _, _, num_pairs in rows], dtype=torch.long)
 
         def gather(values: Tensor) -> Tensor:
             out = values.new_zeros((len(row_of), *values.shape[1:]))
@@ -222,12 +226,11 @@ class UserStore:
 
     def pairs(self, user_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """The pairs that were kept with the states of users, the oldest first; users without any are left out."""
-        possible = [user_id for user_id in user_ids if not problem_of_id(user_id)]
-        query = sa.select(PAIRS.c.user_id, PAIRS.c.pair).order_by(PAIRS.c.user_id, PAIRS.c.place)
+        columns, order = (PAIRS.c.user_id, PAIRS.c.pair), (PAIRS.c.user_id, PAIRS.c.place)
         kept: dict[str, list[dict[str, Any]]] = {}
         with self._reading() as connection:
             if connection is not None:
-                for user_id, pair in connection.execute(query.where(among(connection, PAIRS.c.user_id, possible))):
+                for user_id, pair in rows_of(connection, user_ids, *columns, order=order):
                     kept.setdefault(user_id, []).append(json.loads(pair))
         return kept
 
@@ -292,16 +295,14 @@ class UserStore:
         """
         user_ids = list(dict.fromkeys(user_ids))
         now = time.time()
-        possible = [user_id for user_id in user_ids if not problem_of_id(user_id)]
         stored: set[str] = set()
         receipts = dict.fromkeys(user_ids, "")
         if self.exists or self.shared_hash is not None:
             with self._database.writing(self._expected_hash()) as connection:
                 secret = self._facts(connection)["secret"]
-                known = among(connection, USERS.c.user_id, possible)
-                stored = set(connection.execute(sa.select(USERS.c.user_id).where(known)).scalars())
-                connection.execute(sa.delete(USERS).where(known))
-                connection.execute(sa.delete(PAIRS).where(among(connection, PAIRS.c.user_id, possible)))
+                stored = {user_id for (user_id,) in rows_of(connection, user_ids, USERS.c.user_id)}
+                for table in (USERS, PAIRS):
+                    delete_rows_of(connection, user_ids, table.c.user_id)
                 receipts = {user_id: _receipt(secret, user_id) for user_id in user_ids}
                 log = [{"receipt": receipt, "erased": now} for receipt in receipts.values()]
                 connection.execute(sa.insert(ERASURES), log)
@@ -381,8 +382,8 @@ class UserStore:
             erased = sa.select(ERASURES.c.receipt).where(ERASURES.c.number > since)
             receipts = set(connection.execute(erased).scalars())
             outdated |= {user_id for user_id in user_ids if receipts and _receipt(secret, user_id) in receipts}
-        known = sa.select(USERS.c.user_id, USERS.c.version).where(among(connection, USERS.c.user_id, list(versions)))
-        there: dict[str, int] = {user_id: version for user_id, version in connection.execute(known)}
+        rows = rows_of(connection, versions, USERS.c.user_id, USERS.c.version)
+        there: dict[str, int] = {user_id: version for user_id, version in rows}
         return outdated | {user_id for user_id, version in versions.items() if there.get(user_id, 0) != version}
 
     def _write(
@@ -415,7 +416,7 @@ class UserStore:
                 for row, user_id in enumerate(page, start)
             ]
             connection.execute(statement, rows)
-            connection.execute(sa.delete(PAIRS).where(among(connection, PAIRS.c.user_id, page)))
+            delete_rows_of(connection, page, PAIRS.c.user_id)
         kept = [
             {"user_id": user_id, "place": place, "pair": json.dumps(pair)}
             for user_id in user_ids

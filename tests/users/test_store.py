@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from plm.types import UserState
-from plm.users import UserStore, shared_hash, store_path
+from plm.users import StoreError, UserStore, shared_hash, store_path
 from plm.users.rows import from_rows, to_rows
 
 
@@ -260,6 +260,32 @@ def test_a_store_that_is_held_open_deletes_as_thoroughly_and_ends_as_one_file(tm
         assert not any(b"person-7" in file.read_bytes() for file in tmp_path.glob("m.users.db*"))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.users.db", "m.users.db.lock"]
     assert store.ids == ["anna", "ben"]
+
+
+def test_a_store_that_is_held_open_keeps_its_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = UserStore(tmp_path / "m.users.db", "h")
+    store.add(["anna"], state(1))
+    connect, opened = sqlite3.connect, []
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: opened.append(1) or connect(*args, **options))
+    with store.held_open():
+        for value in range(2, 6):
+            store.add(["anna"], state(value))
+            assert values_of(store, "anna") == [value]
+        assert len(opened) == 1
+    assert values_of(store, "anna") == [5] and len(opened) == 2
+
+
+def test_another_file_in_the_place_of_one_that_is_held_open_is_refused(tmp_path: Path) -> None:
+    """Its users would not be those that are read, and what is learned would go into a file without a name."""
+    store, other = UserStore(tmp_path / "m.users.db", "h"), UserStore(tmp_path / "other.users.db", "h")
+    store.add(["anna"], state(1))
+    other.add(["ben"], state(2))
+    with store.held_open():
+        (tmp_path / "other.users.db").replace(tmp_path / "m.users.db")
+        for call in (lambda: store.find("anna"), lambda: store.add(["eve"], state(3)), lambda: store.delete(["anna"])):
+            with pytest.raises(StoreError, match="replaced while it is open"):
+                call()
+    assert store.ids == ["ben"]
 
 
 def test_what_a_killed_deletion_left_in_the_log_goes_with_the_next(tmp_path: Path) -> None:
