@@ -22,7 +22,7 @@ from plm.data.sources.community_alignment import CommunityAlignmentPairs, dialog
 from plm.data.sources.hh import HHPairs
 from plm.data.sources.personalllm import PersonalLlmPairs
 from plm.data.sources.pets import ENDINGS, NUM_TRAIN, PetsPairs, sentences
-from plm.data.sources.tldr import TldrPairs, comparison, select_workers
+from plm.data.sources.tldr import TldrLengthPairs, TldrPairs, by_length, comparison, select_workers
 from plm.data.sources.typed import SURVEY, TARGET, TEST, conflict
 from plm.data.sources.ultrafeedback_p import (
     ATTRIBUTES,
@@ -127,6 +127,51 @@ def test_tldr(tmp_path: Path) -> None:
     assert sizes == {(0, 0): 8, (0, 2): 4, (1, 0): 3, (1, 2): 4}
     assert all("None" not in prompt for prompt in table.prompts)
     assert split_pairs(table).group_by == "prompt"
+
+
+def test_the_rule_of_lengths_counts_characters_and_gives_ties_to_the_second() -> None:
+    def choice(left: str, right: str, shorter: bool) -> int:
+        row = {"summaries": [{"text": left}, {"text": right}], "choice": None}
+        return int(by_length(row, shorter)["choice"])
+
+    assert [choice("long text", "short", shorter) for shorter in (False, True)] == [0, 1]
+    assert [choice("short", "long text", shorter) for shorter in (False, True)] == [1, 0]
+    assert [choice("a b", "c d", shorter) for shorter in (False, True)] == [1, 1]
+
+
+def test_tldr_as_pal_labels_it(tmp_path: Path) -> None:
+    """Workers w00 to w11 with 23 to 12 comparisons to train on; the last two are unseen, and so is one of the test."""
+    sides = {"left": "x" * 9, "right": "y" * 4}
+
+    def row(worker: str, number: int, half: str, policy: str = "sup1", post: str | None = "post") -> dict[str, Any]:
+        texts = [f"{text} {worker} {half} {number}" for text in sides.values()]
+        summaries = [{"text": text, "policy": policy, "note": None} for text in texts]
+        post = post and f"{post} {worker} {half} {number}"
+        return {
+            "info": {"post": post, "title": ""},
+            "summaries": summaries,
+            "choice": 1,
+            "worker": worker,
+            "split": "x",
+        }
+
+    workers = [f"w{rank:02d}" for rank in range(12)]
+    train = [row(w, n, "train") for rank, w in enumerate(workers) for n in range(23 - rank)]
+    train += [row("w11", n, "train", "sup1_ppo") for n in range(50)] + [
+        row("w11", n, "none", post=None) for n in range(50)
+    ]
+    test = [row(w, n, "test") for w in (*workers, "new", "rare") for n in range(2 if w == "rare" else 8)]
+    parquet(tmp_path / "comparisons" / "train" / "0000.parquet", train)
+    parquet(tmp_path / "comparisons" / "validation" / "0000.parquet", test)
+    table = TldrLengthPairs(str(tmp_path), min_pairs=8, unseen_pairs=3).load()
+    longer = Counter((user, chosen.startswith("x")) for user, _, chosen, _ in texts(table))
+    short = {user for user in table.user_ids if longer[user, False]}
+    assert all(not (longer[user, True] and longer[user, False]) for user in table.user_ids)  # a rule, not a choice
+    assert short & set(workers[:10]) == {"w03", "w04", "w05"}
+    assert len(short - set(workers[:10])) == 1  # 9 of 31, of three: w10, w11 and new
+    sizes = Counter(zip(table.user_split.tolist(), table.row_split.tolist(), strict=True))
+    assert sizes == {(0, 0): sum(23 - rank for rank in range(10)), (0, 2): 80, (1, 0): 9, (1, 2): 15}
+    assert table.dropped == {"other_policies_or_no_post": 100, "other_workers": 13 + 12 + 2}
 
 
 # ---------------------------------------------------------------------- types
