@@ -72,8 +72,8 @@ def _link(match: re.Match[str], source: Path, page: str) -> str:
 
 
 def _recipes() -> str:
-    """Every recipe under its name."""
-    files = sorted((ROOT / "recipes").glob("*.yaml"))
+    """Every recipe under its name, those of papers last."""
+    files = [file for pattern in ("*.yaml", "papers/*.yaml") for file in sorted((ROOT / "recipes").glob(pattern))]
     return "\n\n".join(
         f"## {file.stem} {{ #{file.stem} }}\n\n```yaml\n{file.read_text(encoding='utf-8')}```" for file in files
     )

@@ -164,9 +164,18 @@ def fit(
         file.parent.mkdir()
         file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         try:
-            trainer = run_recipe(["fit", "--config", str(file)]).trainer
+            return fit_recipe(["--config", str(file)])
         except ValueError as error:
             raise type(error)(str(error).removeprefix(f"{file}: ")) from error  # nobody has written that file
+
+
+def fit_recipe(args: Sequence[str]) -> Run:
+    """Fit recipes and options, as ``plm fit`` takes them.
+
+    Raises:
+        ValueError: As ``plm fit`` fails.
+    """
+    trainer = run_recipe(["fit", *args]).trainer
     best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     return Run(run_dir(trainer), Path(best).resolve())
 

@@ -33,6 +33,7 @@ EVERYTHING_BUT_CLI = {
     "erasure",
     "evaluation",
     "exporting",
+    "fitting",
     "generation",
     "judging",
     "leaderboard",
@@ -47,6 +48,7 @@ EVERYTHING_BUT_CLI = {
     "scoring",
     "serving",
     "users",
+    "verifying",
 }
 
 
@@ -105,6 +107,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.audit": of_plm("data", "evaluation"),
     "plm.recipe": {"plm", *of_plm("callbacks", "checkpoint", "data", "evaluation", "method", "metrics")},
     "plm.fitting": of_plm("backbones", "callbacks", "checkpoint", "data", "erasure", "method", "recipe"),
+    "plm.verifying": of_plm("backbones", "data", "evaluation", "fitting", "hub", "recipe"),
     "plm.judging": of_plm("backbones", "data", "evaluation", "generation", "method", "recipe"),
     "plm.leaderboard": {
         "plm",
@@ -151,7 +154,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "plm.recipe": [
         {"defaults", "errors", "grid", "plugins", "predict", "quiet", "runs"},
-        {"parser", "read"},
+        {"paper", "parser", "read"},
         {"prompts", "select"},
         {"fit"},
     ],
@@ -202,6 +205,7 @@ FLOORS: dict[str, list[set[str]]] = {
             "score",
             "serve",
             "users",
+            "verify",
         },
     ],
 }

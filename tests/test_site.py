@@ -144,5 +144,5 @@ def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> Non
                 target.startswith("data:") or posixpath.isabs(target) or (page.parent / target).resolve().is_file()
             ), f"{page}: no {target}"
     recipes = (tmp_path / "recipes/index.html").read_text(encoding="utf-8")
-    assert all(f'id="{file.stem}"' in recipes for file in (ROOT / "recipes").glob("*.yaml"))
+    assert all(f'id="{file.stem}"' in recipes for file in (ROOT / "recipes").rglob("*.yaml"))
     assert 'role="math"' in (tmp_path / "methods/lore/index.html").read_text(encoding="utf-8")

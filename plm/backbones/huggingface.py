@@ -124,7 +124,7 @@ class HFBackbone(Backbone):
         """``(D,)`` the reward model's own ``score.weight[0]``, for features its head can read; else None."""
         if not self._scores:
             return None
-        if self._head is None and (weight := score_weight(self._find)) is not None:
+        if self._head is None and (weight := score_weight(self.find_file)) is not None:
             self._head = weight.to(getattr(torch, self.dtype)).float()
         if self._head is None:
             self._load()
@@ -245,10 +245,10 @@ class HFBackbone(Backbone):
     @cached_property
     def _commit(self) -> str | None:
         """Commit of a model on the hub."""
-        file = self._find("config.json")
+        file = self.find_file("config.json")
         return Path(file).parent.name if file else self.revision
 
-    def _find(self, name: str) -> str | None:
+    def find_file(self, name: str) -> str | None:
         """Path of a file of the model, downloaded if need be; None if it has none of that name."""
         from transformers.utils.hub import cached_file
 

@@ -1,15 +1,17 @@
-"""Facts read from the files of a model without loading it: a hash of their content, and a reward model's head."""
+"""Facts read from the files of a model without loading it: a hash of their content, their size, a reward head."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
+WEIGHTS = "model.safetensors"
 SAMPLED_ABOVE = 256 * 2**20
 """Safetensors files above this many bytes are hashed by a sample of every tensor."""
 SAMPLE_BYTES = 4096
@@ -49,6 +51,30 @@ def _content_blocks(file: Path) -> Iterator[bytes]:
                 yield handle.read(min(SAMPLE_BYTES, entry["data_offsets"][1] - entry["data_offsets"][0]))
 
 
+def num_weights(find: Callable[[str], str | None]) -> int | None:
+    """How many numbers the safetensors files of a model hold, by their headers; None where one is missing.
+
+    Args:
+        find: As of `score_weight`.
+    """
+    total = 0
+    for name in sorted({*_files_of_tensors(find).values()} or {WEIGHTS}):
+        file = find(name)
+        if file is None:
+            return None
+        with Path(file).open("rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(size))
+        total += sum(math.prod(entry["shape"]) for tensor, entry in header.items() if tensor != "__metadata__")
+    return total
+
+
+def _files_of_tensors(find: Callable[[str], str | None]) -> dict[str, str]:
+    """Tensor -> name of its file; empty where all are in one."""
+    index = find(f"{WEIGHTS}.index.json")
+    return dict(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]) if index else {}
+
+
 def score_weight(find: Callable[[str], str | None]) -> Tensor | None:
     """``(D,)`` the only row of ``score.weight``, read without the other weights.
 
@@ -58,9 +84,7 @@ def score_weight(find: Callable[[str], str | None]) -> Tensor | None:
     Returns:
         The row, or None if no safetensors file holds it or it is not the only one.
     """
-    index = find("model.safetensors.index.json")
-    names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
-    file = find(names.get("score.weight", "model.safetensors"))
+    file = find(_files_of_tensors(find).get("score.weight", WEIGHTS))
     if file is None:
         return None
     with safe_open(file, framework="pt") as tensors:

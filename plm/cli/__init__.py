@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "judge": ("judge", "check whether users' policies write what the users like"),
     "data": ("data", "check preference pairs before training on them, or convert files to pairs"),
     "audit": ("checks", "write a verdict on pairs and on results that somebody has on them"),
+    "verify": ("verify", "rerun a paper's recipe and put the result beside the paper's number"),
     "compare": ("checks", "compare runs, or files of what models got right, paired by user and item"),
     "rewardbench": ("rewardbench", "score a checkpoint on RewardBench 2"),
     "users": ("users", "list, export or delete the users of a checkpoint"),

@@ -29,9 +29,8 @@ def _audit(args: list[str]) -> int:
     parser.add_argument("pairs", nargs="+", metavar="PAIRS", help=f"preference pairs: {ROWS}")
     add_reading(parser)
     parser.add_argument("--test_pairs", nargs="+", default=[], metavar="FILE", help="pairs of the test, PAIRS train")
-    parser.add_argument(
+    parser.add_shared(
         "--results",
-        metavar="FILE",
         help="per-item file of a model, as of plm compare; items are the column item of PAIRS, or plm predict's",
     )
     parser.add_argument("--reported", metavar="X", help="accuracy that is claimed of it, as printed: 0.742 or 74.2%%")

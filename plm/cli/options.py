@@ -105,6 +105,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--pool": {"metavar": "FILE"},
     "--project": {"metavar": "PROJECT"},
     "--prompts": {"metavar": "FILE", "help": PROMPTS},
+    "--results": {"metavar": "FILE"},
     "--rewards": {"metavar": "YAML", "help": REWARDS},
     "--seed": {"type": int, "default": 0, "metavar": "N"},
     "--shard": {"type": share, "default": (1, 1), "metavar": "I/K"},

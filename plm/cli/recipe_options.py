@@ -22,6 +22,7 @@ COMMON = (
         "metrics",
         "model",
         "name",
+        "paper",
         "print_config",
         "seed_everything",
         "show_lightning",

@@ -179,6 +179,11 @@ class FeatureCache:
             )
         return Filled(self.folder, len(texts), len(rows), len(missing))
 
+    def count(self, pairs: Sequence[tuple[str, str]]) -> tuple[int, int]:
+        """How many distinct texts pairs have, and how many of them are not cached."""
+        texts, _ = self._distinct(pairs)
+        return len(texts), len(self._read(_digests(texts), lambda *_: None))
+
     def _distinct(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
         """The distinct rendered texts of pairs, and the one of each pair."""
         first: dict[str, int] = {}

@@ -32,7 +32,7 @@ from plm.recipe.fit import RecipeReader, run_recipe
 PUBLISHED = {"LoRe": "lore_paper", "MRM": "mrm_paper", "PAL": "pal_paper", "VPL": "vpl_paper"}
 """Method that is an estimator of our own by default -> group of ``conf/method`` with its paper's model and settings."""
 
-_OF_A_METHOD = ("model", "select", "defaults")
+_OF_A_METHOD = ("model", "select", "defaults", "paper")
 """Keys of a recipe that the other rows do not share."""
 
 

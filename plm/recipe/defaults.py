@@ -46,7 +46,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def find_config(path: str) -> Path:
     """Find a recipe or a group: the file itself, or the shipped one of that name, from anywhere.
 
-    Shipped are ``recipes/quickstart.yaml`` and its like, and the groups, such as ``conf/method/vpl_paper.yaml``.
+    Shipped are ``recipes/quickstart.yaml`` and its like, also in ``recipes/papers``, and the groups, such as
+    ``conf/method/vpl_paper.yaml``.
 
     Raises:
         ValueError: If there is neither.
@@ -54,7 +55,8 @@ def find_config(path: str) -> Path:
     file = Path(path)
     if file.is_file():
         return file
-    recipes = {f"recipes/{recipe.name}": recipe for recipe in sorted(shipped("recipes").glob("*.yaml"))}
+    root = shipped("recipes")
+    recipes = {f"recipes/{file.relative_to(root).as_posix()}": file for file in sorted(root.rglob("*.yaml"))}
     groups = {f"conf/{group.parent.name}/{group.name}": group for group in sorted(shipped("conf").glob("*/*.yaml"))}
     known = recipes | groups
     if path in known:

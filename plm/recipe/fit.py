@@ -30,6 +30,7 @@ from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.recipe.defaults import expand, read_config
 from plm.recipe.errors import message_of
 from plm.recipe.grid import LINKS, check_grid
+from plm.recipe.paper import check_paper
 from plm.recipe.parser import SETTINGS, RecipeParser, relative_references
 from plm.recipe.plugins import load_plugins
 from plm.recipe.predict import SavePredictions
@@ -122,6 +123,12 @@ class RecipeCLI(LightningCLI):
             help="Grid {model.init_args.NAME: [values]}: fit keeps the combination with the best monitored val value.",
         )
         parser.add_argument(
+            "--paper",
+            type=dict[str, Any] | None,
+            default=None,
+            help="Numbers of a paper {source: ..., table: ..., numbers: ...}, which plm verify compares with.",
+        )
+        parser.add_argument(
             "--name",
             type=str | None,
             default=None,
@@ -197,6 +204,8 @@ class RecipeCLI(LightningCLI):
         _refuse_link_targets(parser, args, recipes)
         if config.select:
             check_grid(config.select)
+        if config.paper is not None:
+            check_paper(config.paper)
 
     def _parse_ckpt_path(self) -> None:
         """The recipe wins over the hyper-parameters of a checkpoint; another method's checkpoint is refused."""

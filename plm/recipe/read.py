@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 from omegaconf import OmegaConf
@@ -15,13 +16,18 @@ from plm.data.sources import PairSource, source_modules
 from plm.recipe.defaults import expand, read_config
 from plm.recipe.errors import message_of
 
+_Part = TypeVar("_Part")
+_GROUP = {"source": "data", "backbone": "backbone"}
+"""Key below ``data`` -> folder of ``conf`` that sets it."""
 
-def merged_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
+
+def merged_recipe(path: str, overrides: list[str], configs: Sequence[str] = ()) -> dict[str, Any]:
     """Merge a recipe with its groups and options; a later class drops the arguments of an earlier one.
 
     Args:
         path: The recipe.
         overrides: Options as ``key=value``.
+        configs: Recipes or groups that win over it.
 
     Returns:
         Its keys, with references between them resolved.
@@ -30,7 +36,7 @@ def merged_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
         ValueError: If a file cannot be read or an interpolation fails.
     """
     merged: dict[str, Any] = {}
-    for file in expand(["--config", path])[1::2]:
+    for file in expand([part for config in (path, *configs) for part in ("--config", config)])[1::2]:
         merged = _merge(merged, read_config(Path(file)))
     try:
         config = OmegaConf.merge(OmegaConf.create(merged), OmegaConf.from_dotlist(overrides))
@@ -57,16 +63,30 @@ def build_source(recipe: dict[str, Any]) -> PairSource:
     Raises:
         ValueError: If there is none, or its arguments are wrong.
     """
-    spec = (recipe.get("data") or {}).get("source")
-    if not spec:
-        raise ValueError("expected data.source in the recipe, got none; add a data group to its defaults")
     for module in source_modules():
         import_module(module)
+    return build_part(recipe, "source", PairSource)  # type: ignore[type-abstract]
+
+
+def build_part(recipe: dict[str, Any], name: str, base: type[_Part]) -> _Part:
+    """Build a part of the data that a recipe names.
+
+    Args:
+        recipe: Its merged keys.
+        name: Key below ``data``: source or backbone.
+        base: What it is one of.
+
+    Raises:
+        ValueError: If there is none, or its arguments are wrong.
+    """
+    spec = (recipe.get("data") or {}).get(name)
+    if not spec:
+        raise ValueError(f"expected data.{name} in the recipe, got none; add a {_GROUP[name]} group to its defaults")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(PairSource, "data.source", required=True)
+    parser.add_subclass_arguments(base, f"data.{name}", required=True)
     try:
-        built = parser.instantiate(parser.parse_object({"data": {"source": spec}})).data.source
+        built = parser.instantiate(parser.parse_object({"data": {name: spec}})).data[name]
     except (ArgumentError, KeyError) as error:
         raise ValueError(message_of(error)) from error
-    assert isinstance(built, PairSource) and not inspect.isabstract(type(built))
+    assert isinstance(built, base) and not inspect.isabstract(type(built))
     return built

@@ -766,6 +766,7 @@ WRONG = {
     "judge": ["--ckpt_path", "x", "--prompts", "y", "--rewards", "z", "--num_prompts", "0"],
     "data": ["check", "--strict"],
     "audit": ["a.csv", "--reported", "0.7", "--output", "b"],
+    "verify": ["recipes/papers/lore_polis_k2.yaml", "--results", "x", "--dry"],
     "compare": ["a.csv"],
     "rewardbench": ["--input", "x"],
     "users": ["lst", "--ckpt_path", "x"],
