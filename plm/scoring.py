@@ -42,23 +42,18 @@ class Scores(NamedTuple):
     """``(B,)`` over the reference responses, comparable between users; None without a reference."""
 
 
-def read_responses(path: str, user_id: str | None = None) -> list[ResponseRow]:
+def read_responses(path: str, user_id: str | None = None, share: tuple[int, int] = (1, 1)) -> list[ResponseRow]:
     """Read rows with a ``response`` and, optionally, a ``prompt`` and a ``user_id``.
 
     Args:
         path: JSONL, CSV or Parquet.
         user_id: User of the rows that name none.
+        share: ``(i, n)``, only the i-th of n equal parts of the rows.
 
     Raises:
         ValueError: If the file cannot be read or rows are malformed; these are named by their lines.
     """
-    return read_rows(Path(path), lambda record: response_row(record, user_id), '{"response": ...}')
-
-
-def rows_of_share(rows: list[ResponseRow], share: tuple[int, int]) -> list[ResponseRow]:
-    """The i-th of n equal parts of rows, ``share = (i, n)``: one after the other they are all rows in their order."""
-    index, count = share
-    return rows[(index - 1) * len(rows) // count : index * len(rows) // count]
+    return read_rows(Path(path), lambda record: response_row(record, user_id), '{"response": ...}', share)
 
 
 def response_row(record: dict[str, Any], default_user: str | None = None) -> ResponseRow:

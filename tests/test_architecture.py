@@ -183,7 +183,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "plm.cli": [
         {"options", "writing"},
-        {"recipe_options"},
+        {"recipe_options", "shares"},
         {
             "adapt",
             "cache",

@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plm.cli.options import OptionParser, add_reading, reading_of, share_name
+from plm.cli.options import OptionParser, add_ray, add_reading, check_ray, reading_of, share_name
+from plm.cli.shares import run_by_ray
 
 if TYPE_CHECKING:
     from plm.data.collate import FeaturedPairs
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from plm.metrics import FewShotTable
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str]) -> int:
     """Learn the users and add them to the store beside the checkpoint.
 
     Raises:
@@ -43,7 +44,11 @@ def run(args: list[str]) -> None:
         "pairs are kept already stay kept without it (default: the states alone)",
     )
     parser.add_shared("--shard", help="the I-th of K equal shares of the users, by hashes of their ids (default: all)")
+    add_ray(parser, "where all see the checkpoint, the pairs and the store, which several machines share as PostgreSQL")
     options = parser.parse(args)
+    check_ray(parser, options)
+    if options.engine == "ray":
+        return run_by_ray("adapt", args, options)
 
     import numpy as np
     from rich.table import Table
@@ -62,7 +67,7 @@ def run(args: list[str]) -> None:
     table = users_of_share(table, options.shard)
     if not table.num_pairs:
         print(f"no user of the file is in shard {index}/{count}")
-        return
+        return 0
     curve = unseen_users_curve(options.ckpt_path) if method.view == "features" else None
     predicted: list[FewShotTable | None] = []
 
@@ -91,6 +96,7 @@ def run(args: list[str]) -> None:
     for new_users in predicted:
         if curve is not None and new_users is not None and len(new_users.user_row) >= MIN_USERS:
             _report(drift_report(new_users, curve), share_name(str(_beside(options, "drift.json")), options.shard))
+    return 0
 
 
 def _read_pairs(options: Namespace) -> PairTable:

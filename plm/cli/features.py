@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 
-from plm.cli.options import OptionParser, check_encoder, split_overrides
+from plm.cli.options import OptionParser, check_encoder, check_engine, split_overrides
 from plm.messages import counted
 
 _CONCURRENCY = 16
@@ -38,10 +37,8 @@ def run(args: list[str]) -> None:
     )
     parser.add_shared("--encoder_model")
     parser.add_shared("--encoder_unchecked", help="without that comparison, where the backbone cannot be loaded")
-    parser.add_argument(
+    parser.add_shared(
         "--engine",
-        choices=("local", "ray"),
-        default="local",
         help="ray: workers of Ray encode, here or on the cluster that RAY_ADDRESS names, where all see the cache; it "
         "needs pip install 'plm[ray]' (default local: this process)",
     )
@@ -49,12 +46,9 @@ def run(args: list[str]) -> None:
     own, overrides = split_overrides(args)
     options = parser.parse(own)
     check_encoder(parser, options)
-    if options.engine == "local" and options.workers is not None:
-        parser.error("--workers goes with --engine ray")
     if options.engine == "ray" and options.encoder_url is not None:
         parser.error("--encoder_url and --engine ray are two ways to encode; give one of them")
-    if options.engine == "ray" and find_spec("ray") is None:
-        raise ValueError("plm features --engine ray needs ray; pip install 'plm[ray]'")
+    check_engine(parser, options)
 
     from plm.backbones import RemoteEncoder
     from plm.data.ray_workers import encode_by_ray

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -90,6 +91,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "column of the files that holds NAME, e.g. user_id=uid; user_id= for none",
     },
     "--config": {"metavar": "FILE"},
+    "--engine": {"choices": ("local", "ray"), "default": "local"},
     "--encoder_model": {"metavar": "NAME", "help": "name of the encoder there"},
     "--encoder_unchecked": {"action": "store_true"},
     "--encoder_url": {"metavar": "URL"},
@@ -195,6 +197,31 @@ def check_encoder(parser: OptionParser, options: argparse.Namespace) -> None:
         parser.error("--encoder_url and --encoder_model go together")
     if options.encoder_unchecked and options.encoder_url is None:
         parser.error("--encoder_unchecked is of --encoder_url")
+
+
+def check_engine(parser: OptionParser, options: argparse.Namespace) -> None:
+    """Refuse ``--workers`` without workers, and Ray where it is not installed."""
+    if options.engine == "local" and options.workers is not None:
+        parser.error("--workers goes with --engine ray")
+    if options.engine == "ray" and find_spec("ray") is None:
+        raise ValueError(f"{parser.prog} --engine ray needs ray; pip install 'plm[ray]'")
+
+
+def add_ray(parser: OptionParser, condition: str) -> None:
+    """Add the options of workers that do a share each, under a condition on what they see."""
+    parser.add_shared(
+        "--engine",
+        help=f"ray: workers of Ray do a share each, here or on the cluster that RAY_ADDRESS names, {condition}; it "
+        "needs pip install 'plm[ray]' (default local: this process)",
+    )
+    parser.add_shared("--workers", help="of Ray (default: one for each GPU, or each CPU but one)")
+
+
+def check_ray(parser: OptionParser, options: argparse.Namespace) -> None:
+    """Refuse options of `add_ray` that have no effect beside the others; else `check_engine`."""
+    if options.engine == "ray" and options.shard != (1, 1):
+        parser.error("--shard and --engine ray are two ways to share the work; give one of them")
+    check_engine(parser, options)
 
 
 READING = ("--layout", "--columns", "--winner", "--attributes")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from plm.cli.options import ROWS, OptionParser
+from plm.cli.options import ROWS, OptionParser, add_ray, check_ray
+from plm.cli.shares import run_by_ray
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str]) -> int:
     """Write the rewards as JSONL.
 
     Raises:
@@ -34,13 +35,19 @@ def run(args: list[str]) -> None:
     )
     parser.add_shared("--shard", help="the I-th of K equal shares of the rows, in their order (default: all)")
     parser.add_shared("--output", help="JSONL file of rewards; default: standard output")
+    add_ray(parser, "where all see the checkpoint, its users and the files; --output is one file then")
     options = parser.parse(args)
+    check_ray(parser, options)
+    if options.engine == "ray":
+        if options.output is None:
+            parser.error("--engine ray needs --output FILE, beside which workers write theirs")
+        return run_by_ray("score", args, options)
 
     from plm.checkpoint import load_method
     from plm.cli.writing import with_results, write_rows
-    from plm.scoring import read_responses, rows_of_share, score_responses
+    from plm.scoring import read_responses, score_responses
 
-    rows = rows_of_share(read_responses(options.responses, options.user), options.shard)
+    rows = read_responses(options.responses, options.user, options.shard)
     method = load_method(options.ckpt_path, users=options.users)
     scores = score_responses(method, rows, read_responses(options.reference) if options.reference else None)
     known = scores.is_known.tolist()
@@ -58,3 +65,4 @@ def run(args: list[str]) -> None:
             f"{num_unknown} of {len(rows)} rows have no known user: population rewards, user_known false",
             file=sys.stderr,
         )
+    return 0

@@ -252,11 +252,26 @@ def _read_csv(path: Path, stream: Any, num_rows: int | None = None) -> Records:
 _Parsed = TypeVar("_Parsed")
 
 
-def read_rows(path: Path, parse: Callable[[dict[str, Any]], _Parsed], example: str) -> list[_Parsed]:
-    """Rows of a JSONL(.gz), CSV(.gz) or Parquet file; all malformed ones are reported together as ``file:line``."""
-    records = read_records(path)
+def read_rows(
+    path: Path, parse: Callable[[dict[str, Any]], _Parsed], example: str, share: tuple[int, int] = (1, 1)
+) -> list[_Parsed]:
+    """Rows of a JSONL(.gz), CSV(.gz) or Parquet file; all malformed ones are reported together as ``file:line``.
+
+    Args:
+        path: The file.
+        parse: What makes a row of a record.
+        example: What a record looks like, for the error about an empty file.
+        share: ``(i, n)``, only the i-th of n equal parts: one after the other they are all rows in their order.
+
+    Raises:
+        ValueError: If the file cannot be read, is empty, or a row of the share is malformed.
+    """
+    table = read_table(path) if path.name.endswith(TABLES) else None
+    records = read_records(path) if table is None else Records([], [], list(range(table.num_rows)), [])
+    part = slice(*((place * len(records.lines)) // share[1] for place in (share[0] - 1, share[0])))
+    some = records.rows[part] if table is None else table_records(path, table[part]).rows  # only these are made
     rows, problems = [], records.problems
-    for line, record in zip(records.lines, records.rows, strict=True):
+    for line, record in zip(records.lines[part], some, strict=True):
         try:
             rows.append(parse(record))
         except ValueError as error:
@@ -264,6 +279,6 @@ def read_rows(path: Path, parse: Callable[[dict[str, Any]], _Parsed], example: s
     if problems:
         lines = [f"{position(path, line)}: {text}" for line, text in sorted(problems)]
         raise ValueError("\n".join([f"{len(problems)} malformed rows", *first_of(lines)]))
-    if not rows:
+    if not records.lines:
         raise ValueError(f"expected rows like {example} in {path}, got an empty file")
     return rows

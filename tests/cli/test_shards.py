@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,7 +20,9 @@ from plm import load_method
 from plm.backbones import HashingBackbone
 from plm.cli import main
 from plm.cli.options import share_name
+from plm.data.ray_workers import Ended
 from plm.methods.lore import LoRe
+from plm.scoring import read_responses
 from plm.testing import saved
 
 WORDS = "tea milk sea walk film home black strong evening long".split()
@@ -124,6 +130,19 @@ def test_shares_of_the_rows_are_scored_as_one_process_scores_them(
     assert "is what --responses reads" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_share_looks_at_its_own_rows_alone(ending: str, tmp_path: Path) -> None:
+    rows = [{"response": "" if row == 7 else f"text {row}"} for row in range(10)]
+    path = tmp_path / f"rows.{ending}"
+    pq.write_table(pa.Table.from_pylist(rows), path) if ending == "parquet" else write(path, rows)
+    shares = [[row.text for row in read_responses(str(path), share=(index, 3))] for index in (1, 2)]
+    assert shares == [[f"text {row}" for row in part] for part in (range(3), range(3, 6))]
+    with pytest.raises(
+        ValueError, match="rows.parquet:row 7: response" if ending == "parquet" else "rows.jsonl:8: resp"
+    ):
+        read_responses(str(path), share=(3, 3))
+
+
 def test_adapt_says_whether_the_bases_fit_the_new_users(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +176,67 @@ def test_adapt_says_whether_the_bases_fit_the_new_users(
     assert json.loads((checkpoint.parent / "new.drift-2of2.json").read_text())["new"]["num_users"] < len(IDS)
     few = write(tmp_path / "few.jsonl", pairs_of(random.Random(0), IDS[:7], 8))
     assert main([*adapt[:-1], few]) == 0 and not list(checkpoint.parent.glob("few.*"))
+
+
+def serially(command: Sequence[str], workers: int | None) -> Iterator[Ended]:
+    """Three shares, one after the other in this process."""
+    assert workers == 3
+    for index in (1, 2, 3):
+        with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+            status = main([*command, "--shard", f"{index}/3"])
+        yield Ended(status, output.getvalue(), errors.getvalue())
+
+
+def test_an_engine_joins_what_its_workers_write(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("plm.data.ray_workers.run_shares", serially)
+    monkeypatch.setattr("plm.cli.options.find_spec", lambda name: True)
+    file = write(tmp_path / "new.jsonl", pairs_of(random.Random(0), IDS, 2))
+    adapt = ["adapt", "--ckpt_path", str(checkpoint), "--engine", "ray", "--pairs", file, "--workers=3"]
+    assert main(adapt) == 0
+    assert capsys.readouterr().out.count("written to") == 3
+    assert sorted(load_method(checkpoint).users.ids) == sorted(["0", *IDS])
+    rows = [{"id": row, "response": f"tea {row}", "user_id": IDS[row % 5]} for row in range(10)]
+    output = tmp_path / "out.jsonl"
+    score = ["score", "--ckpt_path", str(checkpoint), "--responses", write(tmp_path / "rows.jsonl", rows)]
+    by_ray = [*score, "--output", str(output), "--engine=ray", "--workers", "3"]
+    assert main(by_ray) == 0 and f"joined in {output}" in capsys.readouterr().err
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == list(range(10))
+    assert not list(tmp_path.glob("out-*"))
+    monkeypatch.setattr("plm.data.ray_workers.run_shares", lambda *_: iter([Ended(0, "", ""), Ended(-9, "", "died\n")]))
+    before = output.read_text()
+    assert main(by_ray) == 9 and "died" in capsys.readouterr().err and output.read_text() == before
+    for wrong, message in (
+        ([*score, "--engine", "ray"], "--engine ray needs --output FILE"),
+        ([*by_ray, "--shard", "1/2"], "--shard and --engine ray are two ways to share the work"),
+        ([*score, "--workers", "2"], "--workers goes with --engine ray"),
+    ):
+        assert main(wrong) == 2 and message in capsys.readouterr().err
+    monkeypatch.setattr("plm.cli.options.find_spec", lambda name: None)
+    assert main(by_ray) == 1 and "plm score --engine ray needs ray; pip install" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_workers_of_ray_adapt_and_score_as_one_process(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'plm[ray]'")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else it writes a file to the home
+    monkeypatch.chdir(tmp_path)  # paths are those of this process
+    write(tmp_path / "new.jsonl", pairs_of(random.Random(0), IDS, 6))
+    rows = [{"response": " ".join(words), "user_id": IDS[len(words[0])]} for words in combinations(WORDS, 3)]
+    write(tmp_path / "rows.jsonl", rows)
+    found = []
+    for name, by in (("alone", ()), ("ray", ("--engine", "ray", "--workers", "2"))):
+        ours = ["--ckpt_path", str(checkpoint), "--users", f"{name}.db", *by]
+        assert main(["adapt", *ours, "--pairs", "new.jsonl"]) == 0, capfd.readouterr()
+        assert main(["score", *ours, "--responses", "rows.jsonl", "--output", f"{name}.jsonl"]) == 0, capfd.readouterr()
+        found.append([json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()])
+    alone, ray = found
+    assert [row.pop("reward") for row in alone] == pytest.approx([row.pop("reward") for row in ray], abs=1e-5)
+    assert alone == ray and all(row["user_known"] for row in ray)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor
 from plm.backbones import HashingBackbone
 from plm.cli import main
 from plm.data import features as module
+from plm.data import ray_workers as module_of_workers
 from plm.data.features import FeatureCache
 from plm.data.ray_workers import encode_by_ray
 
@@ -57,6 +58,32 @@ def test_workers_of_ray_fill_the_cache_and_one_that_is_killed_is_replaced(
         cache.fill([("", "another")], engine=partial(encode_by_ray, workers=99))
 
 
+def dying(command: Sequence[str], folder: str) -> module_of_workers.Ended:
+    """Kills the process of the second share once; says which share of what this is, and where."""
+    flag = Path(command[0])
+    if command[-1] == "2/2" and not flag.exists():
+        flag.touch()
+        os._exit(9)
+    return module_of_workers.Ended(0, f"{command[1:]} in {folder}", "")
+
+
+@pytest.mark.slow
+def test_workers_of_ray_run_a_command_by_shares_and_again_where_one_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'plm[ray]'")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.chdir(tmp_path)
+    shown = list(module_of_workers.run_shares(["--version"], 2))  # of a verb that takes no shares
+    assert [(ended.status, ended.output.split()[0]) for ended in shown] == [(0, "plm"), (0, "plm")]
+    monkeypatch.setattr(module_of_workers, "_run", dying)
+    flag = str(tmp_path / "flag")
+    shown = list(module_of_workers.run_shares([flag, "adapt"], 2))
+    assert [ended.output for ended in shown] == [f"['adapt', '--shard', '{i}/2'] in {tmp_path}" for i in (1, 2)]
+    assert Path(flag).exists()
+
+
 def test_what_another_process_encodes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is given a copy, makes the backbone anew, and encodes only what is not there."""
     monkeypatch.setattr(module, "SHARD_TEXTS", (64, 64))
@@ -88,6 +115,6 @@ def test_the_engine_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     server = ["--encoder_url", "http://localhost:1/v1", "--encoder_model", "words"]
     assert main([*command, "--engine", "ray", *server]) == 2
     assert "two ways to encode" in capsys.readouterr().err
-    monkeypatch.setattr("plm.cli.features.find_spec", lambda name: None)
+    monkeypatch.setattr("plm.cli.options.find_spec", lambda name: None)
     assert main([*command, "--engine", "ray"]) == 1
     assert "needs ray; pip install 'plm[ray]'" in capsys.readouterr().err
