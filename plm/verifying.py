@@ -24,7 +24,7 @@ from plm.recipe.paper import DIFFERENCES, Paper
 from plm.recipe.read import build_part, build_source, merged_recipe
 
 _HEADS = {name: head for head, name in ROWS.items()}
-_OWN = ("defaults", "paper", "select", "name", "data.cache_dir", "trainer.default_root_dir", "trainer.logger")
+_OWN = ("defaults", "paper", "name", "data.cache_dir", "trainer.default_root_dir", "trainer.logger")
 """Keys that may differ between two runs of one recipe."""
 _COUNTS = {"billion": 1e9, "million": 1e6, "thousand": 1e3}
 _TIMES = {"h": 3600.0, "min": 60.0, "s": 1.0}

@@ -45,8 +45,8 @@ def write_prism(root: Path) -> None:
             "turn": turn,
             "user_prompt": said(person, dialogue, turn),
             "model_response": said(person, dialogue, turn, reply),
-            "score": 90 - 20 * reply,
-            "if_chosen": reply == 0,
+            "score": 90 if reply == (person + dialogue) % 2 else 10 * reply,
+            "if_chosen": reply == (person + dialogue) % 2,
         }
         for person, user in enumerate(people)
         for dialogue in range(6)
