@@ -21,7 +21,7 @@ def run(args: list[str]) -> None:
 
     from plm.evaluation import print_parts
     from plm.leaderboard.board import Plan, run_board
-    from plm.leaderboard.entries import of_methods, of_recipes, shared_part
+    from plm.leaderboard.entries import of_methods, of_recipes, shared_part, swept
     from plm.leaderboard.report import terminal
     from plm.leaderboard.wandb import publish
     from plm.recipe.defaults import find_config
@@ -39,6 +39,8 @@ def run(args: list[str]) -> None:
         files = [find_config(name if Path(name).suffix else f"conf/{kind}/{name}.yaml") for kind, name in named.items()]
         shared = [*(part for file in files for part in ("--config", str(file))), *overrides]
         entries, left_out = of_methods(options.methods, shared)
+    if options.sweep:
+        entries = swept(entries, *options.sweep)
     plan = Plan(
         entries,
         shared,
@@ -88,6 +90,13 @@ def _options(args: list[str]) -> argparse.Namespace:
         type=integer(1),
         default=1,
         help="candidates per method: the defaults and draws from its search_space, by validation pairs (default: 1)",
+    )
+    parser.add_argument(
+        "--sweep",
+        metavar="NAME=A,B,...",
+        type=assignment("NAME=A,B,..."),
+        help="an argument of the methods: a row for each of these numbers, and a picture over them, e.g.\n"
+        "num_bases=1,2,4,8 for LoRe",
     )
     parser.add_argument(
         "--jobs", type=integer(1), default=1, help="runs at a time, each a process (default: 1, in this one)"

@@ -158,6 +158,7 @@ def _row(entry: Entry, cells: Sequence[Cell]) -> BoardRow:
         errors={0: entry.error} if entry.error else {cell.seed: cell.error for cell in cells if cell.error},
         arguments=entry.arguments,
         num_candidates=entry.num_candidates,
+        point=entry.point,
         command=shlex.join(["plm", "fit", *entry.args, "--seed_everything", "0"]),
     )
     if entry.error:
@@ -177,7 +178,8 @@ def _shuffled(entry: Entry) -> Entry:
     """The same method on data whose users are permuted over the pairs of each part of the split."""
     description = f"{entry.name} after user ids were permuted: nothing personal is left"
     args = (*entry.args, "--data.shuffle_users", "true")
-    return replace(entry, name=f"{entry.name}, shuffled users", kind="control", description=description, args=args)
+    name = f"{entry.name}, shuffled users"
+    return replace(entry, name=name, kind="control", description=description, args=args, point=None)
 
 
 def _baseline_rows(data: PreferenceDataModule, root: Path, command: str) -> list[BoardRow]:

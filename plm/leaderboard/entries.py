@@ -23,7 +23,7 @@ import plm
 from plm.atomic import write_text
 from plm.data.datamodule import PreferenceDataModule
 from plm.leaderboard.cells import Cell, output_to, run_cells
-from plm.leaderboard.results import Kind
+from plm.leaderboard.results import Kind, SweepPoint
 from plm.messages import nearest
 from plm.method import PersonalizationMethod, constructor_arguments
 from plm.recipe.defaults import expand, find_config, read_config
@@ -59,6 +59,7 @@ class Entry:
     arguments: dict[str, Any] = field(default_factory=dict)
     """What the search picked."""
     num_candidates: int = 1
+    point: SweepPoint | None = None
 
     def cell(self, root: Path, seed: int, extra: Sequence[str] = ()) -> Cell:
         """The cell of a seed, whose folder is named by a hash of all that decides its result."""
@@ -144,6 +145,36 @@ def of_recipes(paths: Sequence[str], more: Sequence[str]) -> list[Entry]:
     if twice:
         raise ValueError(f"expected recipes with names of their own, got {twice[0]!r} twice; rename one")
     return [Entry(name, "method", path, ("--config", path, *more)) for name, path in zip(names, paths, strict=True)]
+
+
+def swept(entries: Sequence[Entry], argument: str, values: str) -> list[Entry]:
+    """Make an entry of each, for each value of an argument of its method.
+
+    Args:
+        entries: Methods that have the argument.
+        argument: Its name.
+        values: Distinct finite numbers with commas between them.
+
+    Raises:
+        ValueError: For other values.
+    """
+    texts = [text.strip() for text in values.split(",")]
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        numbers = []
+    if not 2 <= len(texts) == len(set(numbers)) or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"--sweep: expected two or more numbers, each once, got {argument}={values}")
+    return [
+        replace(
+            entry,
+            name=f"{entry.name}, {argument} {text}",
+            args=(*entry.args, f"--model.init_args.{argument}", text),
+            point=SweepPoint(entry.name, argument, value),
+        )
+        for entry in entries
+        for value, text in sorted(zip(numbers, texts, strict=True))
+    ]
 
 
 def shared_part(recipe: str, folder: Path) -> list[str]:
@@ -234,7 +265,9 @@ def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:
     method = entry.method_class
     if budget == 1 or entry.is_fixed or method is None or not method.search_space:
         return [{}]
-    grid = method.search_space
+    grid = {
+        name: values for name, values in method.search_space.items() if not entry.point or name != entry.point.argument
+    }
     every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     seed = int.from_bytes(hashlib.blake2b(method.__name__.encode(), digest_size=8).digest(), "big")
     order = np.random.default_rng(seed).permutation(len(every))[: budget - 1]

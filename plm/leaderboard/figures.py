@@ -24,6 +24,7 @@ def all_figures(board: Leaderboard) -> dict[str, Figure]:
     figures = {
         "Accuracy": forest(board.rows, board.reference),
         "Few-shot curves": few_shot(board.rows),
+        "Sweep": sweep(board.rows, board.reference),
         "Parameters": parameters(board),
     }
     return {title: figure for title, figure in figures.items() if figure is not None}
@@ -59,6 +60,51 @@ def forest(rows: Sequence[BoardRow], reference: str = "") -> Figure | None:
         )
     panels[0].set_yticks(range(len(rows)), [_label(row.name) for row in rows])
     panels[0].invert_yaxis()
+    return figure
+
+
+def sweep(rows: Sequence[BoardRow], reference: str) -> Figure | None:
+    """Accuracy over an argument that was swept, with intervals; faint what the same models reach for a stranger."""
+    points = [(row.point, row) for row in rows if row.point and row.numbers]
+    if not points:
+        return None
+    groups = [group for group in GROUPS if any(group in row.numbers for _, row in points)]
+    places = {value: place for place, value in enumerate(sorted({point.value for point, _ in points}))}
+    figure = blank(1.2 + 4.2 * len(groups), 4.2)
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, group in zip(panels, groups, strict=True):
+        tidy(axes)
+        for index, series in enumerate(dict.fromkeys(point.series for point, _ in points)):
+            found = sorted(
+                (places[p.value], row.numbers[group])
+                for p, row in points
+                if p.series == series and group in row.numbers
+            )
+            at, numbers = [place for place, _ in found], [each for _, each in found]
+            middle, low, high = (
+                100 * np.array([each[f"accuracy{end}"] for each in numbers]) for end in ("", "_low", "_high")
+            )
+            color = _COLORS[index % len(_COLORS)]
+            axes.errorbar(
+                at,
+                middle,
+                (middle - low, high - middle),
+                color=color,
+                linewidth=2,
+                marker="o",
+                markersize=5,
+                label=_label(series),
+            )
+            control = [100 * each.get("global_accuracy", np.nan) for each in numbers]
+            axes.plot(at, control, color=color, alpha=0.5, linewidth=1.2, linestyle=(0, (4, 3)))
+        for row in rows:
+            if row.name == reference and group in row.numbers:
+                axes.axhline(100 * row.numbers[group]["accuracy"], color=SAME, linewidth=1.1, zorder=0)
+        axes.set_xticks(range(len(places)), [f"{value:g}" for value in places])
+        axes.set_xlabel(points[0][0].argument)
+        headline(axes, f"{group.capitalize()} users", f"dashed: not told who the user is; line: {reference}")
+    panels[0].set_ylabel("accuracy, mean over users (%)")
+    panels[-1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), labelcolor=INK)
     return figure
 
 

@@ -45,6 +45,15 @@ class Run(NamedTuple):
     facts: dict[str, Any]
 
 
+class SweepPoint(NamedTuple):
+    """Where a row stands in a sweep over an argument of its method."""
+
+    series: str
+    """The row without the value."""
+    argument: str
+    value: float
+
+
 @dataclass(frozen=True)
 class BoardRow:
     """One row of a leaderboard."""
@@ -59,6 +68,7 @@ class BoardRow:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments that the search picked."""
     num_candidates: int = 1
+    point: SweepPoint | None = None
     command: str = ""
     """What runs the row alone."""
     users: dict[str, Users] = field(default_factory=dict)

@@ -30,7 +30,7 @@ from plm.leaderboard import cells, entries
 from plm.leaderboard.cells import Cell, run_cells
 from plm.leaderboard.entries import Entry, as_options, candidates, check_search_space, source_hash
 from plm.leaderboard.report import Leaderboard, markdown
-from plm.leaderboard.results import BoardRow
+from plm.leaderboard.results import BoardRow, SweepPoint
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lore import LoRe
@@ -181,6 +181,23 @@ def test_search_spends_the_same_budget_on_validation_pairs(place: Path, monkeypa
     assert found[1].arguments == {}, "equal values: the defaults come first"
 
 
+def test_a_sweep_has_a_row_for_each_value(place: Path) -> None:
+    recipe = ("--config", str(place / "tiny.yaml"), "--model", "plm.methods.lore.LoRe")
+    rows = entries.swept([Entry("mine", "method", "", recipe)], "num_bases", "10, 1,2")
+    assert [row.name for row in rows] == ["mine, num_bases 1", "mine, num_bases 2", "mine, num_bases 10"]
+    assert [row.point for row in rows] == [SweepPoint("mine", "num_bases", value) for value in (1, 2, 10)]
+    read, _ = entries.read_entries(rows)
+    assert [f"num_bases: {value}\n" in row.identity for row, value in zip(read, (1, 2, 10), strict=True)] == [True] * 3
+    assert command._row(rows[2], []).point == rows[2].point and command._shuffled(rows[2]).point is None
+
+
+def test_what_is_swept_is_not_searched() -> None:
+    entry = Entry("LoRe", "method", "", (), method_class=LoRe, point=SweepPoint("LoRe", "num_bases", 2.0))
+    assert "num_bases" in LoRe.search_space
+    drawn = candidates(entry, 100)
+    assert len(drawn) > 1 and not any("num_bases" in one for one in drawn)
+
+
 def test_candidates_are_distinct_and_start_with_the_defaults() -> None:
     for method in (BradleyTerry, LoRe, PAL, VPL):
         check_search_space(method)
@@ -295,6 +312,9 @@ def test_the_table_says_how_many_candidates_each_method_had() -> None:
         (["--data", "conf/data/synthetic.yaml", "--seeds", "0"], "--seeds: expected an integer >= 1, got 0"),
         (["--data", "conf/data/synthetic.yaml", "--set", "lr"], "--set: expected KEY=VALUE, got 'lr'"),
         (["--data", "conf/data/synthetic.yaml", "--method", "LoRe"], "did you mean '--methods'?"),
+        (["--data", "synthetic", "--sweep", "num_bases=1,x"], "two or more numbers, each once, got num_bases=1,x"),
+        (["--data", "synthetic", "--sweep", "num_bases=2,2.0"], "two or more numbers, each once, got num_bases=2,2.0"),
+        (["--data", "synthetic", "--sweep", "num_bases=2"], "two or more numbers, each once, got num_bases=2"),
         (["--data", "conf/data/synthetic.yaml", "--methods", "Lore"], "did you mean 'LoRe'?"),
     ],
 )

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,20 @@ import pytest
 import plm
 from plm.atomic import write_csv, write_json
 from plm.evaluation import html_page
+from plm.leaderboard import figures
 from plm.leaderboard.figures import all_figures
 from plm.leaderboard.report import Leaderboard, markdown, page, records, tables, terminal, write
-from plm.leaderboard.results import BoardRow, all_pairs, fill_row, other_user_row, ranked, read_run, verdicts, versus
+from plm.leaderboard.results import (
+    BoardRow,
+    SweepPoint,
+    all_pairs,
+    fill_row,
+    other_user_row,
+    ranked,
+    read_run,
+    verdicts,
+    versus,
+)
 
 USERS = 24
 
@@ -97,6 +109,21 @@ def test_comparisons_and_their_families(rows: list[BoardRow]):
     pairs = [(test.first, test.second) for test in all_pairs(rows) if test.group == "seen"]
     assert pairs == [("BradleyTerry", "Rival"), ("BradleyTerry", "Own"), ("Rival", "Own")]
     assert versus(rows, "absent") == []
+
+
+def test_a_sweep_is_drawn_over_its_values_beside_what_strangers_get(tmp_path: Path) -> None:
+    made = [
+        replace(row(tmp_path, f"mine, K {value:g}", 0.0, gain, 3), point=SweepPoint("mine", "K", value))
+        for value, gain in ((8.0, 0.06), (1.0, 0.01), (2.0, 0.03))
+    ]
+    figure = figures.sweep([*made, row(tmp_path, "BradleyTerry", 0.0, 0.0, 0)], "BradleyTerry")
+    assert figure is not None and figures.sweep(made[:0], "BradleyTerry") is None
+    for axes, group in zip(figure.axes, ("unseen", "seen"), strict=True):
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "8"]
+        (line, _, _), ends, shown = axes.containers[0], axes.lines[1], made[1:] + made[:1]
+        assert line.get_ydata().tolist() == [100 * one.numbers[group]["accuracy"] for one in shown]
+        assert ends.get_ydata().tolist() == [100 * one.numbers[group]["global_accuracy"] for one in shown]
+        assert axes.get_xlabel() == "K"
 
 
 def test_order_and_verdicts(rows: list[BoardRow]):
