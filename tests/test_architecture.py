@@ -74,6 +74,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.method.abilities": of_plm("backbones"),
     "plm.method.population": of_plm("functional"),
     "plm.method.strangers": of_plm("functional"),
+    "plm.method.linear": of_plm("method", "backbones"),
     "plm.method.network": of_plm("method", "backbones", "distributed"),
     "plm.method.policy": of_plm(*METHOD_NEEDS),
     "plm.method.live": of_plm("method", "backbones"),
@@ -142,7 +143,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"accumulation"},
         {"base"},
         {"abilities", "network"},
-        {"live", "policy"},
+        {"linear", "live", "policy"},
     ],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}, {"drift"}],
     "plm.audit": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,8 @@ from plm.backbones.backbone import Backbone
 from plm.backbones.huggingface import HFBackbone
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from plm.backbones.modeling_reward import RewardModel
 
 _TEXT = {
@@ -30,18 +33,22 @@ pipeline_tag: text-classification
 
 # Reward model
 
-Exported by plm. Rewards compare responses with each other; `modeling_reward.py` is all the code that is needed.
+Exported by plm. Rewards compare responses with each other; {code}
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
-model = AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(FOLDER{trust})
+model = AutoModelForSequenceClassification.from_pretrained(FOLDER{trust}).eval()
 {text}
 inputs = tokenizer(text, truncation=True{special}, return_tensors="pt")
 {call}
 ```
 """
+_OWN_CODE = "`modeling_reward.py` is all the code that is needed."
+_NO_CODE = """the class is one of transformers, with the
+reward in `score.weight`, so that other software reads it as any reward model. It is right up to a number that all
+responses share, and in the precision of the weights."""
 _CALL = "reward = model(**inputs).logits[0, 0]"
 _PROMPTED_CALL = """asked = tokenizer(prompt, truncation=True{special}, return_tensors="pt")
 reward = model(
@@ -101,14 +108,62 @@ def reward_model(backbone: HFBackbone, head: HeadParts) -> RewardModel:
     return model
 
 
-def save_reward_model(model: RewardModel, backbone: HFBackbone, folder: Path) -> None:
-    """Write a reward model with its code, its tokenizer and a README on how texts are put together."""
+def save_linear_reward(direction: Tensor, backbone: HFBackbone, folder: Path) -> None:
+    """Write a reward that is linear in the features of a backbone, as a model of transformers where one reads the same.
+
+    Args:
+        direction: ``(D,)`` what features are multiplied by.
+        backbone: Gives the features.
+        folder: New or empty.
+    """
+    direction = direction.detach().float().cpu()
+    model = _own_classifier(direction, backbone)
+    if model is None:
+        nothing = torch.zeros_like(direction)
+        options = {"head": "dot", "width": len(direction)}
+        one = torch.ones(())
+        tensors = {"feature_scale": one, "mean": nothing, "prompt_mean": nothing, "factor": one, "direction": direction}
+        tensors |= {"scale": one, "point": nothing, "size": one, "weights": nothing[:0]}
+        model = reward_model(backbone, HeadParts(options, {name: value.clone() for name, value in tensors.items()}))
+    save_reward_model(model, backbone, folder)
+
+
+def _own_classifier(direction: Tensor, backbone: HFBackbone) -> PreTrainedModel | None:
+    """The model of transformers that has a linear map at the last token, where that is what the backbone reads."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    steps_over = backbone.head_pad_id if backbone.actual_kind == "sequence_classification" else backbone.pad_id
+    read = backbone.tokenizer(backbone.render("a", "b"), add_special_tokens=backbone.template != "chat")["input_ids"]
+    reads_last = backbone.actual_pooling == "last" and backbone.reads_last_layer and not backbone.normalize
+    if not reads_last or backbone.tokenizer.pad_token_id != steps_over or read[-1] == steps_over:
+        return None
+    base = backbone.read(AutoModel.from_pretrained, dtype=getattr(torch, backbone.dtype))
+    config = deepcopy(base.config)
+    config.num_labels = 1
+    config.pad_token_id = config.get_text_config().pad_token_id = steps_over
+    try:
+        with torch.device("meta"):  # the weights are there already
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    except ValueError:  # there is none for this network
+        return None
+    head, inner = getattr(model, "score", None), getattr(model, model.base_model_prefix, None)
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None or type(inner) is not type(base):
+        return None
+    setattr(model, model.base_model_prefix, base)
+    head.weight = torch.nn.Parameter(direction[None].to(base.dtype))
+    return model.eval()
+
+
+def save_reward_model(model: PreTrainedModel, backbone: HFBackbone, folder: Path) -> None:
+    """Write a reward model with its tokenizer, a README on how texts are put together, and the code it may need."""
     model.save_pretrained(folder)
     tokenizer = backbone.tokenizer
     tokenizer.model_max_length = backbone.max_tokens
     tokenizer.init_kwargs |= {"truncation_side": "left", "padding_side": "right"}
     tokenizer.save_pretrained(folder)
     special = ", add_special_tokens=False" if backbone.template == "chat" else ""
-    call = _PROMPTED_CALL.format(special=special) if model.config.num_prototypes else _CALL
-    text = _README.format(text=_TEXT[backbone.template], special=special, call=call)
+    has_code = model.config.model_type == "plm_reward"
+    call = _PROMPTED_CALL.format(special=special) if has_code and model.config.num_prototypes else _CALL
+    code, trust = (_OWN_CODE, ", trust_remote_code=True") if has_code else (_NO_CODE, "")
+    text = _README.format(text=_TEXT[backbone.template], special=special, call=call, code=code, trust=trust)
     write_text(folder / "README.md", text)

@@ -104,6 +104,10 @@ class FeatureConditioning(torch.nn.Module):
         direction: Tensor = torch.linalg.solve(self.factor.double(), raw.double()).to(raw)
         return direction
 
+    def raw_direction(self, read: Tensor) -> Tensor:
+        """The way back: a direction ``(D,)`` for conditioned features as one for raw features."""
+        return self.factor @ read if self.factor.dim() == 2 else self.factor * read
+
     @torch.no_grad()
     def measure(self, batches: Iterable[PreferenceBatch], total: Callable[[Tensor], Tensor]) -> tuple[int, float]:
         """Measure training pairs of raw features.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plm.functional import bt_losses, project, targets
-from plm.method import PersonalizationMethod
+from plm.method.linear import LinearMethod
 from plm.method.population import RIDGES
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -32,7 +32,7 @@ def ridge_losses(margins: Tensor, directions: Tensor, batch: PreferenceBatch, ri
     return (batch.weight * losses).mean(-1) + 0.5 * ridges * directions.square().sum(0) / num_pairs
 
 
-class BradleyTerry(PersonalizationMethod):
+class BradleyTerry(LinearMethod):
     """One linear reward for all users, ridge-tuned on validation pairs.
 
     Args:

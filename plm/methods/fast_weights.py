@@ -23,8 +23,8 @@ from torch import Tensor
 
 from plm.functional import bt_losses, flatten_context, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
-from plm.method import PersonalizationMethod
 from plm.method.episodes import arrange, response_ids
+from plm.method.linear import LinearMethod
 from plm.method.strangers import Candidates
 from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -71,7 +71,7 @@ def siblings(chosen: Tensor, rejected: Tensor, user: Tensor) -> Siblings:
     return Siblings(nodes, torch.unique(ends[:, 0] * (nodes.max() + 1) + ends[:, 1], return_inverse=True)[1])
 
 
-class FastWeights(PersonalizationMethod):
+class FastWeights(LinearMethod):
     """Bradley-Terry plus what a user's pairs wrote: ``w0 @ x + gain * (C x) @ s_u / (n_u + pull)``.
 
     ``s_u`` sums ``value * (A x_chosen - A x_rejected)`` over the n_u pairs of the user that are no ties: up to its

@@ -23,8 +23,8 @@ from torch import Tensor
 from plm.distributed import summed, world_size
 from plm.functional import PairList, bt_losses, flatten_context, per_user_sum, project, targets, unit_mean_per_user
 from plm.messages import Problems
-from plm.method import PersonalizationMethod
 from plm.method.episodes import Arranged, arrange, draw_episodes, pairs_that_count
+from plm.method.linear import LinearMethod
 from plm.method.strangers import Candidates
 from plm.optimizer import rate_factor, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -74,7 +74,7 @@ def weight_gradients(pairs: PairList, weights: Tensor) -> Tensor:
     return total / pairs_of_users(pairs)[:, None]
 
 
-class MRM(PersonalizationMethod):
+class MRM(LinearMethod):
     """Meta-learned reward: weights of a few base rewards, which follow from shared ones by a few gradient steps.
 
     Bases, shared weights and step sizes are trained on how well users are served after their steps, through the steps.

@@ -34,7 +34,7 @@ from plm.functional import (
     unit_mean_per_user,
 )
 from plm.messages import Problems
-from plm.method import PersonalizationMethod
+from plm.method.linear import LinearMethod
 from plm.method.strangers import NO_SPREAD, Candidates
 from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -75,7 +75,7 @@ class Read(NamedTuple):
     batch: PreferenceBatch
 
 
-class PReF(PersonalizationMethod):
+class PReF(LinearMethod):
     """Reward factorization: Bradley-Terry plus signed weights of K base rewards, with a normal prior.
 
     Args:

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plm.backbones import CausalLM, HFBackbone, LoRA
 from plm.checkpoint import load_method
 from plm.cli import main
-from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.clap import CLaP
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.lora_dpo import LoRADPO
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
+from plm.methods.vpl import VPL
 from plm.testing import saved
 from plm.types import Tokens
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_exported_gets_one_message(
 
     nothing = "has nothing to export: its class has no `export(folder, user)`"
     # latents without the model that made them do not write
-    for method in (BradleyTerry(2, 4), PALM(0, 4), LatentDPO(2, 8, family="vector")):
+    for method in (VPL(2, 4), PALM(0, 4), LatentDPO(2, 8, family="vector")):
         instead = "score with plm score, or plm generate --policy MODEL --best_of N"
         assert f"{type(method).__name__} {nothing}; {instead}" in error(method)
     writes = CLaP(1, 16, CausalLM(str(causal_lm("gpt2"))).spec(), latent_dim=4, num_queries=2, encoder_layers=1)

@@ -29,7 +29,7 @@ from plm.functional import (
     unit_mean_per_user,
 )
 from plm.messages import Problems
-from plm.method import PersonalizationMethod
+from plm.method.linear import LinearMethod
 from plm.methods.lore.maths import (
     basis_margins,
     cosine_anchor,
@@ -43,7 +43,7 @@ from plm.methods.lore.maths import (
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
-class PublishedLoRe(PersonalizationMethod):
+class PublishedLoRe(LinearMethod):
     """Low-rank reward as published: K basis rewards shared by all, a point of the simplex per user.
 
     Args:
