@@ -32,10 +32,6 @@ _OPTIONS = {
     "--help all": "every option, those of Lightning too",
 }
 _ONLY_FIT = ("--trainer.max_epochs N", "--select GRID", "--final_test BOOL")
-_HELD_OUT = (
-    "{count} of {total} users were held out and are unknown to the checkpoint: {shown}.\n"
-    "plm adapt learns them; to fit on everybody: --data.unseen_users 0 --data.test_rows 0"
-)
 NAMES = {
     "fit": ("final_test", "select"),
     "validate": ("verbose",),
@@ -76,13 +72,7 @@ def run(args: list[str]) -> None:
 
     from plm.recipe.fit import run_recipe
 
-    cli = run_recipe([verb, "--help"] if verb and wants_help(rest) == "all" else args)
-    if verb == "fit" and cli.trainer.is_global_zero:
-        seen = set(cli.datamodule.user_ids)
-        held_out = [user_id for user_id in cli.datamodule.all_user_ids if user_id not in seen]
-        if held_out:
-            shown = ", ".join(map(repr, held_out[:2])) + (", ..." if held_out[2:] else "")
-            print(_HELD_OUT.format(count=len(held_out), total=len(seen) + len(held_out), shown=shown))
+    run_recipe([verb, "--help"] if verb and wants_help(rest) == "all" else args)
 
 
 def _list_methods(args: list[str]) -> None:

@@ -266,9 +266,24 @@ class RecipeCLI(LightningCLI):
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or None
         if best is not None and self.trainer.is_global_zero:
             print(self._told(best))
-        if not self._get(self.config, "final_test"):
-            return
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
+        counts = self.datamodule.summary()
+        is_tested = counts["pairs_test"] + counts["pairs_query"] > 0
+        if self._get(self.config, "final_test") and is_tested:
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
+        if self.trainer.is_global_zero:
+            self._say_who_is_unknown(is_tested)
+
+    def _say_who_is_unknown(self, is_tested: bool) -> None:
+        """Print who took no part in the training, and how they do."""
+        seen = set(self.datamodule.user_ids)
+        names = [user_id for user_id in self.datamodule.all_user_ids if user_id not in seen]
+        if names:
+            shown = ", ".join(map(repr, names[:2])) + (", ..." if names[2:] else "")
+            count = f"{len(names)} of {len(seen) + len(names)} users were held out and are unknown to the checkpoint"
+            print(f"{count}: {shown}")
+            print("plm adapt (in Python learn) learns them; a fit on everybody: data.unseen_users 0, data.test_rows 0")
+        elif not is_tested:
+            print("no pair was held out: nothing was tested")
 
     def _told(self, best: str) -> str:
         """The best epoch, its monitored value, and whether the fit ended early."""

@@ -182,7 +182,7 @@ def read_runs(root: str | Path) -> list[RunSummary]:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"expected a folder of runs, got {str(root)!r}, which is none")
-    found = []
+    found: list[RunSummary] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
@@ -193,9 +193,17 @@ def read_runs(root: str | Path) -> list[RunSummary]:
         seen.add(real)
         is_claimed = folder.parent == root and not folders and not files
         if folder != root and (is_claimed or {"recipe.yaml", "metrics.json", _CHECKPOINTS} & {*folders, *files}):
-            found.append((folder.stat().st_mtime, folder))
+            found.append(_summary(folder, root))
             folders.clear()
-    return [_summary(folder, root) for _, folder in sorted(found, reverse=True)]
+    return sorted(found, key=lambda run: (_when(run), run.folder), reverse=True)
+
+
+def _when(run: RunSummary) -> float:
+    """When a run was fitted, or its folder was last changed where it does not say so: seconds since 1970."""
+    try:
+        return datetime.fromisoformat(str(run.facts.get("date"))).timestamp()
+    except (ValueError, OverflowError, OSError):  # no date, or one that no calendar holds
+        return run.folder.stat().st_mtime
 
 
 def _summary(folder: Path, root: Path) -> RunSummary:

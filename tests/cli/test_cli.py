@@ -148,6 +148,13 @@ def fit(*args: str) -> Path:
 
 
 # ---------------------------------------------------------------------- the path from fit to score
+def test_a_fit_on_everybody_says_that_nothing_was_tested(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--data.unseen_users", "0", "--data.test_rows", "0", "--trainer.max_epochs", "1")
+    shown = capsys.readouterr()
+    assert "no pair was held out: nothing was tested" in shown.out and "held out and are unknown" not in shown.out
+    assert "across ranks is zero" not in shown.out + shown.err
+
+
 def test_options_win_over_the_recipe_wherever_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = ["--trainer.max_epochs", "1", "--model.init_args.num_bases=3", "--config", "recipe.yaml"]
     assert main(["fit", *before, "--data.repeats", "2", "--print_config"]) == 0

@@ -209,6 +209,7 @@ def test_runs_are_listed_the_newest_first(capsys: pytest.CaptureFixture[str], mo
     two = claim("runs", ["two"])
     (two / "recipe.yaml").write_bytes(Path("runs/one/recipe.yaml").read_bytes())
     (two / "metrics.json").write_text(json.dumps({"seen": {"accuracy": 0.5, "personal_minus_global": None}}))
+    (Path("runs/one") / "later.txt").touch()  # what is written into a run does not make it newer
     first, second = read_runs("runs")
     numbers = json.loads(Path("runs/one/metrics.json").read_text())
     assert (second.folder, second.name, second.method, second.data) == (Path("runs/one"), "one", "LoRe", "Synthetic")
