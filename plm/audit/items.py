@@ -21,7 +21,7 @@ from plm.messages import first_of, nearest
 CONTROLS = ("population_margin", "other_margin", "shuffled_margin", "flipped_margin")
 """Optional columns: margins of the same rows by the population's state, by another user's, and by states learned from
 pairs of permuted users and from the user's own pairs with reversed labels."""
-_COLUMNS = ("item", "user", "correct", "margin", "tie", *CONTROLS)
+_COLUMNS = ("item", "user", "correct", "margin", "tie", "users", *CONTROLS)
 _OURS = {"user": "user_id"}
 """Our name of a column -> what it is called in pairs files and ``predictions.csv``."""
 
@@ -44,6 +44,8 @@ class ItemScores:
     """Rows left out, as their user called them a tie."""
     where: list[str]
     """N places, as ``file:line``."""
+    groups: list[str]
+    """N times seen or unseen, what the user is; empty where no column ``users`` says so."""
 
 
 class _Row(NamedTuple):
@@ -52,6 +54,7 @@ class _Row(NamedTuple):
     correct: float
     controls: dict[str, float]
     tie: bool
+    group: str
 
 
 def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> ItemScores:
@@ -61,7 +64,7 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
         place: JSONL(.gz), CSV, JSON or Parquet with the columns ``item``, ``user`` (or ``user_id``) and ``correct``
             (0 to 1) or ``margin`` (above zero = right, zero = one half); or the folder of a run, which stands for its
             ``predictions*.csv``, there or in the folder of ``plm predict`` beside it. Optional: ``tie`` (true = the
-            user has no preference: left out) and `CONTROLS`.
+            user has no preference: left out), ``users`` (what the user is: seen or unseen) and `CONTROLS`.
         columns: Our column name -> the file's.
 
     Raises:
@@ -103,6 +106,7 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
         },
         len(rows) - len(kept),
         [where[index] for index in kept],
+        [rows[index].group for index in kept],
     )
 
 
@@ -151,8 +155,9 @@ def _row(cells: Mapping[str, Any]) -> _Row:
     item, user = (parsed(name, cells[name], to_id) for name in ("item", "user"))
     tie = cells.get("tie") not in (None, "") and parsed("tie", cells["tie"], to_bool)
     told = {name: cells[name] for name in ("correct", "margin") if cells.get(name) not in (None, "")}
+    group = next((name for name in ("seen", "unseen") if cells.get("users") == name), "")
     if tie:
-        return _Row(item, user, 0.5, {}, True)
+        return _Row(item, user, 0.5, {}, True, group)
     if not told:
         raise ValueError("expected correct or margin, got neither; a model that cannot tell has a margin of 0")
     values = {name: parsed(name, value, _share if name == "correct" else _correctness) for name, value in told.items()}
@@ -160,7 +165,7 @@ def _row(cells: Mapping[str, Any]) -> _Row:
         raise ValueError(f"correct and margin contradict each other, got {short(told)}; leave out one of them")
     given = {name: cells[name] for name in CONTROLS if cells.get(name) not in (None, "")}
     controls = {name: parsed(name, value, _correctness) for name, value in given.items()}
-    return _Row(item, user, next(iter(values.values())), controls, False)
+    return _Row(item, user, next(iter(values.values())), controls, False, group)
 
 
 def _share(value: Any) -> float:

@@ -161,6 +161,8 @@ def control_tables(audit: Audit) -> list[Section]:
         numbers = audit.model.numbers
         accuracy = points(numbers["accuracy"], "") + interval(numbers, "accuracy")
         rows = [TableRow(["accuracy, mean over users %", accuracy, ""])]
+        if audit.reported is not None:
+            rows.append(TableRow(["accuracy as it is reported", audit.reported, ""]))
         rows += [
             TableRow([text, difference(numbers, name), points(numbers[f"{name}_mde"], "")])
             for name, text in _CONTROLS.items()

@@ -61,6 +61,7 @@ _DIFFERENCES = {
 """Name of a difference -> columns of a per-item file."""
 _HALF = "one half for what the model cannot tell"
 _DROPPED = "without the pairs that it cannot tell"
+_SCORED = "without the pairs that have no score"
 
 
 def item_rows(table: PairTable) -> dict[str, int]:
@@ -153,11 +154,20 @@ def score_model(table: PairTable, expected: BoolArray, scores: ItemScores) -> Mo
 
     numbers = with_ends("accuracy", by_user(own)) | {"accuracy_micro": float(np.nanmean(own))}
     numbers["num_users"] = len(by_user(own))
+    groups = np.full(table.num_pairs, "", dtype=object)
+    groups[rows] = np.array(scores.groups, dtype=object)[known]
     for name, (first, second) in _DIFFERENCES.items():
         if first in correct and second in correct:
             numbers |= with_ends(name, by_user(correct[first] - correct[second]))
     whole, told = np.nan_to_num(own, nan=0.5), np.where(own == 0.5, np.nan, own)
-    counted = {_HALF: whole, "wrong where it cannot tell": np.where(whole == 0.5, 0.0, whole), _DROPPED: told}
+    partial = {_SCORED: own, _DROPPED: told} if np.isnan(own).any() else {_DROPPED: told}
+    complete = {_HALF: whole, "wrong where it cannot tell": np.where(whole == 0.5, 0.0, whole)}
+    counted = {**complete, **partial}
+    alone = partial if np.isnan(own).any() else counted
+    for group in sorted(set(groups[wanted]) - {""}):
+        mine = groups[wanted] == group
+        more = {f"{how}, {group} users": np.where(mine, one, np.nan) for how, one in alone.items()}
+        counted = {**counted, **more} if not mine.all() else counted
     return ModelScores(
         int(wanted.sum()),
         int(np.isnan(own).sum()),
@@ -188,25 +198,19 @@ def tie_fault(model: ModelScores | None, reported: str | None, *, is_split: bool
         return Fault(name, "unknown", "no scores of single pairs were given (--results)")
     share = model.num_missing / model.num_expected
     if share > 0.5 and not is_split:
-        text = (
-            f"{share:.0%} of the pairs have no score, and nothing says which are the test's (--test_pairs, row_split)"
-        )
-        return Fault(name, "unknown", text)
-    values = {how: 100 * value for how, value in model.accuracies.items()}
-    half = next(value for how, value in values.items() if _HALF in how)
-    matching: list[str] = []
-    if reported is not None:
-        value, tolerance = _reported(reported)
-        matching = [how for how, other in values.items() if abs(value - other) <= tolerance]
-        if any(_DROPPED not in how for how in matching):
-            return Fault(name, "clear", f"the reported {reported} is the {matching[0]}")
+        text = f"{share:.0%} of the pairs have no score, and nothing says which are the test's"
+        return Fault(name, "unknown", f"{text} (--test_pairs, row_split, or the folder of a run that was fit on them)")
+    half = 100 * next(value for how, value in model.accuracies.items() if _HALF in how)
+    matching = [] if reported is None else _matching(model, reported)
+    if any(_DROPPED not in how and _SCORED not in how for how in matching):
+        return Fault(name, "clear", f"the reported {reported} is the {matching[0]}")
     if model.num_missing:
         text = (
             f"{model.num_missing} of {model.num_expected} test pairs have no score; the accuracy over users is "
             f"{points(model.numbers['accuracy'], '')} % of those scored and {half:.1f} % with one half for the others"
         )
         return Fault(name, "found", text)
-    if reported is None:
+    if reported is None or not model.num_even:
         text = f"each of {model.num_expected} test pairs has a score, {model.num_even} of them even"
         return Fault(name, "clear", text)
     if matching:
@@ -214,8 +218,38 @@ def tie_fault(model: ModelScores | None, reported: str | None, *, is_split: bool
             f"the reported {reported} is the {matching[0]}; with one half for {model.num_even} even pairs the mean over"
         )
         return Fault(name, "found", f"{text} users is {half:.1f} %")
-    counted = "; ".join(f"{other:.2f} % {how}" for how, other in values.items())
-    return Fault(name, "unknown", f"the reported {reported} is none of what the scores give: {counted}")
+    return Fault(name, "unknown", f"the reported {reported} is none of what the scores give")
+
+
+def claim_fault(model: ModelScores | None, reported: str) -> Fault:
+    """Whether the scores give the accuracy that is claimed, however it may have been counted.
+
+    Args:
+        model: Its scores; None = none were given.
+        reported: The claim, as `tie_fault` takes it; it may be off by half a unit of its last digit.
+
+    Raises:
+        ValueError: If ``reported`` is no accuracy.
+    """
+    name = "a reported accuracy that the scores do not give"
+    value, _ = _reported(reported)
+    if model is None:
+        return Fault(name, "unknown", "no scores of single pairs were given (--results)")
+    matching = _matching(model, reported)
+    if matching:
+        how = min(matching, key=lambda way: abs(value - 100 * model.accuracies[way]))
+        return Fault(name, "clear", f"the reported {reported} is {100 * model.accuracies[how]:.2f} %, the {how}")
+    ways: dict[str, str] = {}
+    for how, other in model.accuracies.items():
+        ways.setdefault(f"{100 * other:.2f} %", how)
+    counted = "; ".join(f"{percent} {how}" for percent, how in ways.items())
+    return Fault(name, "found", f"the reported {reported} is none of what the scores give: {counted}")
+
+
+def _matching(model: ModelScores, reported: str) -> list[str]:
+    """The ways to count that give the reported accuracy, as far as its digits say."""
+    value, tolerance = _reported(reported)
+    return [how for how, other in model.accuracies.items() if abs(value - 100 * other) <= tolerance]
 
 
 def _reported(text: str) -> tuple[float, float]:

@@ -6,6 +6,7 @@ Axes: N pairs.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from plm.arrays import IntArray
 from plm.audit.check import DataReport, agreement, check_pairs, split_stages
 from plm.audit.items import item_files, read_items
-from plm.audit.results import Fault, ModelScores, read_candidates, score_model, selection_fault, tie_fault
+from plm.audit.results import Fault, ModelScores, claim_fault, read_candidates, score_model, selection_fault, tie_fault
 from plm.audit.signal import Control, UserSignal, read_signal
 from plm.data.agreement import Repeats, repeated_comparisons
 from plm.data.keys import pair_names
 from plm.data.schema import PairTable, read_pairs
 from plm.data.sources.corpus import local_files
-from plm.data.splits import TEST, TRAIN
+from plm.data.splits import LEFT_OUT, TEST, TRAIN, split_pairs
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Audit:
     shared_ceiling: float
     """Best accuracy on them of a model that does not know the user."""
     model: ModelScores | None
+    reported: str | None
+    """The accuracy that is claimed, as it is printed."""
     data: DataReport
 
     @property
@@ -84,6 +88,7 @@ class Audit:
                 "shared_ceiling": self.shared_ceiling,
             },
             "model": None if self.model is None else asdict(self.model),
+            "reported": self.reported,
             "data": self.data.as_dict(),
         }
 
@@ -122,27 +127,31 @@ def audit_files(
         table = replace(table, row_split=stage)
         names = (set(pair_names(read_pairs(some, **(reading or {})))) for some in (files, test_files))
         num_copied = len(set.intersection(*names))
-    is_split = bool((table.row_split >= 0).any())
+    given = bool((table.row_split >= 0).any())
+    split = {} if given or scores is None else run_split(table, Path(scores))
+    is_split = given or bool(split)
     name = ", ".join(Path(file).name for file in [*files, *test_files])
-    data = check_pairs(table, name)
-    stage = split_stages(table, {})[0]
+    data = check_pairs(table, name, **split)
+    stage = split_stages(table, split)[0]
+    sides = table.row_split if given else stage if split else np.full(table.num_pairs, LEFT_OUT)
     signal, controls = read_signal(table, stage)
     model = None
     if scores is not None:
-        expected = table.row_split == TEST if is_split else np.ones(table.num_pairs, dtype=np.bool_)
+        expected = sides == TEST if is_split else np.ones(table.num_pairs, dtype=np.bool_)
         model = score_model(table, expected, read_items(scores))
     faults = [
         _format_fault(data),
-        _split_fault(data, table, num_copied),
+        _split_fault(data, sides, num_copied),
         _user_fault(signal),
         tie_fault(model, reported, is_split=is_split),
         selection_fault(read_candidates(candidates) if candidates else ()),
+        *([] if reported is None else [claim_fault(model, reported)]),
     ]
     more = [] if scores is None else list(map(str, item_files(Path(scores))))
     inputs = [*files, *test_files, *more, *([candidates] if candidates else [])]
     hashes = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in inputs}
     repeats = repeated_comparisons(table)
-    return Audit(name, hashes, faults, signal, controls, repeats, *agreement(table), model, data)
+    return Audit(name, hashes, faults, signal, controls, repeats, *agreement(table), model, reported, data)
 
 
 def _format_fault(data: DataReport) -> Fault:
@@ -154,12 +163,32 @@ def _format_fault(data: DataReport) -> Fault:
     return Fault(name, "found" if data.probe.is_leak else "clear", "; ".join(texts))
 
 
-def _split_fault(data: DataReport, table: PairTable, num_copied: int) -> Fault:
-    """Whether what belongs together is on both sides of the split that came with the pairs."""
+def run_split(table: PairTable, folder: Path) -> dict[str, Any]:
+    """How the run in a folder has split these pairs, as arguments of `split_pairs`; empty if it did not or never said.
+
+    That it was these pairs is told by the hash of the split, which is drawn again.
+
+    Raises:
+        ValueError: If the file of the split is damaged.
+    """
+    if not (folder / "splits.json").is_file():
+        return {}
+    try:
+        metadata = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+        split = {name: metadata[name] for name in ("group_by", "unseen_users", "val_rows", "test_rows")}
+        split["seed"] = metadata["split_seed"]
+        split_hash = metadata["hash"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / 'splits.json'} is damaged: {type(error).__name__}: {error}") from error
+    return split if split_pairs(table, **split).hash == split_hash else {}
+
+
+def _split_fault(data: DataReport, sides: IntArray, num_copied: int) -> Fault:
+    """Whether what belongs together is on both sides of the split that came with the pairs or their run."""
     name = "a dialogue on both sides of the split"
-    if not (table.row_split >= 0).any():
+    if not (sides >= 0).any():
         return Fault(name, "unknown", "nothing says which pairs are the test's (column row_split, or --test_pairs)")
-    num_test = int((table.row_split == TEST).sum())
+    num_test = int((sides == TEST).sum())
     counts = {leak.unit: leak.same_user for leak in data.leaks if leak.same_user}
     grave = {unit: counts[unit] for unit in ("dialogue", "conversation", "turn", "pair") if unit in counts}
     texts = [
@@ -169,7 +198,7 @@ def _split_fault(data: DataReport, table: PairTable, num_copied: int) -> Fault:
         texts.append(f"{num_copied} pairs are in the training and in the test files")
     if texts:
         return Fault(name, "found", "; ".join(texts))
-    if num_test in (0, int((table.row_split >= 0).sum())):
+    if num_test in (0, int((sides >= 0).sum())):
         return Fault(name, "unknown", f"{num_test} pairs are of the test, and nothing is on its other side")
     known = [leak.unit for leak in data.leaks if leak.unit in ("dialogue", "conversation")]
     what = known[0] if known else "whole pair (the pairs name no dialogues)"

@@ -15,12 +15,21 @@ import pytest
 from plm.audit.check import conversations
 from plm.audit.items import read_items
 from plm.audit.report import noise_lines
-from plm.audit.results import Candidate, item_rows, read_candidates, score_model, selection_fault, tie_fault
+from plm.audit.results import (
+    Candidate,
+    claim_fault,
+    item_rows,
+    read_candidates,
+    score_model,
+    selection_fault,
+    tie_fault,
+)
 from plm.audit.signal import NUM_PERMUTATIONS, _effect, read_signal
-from plm.audit.verdict import Audit, audit_files
+from plm.audit.verdict import Audit, audit_files, run_split
 from plm.cli import main
 from plm.data.keys import pair_names
 from plm.data.schema import make_pairs, read_pairs
+from plm.data.splits import TEST, split_pairs, write_splits
 
 Rows = list[dict[str, Any]]
 FORMAT, SPLIT, USERS, TIES, SELECTION = (
@@ -30,6 +39,7 @@ FORMAT, SPLIT, USERS, TIES, SELECTION = (
     "ties dropped from the denominator",
     "model selection on test",
 )
+CLAIM = "a reported accuracy that the scores do not give"
 TOPICS = ["sea wave tide", "snow ski ice", "code bug loop", "bread oven flour", "song drum choir", "ball goal team"]
 
 
@@ -254,6 +264,84 @@ def test_a_reported_accuracy_is_counted_again(tmp_path: Path, reported: str | No
         0.65
     )
     assert (fault.state, text in fault.text) == (state, True), fault
+
+
+@pytest.mark.parametrize(
+    ("reported", "state", "text"),
+    [
+        ("63.9", "clear", "the reported 63.9 is 63.89 %, the mean over users, one half"),  # 23 / 36
+        ("63.8", "found", "none of what the scores give: 63.89 % mean over users, one half"),
+        ("0.64", "clear", "is 63.89 %"),
+        ("75.0", "clear", "is 75.00 %, the mean over users, without the pairs that it cannot tell"),
+        ("91%", "found", "71.43 % mean over pairs, without the pairs that it cannot tell"),
+    ],
+)
+def test_a_claim_is_laid_beside_what_the_scores_give(tmp_path: Path, reported: str, state: str, text: str) -> None:
+    fault = claim_fault(judged(tmp_path, [1, 0, 1, -1, 1, 1, 1, 0, 0, -1]), reported)
+    assert (fault.state, text in fault.text) == (state, True), fault
+
+
+def test_a_claim_is_heard_where_few_pairs_have_a_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of four scored pairs of ten one user has 2 of 2, one 1 of 2, and nothing says which pairs are the test's."""
+    few = judged(tmp_path, [1, 1, 1, -1])
+    assert (
+        claim_fault(few, "75%").text
+        == "the reported 75% is 75.00 %, the mean over users, without the pairs that have no score"
+    )
+    args = [
+        "audit",
+        str(tmp_path / "p.jsonl"),
+        "--results",
+        str(tmp_path / "s.jsonl"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*args, "--reported", "50.1%"]) == 0
+    numbers = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert numbers["reported"] == "50.1%" and CLAIM in numbers["verdict"]
+    assert numbers["faults"][-1]["state"] == "found" and "75.00 % mean over users" in numbers["faults"][-1]["text"]
+    assert "50.1%" in (tmp_path / "out" / "audit.html").read_text() and "50.1%" in capsys.readouterr().out
+    assert main([*args, "--reported", "174"]) == 1
+    assert "--reported: expected an accuracy" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_says_which_pairs_are_the_test_s(tmp_path: Path) -> None:
+    """Where it was fit on these very pairs, and only there."""
+    world = World(0)
+    for pair in world.pairs:
+        del pair["row_split"]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, world.pairs)))
+    table = read_pairs([tmp_path / "pairs.jsonl"])
+    options: dict[str, Any] = {"group_by": "dialogue", "unseen_users": 0.25, "val_rows": 0.1, "test_rows": 0.2}
+    splits = split_pairs(table, seed=3, **options)
+    tested = np.flatnonzero(splits.stage == TEST).tolist()
+    lines = [f"{world.pairs[row]['item']},{world.pairs[row]['user_id']},1" for row in tested]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "predictions.csv").write_text("\n".join(["item,user,margin", *lines]))
+    write_splits(tmp_path / "run" / "splits.json", splits, table.user_ids, options | {"split_seed": 3})
+    audit = audit_files([str(tmp_path / "pairs.jsonl")], scores=str(tmp_path / "run"))
+    assert audit.model is not None and audit.model.num_missing == 0 and audit.model.num_expected == len(tested)
+    assert states(audit)[SPLIT] == states(audit)[TIES] == "clear"
+    assert audit.data.counts["pairs test or query"] == len(tested)
+    world.pairs.pop()
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, world.pairs)))
+    assert run_split(read_pairs([tmp_path / "pairs.jsonl"]), tmp_path / "run") == {}
+    (tmp_path / "run" / "splits.json").write_text("{")
+    with pytest.raises(ValueError, match=r"splits\.json is damaged: JSONDecodeError"):
+        run_split(table, tmp_path / "run")
+
+
+def test_a_claim_may_be_of_unseen_users(tmp_path: Path) -> None:
+    """Users a and b are seen, with 1 and 0 of 2, and c is not, with 6 of 6."""
+    judged(tmp_path, [1, 1, -1, -1, 1, 1, 1, 1, 1, 1])
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"users": "unseen" if row["user"] == "c" else "seen"}) for row in rows]
+    (tmp_path / "s.jsonl").write_text("\n".join(lines))
+    model = score_model(read_pairs([tmp_path / "p.jsonl"]), np.ones(10, dtype=bool), read_items(tmp_path / "s.jsonl"))
+    for reported, users in (("100%", "unseen users"), ("50.0", "seen users")):
+        fault = claim_fault(model, reported)
+        assert fault.state == "clear" and f"tell, {users}" in fault.text, fault
+    assert claim_fault(model, "66.7").text.endswith("one half for what the model cannot tell")  # (1 + 0 + 1) / 3
 
 
 def test_the_folder_of_a_run_stands_for_the_predictions_beside_it(tmp_path: Path) -> None:
