@@ -78,8 +78,9 @@ def learn_users(
         on_encoded: Is given all pairs that are learned, once, with what the method reads.
     """
     store, users = method.users, np.unique(table.user)
+    since = store.num_erasures  # of the first round: what came before an erasure is not stored after it
     while len(users):
-        since, left = store.num_erasures, []
+        changed: list[str] = []
         names = [table.user_ids[row] for row in users.tolist()]
         version, keeps = _former(store, names)
         part = table.take(np.isin(table.user, users))
@@ -101,27 +102,28 @@ def learn_users(
             versions = dict(zip(user_ids, version[at].tolist(), strict=True))
             written = set(store.add(user_ids, states, pairs=pairs, since=since, versions=versions))
             is_written = np.array([user_id in written for user_id in user_ids])
-            there = store.found([user_id for user_id in user_ids if user_id not in written])
-            left += list(there)
+            again = store.there_since([user_id for user_id in user_ids if user_id not in written], since)
+            changed += again
             yield Learned(
                 [user_id for user_id in user_ids if user_id in written],
                 states.num_pairs.numpy()[is_written],
                 int((version[at][is_written] > 0).sum()),
                 int(keeps[at][is_written].sum()),
-                len(user_ids) - len(written) - len(there),
+                len(user_ids) - len(written) - len(again),
             )
-        users = np.array([bisect_left(table.user_ids, name) for name in left], dtype=np.int64)
+        users = np.array([bisect_left(table.user_ids, name) for name in sorted(changed)], dtype=np.int64)
 
 
 def _former(store: UserStore, user_ids: Sequence[str]) -> tuple[IntArray, BoolArray]:
-    """Versions ``(U,)`` of users in the store, 0 = unknown, and ``(U,)`` whether their pairs are kept."""
+    """Versions ``(U,)`` of users in the store, 0 = unknown, and ``(U,)`` whether all pairs of theirs are kept."""
     version, keeps = np.zeros(len(user_ids), dtype=np.int64), np.zeros(len(user_ids), dtype=np.bool_)
     for start in range(0, len(user_ids), USERS_AT_ONCE):
         page = user_ids[start : start + USERS_AT_ONCE]
         found = store.found(page)
         for row, user_id in enumerate(page if found else (), start):
             if user_id in found:
-                version[row], keeps[row] = found[user_id].version, found[user_id].keeps_pairs
+                one = found[user_id]
+                version[row], keeps[row] = one.version, one.keeps_pairs or not one.num_pairs
     return version, keeps
 
 

@@ -166,8 +166,9 @@ class KnownUsers:
     def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False, must_exist: bool = False) -> int:
         """Learn a user from pairs, see ``PersonalizationMethod.learn``."""
         added = [_as_dict(pair) for pair in pairs]
+        since = self.store.num_erasures  # what came before an erasure is not stored after it
         while True:  # until nobody else has changed the user meanwhile
-            since, known = self.store.num_erasures, self.store.find(user_id)
+            known = self.store.find(user_id)
             if known is None and must_exist:
                 return 0
             kept = [] if anew else self.store.pairs([user_id]).get(user_id, [])
@@ -182,7 +183,7 @@ class KnownUsers:
             versions = {user_id: 0 if known is None else known.version}
             if self.store.add([user_id], state, pairs={user_id: learned}, since=since, versions=versions):
                 return int(state.num_pairs[0])
-            if user_id not in self.store:
+            if not self.store.there_since([user_id], since):
                 return 0
 
     def unlearn(self, user_id: str, version: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -39,6 +40,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[Path]:
     torch.manual_seed(0)
     method = METHODS[request.param]()
     method.user_ids = ["ben"]
+    method.num_pairs.fill_(3)  # type: ignore[union-attr, operator]
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.normal_()
@@ -149,3 +151,58 @@ def test_what_others_change_meanwhile_is_not_lost(path: Path, monkeypatch: pytes
     kept = method.users.pairs(["anna", "eva", "dora"])
     assert {name: len(pairs) for name, pairs in kept.items()} == {"anna": 4 + 1 + 2, "eva": 1 + 4}
     assert state(method, "anna").num_pairs.tolist() == [7] and state(method, "eva").num_pairs.tolist() == [5]
+
+
+def test_users_who_are_learned_again_keep_their_own_pairs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every user is a transaction, fewest pairs first, and all three are changed before the first of them ends."""
+    method = load_method(path)
+    learn(method, [*pairs_of("bea", 2, 1), *pairs_of("anna", 4, 1)], keep_pairs=True)
+    learn(method, pairs_of("carl", 20, 1))
+    monkeypatch.setattr("plm.adapting.MAX_FLOATS", 1)
+    adapt, rounds = plm.adapting._batched, []
+
+    def meanwhile(*args: Any) -> Any:
+        rounds.append(len(rounds))
+        for part in adapt(*args):
+            if rounds == [0]:
+                rounds.append(1)
+                server = load_method(path)
+                server.learn("anna", [("served?", "tea", "milk")])
+                server.learn("bea", [("served?", "tea", "milk")])
+                learn(server, pairs_of("carl", 20, 5))
+            yield part
+
+    monkeypatch.setattr("plm.adapting._batched", meanwhile)
+    learn(method, [*pairs_of("bea", 1, 2), *pairs_of("anna", 2, 2), *pairs_of("carl", 20, 2)])
+    kept = method.users.pairs(["anna", "bea", "carl"])
+    assert {name: len(pairs) for name, pairs in kept.items()} == {"anna": 4 + 1 + 2, "bea": 2 + 1 + 1}
+    for name, pairs in kept.items():
+        assert state(method, name).num_pairs.tolist() == [len(pairs)]
+
+
+def test_what_came_before_an_erasure_is_not_stored_for_one_who_is_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, rows = load_method(path), pairs_of("anna", 4, 1)
+    learn(method, rows, keep_pairs=True)
+    for module, name in (("plm.adapting", "_batched"), ("plm.checkpoint", "adapt_user")):
+        make = getattr(sys.modules[module], name)
+
+        def back(*args: Any, make: Any = make, calls: list[int] = []) -> Any:  # noqa: B006
+            made = make(*args)
+            made = made if isinstance(made, UserState) else list(made)
+            if not calls:
+                calls.append(1)
+                server = load_method(path)
+                server.forget("anna")
+                learn(server, [{**rows[0], "prompt": "new?"}], keep_pairs=True)
+            return made
+
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{module}.{name}", back)
+            if name == "_batched":
+                (part,) = [*learn_users(method, make_pairs(rows, "pair"))]
+                assert (part.user_ids, part.num_gone) == ([], 1)
+            else:
+                assert method.learn("anna", [("old?", "tea", "milk")]) == 0
+        assert [pair["prompt"] for pair in method.users.pairs(["anna"])["anna"]] == ["new?"]

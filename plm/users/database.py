@@ -10,11 +10,13 @@ process that works with it all the time keeps its connections (``held_open``).
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,8 @@ class Database:
         self.path = None if "://" in str(place) else Path(place)
         self.name = str(place)
         self._is_made = False
+        self._opened: os.stat_result | None = None
+        """The file that is held open."""
         if self.path is not None:
             self._reader = self._engine(NullPool)
         else:
@@ -135,19 +139,26 @@ class Database:
         assert self.path is not None
         return not os.access(self.path.parent, os.W_OK) and not Path(f"{self.path}-wal").exists()
 
-    def _is_opened(self, opened: os.stat_result) -> bool:
-        """Whether the file is still the one that was opened."""
-        assert self.path is not None
-        try:
-            return os.path.samestat(opened, self.path.stat())
-        except FileNotFoundError:
-            return False
+    def _check_opened(self, *_: Any) -> None:
+        """Refuse another file, or none, in the place of the one that is held open.
+
+        Raises:
+            StoreError: If there is one: what is written would go into a file that nobody finds.
+        """
+        with suppress(FileNotFoundError):
+            if self._opened is None or (self.path and os.path.samestat(self._opened, self.path.stat())):
+                return
+        raise StoreError(
+            f"the user store {self.name!r} was removed or replaced while it is open; end what works with it, remove "
+            "the files beside it whose names end in -wal and -shm, put the store there again, and start"
+        )
 
     # ------------------------------------------------------------------ transactions
     @property
     def exists(self) -> bool:
         """Whether anything has been stored."""
         if self.path is not None:
+            self._check_opened()
             return self.path.exists()
         if not self._is_made:
             with self._errors("read"):
@@ -170,7 +181,7 @@ class Database:
             StoreError: If another writer does not end, or the database cannot be written.
         """
         with self._errors("written"), self._only_writer():
-            if self.path is not None and not self.path.exists():
+            if self.path is not None and not self.exists:
                 self._make_file(self.path, shared_hash)
             with self._writer.begin() as connection:
                 if self.path is None:
@@ -189,14 +200,10 @@ class Database:
         if self.path is None or not self.path.exists() or self._is_frozen():
             yield
             return
-        opened, alone = self.path.stat(), self._reader
-
-        def check(*_: Any) -> None:
-            if not self._is_opened(opened):
-                raise StoreError(f"the user store {self.name!r} was replaced while it is open; start again")
-
+        alone, opened = self._reader, self._opened
         kept = self._engine(QueuePool, pool_size=KEPT, max_overflow=-1)
-        sa.event.listen(kept, "checkout", check)
+        sa.event.listen(kept, "checkout", self._check_opened)
+        self._opened = self.path.stat()
         self._use(kept)
         try:
             with self.reading() as connection:
@@ -204,6 +211,7 @@ class Database:
             yield
         finally:
             self._use(alone)
+            self._opened = opened
             with self._only_writer():
                 kept.dispose()
 
@@ -252,6 +260,8 @@ class Database:
         connection.close()
         with copy._writer.begin() as tables:
             _make_tables(tables, shared_hash)
+        for left in (Path(f"{path}-wal"), Path(f"{path}-shm")):  # of a database that is gone: its rows would rise again
+            left.unlink(missing_ok=True)
         replace(new, path)
 
     @contextmanager
@@ -292,6 +302,18 @@ def delete_rows_of(connection: sa.Connection, user_ids: Iterable[str], column: s
 def _ids(user_ids: Iterable[str]) -> dict[str, list[str]]:
     """Those of the ids that can be stored: a database refuses the others."""
     return {"ids": [user_id for user_id in user_ids if not problem_of_id(user_id)]}
+
+
+def receipt_of(secret: str, user_id: str) -> str:
+    """HMAC-SHA256 of an id, whatever characters it holds."""
+    return hmac.new(bytes.fromhex(secret), user_id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def erased_since(connection: sa.Connection, user_ids: Iterable[str], since: int, secret: str) -> set[str]:
+    """Users who were erased after the erasure of that number."""
+    erased = sa.select(ERASURES.c.receipt).where(ERASURES.c.number > since)
+    receipts = set(connection.execute(erased).scalars())
+    return {user_id for user_id in user_ids if receipts and receipt_of(secret, user_id) in receipts}
 
 
 @cache  # to make a statement takes longer than to read a user

@@ -9,7 +9,6 @@ Axes: U users, B looked-up users.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import shutil
 import time
@@ -34,7 +33,9 @@ from plm.users.database import (
     USERS,
     Database,
     delete_rows_of,
+    erased_since,
     problem_of_id,
+    receipt_of,
     rows_of,
     upsert,
 )
@@ -242,6 +243,15 @@ class UserStore:
                 return 0
             return int(connection.execute(sa.select(sa.func.max(ERASURES.c.number))).scalar() or 0)
 
+    def there_since(self, user_ids: Sequence[str], since: int) -> list[str]:
+        """Those of the users who have a row and were not erased after erasure ``since``, though they may be back."""
+        with self._reading() as connection:
+            if connection is None:
+                return []
+            erased = erased_since(connection, user_ids, since, self._facts(connection)["secret"])
+            there = rows_of(connection, user_ids, USERS.c.user_id)
+            return [user_id for (user_id,) in there if user_id not in erased]
+
     # ------------------------------------------------------------------ changes
     def add(
         self,
@@ -303,7 +313,7 @@ class UserStore:
                 stored = {user_id for (user_id,) in rows_of(connection, user_ids, USERS.c.user_id)}
                 for table in (USERS, PAIRS):
                     delete_rows_of(connection, user_ids, table.c.user_id)
-                receipts = {user_id: _receipt(secret, user_id) for user_id in user_ids}
+                receipts = {user_id: receipt_of(secret, user_id) for user_id in user_ids}
                 log = [{"receipt": receipt, "erased": now} for receipt in receipts.values()]
                 connection.execute(sa.insert(ERASURES), log)
         is_wiped = self._database.wipe()
@@ -378,10 +388,7 @@ class UserStore:
         """Users who were erased after erasure ``since``, or whose row has another version than the one given."""
         outdated: set[str] = set()
         if since is not None:
-            secret = self._facts(connection)["secret"]
-            erased = sa.select(ERASURES.c.receipt).where(ERASURES.c.number > since)
-            receipts = set(connection.execute(erased).scalars())
-            outdated |= {user_id for user_id in user_ids if receipts and _receipt(secret, user_id) in receipts}
+            outdated |= erased_since(connection, user_ids, since, self._facts(connection)["secret"])
         rows = rows_of(connection, versions, USERS.c.user_id, USERS.c.version)
         there: dict[str, int] = {user_id: version for user_id, version in rows}
         return outdated | {user_id for user_id, version in versions.items() if there.get(user_id, 0) != version}
@@ -435,11 +442,6 @@ class UserStore:
                 self._write(connection, former.user_ids, former.state)
                 _set(connection, imported=folder.name)
         shutil.rmtree(folder)
-
-
-def _receipt(secret: str, user_id: str) -> str:
-    """HMAC-SHA256 of an id, whatever characters it holds."""
-    return hmac.new(bytes.fromhex(secret), user_id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
 def _set(connection: sa.Connection, **facts: str) -> None:

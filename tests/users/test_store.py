@@ -288,6 +288,23 @@ def test_another_file_in_the_place_of_one_that_is_held_open_is_refused(tmp_path:
     assert store.ids == ["ben"]
 
 
+def test_a_store_that_is_removed_while_it_is_held_open_is_not_an_empty_one(tmp_path: Path) -> None:
+    """Nobody is served as a stranger in silence, and what its log still holds does not rise in a store made later."""
+    place = tmp_path / "m.users.db"
+    store = UserStore(place, "h")
+    store.add(["anna"], state(1))
+    with store.held_open():
+        store.add(["ben"], state(2))
+        place.unlink()
+        for call in (lambda: store.find("anna"), lambda: store.ids, lambda: store.add(["eve"], state(3))):
+            with pytest.raises(StoreError, match="was removed or replaced while it is open"):
+                call()
+        assert not place.exists()
+    Path(f"{place}-wal").write_bytes(b"left by a killed process")
+    UserStore(place, "h").add(["eve"], state(3))
+    assert UserStore(place).ids == ["eve"] and values_of(store, "eve") == [3]
+
+
 def test_what_a_killed_deletion_left_in_the_log_goes_with_the_next(tmp_path: Path) -> None:
     store = UserStore(tmp_path / "x.users.db", "h")
     store.add(["person-a", "person-b"], state(1, 2))
