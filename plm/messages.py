@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 NUM_SHOWN = 20
+_IN_COMMAND: ContextVar[bool] = ContextVar("in_command", default=False)
 
 
 class WrongUsage(ValueError):
@@ -17,6 +20,35 @@ class WrongUsage(ValueError):
 def debug() -> bool:
     """Whether ``PLM_DEBUG`` asks for tracebacks."""
     return os.environ.get("PLM_DEBUG", "0") not in ("", "0")
+
+
+@contextmanager
+def in_command() -> Iterator[None]:
+    """Word options as commands and recipes take them while the block runs; elsewhere they are Python's."""
+    token = _IN_COMMAND.set(True)
+    try:
+        yield
+    finally:
+        _IN_COMMAND.reset(token)
+
+
+def setting(name: str, value: str | Mapping[str, str | None]) -> str:
+    """How an option of reading files is given: to a function, or in a recipe and, in brackets, to a command.
+
+    Example:
+        >>> setting("on_error", "skip")
+        "on_error='skip'"
+        >>> with in_command():
+        ...     setting("columns", {"user_id": "by"})
+        'columns: {user_id: by} (--columns "user_id=by")'
+    """
+    if not _IN_COMMAND.get():
+        return f"{name}={value!r}"
+    if isinstance(value, str):
+        return f"{name}: {value} (--{name} {value})"
+    parts = {key: "null" if part is None else part for key, part in value.items()}
+    typed = " ".join(f'"{key}={part or ""}"' for key, part in value.items())
+    return f"{name}: {{{', '.join(f'{key}: {part}' for key, part in parts.items())}}} (--{name} {typed})"
 
 
 def closest(name: str, valid: Iterable[str]) -> str | None:

@@ -144,7 +144,7 @@ def test_pairs_come_in_tables_of_every_kind(kind: str, folder: Path) -> None:
         _ = run.metrics
 
 
-@pytest.mark.filterwarnings("ignore:1 malformed rows left out")
+@pytest.mark.filterwarnings("ignore:1 malformed row left out")
 def test_files_are_read_as_they_are_said_to_be(folder: Path) -> None:
     """Layout, winner and malformed rows, as of `plm.read_pairs`."""
     rows = [

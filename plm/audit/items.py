@@ -16,7 +16,7 @@ import numpy as np
 from plm.arrays import Float64Array
 from plm.data.files import position, read_records
 from plm.data.values import parsed, short, to_bool, to_id, to_number
-from plm.messages import first_of, nearest
+from plm.messages import counted, first_of, nearest
 
 CONTROLS = ("population_margin", "other_margin", "shuffled_margin", "flipped_margin")
 """Optional columns: margins of the same rows by the population's state, by another user's, and by states learned from
@@ -88,7 +88,9 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
             except ValueError as error:
                 problems.append(f"{position(path, line)}: {error}")
     if problems:
-        raise ValueError("\n".join([f"{len(problems)} malformed rows; correct or remove them:", *first_of(problems)]))
+        raise ValueError(
+            "\n".join([f"{counted(len(problems), 'malformed row')} to correct or remove:", *first_of(problems)])
+        )
     _check_items(str(place), rows, where)
     kept = [index for index, row in enumerate(rows) if not row.tie]
     if not kept:

@@ -16,7 +16,7 @@ from importlib import import_module
 
 import plm
 from plm.cli.options import stop
-from plm.messages import WrongUsage, debug, nearest
+from plm.messages import WrongUsage, debug, in_command, nearest
 
 VERBS: dict[str, tuple[str, str]] = {
     "fit": ("fit", "train a method on preference pairs, then test its best checkpoint"),
@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():  # transformers draws a bar for every model that it reads, also into files and pipes
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        with _short_warnings():
+        with _short_warnings(), in_command():
             return _dispatch(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -139,9 +139,13 @@ def _convert(args: list[str]) -> int:
     check_output(options.to, files)
     path = Path(files[0])
     records = first_records(path)
-    guess = guess_layout(path, records, **reading_of(options), on_error=options.on_error)
+    guess = guess_layout(path, records, **reading_of(options))
     print("\n".join(guess.description(path, records.names)))
     table = read_pairs(files, **guess.options, on_error=options.on_error)
+    num_malformed = table.dropped.get("malformed", 0)
+    if num_malformed >= table.num_pairs:
+        few = f"{counted(table.num_pairs, 'pair')} and {counted(num_malformed, 'malformed row')}"
+        raise ValueError(f"{files[0]}: expected more pairs than malformed rows, got {few}; correct them")
     texts = table.texts()
     for row in range(min(_NUM_SHOWN, table.num_pairs)):
         chosen, rejected = texts[table.chosen[row]], texts[table.rejected[row]]

@@ -11,7 +11,7 @@ from plm.arrays import BoolArray, IntArray
 from plm.data.columns import Column
 from plm.data.files import position
 from plm.data.values import short
-from plm.messages import first_of
+from plm.messages import counted, first_of, setting
 
 
 class Checker:
@@ -28,6 +28,13 @@ class Checker:
         if not lines:
             return np.ones(len(self.where), dtype=np.bool_)
         return np.array([(file, line) not in lines for file, line in self.where.tolist()], dtype=np.bool_)
+
+    @property
+    def advice(self) -> str:
+        """What to do about what was found: most rows are not left out."""
+        num_malformed = len({(file, line) for file, line, _ in self.problems})
+        is_few = num_malformed < np.count_nonzero(self.clean)
+        return " to correct or remove" + (f", or to leave out by {setting('on_error', 'skip')}" if is_few else "")
 
     def add(self, rows: IntArray, text: Callable[[int], str]) -> None:
         """Note what is wrong with rows ``(n,)``, given their numbers."""
@@ -55,8 +62,15 @@ class Checker:
 def report(
     files: list[str],
     problems: Sequence[tuple[int, int, str]],
-    what: str = "malformed rows; correct or remove them, or leave them out, as plm data convert --on_error skip does",
+    advice: str,
 ) -> str:
-    """One line for each of the first problems (row of ``files``, line, text), and how many more there are."""
+    """One line for each of the first problems (row of ``files``, line, text), and how many more there are.
+
+    Args:
+        files: Names of the files.
+        problems: What is wrong.
+        advice: What follows the number of malformed rows in the first line.
+    """
     lines = [f"{position(files[file], line)}: {text}" for file, line, text in problems]
-    return "\n".join([f"{len({(file, line) for file, line, _ in problems})} {what}:", *first_of(lines, indent="  ")])
+    number = counted(len({(file, line) for file, line, _ in problems}), "malformed row")
+    return "\n".join([f"{number}{advice}:", *first_of(lines, indent="  ")])

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from plm.data.cells import value_at
 from plm.data.checker import report
-from plm.data.files import Records, position
+from plm.data.files import Records
 from plm.data.layouts import LAYOUTS, Layout, layout_of
 from plm.data.pair_rows import pair_rows
 from plm.data.reading import found_columns
@@ -61,9 +61,16 @@ class Guess:
     winner: dict[str, Any] | None
     attributes: dict[str, float] | None
     problem: str | None = None
-    """Why the file cannot be read so."""
+    """Why the columns cannot be read so."""
+    malformed: list[str] = field(default_factory=list)
+    """What is wrong with which of the rows that were looked at."""
     pairs: list[tuple[str, ...]] = field(default_factory=list)
     """What is read of the rows that were looked at."""
+
+    @property
+    def rank(self) -> int:
+        """0 where every row is one of pairs, 1 where some are malformed, 2 where most are."""
+        return 0 if not self.malformed else 1 if len(self.malformed) < len(self.pairs) else 2
 
     @property
     def options(self) -> dict[str, Any]:
@@ -111,11 +118,11 @@ def guess_layout(
     columns: Mapping[str, str | None] | None = None,
     winner: Mapping[str, Any] | None = None,
     attributes: Mapping[str, float] | None = None,
-    on_error: Literal["stop", "skip"] = "stop",
 ) -> Guess:
     """Guess the layout of a file; what is said is not guessed.
 
-    Of the layouts that can be read without a problem, those that leave unread what another reads are given up.
+    Layouts whose rows are all pairs go before those with malformed rows, and these before those of which most rows
+    are malformed. Of what is left, layouts that leave unread what another reads are given up.
 
     Args:
         path: The file, for messages.
@@ -124,22 +131,27 @@ def guess_layout(
         columns: Our column name -> the file's.
         winner: As of ``layout_of``.
         attributes: As of ``layout_of``.
-        on_error: ``skip``: a layout fits whose pairs are more than the rows with which something is wrong.
+
+    Returns:
+        The guess; which of the rows are malformed, reading them says.
 
     Raises:
-        ValueError: If no layout fits, or several that read the rows differently; the message names the options.
+        ValueError: If the columns fit no layout, or several that read the rows differently; the message names the
+            options. If no row can be parsed.
     """
-    if records.problems and on_error == "stop":
-        raise ValueError(report([str(path)], [(0, line, problem) for line, problem in records.problems]))
+    if records.problems and not records.rows:
+        raise ValueError(_unparsed(path, records, " and no other"))
     given = [name for name in LAYOUTS if layout in (None, name)]
     if not given:
         layout_of(layout)  # says which there are
     found = [guess for name in given for guess in _guesses(records, name, columns or {}, winner, attributes)]
-    guesses = [_checked(path, records, guess, on_error) for guess in found]
-    fits = [guess for guess in guesses if guess.problem is None]
+    guesses = [_checked(path, records, guess) for guess in found]
+    columns_fit = [guess for guess in guesses if guess.problem is None]
+    fits = [guess for guess in columns_fit if guess.rank == min(one.rank for one in columns_fit)]
     best = [one for one in fits if not any(one.places < other.places for other in fits)]
     if not best:
-        reasons = [f"  {guess.name}: {guess.problem}" for guess in guesses if guess.problem]
+        reasons = [f"  {guess.name}: {guess.problem or guess.malformed[0]}" for guess in guesses]
+        reasons += [_unparsed(path, records, " besides")] if records.problems else []
         raise ValueError(
             "\n".join(
                 [
@@ -149,11 +161,16 @@ def guess_layout(
                 ]
             )
         )
-    others = [one for one in best if one.pairs != best[0].pairs]
+    others = [one for one in best[1:] if not one.pairs or one.pairs != best[0].pairs]
     if others:
         lines = [f"  {_as_options(guess)}" for guess in (best[0], *others)]
         raise ValueError("\n".join([f"{path}: can be read in {len(lines)} ways; choose one of them:", *lines]))
     return min(best, key=lambda guess: (len(guess.options), len(guess.options.get("columns", ()))))
+
+
+def _unparsed(path: Path, records: Records, what: str) -> str:
+    """Lines that could not be parsed."""
+    return report([str(path)], [(0, line, problem) for line, problem in records.problems], what)
 
 
 def _as_options(guess: Guess) -> str:
@@ -256,22 +273,22 @@ def _any(value: Any) -> bool:
     return any(map(_any, value)) if isinstance(value, list) else value is not None
 
 
-def _checked(path: Path, records: Records, guess: Guess, on_error: str) -> Guess:
+def _checked(path: Path, records: Records, guess: Guess) -> Guess:
     """A guess with the pairs that it reads, or with what is wrong with it."""
     try:
         layout = layout_of(guess.name, guess.columns, guess.winner, guess.attributes)
         layout = found_columns(path, layout, records.names)
-        return replace(guess, pairs=_read(path, records, layout, on_error))
+        pairs, malformed = _read(records, layout)
+        return replace(guess, pairs=pairs, malformed=malformed)
     except ValueError as error:
         return replace(guess, problem=str(error).removeprefix(f"{path}: "))
 
 
-def _read(path: Path, records: Records, layout: Layout, on_error: str) -> list[tuple[str, ...]]:
-    """Pairs as (user, prompt, better, worse or tie).
+def _read(records: Records, layout: Layout) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Pairs as (user, prompt, better, worse or tie), and what is wrong with malformed rows.
 
     Raises:
-        ValueError: If a row is none, where that is no error to skip, a column that names the winner is not read, or
-            there is no pair.
+        ValueError: If a column that names the winner is not read, or the rows hold nothing of the layout.
     """
     if "chosen" in layout.columns and not layout.no_winner:
         places = {*layout.columns.values(), *(place.partition(".")[0] for place in layout.columns.values())}
@@ -281,18 +298,17 @@ def _read(path: Path, records: Records, layout: Layout, on_error: str) -> list[t
                 f"nothing reads the column {column!r} ({', '.join(map(short, labels[:3]))}) that names a winner"
             )
     rows = pair_rows(records, layout)
-    problems = [f"{position(path, line)}: {problem}" for line, problem in rows.problems]
+    unparsed = set(records.problems)
+    malformed = [problem for line, problem in rows.problems if (line, problem) not in unparsed]
     pairs = []
-    for line, row in zip(rows.lines, rows.rows, strict=True):
+    for row in rows.rows:
         try:
             pairs.append(_pair(row, layout))
         except ValueError as error:
-            problems.append(f"{position(path, line)}: {error}")
-    if problems and (on_error == "stop" or len(problems) >= len(pairs)):
-        raise ValueError(f"{problems[0]} ({len(problems)} such rows; on_error: skip leaves them out)")
-    if not pairs:
+            malformed.append(str(error))
+    if not pairs and not malformed:
         raise ValueError("no row holds a pair")
-    return pairs
+    return pairs, malformed
 
 
 def _pair(row: dict[str, Any], layout: Layout) -> tuple[str, ...]:
@@ -300,10 +316,6 @@ def _pair(row: dict[str, Any], layout: Layout) -> tuple[str, ...]:
     sides = [to_response(row.get("chosen")).text, to_response(row.get("rejected")).text]
     side = layout.sides.get(label_of(row["winner"])) if "winner" in row else "left"
     if side is None:
-        column, label = layout.columns["winner"], row["winner"]
-        raise ValueError(
-            f"the label {label!r} of {column!r} is left ({layout.columns['chosen']}), right "
-            f"({layout.columns['rejected']}) or tie; say which: --winner column={column} left=... right=... tie=..."
-        )
+        raise ValueError(f"nothing says what the label {row['winner']!r} means")
     sides = sides[::-1] if side == "right" else sides
     return (str(row["user_id"]), str(row.get("prompt")), *sides, "tie" if side == "tie" or row.get("tie") else "")

@@ -40,7 +40,7 @@ from plm.data.values import (
     to_timestamp,
     to_weight,
 )
-from plm.data.winners import sorted_by_winner
+from plm.data.winners import sorted_by_winner, unknown_labels
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,25 +234,24 @@ def read_pairs(
         raise ValueError(f"on_error: expected stop or skip, got {on_error!r}")
     paths = [paths] if isinstance(paths, str | Path) else paths
     described = layout_of(layout, columns, winner, attributes)
-    problems: list[tuple[int, int, str]] = []
-    raws = []
-    for index, path in enumerate(paths):
-        raw = read_columns(Path(path), described)
-        problems += [(index, line, text) for line, text in raw.problems]
-        raws.append(raw)
+    raws = [read_columns(Path(path), described) for path in paths]
+    problems = [(index, line, text) for index, raw in enumerate(raws) for line, text in raw.problems]
     files = [str(path) for path in paths]
     lines = [np.stack([np.full(len(raw.lines), i), raw.lines], axis=1) for i, raw in enumerate(raws)]
-    where = np.concatenate(lines).astype(np.int64, copy=False) if lines else np.zeros((0, 2), dtype=np.int64)
+    where = np.concatenate([np.zeros((0, 2), dtype=np.int64), *lines]).astype(np.int64, copy=False)
     stacked = {name: stack(name, raws) for name in (*REQUIRED, *OPTIONAL, "winner")}
     dropped: Counter[str] = sum((Counter(raw.dropped) for raw in raws), Counter())
     for why, count in dropped.items():
         warnings.warn(f"{count} judgements left out: {why.replace('_', ' ')}", stacklevel=2)
     checker = Checker(where, problems)
     table = _validate(stacked, described.sides, checker, files, dropped)
+    labels = unknown_labels(stacked["winner"], described.columns.get("winner", ""), described.sides)
     if problems and on_error == "stop":
-        raise ValueError(report(files, sorted(set(problems))))  # pairs of one line may share one problem
+        raise ValueError(
+            report(files, sorted(set(problems)), labels or checker.advice)
+        )  # pairs of a line may share one
     if problems:
-        table = _without_malformed(stacked, described.sides, checker, files, dropped)
+        table = _without_malformed(stacked, described.sides, checker, files, dropped, labels)
     assert table is not None
     if table.num_pairs == 0:
         raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")
@@ -274,6 +273,7 @@ def _without_malformed(
     checker: Checker,
     files: list[str],
     dropped: Mapping[str, int],
+    advice: str,
 ) -> PairTable:
     """Validated table of the lines with which the checker found no problem.
 
@@ -283,8 +283,8 @@ def _without_malformed(
     problems, kept = sorted(set(checker.problems)), checker.clean
     lines = {(file, line) for file, line, _ in problems}
     if not kept.any():
-        raise ValueError(report(files, problems, "malformed rows, and no other is left; correct them"))
-    warnings.warn(report(files, problems, "malformed rows left out"), stacklevel=3)
+        raise ValueError(report(files, problems, f", and no other is left{advice}"))
+    warnings.warn(report(files, problems, f" left out{advice}"), stacklevel=3)
     clean = {name: column and Column(column.codes[kept], column.values) for name, column in columns.items()}
     table = _validate(clean, sides, Checker(checker.where[kept], []), files, {**dropped, "malformed": len(lines)})
     assert table is not None
@@ -310,7 +310,7 @@ def make_pairs(rows: Sequence[dict[str, Any]], origin: str, dropped: dict[str, i
     columns = {name: factorise(row.get(name) for row in rows) for name in (*REQUIRED, *OPTIONAL)}
     table = _validate(columns, {}, Checker(where, problems), [origin], dropped or {})
     if problems:
-        raise ValueError(report([origin], sorted(problems), "malformed rows; correct or remove them"))
+        raise ValueError(report([origin], sorted(problems), " to correct or remove"))
     assert table is not None
     return table
 

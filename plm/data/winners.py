@@ -16,6 +16,7 @@ from plm.data.cells import printed_list
 from plm.data.checker import Checker
 from plm.data.columns import REQUIRED, Column
 from plm.data.values import short, spelling
+from plm.messages import setting
 
 SIDES = ("left", "right", "tie")
 WORDS = {
@@ -84,8 +85,9 @@ def sorted_by_winner(
     winner = columns.pop("winner", None)
     if winner is None or not all(columns[name] for name in REQUIRED):
         return columns
-    expected = ", ".join([*SIDES, *(label for label in sides if label not in WORDS)])
-    words = checker.convert("winner", winner, lambda value: _side_of(value, sides, expected), nullable=False)
+    blank = [code for code, value in enumerate(winner.values) if _is_blank(value)]
+    winner = Column(np.where(np.isin(winner.codes, blank), -1, winner.codes), winner.values)
+    words = checker.convert("winner", winner, lambda value: _side_of(value, sides), nullable=False)
     side = np.array([*("left" if word is None else word for word in words), "left"])[winner.codes]
     for left, right in (("chosen", "rejected"), ("chosen_score", "rejected_score")):
         first, second = columns[left], columns[right]
@@ -102,15 +104,34 @@ def sorted_by_winner(
     return columns
 
 
-def _side_of(value: Any, sides: Mapping[str, str], expected: str) -> str:
+def _side_of(value: Any, sides: Mapping[str, str]) -> str:
     """The side that a cell of the column ``winner`` names."""
     side = sides.get(label_of(value))
     if side is None:
-        raise ValueError(
-            f"expected one of {expected}; say what others mean: winner: {{left: ..., right: ..., tie: ...}} (--winner "
-            "left=... right=... tie=...)"
-        )
+        raise ValueError(f"expected one of {', '.join(dict.fromkeys([*SIDES, *sides]))}")
     return side
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a cell is a text without a mark."""
+    return isinstance(value, str) and not value.strip()
+
+
+def unknown_labels(winner: Column | None, column: str, sides: Mapping[str, str]) -> str:
+    """What to do about labels without a meaning, whose rows are fine, for the first line of a report; or nothing.
+
+    Args:
+        winner: The raw column ``winner``.
+        column: What the file calls it.
+        sides: Label -> left, right or tie.
+    """
+    labels = [] if winner is None else [value for value in winner.values if not _is_blank(value)]
+    unknown = [short(value) for value in labels if label_of(value) not in sides]
+    if not unknown:
+        return ""
+    more = ", ..." if len(unknown) > 4 else ""
+    said = setting("winner", {"column": column, "left": "...", "right": "...", "tie": "..."})
+    return f"; correct them, or say what the labels {', '.join(unknown[:4])}{more} mean by {said}"
 
 
 def winner_columns(

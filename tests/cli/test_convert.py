@@ -113,3 +113,53 @@ def test_nothing_of_a_file_steers_the_terminal(tmp_path: Path, capsys: pytest.Ca
     row = {"user_id": "u", "prompt": "\x1b[2J", "chosen": "a\x1b]0;", "rejected": "b", "x\x1b[31m": 1}
     assert main(["data", "convert", str(write(tmp_path / "a.jsonl", [row])), "--to", str(tmp_path / "a.parquet")]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+def two_responses(path: Path, *, label: str = "a", text: str = "x", more: str = "") -> Path:
+    """300 rows, of which the first and the last have a label and a text of their own, and the third more cells."""
+    cells = [["u", f"p{n}", "x", "y", "ab"[n % 2]] for n in range(300)]
+    for row in (cells[0], cells[-1]):
+        row[2], row[4] = text, label
+    cells[2].extend(more.split())
+    path.write_text(
+        "\n".join(",".join(row) for row in [["user_id", "prompt", "response_a", "response_b", "winner"], *cells])
+    )
+    return path
+
+
+def test_every_malformed_row_of_the_layout_that_fits_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells too many, a label without a meaning and an empty one, also behind the rows that are looked at, at once."""
+    to = tmp_path / "pairs.parquet"
+
+    def refused(**changes: str) -> list[str]:
+        path = two_responses(tmp_path / "export.csv", **changes)
+        assert main(["data", "convert", str(path), "--to", str(to)]) == 1 and not to.exists()
+        shown = capsys.readouterr()
+        assert f"{path} is read as two_responses" in shown.out
+        return shown.err.replace(f"{path}:", "line ").splitlines()
+
+    cure = "or to leave out by on_error: skip (--on_error skip):"
+    first, *rows = refused(text="", more="z")
+    assert first == f"error: 3 malformed rows to correct or remove, {cure}"
+    assert [row.split(": ")[0] for row in rows] == ["  line 2", "  line 4", "  line 301"]
+    first, *rows = refused(label="first", more="z")
+    assert first.startswith(
+        "error: 3 malformed rows; correct them, or say what the labels 'first' mean by winner: {column"
+    )
+    assert "on_error" not in first and len(rows) == 3 and "line 4: expected 5 cells, got 6" in rows[1]
+    first, *rows = refused(label="")
+    assert first == f"error: 2 malformed rows to correct or remove, {cure}"
+    assert rows == ["  line 2: winner: missing or null", "  line 301: winner: missing or null"]
+
+
+@pytest.mark.filterwarnings("ignore:.*malformed rows? left out")
+def test_a_file_of_malformed_rows_is_no_file_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where most rows are malformed, to leave them out is not advised and not done."""
+    rows = [{"user_id": "u", "prompt": f"p{n}", "chosen": "" if n else "a", "rejected": "b"} for n in range(3)]
+    args = ["data", "convert", str(write(tmp_path / "a.jsonl", rows)), "--to", str(tmp_path / "pairs.parquet")]
+    assert main(args) == 1
+    assert "error: 2 malformed rows to correct or remove:\n" in capsys.readouterr().err
+    assert main([*args, "--on_error", "skip"]) == 1 and not (tmp_path / "pairs.parquet").exists()
+    assert "expected more pairs than malformed rows, got 1 pair and 2 malformed rows" in capsys.readouterr().err

@@ -56,7 +56,7 @@ def pairs_of(draw: random.Random, user_ids: list[str], count: int) -> list[dict[
     ]
 
 
-@pytest.mark.filterwarnings("ignore:1 malformed rows left out")
+@pytest.mark.filterwarnings("ignore:1 malformed row left out")
 def test_shares_of_the_users_learn_what_one_process_learns(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

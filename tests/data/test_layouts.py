@@ -345,10 +345,6 @@ def test_columns_of_other_names_are_recognised() -> None:
             r"2 ways; .*:\n  --layout pairs --columns user_id=user\n  --layout pairs --columns user_id=annotator",
         ),
         (
-            [{"user_id": 1, "prompt": "p", "response_a": "a", "response_b": "b", "best": word} for word in "01"],
-            r"two_responses: .*the label '0' of 'best' is left \(response_a\), .* tie; say which: --winner column=best",
-        ),
-        (
             [{"user_id": 1, "prompt": "p", "chosen": "a", "rejected": "b", "winner": "model_b"}],
             r"pairs: nothing reads the column 'winner' \('model_b'\) that names a winner",
         ),
@@ -358,6 +354,15 @@ def test_columns_of_other_names_are_recognised() -> None:
 def test_what_is_not_sure_is_not_guessed(rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         guessed(rows)
+
+
+def test_the_layout_whose_columns_fit_is_guessed_of_malformed_rows() -> None:
+    """Reading says what is wrong with the rows; of two layouts the one that has fewer malformed rows is guessed."""
+    row = {"user_id": 1, "prompt": "p", "response_a": "a", "response_b": "b", "best": "0"}
+    assert guessed([row, {**row, "best": "1"}]).options["winner"] == {"column": "best"}
+    assert len(guessed([row, {**row, "best": "a"}]).malformed) == 1
+    both = {"prompt": "p", "chosen": "a", "rejected": "b", "responses": "a", "ratings": 1}
+    assert guessed([both]).name == "pairs"
 
 
 def test_what_is_said_is_not_guessed() -> None:

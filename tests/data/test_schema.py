@@ -146,7 +146,7 @@ REPLY = [{"role": "assistant", "content": "x"}]
 def test_bad_row_is_named_by_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     text = error(tmp_path, ROWS[1], {**ROWS[0], **change})
     assert f"pairs.jsonl:2: {message}" in text
-    assert text.startswith("1 malformed rows")
+    assert text.startswith("1 malformed row to correct or remove:")
 
 
 def test_history_that_is_not_the_prompt(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def line(row: Any) -> str:
 
 
 def skipping(path: Path, **options: Any) -> PairTable:
-    with pytest.warns(UserWarning, match="malformed rows left out"):
+    with pytest.warns(UserWarning, match="malformed rows? left out"):
         return read_pairs([path], **options, on_error="skip")
 
 
@@ -70,7 +70,9 @@ def test_what_is_left_is_what_was_right_and_the_rest_is_kept_as_it_stood(tmp_pat
     assert [entry["line"] for entry in kept] == [2, 4, 6, 8, 10, 12]
     assert [entry.get("row", entry.get("text")) for entry in kept] == BAD
     assert len(kept[2]["problems"]) == 2 and {entry["file"] for entry in kept} == {str(path)}
-    with pytest.raises(ValueError, match=r"^6 malformed rows; .*--on_error skip"):
+    with pytest.raises(
+        ValueError, match=r"^6 malformed rows to correct or remove, or to leave out by on_error='skip':"
+    ):
         read_pairs([path])
 
 
@@ -189,7 +191,7 @@ def test_what_cannot_be_skipped_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "none.ndjson").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*malformed rows left out")
+@pytest.mark.filterwarnings("ignore:.*malformed rows? left out")
 def test_every_command_says_where_the_rest_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,7 +236,9 @@ def test_the_command_line_reads_a_winner(tmp_path: Path, capsys: pytest.CaptureF
     args += ["--columns", "chosen=one", "rejected=two"]
     assert main([*args, "--winner", "column=best", "left=L", "right=R", "tie=S", "tie=N"]) == 0
     assert main([*args, "--winner", "column=best", "left=L", "right=R", "tie=S"]) == 1
-    assert "pairs.csv:5: winner: expected one of" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "pairs.csv:5: winner: expected one of left, right, tie, a, model_a, response_a, b, " in shown
+    assert "say what the labels 'N' mean by winner: {column: best, left: ..., right: ..., tie: ...} (--winner" in shown
     assert main(args) == 1
     assert "--winner column=best left=... right=..." in capsys.readouterr().err
     assert main([*args, "--winner", "column="]) == 0
