@@ -6,11 +6,14 @@ A run keeps users in the store beside its checkpoint, as rows of the tables in i
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import mmap
 import re
+import sqlite3
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +26,17 @@ from plm.atomic import whole_file, write_csv, write_json
 from plm.checkpoint import NOBODY, find_class, read_checkpoint
 from plm.method import CHECKPOINT_KEY
 from plm.users import Receipt, UserStore, store_path
+from plm.users.database import FACTS
 
 PAIRS_FOLDER = "pairs"
 """Folder beside the runs in which `plm.fitting.fit` keeps tables of pairs."""
 _FILES = ("per_user.csv", "predictions*.csv", "users.csv", "splits.json", "portfolio.json", "*skipped.ndjson")
 """What runs and portfolios write with ids in it."""
+_YAML = ("recipe.yaml", "hparams.yaml", "validate.yaml", "test.yaml", "predict.yaml")
+_OWN = (*_FILES, *_YAML, "metrics.csv", "metrics.json", "facts.json")
+"""Text that runs write, whose numbers are measures and settings: an id that is a number stands there in quotes."""
+MIN_LENGTH = 6
+"""Characters of an id from which on it does not occur in other bytes, such as a picture's, by chance."""
 
 
 class Erasure(NamedTuple):
@@ -39,6 +48,8 @@ class Erasure(NamedTuple):
     """Files from which a user was removed."""
     remaining: list[Path]
     """Files of the run, and tables of pairs beside it, that still hold the id of one."""
+    short: list[str]
+    """Ids below `MIN_LENGTH`: of binary files, only checkpoints, databases and tables were read for them."""
 
 
 def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Path | None = None) -> Erasure:
@@ -67,7 +78,8 @@ def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Pat
     files += [file for place in beside for file in place.rglob("*")]
     remaining = [file for file in sorted(files) if _holds(file, user_ids)]
     tables = sorted((run.parent / PAIRS_FOLDER).glob("*.parquet"))
-    return Erasure(receipts, changed, remaining + [file for file in tables if _has_cell(file, user_ids)])
+    remaining += [file for file in tables if _has_cell(file, user_ids)]
+    return Erasure(receipts, changed, remaining, sorted({name for name in user_ids if len(name) < MIN_LENGTH}))
 
 
 def _evaluations(run: Path) -> list[Path]:
@@ -153,16 +165,71 @@ def _without(value: Any, user_ids: set[str]) -> Any:
 
 
 def _holds(path: Path, user_ids: Collection[str]) -> bool:
-    """Whether a file holds an id as a word of its own, as it is or as JSON writes it."""
+    """Whether a file holds an id as a word of its own, as it is or as JSON writes it, or in binary files as a value."""
     if not path.is_file() or not path.stat().st_size:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _pattern(user_ids).search(data) is not None
+        if not _is_text(data[:_HEAD]):
+            long = [user_id for user_id in user_ids if len(user_id) >= MIN_LENGTH]
+            if long and _pattern(long).search(data):
+                return True
+            return len(long) < len(user_ids) and _has_value(path, user_ids)
+        numbers = [user_id for user_id in user_ids if _is_number(user_id)]
+        if not numbers or not any(path.match(pattern) for pattern in _OWN):
+            return _pattern(user_ids).search(data) is not None
+        words = [user_id for user_id in user_ids if user_id not in numbers]
+        quoted = b"|".join(re.escape(user_id.encode()) for user_id in numbers)
+        found = re.search(rb"([\"'])(?:" + quoted + rb")\1", data)
+        return found is not None or (bool(words) and _pattern(words).search(data) is not None)
+
+
+_HEAD = 1 << 16
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are UTF-8 without zeros; the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
+
+
+def _is_number(user_id: str) -> bool:
+    try:
+        float(user_id)
+    except ValueError:
+        return False
+    return True
+
+
+def _has_value(path: Path, user_ids: Collection[str]) -> bool:
+    """Whether an id is a user of a checkpoint, a cell of a Parquet file, or a text in an SQLite database."""
+    try:
+        if path.suffix == ".parquet":
+            return _has_cell(path, user_ids)
+        if path.suffix == ".ckpt":
+            metadata = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[CHECKPOINT_KEY]
+            return not set(user_ids).isdisjoint(metadata["user_ids"])
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            rows = (
+                row
+                for (table,) in tables
+                if table != FACTS.name
+                for row in database.execute(f'SELECT * FROM "{table}"')
+            )
+            return any(value in user_ids for row in rows for value in row if isinstance(value, str))
+    except Exception:  # damaged, or no such file: nothing can be told of a short id
+        return False
 
 
 def _pattern(user_ids: Collection[str]) -> re.Pattern[bytes]:
-    """Ids as words of their own, as they are, as JSON writes them, and as JSON writes lines of JSON."""
+    """Ids as words of their own, as they are, as JSON writes them, and as JSON writes lines of JSON.
+
+    Digits of a longer number, such as 1 in 2.1, are no word.
+    """
     once = {user_id: json.dumps(user_id)[1:-1] for user_id in user_ids}
     forms = {form for user_id, text in once.items() for form in (user_id, text, json.dumps(text)[1:-1])}
     words = b"|".join(re.escape(form.encode("utf-8", "surrogatepass")) for form in sorted(forms))
-    return re.compile(rb"(?<![\w-])(?:" + words + rb")(?![\w-])")
+    return re.compile(rb"(?<![\w-])(?<!\d\.)(?:" + words + rb")(?![\w-]|\.\d)")

@@ -3,8 +3,11 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from plm.backbones import HashingBackbone
 from plm.checkpoint import load_method, store_users
 from plm.cli import main
 from plm.erasure import erase_users
+from plm.method import CHECKPOINT_KEY
 from plm.methods.lore import LoRe
 from plm.testing import quiet_trainer
 from plm.users import UserStore, store_path
@@ -167,3 +171,45 @@ def test_without_a_store_names_are_removed_all_the_same(run: Path) -> None:
     best = run / "checkpoints" / "best.ckpt"
     store_path(best).unlink()
     assert erase_users(best, ["person-ben"]).remaining == [] and not UserStore(store_path(best)).exists
+
+
+def test_a_number_or_bytes_are_no_mention_of_a_short_id(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is named is named all the same: in a cell, a string, a value, a database, a checkpoint, a table of pairs."""
+    silent = {
+        "metrics.csv": "epoch,step,loss\n1,1,0.5\n",
+        "metrics.json": '{"num_users": 1, "version": "2.1"}',
+        "recipe.yaml": "trainer: {max_epochs: 1, devices: '2.1'}\n",
+        "notes.txt": "version 1.1 of 11, 2.1 and u1",
+    }
+    named = {
+        "hparams.yaml": "user: '1'\n",
+        "facts.json": '{"of": "1"}',
+        "foreign.csv": "rater,pairs\n1,7\n",
+        "foreign.json": '{"rater": 1}',
+        "foreign.yaml": "rater: 1\n",
+        "words.txt": "user 1.",
+    }
+    for name, text in (silent | named).items():
+        (run / name).write_text(text)
+    (run / "calibration.png").write_bytes(b"\x89PNG\r\n\0\xff 1 \0")
+    for name, ids in (("old.db", ("1",)), ("other.db", ("11",))):
+        with sqlite3.connect(run / name) as database:
+            database.execute("CREATE TABLE users (user_id TEXT, num_pairs INTEGER)")
+            database.executemany("INSERT INTO users VALUES (?, 1)", [ids])
+    for name, ids in (("old.ckpt", ["1"]), ("other.ckpt", ["11"])):
+        torch.save({CHECKPOINT_KEY: {"user_ids": ids}}, run / name)
+    for name, ids in (("old.parquet", ["1"]), ("other.parquet", ["11"])):
+        pq.write_table(pa.table({"rater": ids}), run / name)
+    assert main(["users", "delete", "--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--user", "1"]) == 0
+    shown = capsys.readouterr().err
+    lines = [line for line in shown.splitlines() if line.startswith("still named in")]
+    expected = {*named, "old.db", "old.ckpt", "old.parquet"}
+    assert {Path(line.split(": ")[0].removeprefix("still named in ")).name for line in lines} == expected
+    assert len(lines) == len(expected) and shown.count("too short to tell from other bytes: '1'") == 1
+
+
+def test_a_long_id_is_found_in_any_bytes(run: Path) -> None:
+    (run / "picture.png").write_bytes(b"\x89PNG\r\n\0\xff person-anna \0")
+    (run / "cut.txt").write_bytes(b"a" * 65535 + "ä person-anna".encode())
+    erasure = erase_users(run / "checkpoints" / "best.ckpt", ["person-anna", "1"])
+    assert erasure.remaining == [run / "cut.txt", run / "picture.png"] and erasure.short == ["1"]

@@ -9,6 +9,10 @@ from plm.messages import counted, nearest
 
 _ACTIONS = ("list", "export", "delete")
 _LATER = "SQLite removes them when no process reads a former state, by the same command; PostgreSQL by VACUUM FULL"
+_SHORT = (
+    "of binary files only checkpoints, databases and Parquet were read, not pictures and others, for ids too short to "
+    "tell from other bytes"
+)
 _ELSEWHERE = (
     "not looked at: the data that the pairs came from, other runs, copies, backups, and what was sent to a logger. "
     "The shared weights were fitted on the pairs of everybody: fit again without them if they must not count"
@@ -65,6 +69,8 @@ def run(args: list[str]) -> None:
             print(f"removed from {file}", file=sys.stderr)
         for file in erasure.remaining:
             print(f"still named in {file}: remove it, or what it says of them, by hand", file=sys.stderr)
+        if erasure.short:
+            print(f"{_SHORT}: {', '.join(map(repr, erasure.short))}", file=sys.stderr)
         if not all(receipt.is_wiped for receipt in erasure.receipts):
             print(f"{store.place} still holds their bytes: {_LATER}", file=sys.stderr)
         print(_ELSEWHERE, file=sys.stderr)
