@@ -27,7 +27,7 @@ from plm.evaluation import (
     points,
 )
 from plm.evaluation.comparison import MAX_RESAMPLED_USERS
-from plm.messages import first_of, plain
+from plm.messages import counted, first_of, plain
 
 
 def compare_items(files: Sequence[ItemScores]) -> dict[str, Any]:
@@ -147,6 +147,8 @@ def sections(users: str, result: dict[str, Any]) -> list[Section]:
     ]  # fmt: skip
     group, paired = ("users", "by item") if users == "all" else (f"{users} users", f"on {users} users")
     title = f"Accuracy of {result['num_users']:,} {group} on {result['num_items']:,} items, 95% intervals over users"
+    if result.get("num_deleted"):
+        title += f"; without {counted(result['num_deleted'], 'user')} deleted from a run"
     method = result["method"]
     if result["num_users"] < MIN_USERS:
         method = f"no intervals: they need {MIN_USERS} users"

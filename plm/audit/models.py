@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,11 +97,13 @@ class TestedRun(NamedTuple):
     split_hash: str
     users: dict[str, UserRows]
     num_ties: dict[str, int]
-    """Group of users -> pairs left out, as their user called them a tie."""
+    """Group of users -> pairs left out, as their user called them a tie; those of deleted users, too."""
+    split_users: frozenset[str] | None
+    """Everybody whom ``splits.json`` names, which is all of the split but who was deleted; None = there is no file."""
 
 
 def _read_run(folder: Path) -> TestedRun:
-    """Read ``metrics.json`` and ``per_user.csv`` of a run."""
+    """Read ``metrics.json``, ``per_user.csv`` and, where it is there, ``splits.json`` of a run."""
     users = read_user_rows(folder / "per_user.csv")
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -112,24 +115,62 @@ def _read_run(folder: Path) -> TestedRun:
         accuracy, num_pairs = rows.values["accuracy"], rows.values["num_pairs"]
         if not ((accuracy >= 0) & (accuracy <= 1) & (num_pairs >= 1) & np.isfinite(num_pairs)).all():
             raise ValueError(f"{folder / 'per_user.csv'} is damaged: expected accuracies from 0 to 1 of 1 pair or more")
-    return TestedRun(str(folder), split_hash, users, ties)
+    return TestedRun(str(folder), split_hash, users, ties, _split_users(folder / "splits.json", split_hash))
+
+
+def _split_users(path: Path, split_hash: str) -> frozenset[str] | None:
+    """Everybody whom the file of the split with this hash names; None = it is not there, or of another split."""
+    if not path.is_file():
+        return None
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))
+        return frozenset(map(str, chain(*split["users"].values()))) if split["hash"] == split_hash else None
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _deleted_users(runs: Sequence[TestedRun]) -> set[str]:
+    """Who was deleted from a run after its test: one split names the same users, and its file no longer does."""
+    named = [run.split_users for run in runs if run.split_users is not None]
+    everybody = set().union(*named, *(rows.ids for run in runs for rows in run.users.values()))
+    return {user for user in everybody if not all(user in users for users in named)}
+
+
+def _without(run: TestedRun, user_ids: set[str]) -> TestedRun:
+    """A run whose users are those that are not among some."""
+    groups = {}
+    for group, rows in run.users.items():
+        kept = np.array([user not in user_ids for user in rows.ids])
+        ids = [user for user in rows.ids if user not in user_ids]
+        groups[group] = UserRows(ids, {name: values[kept] for name, values in rows.values.items()})
+    return run._replace(users={group: rows for group, rows in groups.items() if rows.ids})
 
 
 def compare_runs(runs: Sequence[TestedRun]) -> dict[str, dict[str, Any]]:
     """Compare every run with every other, paired by user: group of users -> numbers as of `compare_items`.
+
+    Users who were deleted from a run are left out of the others, too, and counted as ``num_deleted`` of their group.
 
     Raises:
         ValueError: If the runs were tested on other pairs or users.
     """
     first = runs[0]
     for other in runs[1:]:
-        both = f"{plain(first.name)} and {plain(other.name)}"
         if first.split_hash != other.split_hash:
             raise ValueError(
                 f"expected runs of one split, got {plain(first.name)} of {plain(first.split_hash)[:12]} and "
                 f"{plain(other.name)} of {plain(other.split_hash)[:12]}; fit both on the same pairs, with the same "
                 "data.split_seed, unseen_users, val_rows and test_rows"
             )
+    deleted = _deleted_users(runs)
+    left_out = {
+        group: len({user for run in runs if group in run.users for user in run.users[group].ids} & deleted)
+        for group in ("unseen", "seen")
+    }
+    runs = [_without(run, deleted) for run in runs]
+    first = runs[0]
+    for other in runs[1:]:
+        both = f"{plain(first.name)} and {plain(other.name)}"
         for group in first.users.keys() | other.users.keys():
             pairs = [
                 dict(zip(rows.ids, rows.values["num_pairs"].tolist(), strict=True))
@@ -150,6 +191,7 @@ def compare_runs(runs: Sequence[TestedRun]) -> dict[str, dict[str, Any]]:
             micro = [float(np.average(each["accuracy"], weights=weights)) for each in values]
             ties = [run.num_ties[group] for run in runs]
             found[group] = user_numbers(names, [each["accuracy"] for each in values], micro, ties, int(weights.sum()))
+            found[group] |= {"num_deleted": left_out[group]} if left_out[group] else {}
     if not found:
         raise ValueError(f"expected test pairs of unseen or seen users in {plain(first.name)}, got none")
     return found

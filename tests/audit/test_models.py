@@ -103,6 +103,30 @@ def test_other_splits_are_refused_with_both_hashes(runs: list[Path], capsys: pyt
     assert f"got runs/one of {'a' * 12} and runs/other of {'b' * 12}" in error and error.count("\n") == 1
 
 
+def test_users_deleted_from_one_run_are_left_out_of_both(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """As if both runs had been without them; without the file of the split nobody knows, and it is refused."""
+    assert "deleted" not in repr(compare(*runs))
+    for run in runs:
+        write_json(run / "splits.json", {"hash": "a" * 64, "users": {"seen": IDS[:14], "unseen": IDS[14:]}})
+    path = runs[0] / "per_user.csv"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("user 3,")))
+    with pytest.raises(ValueError, match="got 1 users who differ"):
+        compare(*runs)  # the split still names the user
+    others = [user for user in IDS[:14] if user != "user 3"]
+    write_json(runs[0] / "splits.json", {"hash": "a" * 64, "users": {"seen": others, "unseen": IDS[14:]}})
+    found = compare(*runs).groups
+    assert found["seen"].pop("num_deleted") == 1 and "num_deleted" not in found["unseen"]
+    assert main(["compare", "one", "two"]) == 0
+    assert "without 1 user deleted from a run" in " ".join(capsys.readouterr().out.split())
+    second = runs[1] / "per_user.csv"
+    second.write_text("".join(line for line in second.read_text().splitlines(True) if not line.startswith("user 3,")))
+    for run in runs:
+        (run / "splits.json").unlink()
+    assert compare(*runs).groups == found and found["seen"]["num_users"] == 13
+    write_json(runs[0] / "splits.json", {"hash": "b" * 64, "users": {"seen": others[1:], "unseen": IDS[14:]}})
+    assert compare(*runs).groups == found  # the file of another split says nothing
+
+
 def replaced(old: str, new: str) -> Callable[[str], str]:
     """A change of a file's text."""
     return lambda text: text.replace(old, new)
