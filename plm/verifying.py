@@ -47,15 +47,15 @@ def verdict(numbers: Mapping[str, float], name: str, value: float, artefact: str
         artefact: Why that is too high, where it is known.
 
     Returns:
-        ``within`` the interval, ``above`` or ``below`` the paper's number; ``known artefact`` for below one that is
-        known to be too high.
+        ``within`` the interval, ``above`` or ``below`` the paper's number, and that it has a ``known artefact`` where
+        it is below one.
 
     Example:
         >>> found = {"accuracy": 0.70, "accuracy_low": 0.68, "accuracy_high": 0.72}
         >>> [verdict(found, "accuracy", value) for value in (0.71, 0.65, 0.75)]
         ['within', 'above', 'below']
         >>> verdict(found, "accuracy", 0.977, "labels in the brackets")
-        'known artefact'
+        'below, known artefact'
     """
     if name not in numbers:
         return "not measured"
@@ -64,7 +64,7 @@ def verdict(numbers: Mapping[str, float], name: str, value: float, artefact: str
         return "too few users for an interval"
     if low <= value <= high:
         return "within"
-    return "above" if low > value else "known artefact" if artefact else "below"
+    return "above" if low > value else "below, known artefact" if artefact else "below"
 
 
 def comparison(paper: Paper, metrics: Mapping[str, Any], changed: Sequence[str] = ()) -> Section:
@@ -95,7 +95,7 @@ def comparison(paper: Paper, metrics: Mapping[str, Any], changed: Sequence[str] 
         lines.append(
             "the verdict goes by the interval of this run over its users; seeds and the paper's own error are not in it"
         )
-    lines += [f"known artefact: {paper.artefact}"] if paper.artefact else []
+    lines += [f"known artefact, which explains a part at most: {paper.artefact}"] if paper.artefact else []
     lines += [f"the paper differs: {paper.differs}"] if paper.differs else []
     lines += [f"this run differs from the recipe: {', '.join(changed)}"] if changed else []
     return Section("", ("", "paper", "this run", "verdict") if rows else (), rows, lines=lines)

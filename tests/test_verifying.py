@@ -32,7 +32,7 @@ PAPER = {"source": "a paper", "table": "Table 3", "numbers": {"seen": {"accuracy
         (0.72, "", "within"),
         (0.6799, "", "above"),
         (0.7201, "", "below"),
-        (0.7201, "a leak", "known artefact"),
+        (0.7201, "a leak", "below, known artefact"),
         (0.72, "a leak", "within"),
         (0.6799, "a leak", "above"),
     ],
@@ -53,12 +53,12 @@ def test_numbers_of_the_paper_stand_beside_those_of_the_run() -> None:
     metrics = {"unseen": {**NUMBERS, **gain, "num_users": 9}, "seen": {**NUMBERS, "accuracy_low": None}}
     section = comparison(Paper("s", "t", named, "otherwise", "a leak"), metrics, ["trainer.max_epochs: 2 instead of 9"])
     assert [list(row.cells) for row in section.rows] == [
-        ["unseen: accuracy %", "75.5", "70.0 [68.0, 72.0]", "known artefact"],
+        ["unseen: accuracy %", "75.5", "70.0 [68.0, 72.0]", "below, known artefact"],
         ["unseen: personal − global", "+2.2", "+1.5 [0.1, 3.0]", "within"],
         ["seen: accuracy %", "50.0", "70.0", "too few users for an interval"],  # JSON has null for nan
     ]
     told = "\n".join(section.lines)
-    assert "known artefact: a leak" in told and "the paper differs: otherwise" in told
+    assert "explains a part at most: a leak" in told and "the paper differs: otherwise" in told
     assert "this run differs from the recipe: trainer.max_epochs: 2 instead of 9" in told
     nothing = comparison(Paper("s", "t", {}), metrics)
     assert not nothing.rows and nothing.lines == ["no number of t is known, so there is nothing to compare with"]

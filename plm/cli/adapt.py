@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plm.cli.options import OptionParser, add_ray, add_reading, check_ray, reading_of, share_name
+from plm.cli.options import OptionParser, add_ray, add_reading, check_ray, reading_of
 from plm.cli.shares import run_by_ray
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def run(args: list[str]) -> int:
     if not table.num_pairs:
         print(f"no user of the file is in shard {index}/{count}")
         return 0
-    curve = unseen_users_curve(options.ckpt_path) if method.view == "features" else None
+    judges = method.view == "features" and count == 1  # a share knows a part of the users
+    curve = unseen_users_curve(options.ckpt_path) if judges else None
     predicted: list[FewShotTable | None] = []
 
     def predict(data: FeaturedPairs) -> None:
@@ -95,7 +96,7 @@ def run(args: list[str]) -> int:
     print(f"written to {method.users.place}")
     for new_users in predicted:
         if curve is not None and new_users is not None and len(new_users.user_row) >= MIN_USERS:
-            _report(drift_report(new_users, curve), share_name(str(_beside(options, "drift.json")), options.shard))
+            _report(drift_report(new_users, curve), _beside(options, "drift.json"))
     return 0
 
 
@@ -123,7 +124,7 @@ def _beside(options: Namespace, ending: str) -> Path:
     return Path(options.ckpt_path).with_name(f"{Path(options.pairs[0]).stem}.{ending}")
 
 
-def _report(report: dict[str, Any], path: str) -> None:
+def _report(report: dict[str, Any], path: Path) -> None:
     """Show whether the bases fit the new users, and keep the numbers."""
     from plm.atomic import write_json
     from plm.evaluation import drift_table, print_parts

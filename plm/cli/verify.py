@@ -17,7 +17,7 @@ def run(args: list[str]) -> None:
         prog="plm verify",
         description="Does a recipe reach the number of the paper that it names? The recipes of papers are in\n"
         "recipes/papers, such as recipes/papers/lore_polis_k2.yaml. It is fitted as by plm fit, and its test is put\n"
-        "beside the paper's number: within the run's 95% interval over users, above, below, or a known artefact.\n"
+        "beside the paper's number: within the run's 95% interval over users, above, below, with a known artefact.\n"
         "Options of a recipe may follow, as for plm fit: --data.source.init_args.seed 1.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe with a key paper")

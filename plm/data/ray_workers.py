@@ -70,8 +70,8 @@ def run_shares(command: Sequence[str], workers: int | None = None) -> Iterator[E
     with _running():
         import ray
 
-        size, _ = _room(workers)
-        task = ray.remote(num_cpus=CPUS, max_retries=RETRIES)(_run)
+        size, gpus = _room(workers)
+        task = ray.remote(num_cpus=CPUS, num_gpus=min(1.0, gpus / size), max_retries=RETRIES)(_run)
         shares = [[*command, "--shard", f"{index}/{size}"] for index in range(1, size + 1)]
         for ended in [task.remote(share, os.getcwd()) for share in shares]:
             yield ray.get(ended)

@@ -191,6 +191,26 @@ def test_a_sweep_has_a_row_for_each_value(place: Path) -> None:
     assert command._row(rows[2], []).point == rows[2].point and command._shuffled(rows[2]).point is None
 
 
+@pytest.mark.parametrize(
+    ("argument", "select", "message"),
+    [
+        ("num_base", {}, "mine, num_base 2: model: plm.LoRe: no key 'num_base'; did you mean 'num_bases'?"),
+        ("feature_dim", {}, "model.init_args.feature_dim is filled from data.feature_dim"),
+        ("num_bases", {"model.init_args.num_bases": [2, 4]}, "selects num_bases on validation pairs; take it out"),
+    ],
+)
+def test_a_sweep_that_would_not_be_one_is_refused_at_once(
+    place: Path, tmp_path: Path, argument: str, select: dict[str, Any], message: str
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({"model": {"class_path": "LoRe"}, **({"select": select} if select else {})}))
+    args = ("--config", str(place / "tiny.yaml"), "--config", str(recipe))
+    rows = entries.swept([Entry("mine", "method", "", args)], argument, "2,4")
+    with pytest.raises(ValueError) as caught:
+        entries.read_entries(rows)
+    assert message in str(caught.value)
+
+
 def test_what_is_swept_is_not_searched() -> None:
     entry = Entry("LoRe", "method", "", (), method_class=LoRe, point=SweepPoint("LoRe", "num_bases", 2.0))
     assert "num_bases" in LoRe.search_space
