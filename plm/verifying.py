@@ -5,11 +5,15 @@ Axes: N texts, D feature width.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from plm.backbones import Backbone, CausalLM, HFBackbone
 from plm.backbones.weights import num_weights
@@ -20,6 +24,7 @@ from plm.evaluation.report import ROWS
 from plm.fitting import Run
 from plm.hub import no_downloads
 from plm.recipe.defaults import read_config
+from plm.recipe.fit import run_recipe
 from plm.recipe.paper import DIFFERENCES, Paper
 from plm.recipe.read import build_part, build_source, merged_recipe
 
@@ -107,11 +112,17 @@ def changed_keys(recipe: str, run: Run) -> list[str]:
     Raises:
         ValueError: If the run holds no recipe.
     """
-    wanted, found = dict(_flat(merged_recipe(recipe, []))), dict(_flat(read_config(run.folder / "recipe.yaml")))
+    printed = io.StringIO()
+    with redirect_stdout(printed), suppress(SystemExit):
+        run_recipe(["fit", "--config", recipe, "--print_config"])
+    wanted, found = (
+        dict(_flat(yaml.safe_load(printed.getvalue()))),
+        dict(_flat(read_config(run.folder / "recipe.yaml"))),
+    )
     return [
-        f"{key}: {found.get(key)!r} instead of {value!r}"
-        for key, value in wanted.items()
-        if not key.startswith(_OWN) and _plain(found.get(key)) != _plain(value)
+        f"{key}: {found.get(key)!r} instead of {wanted.get(key)!r}"
+        for key in dict.fromkeys([*wanted, *found])
+        if not key.startswith(_OWN) and _plain(found.get(key)) != _plain(wanted.get(key))
     ]
 
 

@@ -64,22 +64,22 @@ def test_numbers_of_the_paper_stand_beside_those_of_the_run() -> None:
     assert not nothing.rows and nothing.lines == ["no number of t is known, so there is nothing to compare with"]
 
 
-def test_settings_of_a_run_that_differ_are_named(tmp_path: Path) -> None:
-    recipe = {
-        "defaults": [{"logger": "csv"}],
-        "paper": PAPER,
-        "model": {"class_path": "PublishedLoRe", "init_args": {"num_bases": 2, "lr": 0.5}},
-        "trainer": {"max_epochs": 300, "gradient_clip_val": None},
-    }
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints/best.ckpt").touch()
-    model = {"class_path": "plm.methods.lore.PublishedLoRe", "init_args": {"num_bases": 5, "lr": 0.5, "anchor": "none"}}
-    trainer = {"max_epochs": 300, "gradient_clip_val": None, "default_root_dir": "elsewhere"}
-    (run / "recipe.yaml").write_text(yaml.safe_dump({"paper": None, "model": model, "trainer": trainer}))
-    assert changed_keys(str(file), Run(run)) == ["model.init_args.num_bases: 5 instead of 2"]
+def test_what_differs_from_the_recipe_is_named_with_what_the_recipe_leaves_to_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = Path(__file__).parents[1] / "recipes" / "quickstart.yaml", tmp_path / "run"
+    run.mkdir()
+    assert main(["fit", "--config", str(file), "--print_config"]) == 0
+    whole = yaml.safe_load(capsys.readouterr().out)
+    whole["name"], whole["trainer"]["default_root_dir"] = "mine", "elsewhere"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(whole))
+    assert changed_keys(str(file), Run(run)) == []
+    whole["data"]["shuffle_users"], whole["model"]["init_args"]["num_bases"] = True, 5
+    (run / "recipe.yaml").write_text(yaml.safe_dump(whole))
+    assert sorted(changed_keys(str(file), Run(run))) == [
+        "data.shuffle_users: True instead of False",
+        "model.init_args.num_bases: 5 instead of 6",
+    ]
 
 
 # ---------------------------------------------------------------------- the key of a recipe

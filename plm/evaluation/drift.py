@@ -114,7 +114,5 @@ def _verdict(
     if change["accuracy_high"] >= 0:
         return False, f"no evidence that the bases fit these users less well: {found}"
     gain = difference(change, "gain", " points")
-    return (
-        True,
-        f"the bases fit these users less well, fit again with their pairs: {found}; what their pairs add, {gain}",
-    )
+    again = "the bases fit these users less well, fit again with their pairs"
+    return True, f"{again}: {found}; what their pairs add, {gain}"
