@@ -68,7 +68,8 @@ def test_what_differs_from_the_recipe_is_named_with_what_the_recipe_leaves_to_de
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, run = Path(__file__).parents[1] / "recipes" / "quickstart.yaml", tmp_path / "run"
-    run.mkdir()
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/best.ckpt").touch()
     assert main(["fit", "--config", str(file), "--print_config"]) == 0
     whole = yaml.safe_load(capsys.readouterr().out)
     whole["name"], whole["trainer"]["default_root_dir"] = "mine", "elsewhere"
