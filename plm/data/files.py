@@ -6,12 +6,13 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar, cast
 
@@ -23,6 +24,7 @@ from plm.messages import counted, first_of
 
 csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 characters that are usual
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
+_SPREADSHEETS = (".tsv", ".xlsx", ".xls", ".ods")
 TABLES = (".parquet", ".arrow")
 """Formats that hold typed columns."""
 
@@ -49,6 +51,11 @@ def check_exists(path: Path) -> None:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "which does not exist"
         raise ValueError(f"expected a file, got {str(path)!r}, {what}")
+
+
+def or_empty(path: str | Path) -> str:
+    """The name of a file that gave no row; it says so where the file is empty."""
+    return f"{path}, which is empty" if os.path.getsize(path) == 0 else str(path)
 
 
 def opened(path: Path) -> IO[bytes]:
@@ -151,7 +158,8 @@ def file_format(path: Path) -> str:
         ValueError: If it says another.
     """
     if not path.name.endswith(FORMATS):
-        raise ValueError(f"{path}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}")
+        advice = "; save the table as CSV with commas" if path.suffix in _SPREADSHEETS else ""
+        raise ValueError(f"{path}: expected a file ending in {', '.join(FORMATS)}, got {path.suffix!r}{advice}")
     return path.name.removesuffix(".gz").rsplit(".", 1)[-1]
 
 
@@ -226,8 +234,10 @@ def _read_csv(path: Path, stream: Any, num_rows: int | None = None) -> Records:
     end = 0  # the last line that was read
     rows, lines, problems = [], [], []
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, strict=True)
         try:
+            first = text.readline()
+            _refuse_other_separators(path, first)
+            reader = csv.reader(chain([first], text), strict=True)
             header = next(reader, [])
             named_once(path, header)
             end = reader.line_num
@@ -247,6 +257,20 @@ def _read_csv(path: Path, stream: Any, num_rows: int | None = None) -> Records:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected UTF-8 text, got {error}; save the file as UTF-8") from error
     return Records(header, rows, lines, problems)
+
+
+def _refuse_other_separators(path: Path, first: str) -> None:
+    """Refuse a file whose first line has other separators than commas, as spreadsheets of many countries write them.
+
+    Raises:
+        ValueError: With how to save it.
+    """
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if mark in first and "," not in first:
+            raise ValueError(
+                f"{path}: expected commas between the cells, got {name}: {short(first.strip())}; save it as CSV with "
+                "commas: in LibreOffice as the field delimiter, in Excel as the list separator of the system"
+            )
 
 
 _Parsed = TypeVar("_Parsed")

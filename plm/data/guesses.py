@@ -10,7 +10,7 @@ from typing import Any
 
 from plm.data.cells import value_at
 from plm.data.checker import report
-from plm.data.files import Records
+from plm.data.files import Records, or_empty
 from plm.data.layouts import LAYOUTS, Layout, layout_of
 from plm.data.pair_rows import pair_rows
 from plm.data.reading import found_columns
@@ -141,6 +141,8 @@ def guess_layout(
     """
     if records.problems and not records.rows:
         raise ValueError(_unparsed(path, records, " and no other"))
+    if not records.rows:
+        raise ValueError(f"expected preference pairs, got none in {or_empty(path)}")
     given = [name for name in LAYOUTS if layout in (None, name)]
     if not given:
         layout_of(layout)  # says which there are

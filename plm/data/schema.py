@@ -21,7 +21,7 @@ import numpy.typing as npt
 from plm.arrays import BoolArray, Float32Array, Float64Array, IntArray
 from plm.data.checker import Checker, report
 from plm.data.columns import OPTIONAL, REQUIRED, Column, factorise, joined, merged, stack
-from plm.data.files import position
+from plm.data.files import or_empty, position
 from plm.data.layouts import layout_of
 from plm.data.reading import read_columns
 from plm.data.values import (
@@ -254,7 +254,7 @@ def read_pairs(
         table = _without_malformed(stacked, described.sides, checker, files, dropped, labels)
     assert table is not None
     if table.num_pairs == 0:
-        raise ValueError(f"expected preference pairs, got none in {', '.join(files) or 'no file'}")
+        raise ValueError(f"expected preference pairs, got none in {', '.join(map(or_empty, files)) or 'no file'}")
     for ids in (table.user_ids, table.dialogues):
         alike = spelt_alike(ids)
         if alike:

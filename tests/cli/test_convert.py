@@ -163,3 +163,26 @@ def test_a_file_of_malformed_rows_is_no_file_of_pairs(tmp_path: Path, capsys: py
     assert "error: 2 malformed rows to correct or remove:\n" in capsys.readouterr().err
     assert main([*args, "--on_error", "skip"]) == 1 and not (tmp_path / "pairs.parquet").exists()
     assert "expected more pairs than malformed rows, got 1 pair and 2 malformed rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "expected preference pairs, got none in {path}, which is empty"),
+        ("a.csv", "user_id,prompt,chosen,rejected\n", "expected preference pairs, got none in {path}"),
+        (
+            "a.csv",
+            "user_id;prompt;chosen;rejected\nu;p;a, b;c\n",
+            "{path}: expected commas between the cells, got semi",
+        ),
+        ("a.jsonl", "{\n{", "2 malformed rows and no other:"),
+        ("a.jsonl", '{"id": 1}\n{', "{path}: expected one of the layouts of docs/data.md, got the columns id;"),
+    ],
+)
+def test_a_file_without_pairs_is_told_why(
+    name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert main(["data", "convert", str(path), "--to", str(tmp_path / "pairs.parquet")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message.format(path=path)}")

@@ -73,9 +73,9 @@ MS = pa.timestamp("us")
 
 PAIRS: dict[str, tuple[str | bytes, str | None]] = {
     # files
-    "empty.jsonl": ("", "expected preference pairs, got none in"),
+    "empty.jsonl": ("", r"expected preference pairs, got none in .*empty\.jsonl, which is empty"),
     "blank.jsonl": ("\n \n", "expected preference pairs, got none in"),
-    "empty.csv": ("", "expected preference pairs, got none in"),
+    "empty.csv": ("", r"expected preference pairs, got none in .*empty\.csv, which is empty"),
     "header.csv": ("user_id,prompt,chosen,rejected\n", "expected preference pairs, got none in"),
     "empty.jsonl.gz": (gzip.compress(b""), "expected preference pairs, got none in"),
     "no_rows.parquet": (
@@ -123,7 +123,16 @@ PAIRS: dict[str, tuple[str | bytes, str | None]] = {
     ),
     "missing.jsonl": (json.dumps({**ROW, "rejected": None}).replace(', "rejected": null', ""), "'rejected' is missing"),
     "typo.jsonl": (GOOD.replace("user_id", "user"), r"did you mean 'user'\? Set columns: \{user_id: user\}"),
-    "semicolon.csv": (CSV.replace(",", ";"), "expected columns user_id, prompt, chosen, rejected"),
+    "semicolon.csv": (
+        CSV.replace(",", ";").replace("good", "good, big"),
+        "between the cells, got semicolons: 'user_id;prompt;chosen;rejected'; save it as CSV with commas:",
+    ),
+    "quoted.csv": ('"user_id";"prompt"\n"a";"b"\n', "expected commas between the cells, got semicolons"),
+    "separator.csv": ("sep=;\n" + CSV.replace(",", ";"), "expected commas between the cells, got semicolons: 'sep=;'"),
+    "tabs.csv": (CSV.replace(",", "\t"), r"expected commas between the cells, got tabs: 'user_id\\tprompt"),
+    "rows.tsv": (CSV.replace(",", "\t"), r"got '\.tsv'; save the table as CSV with commas"),
+    "rows.xlsx": (b"PK", r"got '\.xlsx'; save the table as CSV with commas"),
+    "in_a_text.csv": (CSV.replace("good bus", "good; bus\t"), None),
     "short.csv": (CSV + "a,b\n", r"short\.csv:3: expected 4 cells, got 2"),
     "quote.csv": (CSV + 'a,"p,x,y\n' + "b,p,x,y\n" * 9, r"quote\.csv:3: malformed CSV"),
     "zero_byte.csv": (CSV + "a\0,p,x,y\n", r"zero_byte\.csv:3: user_id: expected an id without control characters"),
