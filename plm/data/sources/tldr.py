@@ -131,7 +131,7 @@ class TldrLengthPairs(PairSource):
     Args:
         path: As of `TldrPairs`.
         min_pairs: Fewest comparisons of an unseen worker.
-        unseen_pairs: Support pairs of an unseen worker, 1 to 100 in the paper; the others are the test.
+        unseen_pairs: Support pairs of an unseen worker, 1 to 100 in PAL's settings; the others are the test.
         seed: Of who prefers what among the unseen, and of their support.
     """
 
