@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 from plm.evaluation.statistics import MIN_USERS
 
+_NOTHING = 1e-9
+"""What is closer to zero is a zero, of which sums of floats have left something."""
+
 
 def verdict(name: str, numbers: Mapping[str, float]) -> str:
     """Say in one sentence whether personalisation helps a group of users, and whether it is their own that helps.
@@ -23,13 +26,16 @@ def verdict(name: str, numbers: Mapping[str, float]) -> str:
     other = ""
     if "personal_minus_other" in numbers:
         other = f"{difference(numbers, 'personal_minus_other')} over another user's state"
-    if high < 0:
+    if max(-low, high) < _NOTHING:
+        reason = "its users do not differ, each has the accuracy of its global control"
+        return f"{name}: no evidence of personalisation: {reason}"
+    if high < -_NOTHING:
         return f"{name}: personalisation harms: {gain} against its global control"
-    if low <= 0:
+    if low < _NOTHING:
         found = numbers.get("personal_minus_global_mde", math.nan)
         limit = "" if math.isnan(found) else f"; {points(found, '')} would have been found four times in five"
         return f"{name}: no evidence of personalisation: {gain} over its global control{limit}"
-    if other and numbers["personal_minus_other_low"] <= 0:
+    if other and numbers["personal_minus_other_low"] < _NOTHING:
         return f"{name}: no evidence of personalisation: {gain} over its global control, but only {other}"
     return f"{name}: personalisation helps: {gain} over its global control" + (f", {other}" if other else "")
 
@@ -42,11 +48,11 @@ def points(value: float, sign: str = "+") -> str:
 def bound(value: float) -> str:
     """Format the end of an interval like `points`, but one that is not zero shows the digit that says so.
 
-    >>> bound(0.043), bound(0.0004), bound(-0.00001), bound(0.0)
-    ('4.3', '0.04', '-0.001', '0.0')
+    >>> bound(0.043), bound(0.0004), bound(-0.00001), bound(0.0), bound(1e-17)
+    ('4.3', '0.04', '-0.001', '0.0', '0.0')
     """
     percent, digits = 100 * value, 1
-    while digits < 6 and percent and not round(percent, digits):
+    while abs(value) >= _NOTHING and not round(percent, digits):
         digits += 1
     return format(round(percent, digits) + 0.0, f".{digits}f")
 

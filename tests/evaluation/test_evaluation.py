@@ -168,7 +168,15 @@ def test_summary_leaves_out_controls_that_were_not_measured():
             (-0.0002, -0.01, 0.01),
             "+2.0 points [1.0, 3.0] over its global control, but only +0.0 [-1.0, 1.0] over another user's state",
         ),
-        ((0.0, 0.0, 0.0), None, "+0.0 points [0.0, 0.0] over its global control"),
+        ((0.0, 0.0, 0.0), None, "its users do not differ, each has the accuracy of its global control"),
+        ((0.0, -1e-17, -1e-17), None, "its users do not differ, each has the accuracy of its global control"),
+        ((0.02, 1e-17, 0.053), None, "+2.0 points [0.0, 5.3] over its global control"),
+        ((-0.02, -0.053, -1e-17), None, "-2.0 points [-5.3, 0.0] over its global control"),
+        (
+            (0.02, 0.01, 0.03),
+            (0.02, 1e-17, 0.03),
+            "+2.0 points [1.0, 3.0] over its global control, but only +2.0 [0.0, 3.0] over another user's state",
+        ),
     ],
 )
 def test_verdict(gain: tuple[float, float, float], other: tuple[float, float, float] | None, sentence: str):
