@@ -205,25 +205,13 @@ def users_of_share(table: PairTable, share: tuple[int, int]) -> PairTable:
     return table if share == (1, 1) else table.take(in_share(digest(table.user_ids), share)[table.user])
 
 
-def adapt_users(method: PersonalizationMethod, table: PairTable) -> Iterator[tuple[list[str], UserState]]:
-    """Learn the state of every user of a table from the user's pairs alone; the method stays as it is.
-
-    They are learned in chunks, as `plm.functional.user_chunks` makes them: however many users there are, and however
-    many pairs one of them has, what is in memory beside the table and the features of its texts is bounded.
-
-    Args:
-        method: A method that was loaded with its language model, as `plm.load_method` does.
-        table: Pairs. A user of whom no pair is short enough for the method is left out.
-
-    Yields:
-        User ids and their states, on the CPU, of so many users that these are worth a transaction; users with the
-        fewest pairs come first.
-    """
-    yield from _batched(method, _encoded(method, table))
-
-
 def _batched(method: PersonalizationMethod, data: FeaturedPairs) -> Iterator[tuple[list[str], UserState]]:
-    """User ids and states of so many users that these are worth a transaction."""
+    """User ids and states, on the CPU, of so many users that these are worth a transaction; the fewest pairs first.
+
+    Each is learned from the user's pairs alone, in chunks, as `plm.functional.user_chunks` makes them: however many
+    users there are, and however many pairs one of them has, what is in memory beside the features is bounded. A user of
+    whom no pair is short enough for the method is left out.
+    """
     user_ids: list[str] = []
     states: list[UserState] = []
     for some_ids, some in _adapted(method, data):

@@ -215,10 +215,13 @@ def _hours(size: int, tokens: float, is_trained: bool) -> str:
 def _named_size(model: str) -> int | None:
     """Number of weights that the name of a model tells, such as ``Qwen2.5-0.5B-Instruct``; None where it does not.
 
+    Mixtures share weights between their experts, so that ``8x7B`` tells nothing.
+
+    >>> _named_size("mistralai/Mixtral-8x7B-v0.1")
     >>> _named_size("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2"), _named_size("google/gemma-3-270m"), _named_size("gpt2")
     (8000000000, 270000000, None)
     """
-    match = re.search(r"(?<![\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", Path(model).name.lower())
+    match = re.search(r"(?<![\d.x])(\d+(?:\.\d+)?)([bm])(?![a-z])", Path(model).name.lower())
     return None if match is None else round(float(match[1]) * {"b": 1e9, "m": 1e6}[match[2]])
 
 

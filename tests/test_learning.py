@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import plm.checkpoint
-from plm.adapting import adapt_user, adapt_users
+from plm.adapting import adapt_user, learn_users
 from plm.backbones import HashingBackbone
 from plm.checkpoint import load_method
 from plm.data.schema import make_pairs
@@ -171,10 +171,10 @@ def test_users_of_a_table_are_learned_in_bounded_chunks(path: Path, monkeypatch:
         return adapt(self, context)
 
     monkeypatch.setattr(type(method), "adapt", watched)
-    chunks = list(adapt_users(method, table))
+    chunks = [part.user_ids for part in learn_users(method, table)]
     assert len(cells) > 3 and max(cells) * 2 * 64 <= widest
-    learned = {user_id: state.take(torch.tensor([row])) for ids, state in chunks for row, user_id in enumerate(ids)}
-    assert sorted(learned) == table.user_ids and sum(len(ids) for ids, _ in chunks) == len(counts)
+    learned = {user_id: method.users.get([user_id])[0] for ids in chunks for user_id in ids}
+    assert sorted(learned) == table.user_ids and sum(map(len, chunks)) == len(counts)
     for user_id, state in learned.items():
         alone = adapt_user(method, user_id, [pair for pair in rows if pair["user_id"] == user_id])
         assert int(state.num_pairs) == int(alone.num_pairs) == len([row for row in rows if row["user_id"] == user_id])

@@ -38,4 +38,4 @@ def run(args: list[str]) -> None:
     else:
         source = build({"rewards": users_as_rewards(options.ckpt_path, options.user)}, options.samples)
     rows = list(score_rows(source) if options.scores else pair_rows(source.load()))
-    write_rows(rows, options.output, "scored prompts" if options.scores else "pairs")
+    write_rows(rows, options.output, "scored prompt" if options.scores else "pair")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from plm.atomic import json_line, whole_file
 from plm.backbones import CausalLM, Policy, RemotePolicy, device
+from plm.messages import counted
 
 
 def policy_of(options: argparse.Namespace) -> Policy | RemotePolicy:
@@ -55,13 +56,13 @@ def with_results(record: dict[str, Any], user_id: str | None, **results: Any) ->
     return {**record, "user_id": user_id, **results}
 
 
-def write_rows(rows: Iterable[dict[str, Any]], output: str | None, noun: str = "rows") -> None:
+def write_rows(rows: Iterable[dict[str, Any]], output: str | None, noun: str = "row") -> None:
     """Write rows as JSONL to a file, which is then named on standard error; to standard output where none is given."""
     if output:
         num_rows = 0
         with whole_file(output, "w") as file:
             for num_rows, row in enumerate(rows, start=1):  # noqa: B007 - never all at once
                 file.write(json_line(row))
-        print(f"{num_rows} {noun} written to {output}", file=sys.stderr)
+        print(f"{counted(num_rows, noun)} written to {output}", file=sys.stderr)
     else:
         sys.stdout.write("".join(map(json_line, rows)))
