@@ -30,7 +30,7 @@ def test_rows_are_not_held_all_at_once(tmp_path: Path, capsys: pytest.CaptureFix
             yield row
 
     path = tmp_path / "rows.jsonl"
-    write_rows(rows(), str(path), "things")
+    write_rows(rows(), str(path), "thing")
     assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [*range(50)]
     assert most <= 3
     assert capsys.readouterr().err == f"50 things written to {path}\n"
