@@ -6,6 +6,7 @@ import hashlib
 import html
 import io
 import json
+import re
 import tempfile
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,7 +226,10 @@ def _path_of(cls: type) -> str:
 
 @contextmanager
 def _kept(pairs: Any, folder: Path) -> Iterator[list[str]]:
-    """Files that hold the pairs; a table is written to one that its content names, and removed if the block fails."""
+    """Files that hold the pairs; a table is written to one that its content names.
+
+    Where the block fails, that file is removed, unless a run is left that names it, and errors name the table instead.
+    """
     if isinstance(pairs, str | Path):
         yield [str(pairs)]
         return
@@ -239,18 +243,31 @@ def _kept(pairs: Any, folder: Path) -> Iterator[list[str]]:
         expected = "expected files, a DataFrame, an Arrow table or a list of mappings of one kind"
         raise ValueError(f"pairs: {expected}, got {type(pairs).__name__}: {error}") from error
     file = folder / PAIRS_FOLDER / f"table_{hashlib.sha256(sink.getvalue()).hexdigest()[:12]}.parquet"
-    is_new = not file.is_file()
+    is_new, is_new_folder = not file.is_file(), not folder.is_dir()
+    before = set(folder.glob("*"))
     if is_new:
         with whole_file(file) as target:
             target.write(sink.getvalue())
     try:
         yield [str(file.resolve())]
-    except BaseException:
-        if is_new:
+    except BaseException as error:
+        if is_new and set(folder.glob("*")) <= {*before, file.parent}:
             file.unlink(missing_ok=True)
-            with suppress(OSError):  # it holds other tables
+            with suppress(OSError):  # it holds other tables, or what others have written meanwhile
                 file.parent.rmdir()
+                if is_new_folder:
+                    folder.rmdir()
+        if isinstance(error, ValueError) and file.name in str(error):
+            raise ValueError(_of_table(str(error), file, f"the {type(pairs).__name__}")) from error
         raise
+
+
+def _of_table(text: str, file: Path, name: str) -> str:
+    """A message about the file of a table as one about the table."""
+    text = re.sub(re.escape(str(file.resolve())) + r":(row \d+)", rf"\1 of {name}", text)
+    for path in (str(file.resolve()), f"{file.parent.name}/{file.name}"):
+        text = text.replace(path, name)
+    return text
 
 
 def _table(pairs: Any) -> pa.Table:

@@ -211,8 +211,23 @@ def test_a_checkpoint_of_another_name_is_found(folder: Path) -> None:
         ([{"user_id": "a"}, 5], {}, "got list"),
         ([{**planted()[0], "chosen": 5}, planted()[1]], {}, "got list"),
         ("nowhere.jsonl", {}, "expected data at 'nowhere.jsonl'"),
-        ([{"user_id": "a", "prompt": "p", "chosen": "x"}], {}, "column 'rejected' is missing"),
-        (pd.DataFrame([{**planted()[0], "user_id": np.nan}]), {}, "row 0: user_id: missing or null"),
+        (
+            [{"user_id": "a", "prompt": "p", "chosen": "x", "reject": "y"}],
+            {},
+            r"^the list: .* column 'rejected' is missing; .* Set columns={'rejected': 'reject'}\. For usual",
+        ),
+        (
+            pd.DataFrame([{**row, "winner": "C"} for row in planted(6, 6)]).rename(columns={"user_id": "who"}),
+            {"columns": {"user_id": "who"}, "winner": {"column": "winner"}},
+            r"the labels 'C' mean by winner={'column': 'winner', 'left': .*\n  row 0 of the DataFrame: winner: "
+            "expected one of left, right, tie, a, .* b, ",
+        ),
+        (
+            pd.DataFrame([{**planted()[0], "rejected": ""}, *planted(6, 6)]),
+            {},
+            r"^1 malformed row .* leave out by on_error='skip':\n  row 0 of the DataFrame: rejected: empty text",
+        ),
+        (pd.DataFrame([{**planted()[0], "user_id": np.nan}]), {}, "row 0 of the DataFrame: user_id: missing or null"),
         (planted(6, 6), {"method": "LoRo"}, "no class 'LoRo'; did you mean 'LoRe'"),
         (planted(6, 6), {"num_basis": 2}, "no key 'num_basis'; did you mean 'num_bases'"),
         (planted(6, 6), {"backbone": "hashin"}, "no backbone named 'hashin'; did you mean 'hashing'"),
@@ -233,8 +248,22 @@ def test_what_cannot_be_fitted_is_an_error_and_leaves_no_run(
 ) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         plm.fit(pairs, **{"backbone": "hashing", **arguments})
-    assert not list(Path("runs").glob("*"))
-    assert "recipe.yaml" not in str(raised.value)  # nobody has written that file
+    assert not Path("runs").exists()
+    for hidden in ("recipe.yaml", "table_", "--"):  # nobody has written these files, or a command
+        assert hidden not in str(raised.value)
+
+
+def test_a_table_stays_beside_the_run_that_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that fails on its way has claimed a folder, whose recipe reads the table."""
+
+    def fail(args: object) -> None:
+        Path("runs/half").mkdir()
+        raise ValueError("no memory")
+
+    monkeypatch.setattr("plm.fitting.fit_recipe", fail)
+    with pytest.raises(ValueError, match="no memory"):
+        plm.fit(planted(6, 6))
+    assert len(list(Path("runs/pairs").glob("table_*.parquet"))) == 1
 
 
 def test_a_trainer_of_ones_own_measures_and_keeps_users(folder: Path) -> None:

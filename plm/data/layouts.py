@@ -14,7 +14,7 @@ from typing import Any
 
 from plm.data.columns import OPTIONAL, REQUIRED
 from plm.data.winners import sides_of
-from plm.messages import nearest
+from plm.messages import nearest, setting
 
 LISTED = (("responses", "ratings"), ("responses", "ranking"), ("best_first",))
 """Columns of rows with K graded responses, in one of these ways."""
@@ -210,7 +210,9 @@ def layout_of(
     columns = columns or {}
     unknown = [column for column in columns if column not in known]
     if "winner" in unknown:
-        raise ValueError(f"columns: the winner has options of its own; set winner: {{column: {columns['winner']}}}")
+        raise ValueError(
+            f"columns: the winner has options of its own; set {setting('winner', {'column': columns['winner']})}"
+        )
     if unknown:
         raise ValueError(
             f"columns: expected keys among {', '.join(known)}, got {unknown!r}{nearest(unknown[0], known)}"

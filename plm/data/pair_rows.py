@@ -14,6 +14,7 @@ from plm.data.conversations import threads, with_prompt
 from plm.data.files import Records
 from plm.data.layouts import Layout
 from plm.data.values import is_number, parsed, short, to_id, to_number, to_response
+from plm.messages import setting
 
 EVERYONE = "everyone"
 """The user of files that tell no users apart."""
@@ -203,7 +204,7 @@ def _pairs_of(row: dict[str, Any], dropped: Counter[str]) -> Iterator[dict[str, 
         both = "chosen and rejected" if is_pair else graded[1]
         raise ValueError(
             f"{graded[0]}: expected either responses with {graded[0]}, or {both}, got both; leave one unread, such as "
-            f"columns: {{{graded[0]}: null}}"
+            f"{setting('columns', {graded[0]: None})}"
         )
     how = graded[0] if graded else "ratings"
     responses = given["best_first"] if how == "best_first" else given["responses"]

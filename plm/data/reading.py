@@ -31,7 +31,7 @@ from plm.data.layouts import GRADED, NAMED, Layout
 from plm.data.pair_rows import EVERYONE, pair_rows
 from plm.data.text_tables import TextTable, read_csv_table, read_jsonl_table
 from plm.data.winners import refuse_unread_winner
-from plm.messages import closest, nearest
+from plm.messages import closest, nearest, setting
 
 NUM_LOOKED_AT = 256
 """Rows that are looked at to tell what a column means."""
@@ -169,7 +169,7 @@ def found_columns(path: Path, layout: Layout, present: Sequence[str]) -> Layout:
     if missing:
         expected = ", ".join(layout.columns[name] for name in needed if name in layout.columns)
         parts = [_how_to_name(name, layout.columns[name], present) for name in missing]
-        parts.append("For a guess: plm data convert.")
+        parts.append(f"For usual layouts: {setting('layout', 'NAME')} of docs/data.md; for a guess: plm data convert.")
         raise ValueError(f"{path}: expected columns {expected}, got {', '.join(present)}: " + " ".join(parts))
     unused = {*(() if found.is_listed else ("responses", "ratings", "ranking", "best_first"))}
     unused |= {*(() if found.is_long else ("response", "rating", "rank"))}
@@ -180,13 +180,10 @@ def _how_to_name(name: str, column: str, present: Sequence[str]) -> str:
     """What to say of a column that is missing."""
     close = closest(column, present) or "<its name in the file>"
     hint = nearest(column, present) or "."
-    if name == "winner":
-        option, typed = f"winner: {{column: {close}}}", f'--winner "column={close}"'
-    else:
-        option, typed = f"columns: {{{name}: {close}}}", f'--columns "{name}={close}"'
+    option = setting("winner", {"column": close}) if name == "winner" else setting("columns", {name: close})
     without = {"user_id": "no users are told apart", "prompt": "the prompt is what both conversations share"}.get(name)
-    instead = f", or {{{name}: null}} if {without}" if without else ""
-    return f"column {column!r} is missing{hint} Set {option} ({typed}){instead}."
+    instead = f", or {setting('columns', {name: None})} if {without}" if without else ""
+    return f"column {column!r} is missing{hint} Set {option}{instead}."
 
 
 def _refuse_unread_winner(path: Path, found: Layout, records: Records) -> None:

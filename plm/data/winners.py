@@ -178,11 +178,11 @@ def refuse_unread_winner(
     """
     for column, labels in winner_columns(names, unread, rows):
         got = ", ".join(map(short, labels[:4]))
+        sides = {"left": f"<label of {names['chosen']}>", "right": f"<label of {names['rejected']}>"}
         raise ValueError(
             f"{path}: the column {column!r} ({got}) seems to say which response was preferred, and nothing reads "
-            f"it; set winner: {{column: {column}, left: <label of {names['chosen']}>, right: <label of "
-            f"{names['rejected']}>}}, or winner: {{column: null}} if it says something else (on the command line: "
-            f"--winner column={column} left=... right=...)"
+            f"it; set {setting('winner', {'column': column, **sides})}, or {setting('winner', {'column': None})} if it "
+            "says something else"
         )
 
 

@@ -211,8 +211,8 @@ def test_no_users_and_no_prompts(tmp_path: Path) -> None:
         ]
         message = refused(path)
         assert (
-            'Set columns: {user_id: <its name in the file>} (--columns "user_id=<its name in the file>"), or '
-            "{user_id: null} if no users are told apart" in message
+            "Set columns={'user_id': '<its name in the file>'}, or columns={'user_id': None} if no users are told apart"
+            in message
         )
     pq.write_table(pa.Table.from_pylist([{**row, "prompt": "p"} for row in rows]), tmp_path / "b.parquet")
     assert read(tmp_path / "b.parquet", columns={"user_id": None}).user_ids == ["everyone"]

@@ -262,7 +262,7 @@ def test_parquet_rows_and_quoted_csv_lines_are_named(tmp_path: Path) -> None:
 def test_missing_column_names_the_near_one_and_the_option(tmp_path: Path) -> None:
     rows = [{"user": "u", "prompt": "p", "chosen": "a", "rejected": "b"}]
     with pytest.raises(
-        ValueError, match=r"column 'user_id' is missing; did you mean 'user'\? Set columns: {user_id: user}"
+        ValueError, match=r"column 'user_id' is missing; did you mean 'user'\? Set columns={'user_id': 'user'}"
     ):
         read_pairs([write(tmp_path / "pairs.csv", rows)])
     assert read_pairs([tmp_path / "pairs.csv"], {"user_id": "user"}).user_ids == ["u"]

@@ -95,11 +95,11 @@ def test_mistakes_in_the_options(tmp_path: Path) -> None:
         ),
         ({"left": "A"}, r"winner: expected keys column, left, right, tie, got \['left'\]"),
         ({"column": "best", "left": "A", "right": ["B", "a"]}, "winner: the label 'a' means both left and right"),
-        ({"column": "bst"}, r"column 'bst' is missing; did you mean 'best'\? Set winner: {column: best}"),
+        ({"column": "bst"}, r"column 'bst' is missing; did you mean 'best'\? Set winner={'column': 'best'}"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_pairs([path], SIDES, winner)
-    with pytest.raises(ValueError, match=r"set winner: {column: best}"):
+    with pytest.raises(ValueError, match=r"set winner={'column': 'best'}"):
         read_pairs([path], {**SIDES, "winner": "best"})
 
 
@@ -130,7 +130,7 @@ def test_a_winner_must_be_given(tmp_path: Path) -> None:
 def test_a_column_that_names_the_winner_is_not_ignored(tmp_path: Path, column: str, values: list[Any]) -> None:
     rows = [{**ROW, column: values[number % 2], "prompt": f"p{number}"} for number in range(4)]
     for ending in ("jsonl", "json", "csv", "parquet"):
-        with pytest.raises(ValueError, match=rf"the column '{column}' .*set winner: {{column: {column}"):
+        with pytest.raises(ValueError, match=rf"the column '{column}' .*set winner={{'column': '{column}'"):
             read_pairs([write(tmp_path / f"pairs.{ending}", rows)], SIDES)
 
 
@@ -240,7 +240,7 @@ def test_the_command_line_reads_a_winner(tmp_path: Path, capsys: pytest.CaptureF
     assert "pairs.csv:5: winner: expected one of left, right, tie, a, model_a, response_a, b, " in shown
     assert "say what the labels 'N' mean by winner: {column: best, left: ..., right: ..., tie: ...} (--winner" in shown
     assert main(args) == 1
-    assert "--winner column=best left=... right=..." in capsys.readouterr().err
+    assert '(--winner "column=best" "left=<label of one>" "right=<label of two>")' in capsys.readouterr().err
     assert main([*args, "--winner", "column="]) == 0
 
 
