@@ -113,10 +113,21 @@ def _read_pairs(options: Namespace) -> PairTable:
     try:
         return read_pairs(options.pairs, **(former or reading), on_error=options.on_error)
     except ValueError as error:
-        if not former:
+        if not former or not _has_our_columns(options.pairs[0]):
             raise
         advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
-        raise ValueError(f"{error}\nThis is how the training's pairs are read; {advice}") from error
+        raise ValueError(f"{advice}; as those of the training they are not:\n{error}") from error
+
+
+def _has_our_columns(file: str) -> bool:
+    """Whether a file can be read and has the columns of the layout ``pairs``."""
+    from plm.data.columns import REQUIRED
+    from plm.data.conversion import first_records
+
+    try:
+        return {*REQUIRED} <= {*first_records(Path(file)).names}
+    except (ValueError, OSError):
+        return False
 
 
 def _beside(options: Namespace, ending: str) -> Path:

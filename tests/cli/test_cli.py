@@ -210,9 +210,13 @@ def test_adapt_reads_pairs_as_the_training_did_unless_it_is_told_otherwise(
     assert torch.allclose(loaded.find_users(["new"]).tensors["shift"][0], (betas - alphas).sum(0) / 11)
     assert main([*adapt, "--columns", "user_id=uid"]) == 1  # what is said replaces all of it
     assert "expected" in capsys.readouterr().err
+    Path("new.jsonl").write_text(json.dumps({**new[0], "uid": ""}))
+    assert main(adapt) == 1 and capsys.readouterr().err.startswith("error: 1 malformed row")
     ours = [{"user_id": "me", "prompt": row["q"], "chosen": row["b"], "rejected": row["a"]} for row in new]
     Path("new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ours))
-    assert main(adapt) == 1 and "are read with --layout pairs" in capsys.readouterr().err
+    assert main(adapt) == 1
+    cure = "error: pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs; "
+    assert capsys.readouterr().err.startswith(cure)
     assert main([*adapt, "--layout", "pairs"]) == 0
     assert "me" in load_method(checkpoint).users.ids
 
