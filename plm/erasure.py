@@ -33,8 +33,8 @@ PAIRS_FOLDER = "pairs"
 _FILES = ("per_user.csv", "predictions*.csv", "users.csv", "splits.json", "portfolio.json", "*skipped.ndjson")
 """What runs and portfolios write with ids in it."""
 _YAML = ("recipe.yaml", "hparams.yaml", "validate.yaml", "test.yaml", "predict.yaml")
-_OWN = (*_FILES, *_YAML, "metrics.csv", "metrics.json", "facts.json")
-"""Text that runs write, whose numbers are measures and settings: an id that is a number stands there in quotes."""
+_NUMBERS = (*_YAML, "metrics.csv", "metrics.json", "facts.json")
+"""Text that runs write, whose numbers are measures and settings."""
 MIN_LENGTH = 6
 """Characters of an id from which on it does not occur in other bytes, such as a picture's, by chance."""
 
@@ -76,7 +76,8 @@ def erase_users(ckpt_path: str | Path, user_ids: Sequence[str], users: str | Pat
     changed += [file for file in named if _erase_names(file, user_ids)]
     files = [*run.rglob("*")] if run != folder else [*folder.glob("*")]
     files += [file for place in beside for file in place.rglob("*")]
-    remaining = [file for file in sorted(files) if _holds(file, user_ids)]
+    quoting = {*named, *(file for file in files if file.name in _NUMBERS)}
+    remaining = [file for file in sorted(files) if _holds(file, user_ids, quoting)]
     tables = sorted((run.parent / PAIRS_FOLDER).glob("*.parquet"))
     remaining += [file for file in tables if _has_cell(file, user_ids)]
     return Erasure(receipts, changed, remaining, sorted({name for name in user_ids if len(name) < MIN_LENGTH}))
@@ -164,8 +165,14 @@ def _without(value: Any, user_ids: set[str]) -> Any:
     return value
 
 
-def _holds(path: Path, user_ids: Collection[str]) -> bool:
-    """Whether a file holds an id as a word of its own, as it is or as JSON writes it, or in binary files as a value."""
+def _holds(path: Path, user_ids: Collection[str], quoting: Collection[Path]) -> bool:
+    """Whether a file holds an id as a word of its own, as it is or as JSON writes it, or in binary files as a value.
+
+    Args:
+        path: The file.
+        user_ids: Whom.
+        quoting: Files in which an id that is a number stands in quotes, and other numbers are something else.
+    """
     if not path.is_file() or not path.stat().st_size:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -175,7 +182,7 @@ def _holds(path: Path, user_ids: Collection[str]) -> bool:
                 return True
             return len(long) < len(user_ids) and _has_value(path, user_ids)
         numbers = [user_id for user_id in user_ids if _is_number(user_id)]
-        if not numbers or not any(path.match(pattern) for pattern in _OWN):
+        if not numbers or path not in quoting:
             return _pattern(user_ids).search(data) is not None
         words = [user_id for user_id in user_ids if user_id not in numbers]
         quoted = b"|".join(re.escape(user_id.encode()) for user_id in numbers)

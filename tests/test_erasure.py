@@ -186,9 +186,11 @@ def test_a_number_or_bytes_are_no_mention_of_a_short_id(run: Path, capsys: pytes
         "facts.json": '{"of": "1"}',
         "foreign.csv": "rater,pairs\n1,7\n",
         "foreign.json": '{"rater": 1}',
+        "old/per_user.csv": "user_id,num_pairs\n1,7\n",
         "foreign.yaml": "rater: 1\n",
         "words.txt": "user 1.",
     }
+    (run / "old").mkdir()
     for name, text in (silent | named).items():
         (run / name).write_text(text)
     (run / "calibration.png").write_bytes(b"\x89PNG\r\n\0\xff 1 \0")
@@ -203,8 +205,8 @@ def test_a_number_or_bytes_are_no_mention_of_a_short_id(run: Path, capsys: pytes
     assert main(["users", "delete", "--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--user", "1"]) == 0
     shown = capsys.readouterr().err
     lines = [line for line in shown.splitlines() if line.startswith("still named in")]
-    expected = {*named, "old.db", "old.ckpt", "old.parquet"}
-    assert {Path(line.split(": ")[0].removeprefix("still named in ")).name for line in lines} == expected
+    expected = {run / name for name in (*named, "old.db", "old.ckpt", "old.parquet")}
+    assert {Path(line.split(": ")[0].removeprefix("still named in ")) for line in lines} == expected
     assert len(lines) == len(expected) and shown.count("too short to tell from other bytes: '1'") == 1
 
 
