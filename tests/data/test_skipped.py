@@ -161,7 +161,7 @@ def test_users_are_erased_from_what_was_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row)[:-1] + "\n" for row in rows) + line(GOOD[0]))
     path = tmp_path / "skipped.ndjson"
     write_skipped(skipping(tmp_path / "a.jsonl"), path)
-    assert _holds(path, ["Zoë"]) and _holds(path, ['an"na']) and not _holds(path, ["anna"])
+    assert _holds(path, ["Zoë"], []) and _holds(path, ['an"na'], []) and not _holds(path, ["anna"], [])
     assert _erase_names(path, ["Zoë", 'an"na']) and not _erase_names(path, ["Zoë"])
     assert [json.loads(entry["text"] + "}")["user_id"] for entry in entries(path)] == ["ben"]
 
