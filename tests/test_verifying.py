@@ -118,6 +118,10 @@ def test_a_fit_checks_the_key_too(tmp_path: Path, capsys: pytest.CaptureFixture[
     for verb in (["fit", "--config"], ["verify"]):
         assert main([*verb, str(file)]) == 1
         assert "paper: missing 'table'" in capsys.readouterr().err
+    wordy = {"source": "x: y", "table": "[1], a row: the second", "differs": "12", "artefact": "it leaks: always"}
+    file.write_text(yaml.safe_dump({**recipe, "paper": wordy}))
+    assert main(["fit", "--config", str(file), "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["paper"] == wordy
     file.write_text(yaml.safe_dump(recipe))
     assert main(["verify", str(file)]) == 1
     assert "expected a key paper" in (told := capsys.readouterr().err) and "recipes/papers/lore_prism.yaml" in told

@@ -124,7 +124,7 @@ class RecipeCLI(LightningCLI):
         )
         parser.add_argument(
             "--paper",
-            type=dict[str, Any] | None,
+            type=dict[str, str | dict[str, Any]] | None,  # a text of any words stays one
             default=None,
             help="Numbers of a paper {source: ..., table: ..., numbers: ...}, which plm verify compares with.",
         )
