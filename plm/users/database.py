@@ -309,11 +309,13 @@ def receipt_of(secret: str, user_id: str) -> str:
     return hmac.new(bytes.fromhex(secret), user_id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
-def erased_since(connection: sa.Connection, user_ids: Iterable[str], since: int, secret: str) -> set[str]:
+def erased_since(connection: sa.Connection, user_ids: Iterable[str], since: int) -> set[str]:
     """Users who were erased after the erasure of that number."""
-    erased = sa.select(ERASURES.c.receipt).where(ERASURES.c.number > since)
-    receipts = set(connection.execute(erased).scalars())
-    return {user_id for user_id in user_ids if receipts and receipt_of(secret, user_id) in receipts}
+    receipts = set(connection.execute(sa.select(ERASURES.c.receipt).where(ERASURES.c.number > since)).scalars())
+    if not receipts:
+        return set()
+    secret = connection.execute(sa.select(FACTS.c.value).where(FACTS.c.name == "secret")).scalar_one()
+    return {user_id for user_id in user_ids if receipt_of(secret, user_id) in receipts}
 
 
 @cache  # to make a statement takes longer than to read a user

@@ -248,7 +248,7 @@ class UserStore:
         with self._reading() as connection:
             if connection is None:
                 return []
-            erased = erased_since(connection, user_ids, since, self._facts(connection)["secret"])
+            erased = erased_since(connection, user_ids, since)
             there = rows_of(connection, user_ids, USERS.c.user_id)
             return [user_id for (user_id,) in there if user_id not in erased]
 
@@ -386,9 +386,7 @@ class UserStore:
         self, connection: sa.Connection, user_ids: Sequence[str], since: int | None, versions: Mapping[str, int]
     ) -> set[str]:
         """Users who were erased after erasure ``since``, or whose row has another version than the one given."""
-        outdated: set[str] = set()
-        if since is not None:
-            outdated |= erased_since(connection, user_ids, since, self._facts(connection)["secret"])
+        outdated = set() if since is None else erased_since(connection, user_ids, since)
         rows = rows_of(connection, versions, USERS.c.user_id, USERS.c.version)
         there: dict[str, int] = {user_id: version for user_id, version in rows}
         return outdated | {user_id for user_id, version in versions.items() if there.get(user_id, 0) != version}
