@@ -18,9 +18,9 @@ def run(args: list[str]) -> None:
     parser = OptionParser(
         prog="plm export",
         description="The model of one user as a folder that works without plm. Methods that are linear in features\n"
-        "(LoRe, BradleyTerry, PReF, MRM) and PAL write a Hugging Face sequence-classification model whose\n"
-        "logit is the user's reward; its README.md says how to load it. LoRADPO writes the user's adapter as a PEFT\n"
-        "folder for PeftModel.from_pretrained, PolicyPortfolio that of the member that serves the user (but for\n"
+        "(LoRe, BradleyTerry, PReF, MRM, FastWeights) and PAL write a Hugging Face sequence-classification model\n"
+        "whose logit is the user's reward; its README.md says how to load it. LoRADPO writes the user's adapter as a\n"
+        "PEFT folder for PeftModel.from_pretrained, PolicyPortfolio that of the member that serves the user (but for\n"
         "decoding logits, which is no single adapter), SFT a Hugging Face model. With --all one folder of an adapter\n"
         "for every user; README.md says how vLLM and SGLang serve them.",
     )
