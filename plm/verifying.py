@@ -115,10 +115,8 @@ def changed_keys(recipe: str, run: Run) -> list[str]:
     printed = io.StringIO()
     with redirect_stdout(printed), suppress(SystemExit):
         run_recipe(["fit", "--config", recipe, "--print_config"])
-    wanted, found = (
-        dict(_flat(yaml.safe_load(printed.getvalue()))),
-        dict(_flat(read_config(run.folder / "recipe.yaml"))),
-    )
+    wanted = dict(_flat(yaml.safe_load(printed.getvalue())))
+    found = dict(_flat(read_config(run.folder / "recipe.yaml")))
     return [
         f"{key}: {found.get(key)!r} instead of {wanted.get(key)!r}"
         for key in dict.fromkeys([*wanted, *found])

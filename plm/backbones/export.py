@@ -132,10 +132,11 @@ def _own_classifier(direction: Tensor, backbone: HFBackbone) -> PreTrainedModel 
     """The model of transformers that has a linear map at the last token, where that is what the backbone reads."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
+    if backbone.actual_pooling != "last" or not backbone.reads_last_layer or backbone.normalize:
+        return None
     steps_over = backbone.head_pad_id if backbone.actual_kind == "sequence_classification" else backbone.pad_id
     read = backbone.tokenizer(backbone.render("a", "b"), add_special_tokens=backbone.template != "chat")["input_ids"]
-    reads_last = backbone.actual_pooling == "last" and backbone.reads_last_layer and not backbone.normalize
-    if not reads_last or backbone.tokenizer.pad_token_id != steps_over or read[-1] == steps_over:
+    if backbone.tokenizer.pad_token_id != steps_over or read[-1] == steps_over:
         return None
     base = backbone.read(AutoModel.from_pretrained, dtype=getattr(torch, backbone.dtype))
     config = deepcopy(base.config)
