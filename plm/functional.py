@@ -145,12 +145,9 @@ def flatten_context(context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Weights have mean one within each user.
     """
-    user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)[context.mask]
-    tie = torch.zeros_like(context.mask) if context.tie is None else context.tie
-    chosen, rejected = context.features
-    difference = (chosen - rejected)[context.mask]
-    weight = unit_mean_per_user(context.weight[context.mask], user, context.num_users)
-    return difference, targets(tie[context.mask]).to(weight), weight, user
+    pairs = context.pairs
+    weight = unit_mean_per_user(pairs.weight, pairs.user_index, context.num_users)
+    return pairs.difference, targets(pairs.tie).to(weight), weight, pairs.user_index
 
 
 class Posterior(NamedTuple):

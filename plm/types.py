@@ -143,14 +143,13 @@ class Context(NamedTuple):
         return _tokens(self.chosen, self.rejected)
 
     @property
-    def difference(self) -> Tensor:
-        """Features of the preferred response less those of the other: ``(U, S, D)``.
-
-        Raises:
-            ValueError: If the pairs hold tokens.
-        """
-        chosen, rejected = self.features
-        return chosen - rejected
+    def pairs(self) -> PreferenceBatch:
+        """The real pairs as a flat batch, user by user; ``user_index`` holds rows of this context."""
+        sides: Any = (take_rows(side, self.mask) for side in (self.chosen, self.rejected, self.prompt))
+        tie = torch.zeros_like(self.mask) if self.tie is None else self.tie
+        chosen, rejected, prompt = sides
+        user = self.mask.nonzero()[:, 0]
+        return PreferenceBatch(chosen, rejected, user, self.weight[self.mask], tie[self.mask], prompt)
 
 
 POSTERIORS = (("mean", "log_var"), ("weights", "precision"), ("weights", "log_precision"))

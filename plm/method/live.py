@@ -141,10 +141,10 @@ class LiveMethod(NetworkMethod):
             out[mask] = features
             return out
 
-        chosen, rejected = self._sides(_rows(context.chosen, mask), _rows(context.rejected, mask))
-        prompts = context.prompt if self.reads_prompts else None
-        prompt = None if prompts is None else padded(self.features(_rows(prompts, mask)))
-        return context._replace(chosen=padded(chosen), rejected=padded(rejected), prompt=prompt)
+        pairs = self.featured(context.pairs)
+        chosen, rejected = map(padded, pairs.features)
+        prompt = padded(pairs.prompt) if isinstance(pairs.prompt, Tensor) else None
+        return context._replace(chosen=chosen, rejected=rejected, prompt=prompt)
 
     def _sides(self, chosen: Tensor | Tokens, rejected: Tensor | Tokens) -> tuple[Tensor, Tensor]:
         """Features of both responses of B pairs."""
@@ -223,7 +223,3 @@ def distinct_texts(tokens: Tokens) -> tuple[Tokens, Tensor]:
 
 def _on_cpu(value: Tensor) -> Tensor:
     return value.cpu()
-
-
-def _rows(texts: Tensor | Tokens, mask: Tensor) -> Tensor | Tokens:
-    return texts.take(mask) if isinstance(texts, Tokens) else texts[mask]

@@ -335,8 +335,7 @@ class GPO(PersonalizationMethod):
     def _adapt(self, context: Context) -> UserState:
         """One forward pass over the pairs."""
         _, target, weight, user = flatten_context(context)
-        chosen, rejected = (side[context.mask] for side in context.features)
-        tensors = self._stored((chosen, rejected, target), weight, user, context.num_users)
+        tensors = self._stored((*context.pairs.features, target), weight, user, context.num_users)
         return UserState(tensors, context.mask.sum(-1))
 
     def user_states(self, user_index: Tensor) -> UserState:

@@ -199,8 +199,7 @@ class UserEmbedding(PersonalizationMethod):
     def _adapt(self, context: Context) -> UserState:
         """The modes of the users' posteriors, the network fixed."""
         _, target, weight, user = flatten_context(context)
-        chosen, rejected = context.features
-        pairs = self._differences(chosen[context.mask], rejected[context.mask])
+        pairs = self._differences(*context.pairs.features)
         weights, precision = self._solve(pairs, target, weight, user, context.num_users, self.scale)
         return UserState({"weights": weights, "precision": precision}, context.mask.sum(-1))
 

@@ -90,8 +90,7 @@ class UserPairs(NamedTuple):
     def owners(self) -> tuple[Tensor, Tensor]:
         """Rows ``(n,)`` of all pairs of these users, and the user ``(n,)`` of each."""
         is_pair = torch.arange(self.slots.shape[1], device=self.num_pairs.device) < self.num_pairs[:, None]
-        user = torch.arange(self.num_users, device=self.num_pairs.device)[:, None].expand_as(is_pair)
-        return self.slots[is_pair], user[is_pair]
+        return self.slots[is_pair], is_pair.nonzero()[:, 0]
 
     def num_batches(self, batch_size: int) -> Tensor:
         """Minibatches of one pass over each user's pairs, ``(U,)``."""
@@ -206,19 +205,20 @@ def make_user_pairs(
 def pairs_of_batch(batch: PreferenceBatch, seed: int) -> tuple[Tensor, UserPairs]:
     """Rows ``(U,)`` of the seen users of a batch in the training table, and their pairs."""
     users, user = torch.unique(batch.user_index, return_inverse=True)
-    responses = torch.stack(batch.features, 1)
-    grades = pair_grades(batch.tie, responses)
-    return users, make_user_pairs(responses, grades, batch.weight, batch.prompt, user, len(users), seed)
+    return users, _made(batch, user, len(users), seed)
 
 
 def pairs_of_context(context: Context, seed: int) -> UserPairs:
     """The pairs of unseen users."""
-    user = torch.arange(context.num_users, device=context.mask.device)[:, None].expand_as(context.mask)
-    mask = context.mask
-    responses = torch.stack([side[mask] for side in context.features], 1)
-    tie = torch.zeros_like(mask) if context.tie is None else context.tie
-    prompts, grades = take_rows(context.prompt, mask), pair_grades(tie[mask], responses)
-    return make_user_pairs(responses, grades, context.weight[mask], prompts, user[mask], context.num_users, seed)
+    pairs = context.pairs
+    return _made(pairs, pairs.user_index, context.num_users, seed)
+
+
+def _made(batch: PreferenceBatch, user: Tensor, num_users: int, seed: int) -> UserPairs:
+    """`make_user_pairs` of a batch, of whose pairs ``user`` ``(B,)`` int64 are the users."""
+    responses = torch.stack(batch.features, 1)
+    grades = pair_grades(batch.tie, responses)
+    return make_user_pairs(responses, grades, batch.weight, batch.prompt, user, num_users, seed)
 
 
 def pair_grades(tie: Tensor, like: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Support(NamedTuple):
         """The pairs of some users ``(n,)`` of a context, who become the users 0 to n - 1."""
         mask = context.mask[users]
         chosen, rejected = (side.map(lambda value: value[users][mask]).trimmed() for side in context.tokens)
-        user = torch.arange(len(users), device=mask.device)[:, None].expand_as(mask)[mask]
+        user = mask.nonzero()[:, 0]
         tie = mask.new_zeros(len(user)) if context.tie is None else context.tie[users][mask]
         return cls(chosen, rejected, tie, context.weight[users][mask], user)
 

@@ -33,13 +33,7 @@ from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.options import Mixing, Residual, Users, Variant, check_options, configure_groups
 from plm.methods.pal.seen import SolvedUsers
 from plm.methods.pal.solver import linearised
-from plm.methods.pal.users import (
-    Prior,
-    Solvable,
-    context_pairs,
-    gumbel_weights,
-    solve_logits,
-)
+from plm.methods.pal.users import Prior, Solvable, gumbel_weights, solve_logits
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 if TYPE_CHECKING:
@@ -335,11 +329,8 @@ class PAL(SolvedUsers, Exporter):
     def _adapt(self, context: Context) -> UserState:
         """Posterior mode of the logits under the prior of unseen users, from its centre; prototypes stay fixed."""
         with torch.no_grad():
-            chosen, rejected, prompt, target, weight, user = context_pairs(context)
-            prompt = self._prompts(prompt, len(user))
-            pairs = Solvable(self._cache(distinct_pairs(chosen, rejected, prompt)), target, weight, user)
             start = self.prior_centre.expand(context.num_users, -1)
-            logits, precision = solve_logits(self._logit_margins, pairs, self._prior, start)
+            logits, precision = solve_logits(self._logit_margins, self._solvable(context.pairs), self._prior, start)
             return self._state(logits, precision, context.mask.sum(-1))
 
     # ------------------------------------------------------------------ export

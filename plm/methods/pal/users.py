@@ -6,15 +6,14 @@ Axes: N pairs, U users, K prototypes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from plm.functional import MAX_CELLS, targets, unit_mean_per_user, user_chunks
+from plm.functional import MAX_CELLS, unit_mean_per_user, user_chunks
 from plm.methods.pal.geometry import Cache, as_double, cache_of
 from plm.methods.pal.solver import fit_deviations
-from plm.types import Context
 
 LogitMargins = Callable[[Cache, Tensor], Tensor]
 """What margins need of N pairs, logits of each pair's user ``(N, K)`` -> margins ``(N,)``."""
@@ -77,34 +76,6 @@ class Solvable(NamedTuple):
     """``(N,)``."""
     row: Tensor
     """``(N,)`` the user of each pair."""
-
-
-class ContextPairs(NamedTuple):
-    """N pairs of several users."""
-
-    chosen: Tensor
-    """``(N, D)``."""
-    rejected: Tensor
-    """``(N, D)``."""
-    prompt: Tensor | None
-    """``(N, D)``, or None."""
-    target: Tensor
-    """``(N,)``."""
-    weight: Tensor
-    """``(N,)``."""
-    row: Tensor
-    """``(N,)`` the user of each pair."""
-
-
-def context_pairs(context: Context) -> ContextPairs:
-    """The real pairs of a padded context as flat lists."""
-    mask = context.mask
-    row = torch.arange(context.num_users, device=mask.device)[:, None].expand_as(mask)[mask]
-    chosen, rejected = (cast("Tensor", side)[mask] for side in (context.chosen, context.rejected))
-    prompt = None if context.prompt is None else cast("Tensor", context.prompt)[mask]
-    tie = torch.zeros_like(row, dtype=torch.bool) if context.tie is None else context.tie[mask]
-    weight = context.weight[mask]
-    return ContextPairs(chosen, rejected, prompt, targets(tie).to(weight), weight, row)
 
 
 def gumbel_weights(weights: Callable[[Tensor], Tensor], logits: Tensor, mixing: str) -> Tensor:

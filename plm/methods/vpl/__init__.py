@@ -221,14 +221,13 @@ class VPL(PersonalizationMethod):
         scaled: Tensor = responses.to(self.feature_scale.dtype) * (self.feature_dim**0.5 / self.feature_scale)
         return scaled
 
-    def _tokens(self, batch: PreferenceBatch | Context, rows: Tensor) -> PairTokens:
+    def _tokens(self, batch: PreferenceBatch, rows: Tensor) -> PairTokens:
         """Tokens of the pairs at ``rows``, an index or mask."""
         chosen, rejected = (self._scaled(side[rows]) for side in batch.features)
         if self.encoder.odd_even:  # what both responses share says nothing
             chosen = (chosen - rejected) / 2
             rejected = -chosen
-        target = chosen.new_ones(len(chosen)) if batch.tie is None else targets(batch.tie[rows]).to(chosen)
-        tokens: PairTokens = self.encoder(chosen, rejected, target)
+        tokens: PairTokens = self.encoder(chosen, rejected, targets(batch.tie[rows]).to(chosen))
         return tokens
 
     def _posterior(self, tokens: PairTokens, weight: Tensor, user: Tensor, num_users: int) -> Gaussian:
@@ -439,11 +438,10 @@ class VPL(PersonalizationMethod):
 
     def _adapt(self, context: Context) -> UserState:
         """One forward pass of the encoder over the context."""
-        mask = context.mask.clone()
-        user = torch.arange(context.num_users, device=mask.device)[:, None].expand_as(mask)
+        pairs = context.pairs
+        user = pairs.user_index
         with torch.no_grad():
-            difference, weight = context.difference[context.mask], context.weight[context.mask]
-            mask[context.mask] = self._read_pairs(difference, weight, user[context.mask])
-            tokens = self._tokens(context, mask)
-            mean, log_var = self._posterior(tokens, context.weight[mask], user[mask], context.num_users)
+            rows = self._read_pairs(pairs.difference, pairs.weight, user)
+            tokens = self._tokens(pairs, rows)
+            mean, log_var = self._posterior(tokens, pairs.weight[rows], user[rows], context.num_users)
         return UserState({"mean": mean, "log_var": log_var}, context.mask.sum(-1))
