@@ -151,6 +151,16 @@ class Context(NamedTuple):
         user = self.mask.nonzero()[:, 0]
         return PreferenceBatch(chosen, rejected, user, self.weight[self.mask], tie[self.mask], prompt)
 
+    @property
+    def difference(self) -> Tensor:
+        """Features of the preferred response less those of the other: ``(U, S, D)``.
+
+        Raises:
+            ValueError: If the pairs hold tokens.
+        """
+        chosen, rejected = self.features
+        return chosen - rejected
+
 
 POSTERIORS = (("mean", "log_var"), ("weights", "precision"), ("weights", "log_precision"))
 """Tensors of a user's state that are a posterior: where it is, and how wide."""
