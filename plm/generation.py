@@ -6,13 +6,23 @@ Axes: B texts of one batch, T tokens, V vocabulary, U users.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from plm.backbones import Completion, Policy, RemotePolicy, TextWriter, Warpers, completion_tokens, draw, text_key
+from plm.backbones import (
+    Completion,
+    Policy,
+    RemotePolicy,
+    TextWriter,
+    Warpers,
+    batches_by_length,
+    completion_tokens,
+    draw,
+    text_key,
+)
 from plm.functional import response_logps
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable, Writer
@@ -109,7 +119,9 @@ def sample(
     was_training = policy.training
     policy.eval()
     try:
-        for batch in _batches([len(ids) for ids in read], num_samples, max_new_tokens, batch_tokens):
+        lengths = [len(ids) + max_new_tokens for ids in read for _ in range(num_samples)]
+        for places in batches_by_length(lengths, batch_tokens):
+            batch = [divmod(place, num_samples) for place in places]
             order = [row for row, _ in batch]
             if not isinstance(method, LatentWriter):
                 order = list(dict.fromkeys(order))  # a prompt is read once for all its texts
@@ -131,9 +143,9 @@ def sample(
             )
             if len(batch) > len(order):
                 place_of = {row: place for place, row in enumerate(order)}
-                places = torch.tensor([place_of[row] for row, _ in batch], device=policy.device)
-                writing.take(places)
-                logits = logits[places]
+                taken = torch.tensor([place_of[row] for row, _ in batch], device=policy.device)
+                writing.take(taken)
+                logits = logits[taken]
             written = _write(writing, logits, keys, warp, ends, min_new_tokens, max_new_tokens)
             for (row, _), ids in zip(batch, written, strict=True):
                 words = ids[:-1] if ids[-1] in policy.end_tokens else ids
@@ -288,8 +300,7 @@ def sample_logps(
         for prompt, response in zip(prompts, samples, strict=True)
     ]
     out = torch.zeros(len(rows))
-    for batch in _batches([sum(map(len, row)) for row in rows], 1, 0, batch_tokens):
-        places = [place for place, _ in batch]
+    for places in batches_by_length([sum(map(len, row)) for row in rows], batch_tokens):
         tokens = completion_tokens([rows[place] for place in places]).to(policy.device)
         hidden, token, row = policy.completions(tokens)
         out[places] = response_logps(policy.token_logps(hidden, token)[0], row, len(places)).total.cpu()
@@ -342,24 +353,6 @@ def _write(
             row, token, ended = row[kept], token[kept], ended[kept]
         logits = writing.step(token)
     return [ids[:size] for ids, size in zip(tokens.tolist(), length.tolist(), strict=True)]
-
-
-def _batches(lengths: Sequence[int], num_samples: int, more: int, batch_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield (text, number of the sample) in batches of texts of similar length, the longest first.
-
-    Args:
-        lengths: Tokens of each text now.
-        num_samples: How often each text occurs.
-        more: Tokens by which each will grow.
-        batch_tokens: Most tokens of a batch, padding included.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    rows = [(row, number) for row in order for number in range(num_samples)]
-    start = 0
-    while start < len(rows):
-        size = max(1, batch_tokens // (lengths[rows[start][0]] + more))
-        yield rows[start : start + size]
-        start += size
 
 
 # ---------------------------------------------------------------------- arguments

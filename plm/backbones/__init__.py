@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plm.backbones.attention import Prefix
 from plm.backbones.backbone import Backbone, Key, device
-from plm.backbones.causal_lm import CausalLM, Completion, TooLong, completion_tokens
+from plm.backbones.causal_lm import CausalLM, Completion, TooLong, batches_by_length, completion_tokens
 from plm.backbones.files import FeatureFiles
 from plm.backbones.fresh import FreshCausalLM
 from plm.backbones.hashing import HashingBackbone
@@ -55,6 +55,7 @@ __all__ = [
     "Warpers",
     "Writing",
     "ask",
+    "batches_by_length",
     "completion_tokens",
     "device",
     "draw",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -303,6 +303,24 @@ def completion_tokens(rows: Sequence[Completion], *, left: bool = False) -> Toke
         [token for prompt, response in rows for token in (*prompt, *response)], dtype=torch.long
     )
     return Tokens(ids, attended, attended & (column >= start))
+
+
+def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Places of texts of similar length, batch by batch, the longest first.
+
+    Args:
+        lengths: Tokens of each text, at least one.
+        most: Most tokens of a batch, padding included; a text that has more is alone.
+
+    >>> list(batches_by_length([2, 4, 3, 1], 6))
+    [[1], [2, 0], [3]]
+    """
+    order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+    start = 0
+    while start < len(order):
+        batch = order[start : start + max(1, most // lengths[order[start]])]
+        yield batch
+        start += len(batch)
 
 
 def _four_bit(dtype: str) -> Any:

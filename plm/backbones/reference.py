@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from plm.backbones.backbone import Backbone, Key, device
-from plm.backbones.causal_lm import CausalLM, Completion, TooLong, completion_tokens
+from plm.backbones.causal_lm import CausalLM, Completion, TooLong, batches_by_length, completion_tokens
 from plm.backbones.policy import Policy
 
 BATCH_TOKENS = 4096
@@ -29,7 +31,6 @@ class ReferenceLogps(Backbone):
     def __init__(self, causal_lm: dict[str, Any]) -> None:
         self.causal_lm = causal_lm
         self._backbone = cast(CausalLM, Backbone.from_spec(causal_lm))
-        self._policy: Policy | None = None
 
     @staticmethod
     def check_precision(precision: str) -> None:
@@ -65,37 +66,26 @@ class ReferenceLogps(Backbone):
         """Both texts as a JSON list."""
         return json.dumps([prompt, response], ensure_ascii=False)
 
+    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Log-probabilities ``(N, 1)``; zero for a prompt that leaves no room for a response."""
-        rows: list[Completion | None] = []
-        for text in texts:
-            try:
-                rows.append(self._backbone.completion(*json.loads(text)))
-            except TooLong:
-                rows.append(None)
-        fitting = [index for index, row in enumerate(rows) if row is not None]
-        fitting.sort(key=lambda index: sum(map(len, cast(Completion, rows[index]))), reverse=True)
+        fitting: list[tuple[int, Completion]] = []
+        for index, text in enumerate(texts):
+            with suppress(TooLong):
+                fitting.append((index, self._backbone.completion(*json.loads(text))))
         out = torch.zeros(len(texts), 1)
-        if not fitting:
-            return out
-        if self._policy is None:
-            self._policy = Policy(self._backbone).to(device())
-        start = 0
-        while start < len(fitting):
-            longest = sum(map(len, cast(Completion, rows[fitting[start]])))
-            part = fitting[start : start + max(1, BATCH_TOKENS // longest)]
-            out[part, 0] = self._logps(self._policy, [cast(Completion, rows[index]) for index in part])
-            start += len(part)
+        for batch in batches_by_length([sum(map(len, row)) for _, row in fitting], BATCH_TOKENS):
+            places, rows = zip(*(fitting[place] for place in batch), strict=True)
+            hidden, token, row = self._policy.completions(completion_tokens(rows).to(self._policy.device))
+            logps, _ = self._policy.token_logps(hidden, token)
+            out[list(places), 0] = logps.new_zeros(len(rows)).index_add(0, row, logps).cpu()
         return out
 
-    @staticmethod
-    @torch.no_grad()
-    def _logps(policy: Policy, rows: Sequence[Completion]) -> Tensor:
-        tokens = completion_tokens(rows).to(next(policy.parameters()).device)
-        hidden, token, row = policy.completions(tokens)
-        logps, _ = policy.token_logps(hidden, token)
-        return logps.new_zeros(len(rows)).index_add(0, row, logps).cpu()
+    @cached_property
+    def _policy(self) -> Policy:
+        """The model with its weights."""
+        return Policy(self._backbone).to(device())
 
     def release(self) -> None:
         """Free the weights."""
-        self._policy = None
+        vars(self).pop("_policy", None)

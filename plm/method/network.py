@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from plm.backbones import Backbone, CausalLM, Policy
+from plm.backbones import Backbone, CausalLM, Policy, batches_by_length
 from plm.distributed import average_gradients, clip_gradients, summed, world_size
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod
 from plm.types import Tokens
@@ -121,14 +121,10 @@ class NetworkMethod(PersonalizationMethod):
     # ------------------------------------------------------------------ reading
     def chunks(self, tokens: Tokens) -> list[Tensor]:
         """Rows of texts of similar length, at most ``batch_tokens`` at a time."""
-        length = tokens.attention_mask.sum(-1)
-        order = length.argsort(descending=True, stable=True)
-        chunks, start = [], 0
-        while start < len(order):
-            rows = max(1, self.batch_tokens // max(1, int(length[order[start]])))
-            chunks.append(order[start : start + rows])
-            start += rows
-        return chunks
+        length = tokens.attention_mask.sum(-1).clamp(min=1)
+        return [
+            torch.tensor(rows, device=length.device) for rows in batches_by_length(length.tolist(), self.batch_tokens)
+        ]
 
     # ------------------------------------------------------------------ several processes
     def setup(self, stage: str) -> None:

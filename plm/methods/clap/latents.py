@@ -26,6 +26,7 @@ from plm.backbones import (
     LatentBackbone,
     Policy,
     TextWriter,
+    batches_by_length,
     completion_tokens,
     device,
 )
@@ -173,15 +174,11 @@ class ClapLatents(LatentBackbone):
     def _encoded(self, rows: Sequence[Completion], width: int, values: Any) -> Tensor:
         """Posteriors or hidden states of texts, ``(N, width)``, read in batches of similar length."""
         out = torch.empty(len(rows), width)
-        order = sorted(enumerate(rows), key=lambda item: sum(map(len, item[1])), reverse=True)
-        start, method = 0, self.method
-        while start < len(order):
-            longest = sum(map(len, order[start][1])) + method.num_queries
-            part = order[start : start + max(1, BATCH_TOKENS // longest)]
-            tokens = completion_tokens([row for _, row in part]).to(method.device)
+        method = self.method
+        for batch in batches_by_length([sum(map(len, row)) + method.num_queries for row in rows], BATCH_TOKENS):
+            tokens = completion_tokens([rows[place] for place in batch]).to(method.device)
             with torch.no_grad():
-                out[[index for index, _ in part]] = values(method.encoder(tokens)).cpu()
-            start += len(part)
+                out[batch] = values(method.encoder(tokens)).cpu()
         return out
 
     def release(self) -> None:
