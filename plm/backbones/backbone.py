@@ -9,8 +9,7 @@ import importlib
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 from plm.types import Tokens
 
 Key: TypeAlias = dict[str, str | int | bool | None]
+_FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""Set before a chat template: some write today's date into the text, so features would change from day to day."""
 
 
 def chat_messages(prompt: str) -> list[dict[str, str]] | None:
@@ -50,13 +51,23 @@ def plain_text(prompt: str, response: str) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-@contextmanager
-def template_errors(model: str, messages: Sequence[Mapping[str, str]]) -> Iterator[None]:
-    """Raise a ValueError that names the roles where the chat template of a model refuses messages."""
+def chat_text(model: str, tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+    """A conversation in the chat template of a tokenizer.
+
+    Args:
+        model: Whose it is, for messages.
+        tokenizer: What has the template.
+        messages: The conversation.
+        **options: What the template is told besides.
+
+    Raises:
+        ValueError: If the template refuses the messages, with their roles.
+    """
     from jinja2 import TemplateError
 
+    template = _FIXED_DATE + tokenizer.chat_template
     try:
-        yield
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options))
     except TemplateError as error:
         roles = [message["role"] for message in messages]
         raise ValueError(

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from plm.backbones.backbone import Key, chat_messages, choose, plain_text, template_errors
-from plm.backbones.huggingface import FIXED_DATE, HFBackbone
+from plm.backbones.backbone import Key, chat_messages, chat_text, choose, plain_text
+from plm.backbones.huggingface import HFBackbone
 from plm.messages import to_text
 from plm.types import Tokens
 
@@ -209,17 +209,8 @@ class CausalLM(HFBackbone):
             messages = [{"role": "user", "content": prompt}]
         if response is not None:
             messages = [*messages, {"role": "assistant", "content": response}]
-        template = FIXED_DATE + self.tokenizer.chat_template
-        with template_errors(self.model, messages):
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    chat_template=template,
-                    add_generation_prompt=response is None,
-                    **(self.chat_template_kwargs or {}),
-                )
-            )
+        options = {**(self.chat_template_kwargs or {}), "add_generation_prompt": response is None}
+        return chat_text(self.model, self.tokenizer, messages, **options)
 
     @cached_property
     def closing_token(self) -> int | None:

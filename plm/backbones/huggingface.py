@@ -22,11 +22,11 @@ from plm.backbones.backbone import (
     Backbone,
     Key,
     chat_messages,
+    chat_text,
     choose,
     device,
     plain_text,
     readable_positions,
-    template_errors,
 )
 from plm.backbones.weights import content_hash, score_weight
 from plm.hub import WAYS_OUT, offline_options
@@ -37,8 +37,6 @@ CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
 PROBES = ("Yes.", "I would start with the smaller of the two, because a mistake there costs less.")
 """Responses on which a reward head is checked against the model's own logits."""
-FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-"""Set before a chat template: some write today's date into the text, so features would change from day to day."""
 
 
 class HFBackbone(Backbone):
@@ -284,10 +282,7 @@ class HFBackbone(Backbone):
         messages = chat_messages(prompt)
         if messages is None:
             messages = [{"role": "user", "content": prompt}] if prompt else []
-        messages.append({"role": "assistant", "content": response})
-        template = FIXED_DATE + self.tokenizer.chat_template
-        with template_errors(self.model, messages):
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template))
+        return chat_text(self.model, self.tokenizer, [*messages, {"role": "assistant", "content": response}])
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, of which at most the last ``max_tokens`` stay."""
