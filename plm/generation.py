@@ -24,6 +24,7 @@ from plm.backbones import (
     text_key,
 )
 from plm.functional import response_logps
+from plm.messages import Problems
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable, Writer
 from plm.types import Tokens, UserState, take_rows
@@ -99,7 +100,14 @@ def sample(
         ValueError: If the method writes nothing, an argument is out of range, a prompt leaves no room for
             ``max_new_tokens``, or users or ids do not fit the prompts or the method.
     """
-    _check_settings(num_samples, max_new_tokens, min_new_tokens, temperature, top_k, top_p, batch_tokens)
+    problems = Problems()
+    problems.at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens, top_k=top_k, batch_tokens=batch_tokens)
+    problems.numbers(temperature=temperature)
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        problems.add("min_new_tokens", f"0 to max_new_tokens={max_new_tokens}", min_new_tokens)
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.add("top_p", "a share above 0, 1 at most", top_p)
+    problems.check()
     if not prompts or isinstance(prompts, str):
         raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
     if temperature == 0 and num_samples > 1:
@@ -390,30 +398,6 @@ def _distinct(states: UserState, rows: Tensor, device: torch.device) -> tuple[Us
     """The distinct states among those at ``rows`` ``(B,)``, and the place of each row in them; on a device."""
     used, place = torch.unique(rows, return_inverse=True)
     return states.take(used.to(states.num_pairs.device)).to(device), place.to(device)
-
-
-def _check_settings(
-    num_samples: int,
-    max_new_tokens: int,
-    min_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    batch_tokens: int,
-) -> None:
-    """Refuse settings that are out of range, all in one message."""
-    conditions = {
-        f"num_samples >= 1, got {num_samples!r}": num_samples >= 1,
-        f"max_new_tokens >= 1, got {max_new_tokens!r}": max_new_tokens >= 1,
-        f"0 <= min_new_tokens <= max_new_tokens, got {min_new_tokens!r}": 0 <= min_new_tokens <= max_new_tokens,
-        f"temperature >= 0 and finite, got {temperature!r}": 0 <= temperature < float("inf"),
-        f"top_k >= 1 or None, got {top_k!r}": top_k is None or top_k >= 1,
-        f"0 < top_p <= 1 or None, got {top_p!r}": top_p is None or 0 < top_p <= 1,
-        f"batch_tokens >= 1, got {batch_tokens!r}": batch_tokens >= 1,
-    }
-    wrong = [f"expected {what}" for what, holds in conditions.items() if not holds]
-    if wrong:
-        raise ValueError("; ".join(wrong))
 
 
 def _check_room(policy: Policy, prompts: Sequence[str], read: Sequence[Sequence[int]], max_new_tokens: int) -> None:

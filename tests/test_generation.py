@@ -426,12 +426,12 @@ def test_the_log_probability_of_what_was_written(causal_lm: Folder, kind: str) -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_samples": 0}, "expected num_samples >= 1, got 0"),
-        ({"temperature": -0.1}, "expected temperature >= 0 and finite, got -0.1"),
-        ({"max_new_tokens": 0}, "max_new_tokens >= 1, got 0"),
-        ({"min_new_tokens": 9}, "0 <= min_new_tokens <= max_new_tokens, got 9"),
-        ({"top_k": 0, "top_p": 0.0}, "top_k >= 1 or None, got 0; expected 0 < top_p <= 1 or None, got 0.0"),
-        ({"batch_tokens": 0}, "batch_tokens >= 1, got 0"),
+        ({"num_samples": 0}, "num_samples: expected at least 1, got 0"),
+        ({"temperature": -0.1}, "temperature: expected a finite number >= 0, got -0.1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"min_new_tokens": 9}, "min_new_tokens: expected 0 to max_new_tokens=5, got 9"),
+        ({"top_k": 0, "top_p": 0.0}, "top_k: expected at least 1, got 0\ntop_p: expected a share above 0, 1 at most"),
+        ({"batch_tokens": 0}, "batch_tokens: expected at least 1, got 0"),
         ({"user_id": "anna"}, "a Policy writes for nobody in particular"),
     ],
 )

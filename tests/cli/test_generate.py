@@ -178,7 +178,10 @@ def test_generate_chooses_by_the_reward_of_a_method_without_a_policy(
         for extra, message in (
             (["--policy", str(tmp_path / "none"), "--best_of", "2"], "folder of a Hugging Face model or a hub id"),
             (["--policy", folder, "--best_of", "2", "--template", "chat"], "needs one chat template"),
-            (["--policy", folder, "--best_of", "2", "--temperature", "-1"], "temperature >= 0 and finite, got -1.0"),
+            (
+                ["--policy", folder, "--best_of", "2", "--temperature", "-1"],
+                "a finite number >= 0, got -1.0",
+            ),
         ):
             assert main([*command, *extra]) == 1
             assert message in capsys.readouterr().err
