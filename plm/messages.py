@@ -79,10 +79,10 @@ def counted(number: float, noun: str) -> str:
     return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
 
 
-def first_of(lines: Sequence[str], indent: str = "") -> list[str]:
-    """The first 20 lines of a report, and one that says how many more there are."""
+def listed(head: str, lines: Sequence[str], indent: str = "  ") -> str:
+    """A head with the first 20 lines of a report below it, and one that says how many more there are."""
     more = [f"... and {len(lines) - NUM_SHOWN} more"] if len(lines) > NUM_SHOWN else []
-    return [f"{indent}{line}" for line in [*lines[:NUM_SHOWN], *more]]
+    return "\n".join([head, *(f"{indent}{line}" for line in [*lines[:NUM_SHOWN], *more])])
 
 
 def plain(text: str) -> str:

@@ -27,7 +27,7 @@ from plm.evaluation import (
     points,
 )
 from plm.evaluation.comparison import MAX_RESAMPLED_USERS
-from plm.messages import counted, first_of, plain
+from plm.messages import counted, listed, plain
 
 
 def compare_items(files: Sequence[ItemScores]) -> dict[str, Any]:
@@ -112,15 +112,11 @@ def _check_same(first: ItemScores, second: ItemScores) -> None:
         if item not in other
     ]
     if lines:
-        raise ValueError(
-            "\n".join(
-                [
-                    f"expected the same items in {first.name} and {second.name}, got {len(lines)} in one of them only; "
-                    "score both models on the same pairs, and count what a model cannot tell as a margin of 0:",
-                    *first_of(lines, indent="  "),
-                ]
-            )
+        start = (
+            f"expected the same items in {first.name} and {second.name}, got {len(lines)} in one of them only; "
+            "score both models on the same pairs, and count what a model cannot tell as a margin of 0:"
         )
+        raise ValueError(listed(start, lines))
     users = dict(zip(second.items, second.users, strict=True))
     lines = [
         f"{item!r}: user {user!r} ({places[0][item]}), user {users[item]!r} ({places[1][item]})"
@@ -129,7 +125,7 @@ def _check_same(first: ItemScores, second: ItemScores) -> None:
     ]
     if lines:
         start = f"expected the same user of every item in {first.name} and {second.name}, got {len(lines)} of others:"
-        raise ValueError("\n".join([start, *first_of(lines, indent="  ")]))
+        raise ValueError(listed(start, lines))
 
 
 def sections(users: str, result: dict[str, Any]) -> list[Section]:

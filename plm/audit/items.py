@@ -16,7 +16,7 @@ import numpy as np
 from plm.arrays import Float64Array
 from plm.data.files import position, read_records
 from plm.data.values import parsed, short, to_bool, to_id, to_number
-from plm.messages import counted, first_of, nearest
+from plm.messages import counted, listed, nearest
 
 CONTROLS = ("population_margin", "other_margin", "shuffled_margin", "flipped_margin")
 """Optional columns: margins of the same rows by the population's state, by another user's, and by states learned from
@@ -88,9 +88,8 @@ def read_items(place: str | Path, columns: Mapping[str, str] | None = None) -> I
             except ValueError as error:
                 problems.append(f"{position(path, line)}: {error}")
     if problems:
-        raise ValueError(
-            "\n".join([f"{counted(len(problems), 'malformed row')} to correct or remove:", *first_of(problems)])
-        )
+        start = f"{counted(len(problems), 'malformed row')} to correct or remove:"
+        raise ValueError(listed(start, problems, indent=""))
     _check_items(str(place), rows, where)
     kept = [index for index, row in enumerate(rows) if not row.tie]
     if not kept:
@@ -196,4 +195,4 @@ def _check_items(name: str, rows: Sequence[_Row], where: Sequence[str]) -> None:
     if again:
         lines = [f"item {rows[later].item!r}: {where[earlier]} and {where[later]}" for earlier, later in again]
         start = f"expected every item once in {name}, got {len(again)} again; name each judgement differently:"
-        raise ValueError("\n".join([start, *first_of(lines, indent="  ")]))
+        raise ValueError(listed(start, lines))

@@ -21,7 +21,7 @@ from plm.data.keys import pair_names
 from plm.data.schema import PairTable
 from plm.data.values import parsed, to_bool, to_id, to_number
 from plm.evaluation import compare, minimum_detectable_effect, points
-from plm.messages import first_of, missing_key
+from plm.messages import listed, missing_key
 
 State = Literal["found", "clear", "unknown"]
 
@@ -97,7 +97,7 @@ def item_rows(table: PairTable) -> dict[str, int]:
             rows[name] = row_of.get((file, line), -1)
     if again:
         start = f"expected every item once in {', '.join(table.files)}, got {len(again)} again:"
-        raise ValueError("\n".join([start, *first_of(again, indent="  ")]))
+        raise ValueError(listed(start, again))
     return rows
 
 
@@ -119,7 +119,7 @@ def score_model(table: PairTable, expected: BoolArray, scores: ItemScores) -> Mo
             f"expected items of the pairs in {scores.name}, got {len(lines)} others; the pairs name theirs in a column "
             "item, or by their content, as plm predict does:"
         )
-        raise ValueError("\n".join([start, *first_of(lines, indent="  ")]))
+        raise ValueError(listed(start, lines))
     all_rows = np.array([place[item] for item in scores.items])
     known = all_rows >= 0
     rows = all_rows[known]
@@ -130,7 +130,7 @@ def score_model(table: PairTable, expected: BoolArray, scores: ItemScores) -> Mo
     ]
     if lines:
         start = f"expected the same user of every item in {scores.name} and the pairs, got {len(lines)} of others:"
-        raise ValueError("\n".join([start, *first_of(lines, indent="  ")]))
+        raise ValueError(listed(start, lines))
     wanted = expected & ~table.tie
     columns = {"margin": scores.correct, **scores.controls}
     correct = {name: np.full(table.num_pairs, np.nan) for name in columns}

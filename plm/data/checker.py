@@ -11,7 +11,7 @@ from plm.arrays import BoolArray, IntArray
 from plm.data.columns import Column
 from plm.data.files import position
 from plm.data.values import short
-from plm.messages import counted, first_of, setting
+from plm.messages import counted, listed, setting
 
 
 class Checker:
@@ -59,11 +59,7 @@ class Checker:
         return converted
 
 
-def report(
-    files: list[str],
-    problems: Sequence[tuple[int, int, str]],
-    advice: str,
-) -> str:
+def report(files: list[str], problems: Sequence[tuple[int, int, str]], advice: str) -> str:
     """One line for each of the first problems (row of ``files``, line, text), and how many more there are.
 
     Args:
@@ -73,4 +69,4 @@ def report(
     """
     lines = [f"{position(files[file], line)}: {text}" for file, line, text in problems]
     number = counted(len({(file, line) for file, line, _ in problems}), "malformed row")
-    return "\n".join([f"{number}{advice}:", *first_of(lines, indent="  ")])
+    return listed(f"{number}{advice}:", lines)

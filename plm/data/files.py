@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plm.data.values import short
-from plm.messages import counted, first_of
+from plm.messages import counted, listed
 
 csv.field_size_limit(sys.maxsize)  # texts may be longer than the 131,072 characters that are usual
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", ".arrow")
@@ -302,7 +302,7 @@ def read_rows(
             problems.append((line, str(error)))
     if problems:
         lines = [f"{position(path, line)}: {text}" for line, text in sorted(problems)]
-        raise ValueError("\n".join([counted(len(problems), "malformed row"), *first_of(lines)]))
+        raise ValueError(listed(counted(len(problems), "malformed row"), lines, indent=""))
     if not records.lines:
         raise ValueError(f"expected rows like {example} in {path}, got an empty file")
     return rows

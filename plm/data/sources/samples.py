@@ -18,7 +18,7 @@ from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
 from plm.data.values import short
-from plm.messages import Problems, counted, first_of
+from plm.messages import Problems, counted, listed
 
 EVERYONE = "everyone"
 
@@ -60,7 +60,7 @@ def read_samples(path: str | list[str], test_share: float, seed: int) -> Samples
             texts += [text for text in dict.fromkeys(record["responses"]) if text.strip() and text not in texts]
             split[record["prompt"]] = record.get("split")
     if problems:
-        raise ValueError("\n".join([f"{counted(len(problems), 'malformed row')}:", *first_of(problems)]))
+        raise ValueError(listed(f"{counted(len(problems), 'malformed row')}:", problems, indent=""))
     kept = {prompt: texts for prompt, texts in sampled.items() if len(texts) > 1}
     if len(kept) < 2:
         raise ValueError(f"expected two or more prompts with two different responses in {path!r}")
