@@ -75,20 +75,7 @@ def run(args: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"plm serve needs {error.name}; pip install 'plm[serve]'") from error
 
-    settings = Settings(
-        options.ckpt_path,
-        options.users,
-        options.model_name,
-        options.label_is_user,
-        options.end_of_turn,
-        options.api_keys,
-        options.max_body,
-        options.max_queue,
-        options.encoder_url,
-        options.encoder_model or "",
-        options.encoder_unchecked,
-        options.pool,
-    )
+    settings = Settings(*(getattr(options, name) for name in Settings._fields))
     if not options.check:
         serve(settings, options.host, options.port, options.workers)
         return 0

@@ -31,11 +31,11 @@ _SETTINGS = "PLM_SERVE_SETTINGS"
 
 
 class Settings(NamedTuple):
-    """What to serve, and within which limits."""
+    """What to serve, and within which limits; each is the option of ``plm serve`` of its name."""
 
     ckpt_path: str
     users: str | None = None
-    name: str | None = None
+    model_name: str | None = None
     label_is_user: bool = False
     end_of_turn: str = ""
     api_keys: str | None = None
@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     max_body: int = 4 * 2**20
     max_queue: int = 128
     encoder_url: str | None = None
-    encoder_model: str = ""
+    encoder_model: str | None = None
     encoder_unchecked: bool = False
     pool: str | None = None
     """File of pairs to ask users about."""
@@ -53,7 +53,7 @@ class Settings(NamedTuple):
         service = RewardService(
             self.ckpt_path,
             self.users,
-            self.name,
+            self.model_name,
             label_is_user=self.label_is_user,
             end_of_turn=self.end_of_turn,
             encoder=self._encoder,
@@ -66,7 +66,7 @@ class Settings(NamedTuple):
     def _encoder(self) -> EncoderServer | None:
         if self.encoder_url is None:
             return None
-        return EncoderServer(self.encoder_url, self.encoder_model, self.encoder_unchecked)
+        return EncoderServer(self.encoder_url, self.encoder_model or "", self.encoder_unchecked)
 
 
 class ImpatientProtocol(H11Protocol):
