@@ -14,11 +14,11 @@ from plm.backbones.latents import LatentBackbone
 from plm.backbones.lora import LoRA, TargetModules
 from plm.backbones.mixing import MixedWriting, mixed_logits
 from plm.backbones.pieces import KeyValueMaker, first_layers, word_moments
-from plm.backbones.policy import Completions, Policy, TextWriter, Writing
+from plm.backbones.policy import Policy, TextWriter, Writing
 from plm.backbones.prefix import PrefixShape
-from plm.backbones.reading import Reading, SplitTexts, split_texts
+from plm.backbones.reading import Reading, split_texts
 from plm.backbones.reference import ReferenceLogps
-from plm.backbones.remote import Patience, RemoteError, RemotePolicy, ask, text_key
+from plm.backbones.remote import Patience, RemoteError, RemotePolicy, text_key
 from plm.backbones.remote_encoder import GOLDEN, EncoderError, RemoteEncoder
 from plm.backbones.warpers import Warpers, draw, gumbel_noise
 
@@ -27,7 +27,6 @@ __all__ = [
     "Backbone",
     "CausalLM",
     "Completion",
-    "Completions",
     "EncoderError",
     "FeatureFiles",
     "FreshCausalLM",
@@ -47,14 +46,12 @@ __all__ = [
     "RemoteEncoder",
     "RemoteError",
     "RemotePolicy",
-    "SplitTexts",
     "TargetModules",
     "TextWriter",
     "TokenFacts",
     "TooLong",
     "Warpers",
     "Writing",
-    "ask",
     "batches_by_length",
     "completion_tokens",
     "device",

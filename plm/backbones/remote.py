@@ -18,9 +18,7 @@ from plm.backbones.backbone import Key, chat_messages, choose, plain_text
 
 KEY_VARIABLE = "PLM_POLICY_KEY"
 """Environment variable with the key of the server, if it wants one."""
-RETRIES = 6
-TIMEOUT = 600.0
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
+_FIRST_WAIT = 0.5  # seconds
 _PASSING = (408, 409, 425, 429)
 """Statuses below 500 that may be another one later."""
 _SENT = {"max_new_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"}
@@ -29,11 +27,14 @@ _SENT_WHERE_SET = {"top_k": "top_k", "min_new_tokens": "min_tokens"}
 
 
 class Patience(NamedTuple):
-    """How long a server is waited for; see `ask`."""
+    """How long a server is waited for."""
 
-    retries: int = RETRIES
-    timeout: float = TIMEOUT
-    longest_wait: float = _LONGEST_WAIT
+    retries: int = 6
+    """How often more it is asked."""
+    timeout: float = 600.0
+    """Seconds after which an attempt has failed, whether nothing comes or too little."""
+    longest_wait: float = 30.0
+    """Seconds between two attempts, whatever the server says; a quarter is added by chance."""
 
 
 PATIENT = Patience()
@@ -72,7 +73,7 @@ class RemotePolicy:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"--policy_url: expected an address such as http://localhost:8000/v1, got {url!r}")
         self.url, self.template, self.concurrency = url.rstrip("/"), template, concurrency
-        served = [str(entry["id"]) for entry in self._ask("models", None, retries=1).get("data", [])]
+        served = [str(entry["id"]) for entry in self._ask("models", None, Patience(retries=1)).get("data", [])]
         if model is None and len(served) != 1:
             raise ValueError(f"--policy: expected the name of one of the models at {url}: {served}, got none")
         self.model = served[0] if model is None else model
@@ -135,10 +136,10 @@ class RemotePolicy:
             raise ValueError(f"expected a text from {self.url}, got none to the prompt {prompt[:60]!r}")
         return text
 
-    def _ask(self, path: str, body: Mapping[str, Any] | None, retries: int = RETRIES) -> dict[str, Any]:
+    def _ask(self, path: str, body: Mapping[str, Any] | None, patience: Patience = PATIENT) -> dict[str, Any]:
         """One request, repeated while it fails for a transient reason."""
         try:
-            return ask(f"{self.url}/{path}", body, KEY_VARIABLE, retries=retries)
+            return ask(f"{self.url}/{path}", body, KEY_VARIABLE, patience)
         except RemoteError as error:
             raise ValueError(f"--policy_url: {error}; what was written is kept") from error
 
@@ -171,24 +172,14 @@ def _body(response: http.client.HTTPResponse, seconds: float) -> bytes:
     return b"".join(parts)
 
 
-def ask(
-    url: str,
-    body: Mapping[str, Any] | None,
-    key_variable: str,
-    *,
-    retries: int,
-    timeout: float = TIMEOUT,
-    longest_wait: float = _LONGEST_WAIT,
-) -> dict[str, Any]:
+def ask(url: str, body: Mapping[str, Any] | None, key_variable: str, patience: Patience) -> dict[str, Any]:
     """Ask an OpenAI-compatible server for a JSON object, and again while it fails in passing.
 
     Args:
         url: The address.
         body: What is sent; None = nothing, by GET.
         key_variable: Environment variable with the key, if the server wants one.
-        retries: How often more.
-        timeout: Seconds after which an attempt has failed, whether nothing comes or too little.
-        longest_wait: Seconds between two attempts, whatever the server says; a quarter is added by chance.
+        patience: How long an answer is waited for.
 
     Raises:
         RemoteError: If it refuses the request, or keeps failing.
@@ -199,12 +190,12 @@ def ask(
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
     wait = _FIRST_WAIT
-    for tries_left in range(retries, -1, -1):
+    for tries_left in range(patience.retries, -1, -1):
         asked_to_wait, status = None, None
         try:
             try:
-                with urllib.request.urlopen(request, timeout=timeout) as response:
-                    answer = json.loads(_body(response, timeout))
+                with urllib.request.urlopen(request, timeout=patience.timeout) as response:
+                    answer = json.loads(_body(response, patience.timeout))
             except urllib.error.HTTPError as error:
                 status, asked_to_wait = error.code, error.headers.get("Retry-After")
                 reason = f"status {status}: {error.read(500).decode(errors='replace')}"
@@ -220,6 +211,6 @@ def ask(
         if not is_passing or not tries_left:
             raise RemoteError(f"{url} failed ({reason})", status, is_passing)
         seconds = float(asked_to_wait) if asked_to_wait and asked_to_wait.isdigit() else wait
-        time.sleep(min(seconds, longest_wait) * (1 + 0.25 * random.random()))
+        time.sleep(min(seconds, patience.longest_wait) * (1 + 0.25 * random.random()))
         wait *= 2
     raise AssertionError

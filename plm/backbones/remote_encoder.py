@@ -151,7 +151,7 @@ class RemoteEncoder(Backbone):
         body = {"model": self.model, "input": texts, "encoding_format": "float"}
         url = f"{self.url}/embeddings"
         try:
-            answer = ask(url, body, KEY_VARIABLE, **self.patience._asdict())
+            answer = ask(url, body, KEY_VARIABLE, self.patience)
         except RemoteError as error:  # its words may repeat a text
             words = f" ({error})" if self.quotes else ""
             if not self.quotes:

@@ -51,11 +51,11 @@ def test_what_fails_in_passing_is_tried_again_and_what_is_refused_is_not(server:
     server.failures = [(500, {})] * 100
     with pytest.raises(ValueError, match=r"completions failed \(status 500: .*later.*\); what was written is kept"):
         policy.texts(["one"], 1)
-    assert len(server.bodies) == 5 + 1 + remote.RETRIES
+    assert len(server.bodies) == 5 + 1 + remote.PATIENT.retries
     server.failures, server.refuses_prompt = [], "two"
     with pytest.raises(ValueError, match=r"status 400: .*too long"):
         policy.texts(["two"], 1)
-    assert len(server.bodies) == 5 + 1 + remote.RETRIES + 1
+    assert len(server.bodies) == 5 + 1 + remote.PATIENT.retries + 1
 
 
 @pytest.mark.parametrize("answer", [b"<html>", b"\xff\xfe{}", b"[1]"])
@@ -68,7 +68,7 @@ def test_answers_without_a_json_object_are_refusals(answer: bytes) -> None:
 
     odd = LocalServer(Odd)
     with odd.running(), pytest.raises(RemoteError, match=r"expected (a JSON object|JSON)") as error:
-        remote.ask(odd.url, {}, "NO_KEY", retries=3)
+        remote.ask(odd.url, {}, "NO_KEY", remote.Patience(retries=3))
     assert not error.value.is_passing
 
 
@@ -91,7 +91,7 @@ def test_an_error_whose_words_do_not_come_is_tried_again(monkeypatch: pytest.Mon
 
     cut = LocalServer(Cut)
     with cut.running(), pytest.raises(RemoteError) as error:
-        remote.ask(cut.url, {}, "NO_KEY", retries=1, timeout=0.2)
+        remote.ask(cut.url, {}, "NO_KEY", remote.Patience(retries=1, timeout=0.2))
     assert len(tries) == 2 and error.value.is_passing and "did not end within 0.2 s" in str(error.value)
 
 
