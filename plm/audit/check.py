@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from plm.arrays import IntArray
+from plm.data.agreement import agreement, conflicts
 from plm.data.files import position
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable
@@ -183,27 +184,6 @@ def _shared(unit: IntArray, owner: IntArray, test: IntArray, rest: IntArray) -> 
     inside[-1] = 0  # the null unit
     shared: IntArray = inside[number[:, test]].max(axis=0, initial=0)
     return shared
-
-
-def conflicts(table: PairTable) -> IntArray:
-    """First row of every comparison that its user answered both ways."""
-    rows = np.flatnonzero(~table.tie)
-    first, number = number_pairs(table.user[rows], table.comparison[rows])
-    count = np.bincount(number)
-    forward = np.bincount(number, weights=(table.chosen < table.rejected)[rows])
-    contradictory: IntArray = rows[first[(forward > 0) & (forward < count)]]
-    return contradictory
-
-
-def agreement(table: PairTable) -> tuple[int, float]:
-    """Pairs judged by several users, and the best accuracy on them of a model that does not know the user."""
-    rows = np.flatnonzero(~table.tie)
-    _, number = np.unique(table.comparison[rows], return_inverse=True)
-    count = np.bincount(number)
-    forward = np.bincount(number, weights=(table.chosen < table.rejected)[rows])
-    majority = np.maximum(forward, count - forward)
-    several = count > 1
-    return int(count[several].sum()), float(majority[several].sum() / max(count[several].sum(), 1))
 
 
 # ---------------------------------------------------------------------- findings

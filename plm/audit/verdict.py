@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from plm.arrays import IntArray
-from plm.audit.check import DataReport, agreement, check_pairs, split_stages
+from plm.audit.check import DataReport, check_pairs, split_stages
 from plm.audit.items import item_files, read_items
 from plm.audit.results import Fault, ModelScores, claim_fault, read_candidates, score_model, selection_fault, tie_fault
 from plm.audit.signal import Control, UserSignal, read_signal
-from plm.data.agreement import Repeats, repeated_comparisons
+from plm.data.agreement import Repeats, agreement, repeated_comparisons
 from plm.data.keys import pair_names
 from plm.data.schema import PairTable, read_pairs
 from plm.data.sources.corpus import local_files

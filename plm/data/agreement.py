@@ -1,6 +1,6 @@
 """What the pairs alone foretell of a test: the majority's answers, and how often users repeat their own.
 
-Axes: N pairs of a table, I items.
+Axes: N pairs of a table, I items, C comparisons.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plm.arrays import Float64Array
+from plm.arrays import Float64Array, IntArray
 from plm.data.keys import number_pairs
 from plm.data.schema import PairTable
 from plm.data.splits import SEEN, TRAIN, Splits
@@ -68,11 +68,33 @@ def _ceiling(agreement: float) -> float:
     return (1 + math.sqrt(max(2 * agreement - 1, 0.0))) / 2
 
 
+def _answers(table: PairTable, owner: IntArray) -> tuple[IntArray, IntArray]:
+    """First row ``(C,)`` of each comparison of an owner ``(N,)``, and how often its items were chosen, ``(2, C)``.
+
+    Ties are left out.
+    """
+    rows = np.flatnonzero(~table.tie)
+    first, number = number_pairs(owner[rows], table.comparison[rows])
+    is_lower = (table.chosen < table.rejected)[rows]
+    counts = [np.bincount(number[which], minlength=len(first)) for which in (is_lower, ~is_lower)]
+    return rows[first], np.stack(counts)
+
+
 def repeated_comparisons(table: PairTable) -> Repeats:
     """Count the comparisons that users answered again; ties are left out."""
-    rows = np.flatnonzero(~table.tie)
-    _, number = number_pairs(table.user[rows], table.comparison[rows])
-    forward = np.bincount(number, weights=(table.chosen < table.rejected)[rows])
-    backward = np.bincount(number) - forward
-    again = table.dropped.get("duplicates", 0) + sum(np.maximum(each - 1, 0).sum() for each in (forward, backward))
-    return Repeats(int(again), int(((forward > 0) & (backward > 0)).sum()))
+    _, counts = _answers(table, table.user)
+    again = table.dropped.get("duplicates", 0) + np.maximum(counts - 1, 0).sum()
+    return Repeats(int(again), int(counts.all(0).sum()))
+
+
+def conflicts(table: PairTable) -> IntArray:
+    """First row of every comparison that its user answered both ways."""
+    first, counts = _answers(table, table.user)
+    return first[counts.all(0)]
+
+
+def agreement(table: PairTable) -> tuple[int, float]:
+    """Pairs judged by several users, and the best accuracy on them of a model that does not know the user."""
+    _, counts = _answers(table, np.zeros_like(table.user))
+    several = counts[:, counts.sum(0) > 1]
+    return int(several.sum()), float(several.max(0).sum() / max(several.sum(), 1))

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plm.audit.check import DataReport, agreement, check_pairs, conflicts, leakage
+from plm.audit.check import DataReport, check_pairs, leakage
 from plm.audit.report import markdown, plots
 from plm.cli import main
+from plm.data.agreement import agreement, conflicts
 from plm.data.schema import PairTable, make_pairs, pair_table
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.surface import MARGIN, clustered, probe_surface, wilson
