@@ -28,7 +28,7 @@ def chat_messages(prompt: str) -> list[dict[str, str]] | None:
         return None
     try:
         messages = json.loads(prompt)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets may be too deep to read
         return None
     if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
         return None

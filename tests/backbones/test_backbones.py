@@ -105,6 +105,8 @@ def test_plain_text_heads_the_messages_of_a_chat_by_their_roles() -> None:
     assert plain_text(chat, "a") == "system: s\n\nuser: q\n\nassistant: a"
     assert plain_text("", "a") == "a"
     assert plain_text("[{not json", "a") == "[{not json\n\na"
+    deep = '[{"x":' + "[" * 100_000
+    assert plain_text(deep, "a") == f"{deep}\n\na"
     assert plain_text('[{"x": 1}]', "a") == '[{"x": 1}]\n\na'
 
 
