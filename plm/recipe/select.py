@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import math
 from typing import Any
 
@@ -25,6 +24,7 @@ from plm.method import PersonalizationMethod, constructor_arguments
 from plm.recipe.errors import message_of
 from plm.recipe.grid import LINKS
 from plm.recipe.parser import RecipeParser
+from plm.recipe.quiet import quiet
 from plm.recipe.runs import repeatable
 
 
@@ -77,19 +77,14 @@ def select(cli: LightningCLI, untouched: tuple[Any, ...]) -> PersonalizationMeth
     candidates = [dict(zip(names, values, strict=True)) for values in itertools.product(*config.select.values())]
     for candidate in candidates:  # all mistakes show before the first fit
         build(cli, candidate)
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)  # the same lines for every candidate
-    try:
+    with quiet():  # the same lines for every candidate
         values = [_fit(cli, untouched, candidate, index, monitor, mode) for index, candidate in enumerate(candidates)]
-    finally:
-        log.setLevel(level)
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
     if not finite:
         raise ValueError(f"select: no candidate reached a finite {monitor}, got {values!r}")
     best = (min if mode == "min" else max)(finite, key=values.__getitem__)
     best = cli.trainer.strategy.broadcast(best)
-    if cli.trainer.is_global_zero:
+    if cli.trainer.is_global_zero and not is_fast_dev_run(cli.trainer):  # which leaves nothing behind
         _report(cli, candidates, values, best)
     L.seed_everything(config.seed_everything, workers=True, verbose=False)
     return build(cli, candidates[best])
@@ -127,33 +122,26 @@ def _fit(
     best = BestValue(monitor, mode)
     trainer_config, metrics, stopping = copy.deepcopy(untouched)
     callbacks = [c for c in trainer_config.pop("callbacks", None) or [] if not isinstance(c, Checkpoint)]
-    quiet = {
+    options = {
         "logger": CSVLogger(run_dir(cli.trainer), name="select", version=str(index)),
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = L.Trainer(**{**trainer_config, **quiet, "callbacks": [*callbacks, metrics, stopping, best]})
+    trainer = L.Trainer(**{**trainer_config, **options, "callbacks": [*callbacks, metrics, stopping, best]})
     trainer.fit(method, datamodule=cli.datamodule)
     return best.value
 
 
 def _report(cli: LightningCLI, candidates: list[dict[str, Any]], values: list[float], best: int) -> None:
-    """Write and print the table of candidates; a ``fast_dev_run`` leaves nothing behind."""
-    if is_fast_dev_run(cli.trainer) or not cli.trainer.is_global_zero:
-        return
+    """Write and print the table of candidates."""
     config = cli.config["fit"]
     folder = run_dir(cli.trainer)
     rows = [
         {**candidate, config.checkpoint.monitor: value} for candidate, value in zip(candidates, values, strict=True)
     ]
-    report = {
-        "monitor": config.checkpoint.monitor,
-        "mode": config.checkpoint.mode,
-        "selected": best,
-        "candidates": rows,
-    }
-    write_json(folder / "select.json", report)
+    monitor = {"monitor": config.checkpoint.monitor, "mode": config.checkpoint.mode}
+    write_json(folder / "select.json", {**monitor, "selected": best, "candidates": rows})
     chosen = repeatable(config)
     chosen.select = None
     for name, value in candidates[best].items():
