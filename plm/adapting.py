@@ -26,7 +26,7 @@ from plm.functional import user_chunks
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
 from plm.metrics import FewShotMetric, FewShotTable
-from plm.types import Context, Tokens, UserState
+from plm.types import Tokens, UserState
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -233,7 +233,7 @@ def _adapted(method: PersonalizationMethod, data: FeaturedPairs) -> Iterator[tup
     for chunk in user_chunks(torch.from_numpy(user), len(rows), width, own, MAX_FLOATS):
         users = rows[chunk.users.numpy()]
         context = build_context(data, chunk.rows.numpy(), users)
-        states = method.adapt(_to(context, method.device)).to("cpu")
+        states = method.adapt(context.map(lambda value: value.to(method.device))).to("cpu")
         yield [data.table.user_ids[row] for row in users.tolist()], states
 
 
@@ -323,7 +323,8 @@ def foretold_chances(method: PersonalizationMethod, pairs: Sequence[Mapping[str,
         ValueError: If a pair is malformed, or the method reads tokens.
     """
     data = _encoded(method, _pairs_of("user", pairs), is_remembered=True)
-    one = _to(build_context(data, np.arange(data.table.num_pairs), np.zeros(1, dtype=np.int64)), method.device)
+    one = build_context(data, np.arange(data.table.num_pairs), np.zeros(1, dtype=np.int64))
+    one = one.map(lambda value: value.to(method.device))
     if isinstance(one.chosen, Tokens):
         raise ValueError(f"predicting answers needs a method that reads features, got {type(method).__name__}")
     num_pairs = one.mask.shape[1]
@@ -331,25 +332,20 @@ def foretold_chances(method: PersonalizationMethod, pairs: Sequence[Mapping[str,
     before = torch.arange(num_pairs, device=method.device) < judged[:, None]  # (R, S)
 
     def fitted(mask: Tensor) -> UserState:
-        return method.adapt(
-            Context(*[_map(v, lambda v: v * mask.reshape(*mask.shape, *[1] * (v.dim() - 2))) for v in one])
-        )
-
-    def of_judged(values: Tensor) -> Tensor:
-        return values[0, judged]
+        return method.adapt(one.map(lambda value: value * mask.reshape(*mask.shape, *[1] * (value.dim() - 2))))
 
     at_once = max(1, MAX_FLOATS // max(1, one.chosen.numel()))
     states = UserState.cat([fitted(mask) for mask in torch.split(before, at_once)])
-    better, worse, prompts = (_map(value, of_judged) for value in (one.chosen, one.rejected, one.prompt))
+    asked = one.map(lambda value: value[0, judged])
 
     @torch.no_grad()
     def chances(users: UserState) -> Tensor:
-        rewards = [method.score(side, users, prompt_features=prompts) for side in (better, worse)]
+        rewards = [method.score(side, users, prompt_features=asked.prompt) for side in asked.features]
         return torch.sigmoid(rewards[0] - rewards[1])
 
     with torch.no_grad():
         usual = chances(method.population_state(len(judged)))
-    is_tie = torch.zeros_like(judged, dtype=torch.bool) if one.tie is None else one.tie[0, judged]
+    is_tie = torch.zeros_like(judged, dtype=torch.bool) if asked.tie is None else asked.tie
     return Foretold(chances(states).cpu(), usual.cpu(), is_tie.cpu())
 
 
@@ -407,11 +403,6 @@ def _new_users(table: PairTable, trained: Collection[str]) -> PairTable:
     )
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change a tensor, or every tensor of tokens; None stays None."""
-    return value.map(change) if isinstance(value, Tokens) else None if value is None else change(value)
-
-
 def _pairs_of(user_id: str, pairs: Sequence[Mapping[str, Any]]) -> PairTable:
     """Check pairs of one user."""
     return make_pairs([{**pair, "user_id": user_id} for pair in pairs], "pair")
@@ -424,9 +415,3 @@ def _encoded(method: PersonalizationMethod, table: PairTable, is_remembered: boo
     encoder = method.text_encoder
     reader = encoder.recent if is_remembered else encoder
     return encode_pairs(table, encoder.backbone, reader, prompt_features=method.reads_prompts)
-
-
-def _to(context: Context, device: torch.device) -> Context:
-    """Move a context to another device."""
-    moved: list[Any] = [None if value is None else value.to(device) for value in context]
-    return Context(*moved)

@@ -86,7 +86,12 @@ class Tokens(NamedTuple):
 
 def take_rows(values: Tensor | Tokens | None, rows: Tensor) -> Tensor | Tokens | None:
     """Gather features or tokens: int64 rows of any shape, or a mask; None stays None."""
-    return values.take(rows) if isinstance(values, Tokens) else None if values is None else values[rows]
+    return _mapped(values, lambda value: value[rows])
+
+
+def _mapped(values: Tensor | Tokens | None, change: Callable[[Tensor], Tensor]) -> Tensor | Tokens | None:
+    """Change features, or every tensor of tokens; None stays None."""
+    return values.map(change) if isinstance(values, Tokens) else None if values is None else change(values)
 
 
 def _features(chosen: Tensor | Tokens, rejected: Tensor | Tokens) -> tuple[Tensor, Tensor]:
@@ -123,6 +128,11 @@ class Context(NamedTuple):
     def num_users(self) -> int:
         """Number of users, U."""
         return self.mask.shape[0]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Context:
+        """Apply a function to every tensor, those of tokens too."""
+        parts: list[Any] = [_mapped(value, change) for value in self]
+        return Context(*parts)
 
     @property
     def features(self) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Axes: B pairs in a batch, D feature width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import lightning as L
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plm.messages import Problems
 from plm.method.conditioning import CONDITIONINGS, Conditioning, FeatureConditioning
-from plm.types import Context, PreferenceBatch, Tokens
+from plm.types import Context, PreferenceBatch
 
 
 class FeatureReader(L.LightningModule):
@@ -78,7 +78,7 @@ class FeatureReader(L.LightningModule):
 
     def _conditioned_context(self, context: Context) -> Context:
         """A copy of support pairs with conditioned features; padding stays zero."""
-        context = self.featured_context(Context(*map(_clone, context)))
+        context = self.featured_context(context.map(torch.clone))
         if self.conditioning.kind == "none" or not isinstance(context.chosen, Tensor):
             return context
         chosen, rejected = (self.conditioning(side) * context.mask[..., None] for side in context.features)
@@ -100,13 +100,4 @@ def without_pairs(context: Context, rows: Tensor) -> Context:
     def hidden(value: Tensor) -> Tensor:
         return value.masked_fill(rows.view(*rows.shape, *[1] * (value.dim() - 2)), 0)
 
-    parts: list[Any] = [
-        value.map(hidden) if isinstance(value, Tokens) else None if value is None else hidden(value)
-        for value in context
-    ]
-    return Context(*parts)
-
-
-def _clone(value: Tensor | Tokens | None) -> Any:
-    """Copy a value so that autograd may record it."""
-    return value.map(torch.clone) if isinstance(value, Tokens) else None if value is None else value.clone()
+    return context.map(hidden)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from plm.types import Context, Tokens, UserState
+from plm.types import Tokens, UserState
 
 
 def assert_same(first: UserState, second: UserState, tolerance: float = 0.0, what: str = "the states") -> None:
@@ -20,15 +19,6 @@ def assert_same(first: UserState, second: UserState, tolerance: float = 0.0, wha
         assert value.shape == other.shape, f"{what}: {name!r} of shape {value.shape} against {other.shape}"
         difference = ((value - other).abs() / (1 + other.abs())).max().item() if value.numel() else 0.0
         assert difference <= tolerance, f"{what}: {name!r} differs by {difference:.2e}, more than {tolerance:.0e}"
-
-
-def each(context: Context, change: Callable[[Tensor], Tensor]) -> Context:
-    """Apply ``change`` to every tensor of a context."""
-
-    def apply(value: Tensor | Tokens | None) -> Any:
-        return value.map(change) if isinstance(value, Tokens) else None if value is None else change(value)
-
-    return Context(*map(apply, context))
 
 
 def equal(value: Tensor | Tokens | None, other: Tensor | Tokens | None) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from plm.checkpoint import load_method, store_users
 from plm.method import PersonalizationMethod
-from plm.testing.checks import assert_same, each, equal, must_fail
+from plm.testing.checks import assert_same, equal, must_fail
 from plm.testing.planted import PlantedData, TinyBackbone
 from plm.types import Context
 from plm.users import UserStore, shared_hash
@@ -159,7 +159,7 @@ class MethodContract(ABC):
         mask = torch.arange(context.mask.shape[1]) < count
         weight = torch.linspace(0.5, 2.0, mask.numel()).view(mask.shape)
         tie = torch.arange(mask.numel()).view(mask.shape) % 5 == 0
-        hidden = each(context, lambda value: value * mask.view(*mask.shape, *[1] * (value.dim() - 2)))
+        hidden = context.map(lambda value: value * mask.view(*mask.shape, *[1] * (value.dim() - 2)))
         return hidden._replace(weight=weight * mask, tie=tie & mask)
 
     # ------------------------------------------------------------------ adapt
@@ -168,7 +168,7 @@ class MethodContract(ABC):
         method, context = self.fitted(), self.context()
         before = {name: value.clone() for name, value in method.state_dict().items()}
         grads = [(p.requires_grad, p.grad is None) for p in method.parameters()]
-        copies = each(context, torch.clone)
+        copies = context.map(torch.clone)
         random = torch.get_rng_state()
         for training in (True, False):
             method.train(training)
@@ -204,20 +204,20 @@ class MethodContract(ABC):
         crowd = method.adapt(context)
         for row in range(context.num_users):
             size = max(int(context.mask[row].sum()), 1)
-            alone = each(context, lambda value, row=row, size=size: value[row : row + 1, :size])  # type: ignore[misc]
+            alone = context.map(lambda value, row=row, size=size: value[row : row + 1, :size])  # type: ignore[misc]
             assert_same(
                 method.adapt(alone), crowd.take(torch.tensor([row])), self.company_tolerance, f"user {row} alone"
             )
         users = torch.arange(context.num_users).flip(0)
-        reordered = each(context, lambda value: value[users])
+        reordered = context.map(lambda value: value[users])
         assert_same(method.adapt(reordered), crowd.take(users), self.company_tolerance, "other users' order")
         assert_same(
-            method.adapt(each(context, lambda value: value.flip(1))),
+            method.adapt(context.map(lambda value: value.flip(1))),
             crowd,
             self.company_tolerance,
             "other pairs' order",
         )
-        padded = each(context, lambda value: torch.cat([value, torch.zeros_like(value)], 1))
+        padded = context.map(lambda value: torch.cat([value, torch.zeros_like(value)], 1))
         assert_same(method.adapt(padded), crowd, self.company_tolerance, "more padding")
 
     def test_a_pair_of_weight_zero_is_as_if_it_were_not_there(self) -> None:
@@ -236,7 +236,7 @@ class MethodContract(ABC):
         with torch.no_grad():
             population = method.population_state(context.num_users).detach()
             assert_same(population, method.population_state(1).take(torch.zeros(context.num_users).long()))
-        nobody = each(context, torch.zeros_like)
+        nobody = context.map(torch.zeros_like)
         assert_same(method.adapt(nobody), population, 1e-6, "zero shots")
         without = (context.mask.sum(-1) == 0).nonzero()[:, 0]
         assert_same(method.adapt(context).take(without), population.take(without), 1e-6, "zero shots in a crowd")
