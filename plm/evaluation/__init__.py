@@ -1,6 +1,6 @@
 """Statistics over users: intervals, comparisons, verdicts, and the tables, files, pages and pictures that show them."""
 
-from plm.evaluation.comparison import Comparison, compare, holm
+from plm.evaluation.comparison import compare, holm
 from plm.evaluation.drift import drift_report, drift_table, unseen_users_curve
 from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_figure
 from plm.evaluation.page import (
@@ -9,7 +9,6 @@ from plm.evaluation.page import (
     TableRow,
     html_page,
     html_part,
-    latex_tables,
     markdown_table,
     png,
     write_figures,
@@ -27,7 +26,6 @@ from plm.evaluation.report import (
     user_rows,
 )
 from plm.evaluation.statistics import (
-    CONFIDENCE,
     MIN_USERS,
     cluster_bootstrap,
     is_flat,
@@ -39,10 +37,8 @@ from plm.evaluation.terminal import print_parts
 from plm.evaluation.wording import difference, interval, p_value, points, verdict
 
 __all__ = [
-    "CONFIDENCE",
     "MIN_USERS",
     "USER_COLUMNS",
-    "Comparison",
     "Link",
     "Section",
     "TableRow",
@@ -62,7 +58,6 @@ __all__ = [
     "html_part",
     "interval",
     "is_flat",
-    "latex_tables",
     "markdown_table",
     "minimum_detectable_effect",
     "p_value",
