@@ -141,6 +141,7 @@ def fit(
         >>> run = fit("mine.jsonl", "LoRe", backbone="hashing", num_bases=8)  # doctest: +SKIP
         >>> run.method.score(["A new bus line.", "A new exit."], user_id="anna")  # doctest: +SKIP
     """
+    class_path = method if isinstance(method, str) else f"{method.__module__}.{method.__qualname__}"
     with _kept(pairs, Path(folder)) as files, tempfile.TemporaryDirectory() as scratch:
         recipe: dict[str, Any] = {
             "defaults": [
@@ -149,7 +150,7 @@ def fit(
                 {"logger": "csv"},
             ],
             "name": name,
-            "model": {"class_path": method if isinstance(method, str) else _path_of(method)},
+            "model": {"class_path": class_path},
             "data": {"source": {"class_path": "plm.data.sources.pairs.PairFiles", "init_args": {"path": files}}},
             "trainer": {"default_root_dir": str(folder)},
         }
@@ -217,11 +218,6 @@ def _plain(key: str, value: Any) -> Any:
             f"{key}: expected what a recipe can hold, got {kind}; give {{class_path: ..., init_args: ...}}"
         )
     return value
-
-
-def _path_of(cls: type) -> str:
-    """Import path of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 @contextmanager

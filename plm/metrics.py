@@ -150,22 +150,13 @@ class UserTable:
             }
         if self.flipped_pairs:
             numbers["flip_reversed"] = self.reversed_pairs / self.flipped_pairs
-        if not np.isnan(self.bradley_terry_accuracy).all():
-            numbers |= {
-                "bradley_terry_accuracy": float(np.nanmean(self.bradley_terry_accuracy)),
-                "bradley_terry_log_loss": float(np.nanmean(self.bradley_terry_log_loss)),
-                "personal_minus_bradley_terry": float(np.nanmean(self.personal_minus_bradley_terry)),
-            }
-        if not np.isnan(self.majority_accuracy).all():
-            numbers |= {
-                "majority_accuracy": float(np.nanmean(self.majority_accuracy)),
-                "personal_minus_majority": float(np.nanmean(self.personal_minus_majority)),
-            }
-        if not np.isnan(self.other_accuracy).all():
-            numbers |= {
-                "other_accuracy": float(np.nanmean(self.other_accuracy)),
-                "personal_minus_other": float(np.nanmean(self.personal_minus_other)),
-            }
+        for names in (
+            ("bradley_terry_accuracy", "bradley_terry_log_loss", "personal_minus_bradley_terry"),
+            ("majority_accuracy", "personal_minus_majority"),
+            ("other_accuracy", "personal_minus_other"),
+        ):
+            if not np.isnan(getattr(self, names[0])).all():
+                numbers |= {name: float(np.nanmean(getattr(self, name))) for name in names}
         return numbers | counts
 
 

@@ -67,11 +67,10 @@ class FreshCausalLM(CausalLM):
         self.architecture = architecture
         self.vocab_size, self.width, self.num_layers, self.num_heads = vocab_size, width, num_layers, num_heads
         self.max_positions, self.seed = max_positions, seed
-        least = {"vocab_size": NUM_BYTES + 1, "width": 1, "num_layers": 1, "num_heads": 1, "max_positions": 2}
         problems = Problems("FreshCausalLM.")
-        for name, low in least.items():
-            if (value := getattr(self, name)) < low:
-                problems.add(name, f"at least {low}", value)
+        problems.at_least(NUM_BYTES + 1, vocab_size=vocab_size)
+        problems.at_least(1, width=width, num_layers=num_layers, num_heads=num_heads)
+        problems.at_least(2, max_positions=max_positions)
         if not problems.found and width % (2 * num_heads):
             problems.add("width", f"a multiple of twice num_heads={num_heads}", width)
         problems.check()
