@@ -8,7 +8,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import date, timedelta
 from datetime import time as clock_time
@@ -175,8 +175,13 @@ def _fits_json(value: Any) -> bool:
 
 def _finite(value: Any) -> Any:
     """Replace numbers that JSON does not have by None."""
+    return map_leaves(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change what mappings, whose keys become texts, and lists inside a value hold, or a value that is neither."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {str(key): map_leaves(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [map_leaves(item, change) for item in value]
+    return change(value)

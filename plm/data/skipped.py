@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from plm.atomic import whole_file
+from plm.atomic import map_leaves, whole_file
 from plm.data.files import TABLES, opened, read_records, read_table
 from plm.data.schema import PairTable
 
@@ -44,7 +44,7 @@ def write_skipped(table: PairTable, path: str | Path) -> bool:
             for line, texts in lines.items():
                 entry = {"file": table.files[file], "line": line, "problems": texts}
                 try:
-                    text = json.dumps({**entry, **_plain(content.get(line, {}))})
+                    text = json.dumps({**entry, **map_leaves(content.get(line, {}), _plain)})
                 except RecursionError:
                     text = json.dumps({**entry, "text": "its brackets are too deep to be kept"})
                 out.write(text.encode() + b"\n")
@@ -94,9 +94,5 @@ def _row(row: pa.Table) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """A value as JSON holds it."""
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
     is_json = value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and isfinite(value))
     return value if is_json else str(value)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from plm.atomic import map_leaves
 from plm.data.schema import PairTable, read_pairs
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
@@ -63,7 +63,7 @@ class PairFiles(PairSource):
     def reading(self) -> dict[str, Any]:
         """The arguments that say which columns are read; those that are None are left out."""
         names = ("columns", "winner", "attributes", "layout")
-        return {name: _plain(value) for name in names if (value := getattr(self, name))}
+        return {name: map_leaves(value, _plain) for name in names if (value := getattr(self, name))}
 
     def load(self) -> PairTable:
         """Read and validate all files.
@@ -78,9 +78,5 @@ class PairFiles(PairSource):
 
 def _plain(value: Any) -> Any:
     """A value as checkpoints hold it: numbers of NumPy are Python's, dates their texts."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(below) for name, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     return value if isinstance(value, str | int | float | None) else str(value)
