@@ -152,6 +152,12 @@ class Problems:
             if value is not None and not 0 <= value < 1:
                 self.add(name, "a share in [0, 1)", value)
 
+    def inner_shares(self, **values: float) -> None:
+        """Each must be a share above 0 and below 1."""
+        for name, value in values.items():
+            if not 0 < value < 1:
+                self.add(name, "a share between 0 and 1", value)
+
     def at_least(self, least: float, /, **values: float | None) -> None:
         """Each must be ``least`` or more."""
         for name, value in values.items():

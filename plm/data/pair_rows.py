@@ -13,11 +13,9 @@ from plm.data.cells import printed_list, value_at
 from plm.data.conversations import threads, with_prompt
 from plm.data.files import Records
 from plm.data.layouts import Layout
-from plm.data.values import is_number, parsed, short, to_id, to_number, to_response
+from plm.data.values import EVERYONE, is_number, parsed, short, to_id, to_number, to_response
 from plm.messages import setting
 
-EVERYONE = "everyone"
-"""The user of files that tell no users apart."""
 _SUBMITTED = "submitted"
 """State of a judgement that its author has finished."""
 _NOT_SHARED = ("response", "rating", "rank", "turn", "timestamp", "message_id", "role")

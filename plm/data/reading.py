@@ -28,8 +28,9 @@ from plm.data.files import (
     table_records,
 )
 from plm.data.layouts import GRADED, NAMED, Layout
-from plm.data.pair_rows import EVERYONE, pair_rows
+from plm.data.pair_rows import pair_rows
 from plm.data.text_tables import TextTable, read_csv_table, read_jsonl_table
+from plm.data.values import EVERYONE
 from plm.data.winners import refuse_unread_winner
 from plm.messages import closest, nearest, setting
 

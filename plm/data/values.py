@@ -17,6 +17,8 @@ _MESSAGE = ("role", "content")
 ROW_SPLITS = ("train", "val", "test")
 USER_SPLITS = ("seen", "unseen")
 MOST_SCORE = 1e38
+EVERYONE = "everyone"
+"""The user of pairs that tell no users apart."""
 
 
 def canonical_messages(messages: Sequence[dict[str, str]]) -> str:

@@ -83,8 +83,7 @@ class SampledRewards(RewardSource):
                 problems.add(f"people.{person}", "finite weights >= 0 that are not all 0", weights)
         if value_prompts < 2:
             problems.add("value_prompts", "at least 2", value_prompts)
-        if not 0 < test_share < 1:
-            problems.add("test_share", "a share between 0 and 1", test_share)
+        problems.inner_shares(test_share=test_share)
         if not 0 < sharpness < math.inf:
             problems.add("sharpness", "a finite number of nats > 0", sharpness)
         problems.check()

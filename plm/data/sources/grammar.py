@@ -65,8 +65,7 @@ class GrammarResponses(PairSource):
         problems = Problems("GrammarResponses.")
         problems.within(2, len(SUBJECTS) * len(VERBS), num_prompts=num_prompts)
         problems.within(2, 64, num_responses=num_responses)
-        if not 0 < test_share < 1:
-            problems.add("test_share", "a share between 0 and 1", test_share)
+        problems.inner_shares(test_share=test_share)
         problems.check()
 
     @property

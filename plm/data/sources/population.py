@@ -151,8 +151,7 @@ class PopulationPairs(PairSource):
         problems = Problems(f"{type(self).__name__}.")
         problems.at_least(1, num_seen=num_seen, seen_pairs=seen_pairs, test_pairs=test_pairs)
         problems.at_least(0, num_unseen=num_unseen, unseen_pairs=unseen_pairs)
-        if concentration <= 0:
-            problems.add("concentration", "a number > 0", concentration)
+        problems.positive(concentration=concentration)
         problems.check()
 
     @abstractmethod

@@ -22,7 +22,7 @@ from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import corpus_rows, local_files
-from plm.data.sources.samples import EVERYONE
+from plm.data.values import EVERYONE
 from plm.messages import Problems
 
 Part = Literal["text", "prompts", "reward", "judge"]
@@ -96,8 +96,7 @@ class ReviewPairs(PairSource):
         problems = Problems("ReviewPairs.")
         problems.at_least(1, prompt_words=prompt_words, response_words=response_words, max_sentences=max_sentences)
         problems.at_least(2, num_train=num_train, num_test=num_test)
-        if part not in ("text", "prompts"):
-            problems.add("part", "text or prompts", part)
+        problems.choices(part=(part, ("text", "prompts")))
         problems.check()
 
     @property

@@ -93,10 +93,8 @@ class SampledPairs(PairSource):
                 problems.add(f"people.{person}", "finite weights that are not all 0", weights)
         problems.at_least(0, num_people=self.num_people, temperature=self.temperature)
         problems.at_least(1, pairs_per_prompt=self.pairs_per_prompt, prompts_per_person=self.prompts_per_person)
-        if self.concentration <= 0:
-            problems.add("concentration", "a number > 0", self.concentration)
-        if not 0 < self.test_share < 1:
-            problems.add("test_share", "a share between 0 and 1", self.test_share)
+        problems.positive(concentration=self.concentration)
+        problems.inner_shares(test_share=self.test_share)
         problems.choices(pairs=(self.pairs, ("best_worst", "random")))
         problems.say(
             f"SampledPairs.pairs_per_prompt: best against worst is one pair, got {self.pairs_per_prompt!r}",

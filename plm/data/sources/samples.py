@@ -17,10 +17,8 @@ from plm.data.keys import digest, mix, seed_key
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
-from plm.data.values import short
+from plm.data.values import EVERYONE, short
 from plm.messages import Problems, counted, listed
-
-EVERYONE = "everyone"
 
 
 class Samples(NamedTuple):
@@ -127,8 +125,7 @@ class SampledResponses(PairSource):
         problems = Problems("SampledResponses.")
         if num_responses is not None and num_responses < 2:
             problems.add("num_responses", "at least 2 or null", num_responses)
-        if not 0 < test_share < 1:
-            problems.add("test_share", "a share between 0 and 1", test_share)
+        problems.inner_shares(test_share=test_share)
         problems.check()
 
     @property

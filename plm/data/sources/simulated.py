@@ -85,8 +85,7 @@ class SimulatedPairs(PopulationPairs):
         if len(self.attributes) < 2:
             problems.add("attributes", "two or more attributes", self.attributes)
         problems.at_least(2, candidates=candidates)
-        if not 0 < test_share < 1:
-            problems.add("test_share", "a share between 0 and 1", test_share)
+        problems.inner_shares(test_share=test_share)
         problems.check()
 
     @property

@@ -169,7 +169,7 @@ def test_one_interest_that_nothing_differs_in_gives_no_pair(tmp_path: Path) -> N
 
 def test_wrong_arguments_are_collected(table: str) -> None:
     with pytest.raises(
-        ValueError, match=r"num_seen: expected at least 1, got 0\n.*concentration: expected a number > 0"
+        ValueError, match=r"num_seen: expected at least 1, got 0\n.*concentration: expected a finite number > 0"
     ):
         simulated(table, num_seen=0, concentration=0.0)
     with pytest.raises(ValueError, match="expected at most the 48 training prompts"):

@@ -76,7 +76,7 @@ def test_the_numbers_of_passages_are_limited_and_too_few_are_refused(tmp_path: P
     prompts = ReviewPairs(str(tmp_path), part="prompts", prompt_words=2, num_test=None).load()
     films = [{prompt for prompt in one.prompts if prompt.startswith("Film")} for one in (prompts, table)]
     assert all(films) and not films[0] & films[1]
-    with pytest.raises(ValueError, match=r"ReviewPairs\.part: expected text or prompts, got 'judge'"):
+    with pytest.raises(ValueError, match=r"ReviewPairs\.part: expected one of text, prompts, got 'judge'"):
         ReviewPairs(str(tmp_path), part="judge")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"ReviewPairs\.prompt_words: .* got 0\nReviewPairs\.num_test: .* got 1"):
         ReviewPairs(str(tmp_path), prompt_words=0, num_test=1)
