@@ -12,11 +12,11 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 import torch
@@ -42,6 +42,8 @@ from plm.users.database import (
 from plm.users.folder import read_folder
 from plm.users.rows import from_rows, header_of, to_rows
 
+_Read = TypeVar("_Read")
+_NO_ROWS: Sequence[Any] = ()
 _AT_ONCE = 10_000
 """Rows in memory while all users are read or written."""
 
@@ -127,8 +129,7 @@ class UserStore:
         self.place = self._database.name
         if self._database.path is not None:
             self._import(self._database.path.with_suffix(""))
-        with self._reading():
-            pass  # a store that cannot be read is reported now
+        self._read(lambda _: None, None)  # a store that cannot be read is reported now
 
     @classmethod
     def begin(cls, place: str | Path, shared_hash: str, user_ids: Sequence[str], state: UserState) -> UserStore:
@@ -164,16 +165,13 @@ class UserStore:
     def page(self, after: int = -1, count: int = _AT_ONCE) -> dict[int, StoredUser]:
         """Number -> user, of ``count`` users with a number above ``after``, in the order in which they were added."""
         query = sa.select(USERS.c.number, *_KNOWN).where(USERS.c.number > after).order_by(USERS.c.number).limit(count)
-        with self._reading() as connection:
-            rows = [] if connection is None else connection.execute(query).all()
+        rows = self._read(lambda connection: connection.execute(query).all(), _NO_ROWS)
         return {row.number: StoredUser(*row[1:]) for row in rows}
 
     def __len__(self) -> int:
         """Number of users."""
-        with self._reading() as connection:
-            if connection is None:
-                return 0
-            return int(connection.execute(sa.select(sa.func.count()).select_from(USERS)).scalar_one())
+        query = sa.select(sa.func.count()).select_from(USERS)
+        return self._read(lambda connection: int(connection.execute(query).scalar_one()), 0)
 
     def held_open(self) -> AbstractContextManager[None]:
         """For a process that works with the store all the time: calls inside the block take less time."""
@@ -193,10 +191,8 @@ class UserStore:
 
     def found(self, user_ids: Sequence[str]) -> dict[str, StoredUser]:
         """What is known of users besides their states; unknown ones are left out."""
-        with self._reading() as connection:
-            if connection is None:
-                return {}
-            return {row.user_id: StoredUser(*row) for row in rows_of(connection, user_ids, *_KNOWN)}
+        rows = self._read(lambda connection: rows_of(connection, user_ids, *_KNOWN), _NO_ROWS)
+        return {row.user_id: StoredUser(*row) for row in rows}
 
     def get(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
         """Look users up; only their rows are read.
@@ -210,8 +206,7 @@ class UserStore:
         """
         distinct = list(dict.fromkeys(user_id for user_id in user_ids if user_id is not None))
         columns = USERS.c.user_id, USERS.c.state, USERS.c.num_pairs
-        with self._reading() as connection:
-            rows = [] if connection is None else rows_of(connection, distinct, *columns)
+        rows = self._read(lambda connection: rows_of(connection, distinct, *columns), _NO_ROWS)
         place = {user_id: row for row, (user_id, _, _) in enumerate(rows)}
         row_of = torch.tensor([place.get(user_id, -1) for user_id in user_ids], dtype=torch.long)
         known = row_of >= 0
@@ -228,29 +223,26 @@ class UserStore:
     def pairs(self, user_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """The pairs that were kept with the states of users, the oldest first; users without any are left out."""
         columns, order = (PAIRS.c.user_id, PAIRS.c.pair), (PAIRS.c.user_id, PAIRS.c.place)
+        rows = self._read(lambda connection: rows_of(connection, user_ids, *columns, order=order), _NO_ROWS)
         kept: dict[str, list[dict[str, Any]]] = {}
-        with self._reading() as connection:
-            if connection is not None:
-                for user_id, pair in rows_of(connection, user_ids, *columns, order=order):
-                    kept.setdefault(user_id, []).append(json.loads(pair))
+        for user_id, pair in rows:
+            kept.setdefault(user_id, []).append(json.loads(pair))
         return kept
 
     @property
     def num_erasures(self) -> int:
         """How many erasures the log holds, see ``add``."""
-        with self._reading() as connection:
-            if connection is None:
-                return 0
-            return int(connection.execute(sa.select(sa.func.max(ERASURES.c.number))).scalar() or 0)
+        query = sa.select(sa.func.max(ERASURES.c.number))
+        return self._read(lambda connection: int(connection.execute(query).scalar() or 0), 0)
 
     def there_since(self, user_ids: Sequence[str], since: int) -> list[str]:
         """Those of the users who have a row and were not erased after erasure ``since``, though they may be back."""
-        with self._reading() as connection:
-            if connection is None:
-                return []
+
+        def there(connection: sa.Connection) -> list[str]:
             erased = erased_since(connection, user_ids, since)
-            there = rows_of(connection, user_ids, USERS.c.user_id)
-            return [user_id for (user_id,) in there if user_id not in erased]
+            return [user_id for (user_id,) in rows_of(connection, user_ids, USERS.c.user_id) if user_id not in erased]
+
+        return self._read(there, [])
 
     # ------------------------------------------------------------------ changes
     def add(
@@ -350,15 +342,13 @@ class UserStore:
                     file.write(json.dumps(record) + "\n")
 
     # ------------------------------------------------------------------ inside a transaction
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection | None]:
-        """A transaction that reads; None where nothing has been stored yet."""
+    def _read(self, query: Callable[[sa.Connection], _Read], nothing: _Read) -> _Read:
+        """What a query gives in one transaction, or ``nothing`` where nothing has been stored yet."""
         if not self.exists:
-            yield None
-            return
+            return nothing
         with self._database.reading() as connection:
             self._facts(connection)
-            yield connection
+            return query(connection)
 
     def _facts(self, connection: sa.Connection) -> dict[str, str]:
         """The facts of the store, after a check that it is one and belongs to the weights."""
@@ -377,8 +367,7 @@ class UserStore:
         if self.shared_hash is None:
             if not self.exists:
                 raise ValueError(f"no users are stored in {self.place!r}; give the hash of the weights they belong to")
-            with self._reading() as connection:
-                assert connection is not None
+            with self._database.reading() as connection:
                 return self._facts(connection)["shared_hash"]
         return self.shared_hash
 
