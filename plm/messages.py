@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 NUM_SHOWN = 20
 _IN_COMMAND: ContextVar[bool] = ContextVar("in_command", default=False)
@@ -129,46 +130,41 @@ class Problems:
 
     def integers(self, least: int, /, **values: object) -> None:
         """Each must be an integer of at least ``least``."""
-        for name, value in values.items():
-            is_integer = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (is_integer and value >= least):  # type: ignore[operator]
-                self.add(name, f"an integer >= {least}", value)
+        self._each(
+            values,
+            f"an integer >= {least}",
+            lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
+        )
 
     def numbers(self, least: float = 0, /, **values: float | None) -> None:
         """Each must be a finite number of at least ``least``."""
-        for name, value in values.items():
-            if value is not None and not least <= value < math.inf:
-                self.add(name, f"a finite number >= {least:g}", value)
+        self._each(values, f"a finite number >= {least:g}", lambda value: least <= value < math.inf)
 
     def positive(self, **values: float | None) -> None:
         """Each must be a finite number above zero."""
-        for name, value in values.items():
-            if value is not None and not 0 < value < math.inf:
-                self.add(name, "a finite number > 0", value)
+        self._each(values, "a finite number > 0", lambda value: 0 < value < math.inf)
 
     def shares(self, **values: float | None) -> None:
         """Each must be a share from 0 up to, but not including, 1."""
-        for name, value in values.items():
-            if value is not None and not 0 <= value < 1:
-                self.add(name, "a share in [0, 1)", value)
+        self._each(values, "a share in [0, 1)", lambda value: 0 <= value < 1)
 
-    def inner_shares(self, **values: float) -> None:
+    def inner_shares(self, **values: float | None) -> None:
         """Each must be a share above 0 and below 1."""
-        for name, value in values.items():
-            if not 0 < value < 1:
-                self.add(name, "a share between 0 and 1", value)
+        self._each(values, "a share between 0 and 1", lambda value: 0 < value < 1)
 
     def at_least(self, least: float, /, **values: float | None) -> None:
         """Each must be ``least`` or more."""
-        for name, value in values.items():
-            if value is not None and not value >= least:
-                self.add(name, f"at least {least:g}", value)
+        self._each(values, f"at least {least:g}", lambda value: bool(value >= least))
 
-    def within(self, least: int, most: int, /, **values: int) -> None:
+    def within(self, least: int, most: int, /, **values: int | None) -> None:
         """Each must be between ``least`` and ``most``, or one of the two."""
+        self._each(values, f"{least} to {most}", lambda value: least <= value <= most)
+
+    def _each(self, values: Mapping[str, object], expected: str, holds: Callable[[Any], bool]) -> None:
+        """Note those of some arguments that are given and do not hold."""
         for name, value in values.items():
-            if not least <= value <= most:
-                self.add(name, f"{least} to {most}", value)
+            if value is not None and not holds(value):
+                self.add(name, expected, value)
 
     def choices(self, **values: tuple[object, Collection[str]]) -> None:
         """Each is a value and the names it must be among."""
