@@ -6,7 +6,7 @@ import argparse
 import ast
 import json
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,19 +56,11 @@ def check_options(args: Sequence[str], names: Collection[str]) -> None:
         if option.startswith("--") and first.removesuffix("+") not in names:
             stop(f"no option {option!r}{nearest(option, [f'--{name}{dot}{rest}' for name in names])}")
 
-    from plm.recipe.defaults import expand  # help does not wait for a reader of YAML
+    from plm.recipe.defaults import expand, values_of  # help does not wait for a reader of YAML
 
     expand(args)
-    for text in _values(args, "--select"):
+    for text in values_of(args, "--select"):
         _check_select(text)
-
-
-def _values(args: Sequence[str], option: str) -> Iterator[str]:
-    """The values of an option."""
-    for arg, following in pairwise((*args, "")):
-        name, equals, value = arg.partition("=")
-        if name == option:
-            yield value if equals else following
 
 
 def _check_select(text: str) -> None:

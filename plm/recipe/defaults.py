@@ -7,6 +7,7 @@ A recipe may start with ``defaults: [{data: synthetic}, {trainer: cpu}]``. Each 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,15 @@ def _with_groups(path: str) -> list[str]:
 
 def _recipe_of_run(args: Sequence[str]) -> list[str]:
     """Options that name the recipe of the run that a checkpoint is of; none where there is none."""
-    for place, arg in enumerate(args):
-        option, equals, value = arg.partition("=")
-        if option == "--ckpt_path":
-            path = value if equals else next(iter(args[place + 1 :]), "")
-            recipe = Path(path).absolute().parent.parent / "recipe.yaml"
-            return ["--config", str(recipe)] if recipe.is_file() else []
+    for path in values_of(args, "--ckpt_path"):
+        recipe = Path(path).absolute().parent.parent / "recipe.yaml"
+        return ["--config", str(recipe)] if recipe.is_file() else []
     return []
+
+
+def values_of(args: Sequence[str], option: str) -> Iterator[str]:
+    """The values of an option on a command line."""
+    for arg, following in pairwise((*args, "")):
+        name, equals, value = arg.partition("=")
+        if name == option:
+            yield value if equals else following
