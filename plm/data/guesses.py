@@ -205,8 +205,7 @@ def _guesses(
                 continue
             unread = [column for column in records.names if column not in columns.values()]
             names = {key: column for key, column in columns.items() if column is not None}
-            found = list(winner_columns(names, unread, records.rows))
-            for column, labels in found:
+            for column, labels in winner_columns(names, unread, records.rows):
                 yield Guess(name, columns, _winner(column, labels, names), weights)
             continue
         yield Guess(name, columns, which, weights)
@@ -231,9 +230,7 @@ def _columns(records: Records, name: str, said: Mapping[str, str | None]) -> Ite
             columns[ours] = like[0] if like else None
             if len(like) > 1 and like[0] != ours:
                 several.append((ours, like))
-            if not like and ours not in ("user_id", "prompt"):
-                return
-            if not like and ours == "prompt" and name != "two_responses":
+            if not like and ours != "user_id" and (ours, name) != ("prompt", "two_responses"):
                 return
         elif place is None or ours == "status":
             columns[ours] = None

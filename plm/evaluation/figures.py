@@ -30,11 +30,10 @@ def few_shot_figure(curve: Mapping[str, Any]) -> Figure:
     shots, accuracy = np.array(curve["shots"]), 100 * np.array(curve["accuracy"], dtype=float)
     low, high = (100 * np.array(curve[f"accuracy_{end}"], dtype=float) for end in ("low", "high"))
     at = np.log2(shots + 1.0)
-    color = _CURVE
-    axes.fill_between(at, low, high, color=color, alpha=0.16, linewidth=0, label="95% interval over users")
+    axes.fill_between(at, low, high, color=_CURVE, alpha=0.16, linewidth=0, label="95% interval over users")
     if shots[0] == 0:
         axes.axhline(accuracy[0], color=FAINT, linewidth=1.1, linestyle=(0, (4, 3)), label="global control (0 shots)")
-    axes.plot(at, accuracy, color=color, linewidth=2.2, marker="o", markersize=6, markeredgecolor="white", zorder=3)
+    axes.plot(at, accuracy, color=_CURVE, linewidth=2.2, marker="o", markersize=6, markeredgecolor="white", zorder=3)
     if shots[0] == 0 and len(shots) > 1:
         gain = difference({key: curve[key][-1] for key in ("gain", "gain_low", "gain_high")}, "gain", " points")
         top = (at[-1], np.fmax(high[-1], accuracy[-1]))

@@ -64,9 +64,8 @@ def summary_table(groups: Mapping[str, Mapping[str, float]]) -> Table:
     table.add_column("", no_wrap=True)
     for name in groups:
         table.add_column(name, justify="right", no_wrap=True)
-    counts = ((f"{numbers[f'num_{what}']:,.0f}" for numbers in groups.values()) for what in ("users", "pairs"))
-    for head, cells in zip(("users", "pairs"), counts, strict=True):
-        table.add_row(head, *cells)
+    for head in ("users", "pairs"):
+        table.add_row(head, *(f"{numbers[f'num_{head}']:,.0f}" for numbers in groups.values()))
     for head, name in ROWS.items():
         if any(name in numbers for numbers in groups.values()):
             table.add_row(head, *(_cell(numbers, name) for numbers in groups.values()))
