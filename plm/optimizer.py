@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # optimizers work without Lightning
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 Schedule = Literal["constant", "linear", "cosine"]
+_EPS = 1e-8
+"""Added to the root of the second moment."""
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -31,7 +33,6 @@ class RowAdam(torch.optim.Optimizer):
         groups: Parameter groups with ``params`` and optionally ``lr`` and ``weight_decay``.
         lr: Default learning rate.
         betas: Decay of the two moments.
-        eps: Added to the root of the second moment.
         row_rate: Of rows ``(R,)`` of a table and how many steps each has taken ``(R,)``, the factor of the learning
             rate ``(R,)``; None = 1. Schedules of the optimizer as a whole count steps in which a user may be absent.
     """
@@ -41,10 +42,9 @@ class RowAdam(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         row_rate: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
         self.row_rate = row_rate
 
     @overload
@@ -74,7 +74,7 @@ class RowAdam(torch.optim.Optimizer):
             state["step"] = torch.zeros(parameter.shape[:1] if sparse else (), device=parameter.device)
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         tensors = (parameter.detach(), state["mean"], state["square"], state["step"])
-        settings = group["betas"], group["weight_decay"], group["eps"]
+        settings = group["betas"], group["weight_decay"]
         if not sparse:
             value, mean, square, step = tensors
             _fused([value], [gradient], [mean], [square], [step], group["lr"], *settings)
@@ -102,7 +102,6 @@ def adam_rows(
     rate: Tensor,
     betas: tuple[float, float],
     weight_decay: float = 0.0,
-    eps: float = 1e-8,
 ) -> None:
     """One step of Adam in place, of tensors with a leading axis of users; each user's rows are a problem of their own.
 
@@ -115,14 +114,13 @@ def adam_rows(
         rate: ``(R,)`` learning rates.
         betas: Decay of the two moments.
         weight_decay: Decoupled.
-        eps: Added to the root of the second moment.
     """
     if all(torch.equal(numbers, numbers[:1].expand_as(numbers)) for numbers in (taken, rate)):  # as a rule
         steps = list(taken[:1].repeat(len(values)).unbind())
-        _fused(values, gradients, means, squares, steps, float(rate[0]), betas, weight_decay, eps)
+        _fused(values, gradients, means, squares, steps, float(rate[0]), betas, weight_decay)
         return
     for value, gradient, mean, square in zip(values, gradients, means, squares, strict=True):
-        _by_row(value, gradient, mean, square, taken + 1, rate, betas, weight_decay, eps)
+        _by_row(value, gradient, mean, square, taken + 1, rate, betas, weight_decay)
 
 
 def _fused(
@@ -134,7 +132,6 @@ def _fused(
     rate: float,
     betas: tuple[float, float],
     weight_decay: float,
-    eps: float,
 ) -> None:
     """Torch's own step of what has taken ``steps`` ``()`` steps before, and counts them."""
     adamw(
@@ -145,7 +142,7 @@ def _fused(
         beta2=betas[1],
         lr=rate,
         weight_decay=weight_decay,
-        eps=eps,
+        eps=_EPS,
         maximize=False,
     )
 
@@ -159,7 +156,6 @@ def _by_row(
     rate: Tensor,
     betas: tuple[float, float],
     weight_decay: float,
-    eps: float,
 ) -> None:
     """One step of rows at steps ``(R,)``, this one included, and with rates ``(R,)`` of their own."""
     step, rate = _column(step, value).double(), _column(rate, value)  # 1 - 0.999 needs digits
@@ -168,7 +164,7 @@ def _by_row(
     square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     if weight_decay:
         value.mul_(1 - rate * weight_decay)
-    root = square.div(corrections[1]).sqrt_().add_(eps)
+    root = square.div(corrections[1]).sqrt_().add_(_EPS)
     value.sub_(mean.div(root).mul_(rate / corrections[0]))
 
 

@@ -21,24 +21,12 @@ class Classifier(HFBackbone):
 
     Args:
         model: Folder of a model, or its id on the Hugging Face hub.
-        revision: Branch, tag or commit of a model on the hub.
         template: ``response`` leaves the prompt out, ``plain`` joins both as they stand, ``chat`` renders them with the
             tokenizer's chat template.
-        max_length: Most tokens of a text, whose end is kept; default: what the model can read.
-        dtype: Precision of weights and activations.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None = None,
-        template: Literal["chat", "plain", "response"] = "response",
-        max_length: int | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    ) -> None:
-        super().__init__(
-            model, revision, kind="sequence_classification", template=template, max_length=max_length, dtype=dtype
-        )
+    def __init__(self, model: str, template: Literal["chat", "plain", "response"] = "response") -> None:
+        super().__init__(model, kind="sequence_classification", template=template)
 
     @property
     def feature_dim(self) -> int:
