@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import os
+
+# The tests are made of tiny problems: a second thread only waits, and on a busy machine it makes them ten times slower.
+# Libraries read this when they are loaded, and so do the processes that tests start.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
 import shutil
 import subprocess
 import tempfile
@@ -14,9 +19,6 @@ import torch
 
 from plm.methods.clap import CLaP
 from plm.testing import tiny_causal_lm
-
-# The tests are made of tiny problems: a second thread only waits, and on a busy machine it makes them ten times slower.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

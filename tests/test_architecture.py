@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -220,6 +221,7 @@ def longest(name: str, names: set[str]) -> str | None:
     return max((one for one in names if name == one or name.startswith(one + ".")), key=len, default=None)
 
 
+@cache
 def imports(path: Path, name: str) -> set[str]:
     """Modules of plm that a file imports anywhere but under TYPE_CHECKING, as full names."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from plm.methods.lora_dpo.adapters import grouped
 from plm.optimizer import RowAdam, clip_rows, rate_factor
 from plm.testing.contract import quiet_trainer
 from plm.types import PreferenceBatch
+from tests.marks import slow_but
 
 Folder = Callable[[str], Path]
 PAIRS_OF = {"anna": 7, "ben": 4, "cleo": 1, "dora": 6, "emil": 7}
@@ -99,7 +100,7 @@ def with_shared(shared: Tensor) -> type[LoRADPO]:
 
 
 @pytest.mark.filterwarnings("ignore:.*eval mode")
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", slow_but(["gpt2", "llama"], "llama"))
 @pytest.mark.parametrize("share_prompts", [True, False])
 def test_users_trained_together_equal_separate_runs(
     causal_lm: Folder, kind: str, share_prompts: bool, tmp_path: Path

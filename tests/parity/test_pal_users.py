@@ -25,6 +25,7 @@ from plm.methods.pal.solver import fit_deviations, linearised
 from plm.methods.pal.users import centre_step
 from plm.testing import PlantedData, quiet_trainer, saved
 from plm.types import Context, PreferenceBatch
+from tests.marks import slow_but
 
 K = 3
 
@@ -201,7 +202,7 @@ def test_kl_of_users_is_that_of_torch() -> None:
     assert mean_kl(deviation * 0, (torch.eye(K) / scale**2).expand(5, K, K), scale) == pytest.approx(0.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"users": "table", "lr": 0.1}])
+@pytest.mark.parametrize("options", slow_but([{}, {"users": "table", "lr": 0.1}], {}))
 def test_report_tells_personal_users_from_shuffled_ones(options: dict[str, Any], tmp_path: Path) -> None:
     reports = []
     for shuffle in (False, True):
@@ -350,7 +351,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(MODES, "posterior"))
 def test_resuming_a_fit_changes_nothing(mode: str, tmp_path: Path) -> None:
     """Interrupted after six of twelve epochs and resumed from the checkpoint: the same bits as without a break."""
 
@@ -405,7 +406,7 @@ def test_features_of_another_precision(mode: str, tmp_path: Path) -> None:
             assert all(value.dtype == torch.float32 for value in state.tensors.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(MODES, "posterior"))
 def test_small_worlds(mode: str, tmp_path: Path) -> None:
     """One user; one pair per user; more prototypes than users; one prototype; ties alone; the same response twice."""
     options = MODES[mode]

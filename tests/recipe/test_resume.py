@@ -32,6 +32,7 @@ from plm.methods.lore import LoRe
 from plm.methods.sft import SFT
 from plm.testing import quiet_trainer
 from plm.types import Tokens
+from tests.marks import slow_but
 
 EVERY = 3  # steps between checkpoints
 LM = {"vocab_size": 300, "width": 16, "num_layers": 2, "num_heads": 2, "max_positions": 96, "max_prompt_length": 48}
@@ -176,7 +177,7 @@ def assert_equal(one: Any, two: Any) -> None:
         assert one == two
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(METHODS, "sft", "shared_and_user"))
 def test_a_fit_stopped_within_an_epoch_ends_as_if_it_had_not_been(name: str, folder: Path, tmp_path: Path) -> None:
     make, pairs_per_user = METHODS[name]
     data = data_in(folder, pairs_per_user)
@@ -231,7 +232,7 @@ def test_a_fit_stopped_after_an_epoch_goes_on_with_the_next(folder: Path, tmp_pa
         assert_equal(dict(again.state_dict()), dict(method.state_dict()))
 
 
-@pytest.mark.parametrize("kind", [BradleyTerry, LoRe])
+@pytest.mark.parametrize("kind", slow_but([BradleyTerry, LoRe], BradleyTerry))
 def test_on_features_a_fit_stopped_within_an_epoch_goes_on_as_well(
     kind: type[PersonalizationMethod], tmp_path: Path
 ) -> None:

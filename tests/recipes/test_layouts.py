@@ -15,6 +15,7 @@ import pytest
 import plm
 from plm.cli import main
 from plm.data.layouts import LAYOUTS
+from tests.marks import slow_but
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -53,7 +54,7 @@ def argilla(row: tuple[str, str, str, str, bool]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("export", [label_studio, argilla])
+@pytest.mark.parametrize("export", slow_but([label_studio, argilla], argilla))
 def test_a_planted_taste_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plm"])

@@ -40,7 +40,7 @@ TOKEN_STAND_IN = {
 
 SLOW = ("_gemma", "_ukp", "_jester", "_alpaca_eval", "_paper_polis", "bt_polis", "lore_polis", "pal_synthetic")
 SLOW += ("vpl_synthetic", "live_synthetic", "clap_imdb_tiny", "latent_dpo_imdb_tiny", "mrm_polis")
-SLOW += ("user_embedding_polis", "dpl_polis", "gpo_polis", "pref_polis")
+SLOW += ("fast_weights_polis", "user_embedding_polis", "dpl_polis", "gpo_polis", "pref_polis")
 """Ends of the names of recipes whose methods other recipes run in less time."""
 RUNS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.endswith(SLOW) else []) for path in RECIPES

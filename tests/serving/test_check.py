@@ -25,6 +25,7 @@ from plm.serving.server import Settings
 from plm.serving.service import RewardService
 from plm.testing import PlantedData, TinyBackbone, quiet_trainer, saved
 from tests.contract.test_latent_dpo import PlantedLatents
+from tests.marks import slow_but
 
 METHODS: dict[str, tuple[Callable[..., PersonalizationMethod], dict[str, Any]]] = {
     "LoRe": (LoRe, {"num_bases": 3}),
@@ -49,7 +50,7 @@ def differ(path: Path) -> None:
     assert all(len(set(rewards)) == len(rewards) for rewards in found.values())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(METHODS, "LoRe", "VPL"))
 def test_served_rewards_are_those_of_plm_score(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, options = METHODS[name]
     torch.manual_seed(0)

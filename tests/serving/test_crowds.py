@@ -14,6 +14,7 @@ import pytest
 
 from plm.serving.server import _allow_many_connections
 from plm.users import UserStore
+from tests.marks import slow_but
 from tests.serving.test_hostile import in_threads, pair, server_of
 
 NUM_IDLE, NUM_HALF = 1000, 200
@@ -31,6 +32,7 @@ def resident(client: httpx.Client) -> int:
     return int(line.rsplit(" ", 1)[1])
 
 
+@pytest.mark.slow
 def test_a_thousand_idle_connections_leave_the_rest_served(path: Path) -> None:
     """And 200 that have sent a half; the server began with a limit of 256 open files."""
     _allow_many_connections()
@@ -56,7 +58,7 @@ def at_once(*works: Callable[[], None]) -> None:
         thread.join()
 
 
-@pytest.mark.parametrize("num_races", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_races", slow_but([3, 100], 3))
 def test_two_servers_on_one_database(path: Path, database: str, num_races: int) -> None:
     """All users are there, with all their pairs, and all deletions hold, whichever of two requests comes first."""
     with server_of(path, database) as (_, one), server_of(path, database) as (_, other):

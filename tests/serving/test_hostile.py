@@ -23,11 +23,12 @@ import pytest
 
 from plm.cli import main
 from plm.users import UserStore, store_path
+from tests.marks import slow_but
 
 schemathesis = pytest.importorskip("schemathesis")
 CLEAN = multiprocessing.get_context("forkserver")
 CLEAN.set_forkserver_preload(["plm.cli", "plm.methods.lore", "plm.serving.server"])
-KILLS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 20))]
+KILLS = slow_but(range(20), 0)
 
 
 def pair(text: str) -> dict[str, Any]:

@@ -30,13 +30,14 @@ from plm.methods.lore import LoRe
 from plm.testing import saved
 from plm.types import UserState
 from plm.users import UserStore, store_path
+from tests.marks import slow_but
 
 CLEAN = multiprocessing.get_context("forkserver")
 """Children of a process without threads: a fork of the tests' own waits forever for threads that it did not inherit."""
 CLEAN.set_forkserver_preload(["plm.cli", "plm.methods.lore"])
-KILLS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 100))]
+KILLS = slow_but(range(100), 0)
 """Seeds, on each of the two databases."""
-RACES = [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 50))]
+RACES = slow_but(range(50), 0)
 """Seeds, of each of two races."""
 
 
