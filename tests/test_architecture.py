@@ -143,7 +143,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"reading"},
         {"accumulation"},
         {"base"},
-        {"abilities", "network"},
+        {"abilities", "network", "shared"},
         {"linear", "live", "policy"},
     ],
     "plm.evaluation": [{"page", "statistics", "terminal"}, {"comparison", "wording"}, {"figures", "report"}, {"drift"}],

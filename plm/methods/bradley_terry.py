@@ -19,7 +19,8 @@ from torch import Tensor
 from plm.functional import bt_losses, project, targets
 from plm.method.linear import LinearMethod
 from plm.method.population import RIDGES
-from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.method.shared import SharedMethod
+from plm.types import PreferenceBatch, Tokens, UserState
 
 
 def ridge_losses(margins: Tensor, directions: Tensor, batch: PreferenceBatch, ridges: Tensor, num_pairs: int) -> Tensor:
@@ -32,7 +33,7 @@ def ridge_losses(margins: Tensor, directions: Tensor, batch: PreferenceBatch, ri
     return (batch.weight * losses).mean(-1) + 0.5 * ridges * directions.square().sum(0) / num_pairs
 
 
-class BradleyTerry(LinearMethod):
+class BradleyTerry(SharedMethod, LinearMethod):
     """One linear reward for all users, ridge-tuned on validation pairs.
 
     Args:
@@ -99,15 +100,3 @@ class BradleyTerry(LinearMethod):
         """The same reward for everybody: ``(B, D)`` -> ``(B,)``."""
         assert isinstance(responses, Tensor)
         return responses @ self._directions()[:, self.chosen_ridge]
-
-    def _adapt(self, context: Context) -> UserState:
-        """Nothing is personal."""
-        return self.population_state(context.num_users)._replace(num_pairs=context.mask.sum(-1))
-
-    def user_states(self, user_index: Tensor) -> UserState:
-        """The empty state."""
-        return self.population_state(len(user_index))
-
-    def population_state(self, num_users: int) -> UserState:
-        """The empty state."""
-        return UserState({}, torch.zeros(num_users, dtype=torch.long, device=self.device))

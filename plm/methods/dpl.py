@@ -23,9 +23,9 @@ from torch import Tensor
 
 from plm.functional import project, targets
 from plm.messages import Problems
-from plm.method import PersonalizationMethod
+from plm.method.shared import SharedMethod
 from plm.optimizer import with_decay
-from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.types import PreferenceBatch, Tokens, UserState
 
 Kind = Literal["mean_variance", "categorical"]
 
@@ -88,7 +88,7 @@ def categorical_quantile(probabilities: Tensor, share: float) -> Tensor:
     return (atom + inside.clamp(0, 1))[..., 0] / number
 
 
-class DPL(PersonalizationMethod):
+class DPL(SharedMethod):
     """One distribution of utilities for everybody; nothing is personal, but hidden differences between people are seen.
 
     Args:
@@ -218,15 +218,3 @@ class DPL(PersonalizationMethod):
         """Mean, or quantile, of the utility: ``(B, D)`` -> ``(B,)``; differences are no log odds."""
         assert isinstance(responses, Tensor)
         return self._quantile(responses, self.risk) if self.risk else self.moments(responses)[0]
-
-    def _adapt(self, context: Context) -> UserState:
-        """Nothing is personal."""
-        return self.population_state(context.num_users)._replace(num_pairs=context.mask.sum(-1))
-
-    def user_states(self, user_index: Tensor) -> UserState:
-        """The empty state."""
-        return self.population_state(len(user_index))
-
-    def population_state(self, num_users: int) -> UserState:
-        """The empty state."""
-        return UserState({}, torch.zeros(num_users, dtype=torch.long, device=self.device))

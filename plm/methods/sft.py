@@ -19,11 +19,12 @@ from plm.backbones import Policy
 from plm.distributed import pair_weights, summed, world_size
 from plm.method.abilities import Exporter
 from plm.method.policy import PolicyMethod
+from plm.method.shared import SharedMethod
 from plm.optimizer import Schedule
-from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.types import PreferenceBatch, Tokens, UserState
 
 
-class SFT(PolicyMethod, Exporter):
+class SFT(SharedMethod, PolicyMethod, Exporter):
     """Maximum likelihood on preferred responses: the baseline policy, and where preference methods start.
 
     All weights are trained. The trained model is a folder that transformers loads: ``plm export`` writes it, and so
@@ -76,18 +77,6 @@ class SFT(PolicyMethod, Exporter):
         for rows in self.chunks(responses):
             out[rows] = self.logps(responses.take(rows).trimmed()).total
         return out
-
-    def user_states(self, user_index: Tensor) -> UserState:
-        """States without tensors: the policy is the same for everybody."""
-        return self.population_state(len(user_index))
-
-    def population_state(self, num_users: int) -> UserState:
-        """States without tensors."""
-        return UserState({}, torch.zeros(num_users, dtype=torch.long, device=self.device))
-
-    def _adapt(self, context: Context) -> UserState:
-        """States without tensors: nothing is learned from pairs."""
-        return UserState({}, context.mask.sum(-1))
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Margins ``(B,)``, the same for every user, so computed once; count nats for ``report``."""

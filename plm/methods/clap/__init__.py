@@ -27,6 +27,7 @@ from plm.checkpoint import read_checkpoint
 from plm.distributed import summed, world_size
 from plm.functional import response_logps
 from plm.method.policy import PolicyMethod
+from plm.method.shared import SharedMethod
 from plm.methods.clap.adapter import LatentAdapter, Placement, SteeredTexts, SteeredWriting
 from plm.methods.clap.encoder import PosteriorEncoder
 from plm.methods.clap.groups import PromptGroups, group_by_prompt
@@ -43,7 +44,7 @@ from plm.methods.clap.losses import (
 )
 from plm.methods.clap.options import KL, check_options
 from plm.optimizer import Schedule
-from plm.types import Context, PreferenceBatch, Tokens, UserState
+from plm.types import PreferenceBatch, Tokens, UserState
 
 
 class Terms(NamedTuple):
@@ -60,7 +61,7 @@ class Terms(NamedTuple):
     """``(R, Z)`` posterior means."""
 
 
-class CLaP(PolicyMethod):
+class CLaP(SharedMethod, PolicyMethod):
     """Learns an encoder q(z|x,y) of responses into latents and an adapter that writes from latents, p(y|x,z).
 
     A training example is a prompt with all its responses, sampled from the language model: give
@@ -368,18 +369,10 @@ class CLaP(PolicyMethod):
             out[rows] = self._totals(*steered.predictions(place, place), len(rows))
         return out
 
-    def user_states(self, user_index: Tensor) -> UserState:
-        """The population state, for nothing is learned about users."""
-        return self.population_state(len(user_index))
-
     def population_state(self, num_users: int) -> UserState:
         """The prior's mean."""
         latent = torch.zeros(num_users, self.latent_dim, device=self.device)
         return UserState({"latent": latent}, torch.zeros(num_users, dtype=torch.long, device=self.device))
-
-    def _adapt(self, context: Context) -> UserState:
-        """The population state, for nothing is learned from pairs."""
-        return self.population_state(context.num_users)._replace(num_pairs=context.mask.sum(-1))
 
     def writing(self, users: UserState, prompts: Sequence[str]) -> SteeredWriting:
         """A batch of texts, each under its user's latent."""
