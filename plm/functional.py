@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plm.types import Context
+from plm.types import Context, PreferenceBatch
 
 MAX_CELLS = 2**22
 """Numbers of padded pairs that a chunk of users has at most (32 MiB in float64)."""
@@ -93,6 +93,12 @@ def unit_mean_per_user(weight: Tensor, user: Tensor, num_users: int) -> Tensor:
     total = per_user_sum(weight, user, num_users)
     count = per_user_sum((weight > 0).to(weight), user, num_users)
     return weight * torch.where(total > 0, count / total, 0.0)[user]  # a user whose pairs weigh nothing has none
+
+
+def held_out_losses(margin: Tensor, batch: PreferenceBatch, num_users: int) -> Tensor:
+    """Summed Bradley-Terry loss of the pairs of every seen user at margins ``(B,)``: ``(U,)``, float64."""
+    loss = batch.weight * bt_losses(margin, targets(batch.tie).to(margin))
+    return per_user_sum(loss.double(), batch.user_index, num_users)
 
 
 class SequenceLogps(NamedTuple):

@@ -100,7 +100,7 @@ def test_the_loss_is_the_expected_one_under_the_posteriors() -> None:
     ones = torch.ones(3, size, dtype=torch.float64)
     support = Context(*(side.view(3, size, DIM) for side in batch.features), ones.bool(), ones)
     state = model.adapt(support).tensors
-    design, offset = model._along_bases(batch.difference)
+    design, offset = model._read(batch.difference)
     margin = offset + (design * state["weights"][batch.user_index]).sum(-1)
     losses = expected_losses(margin, design, torch.ones(3 * size).double(), state["precision"], batch.user_index)
     expected = losses.mean() + model.bases.square().sum() / batch.num_pairs

@@ -59,7 +59,7 @@ def test_a_new_user_is_the_mode_of_the_posterior() -> None:
     state = model.adapt(support).tensors
     for row in range(3):
         with torch.no_grad():
-            generic, personal = model._differences(support.features[0][row], support.features[1][row])
+            personal, generic = model._differences(support.features[0][row], support.features[1][row])
         assert support.tie is not None
         target = torch.where(support.tie[row], 0.5, 1.0)
 
@@ -90,7 +90,7 @@ def test_vectors_learn_from_the_share_of_users(share: float) -> None:
     found = model.train().loss(batch._replace(weight=batch.weight.double()))
     (gradient,) = torch.autograd.grad(found["loss"], model.vectors)
     assert bool(gradient.any()) == (share > 0)
-    generic, personal = model._differences(*batch.features)
+    personal, generic = model._differences(*batch.features)
     own = torch.nn.functional.softplus(-(generic + (personal * model.vectors[batch.user_index]).sum(-1))).mean()
     of_generic = torch.nn.functional.softplus(-generic).mean()
     prior = model.vectors.square().sum() / (2 * 0.5**2 * batch.num_pairs)
