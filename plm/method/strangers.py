@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from plm.functional import bt_losses, per_user_sum, targets, user_chunks
+from plm.functional import held_out_losses, per_user_sum, user_chunks
 from plm.types import Context, PreferenceBatch, UserState
 
 NO_SPREAD = 1e-3
@@ -83,6 +83,12 @@ def least_harmful(losses: Tensor) -> int:
     gain = losses[0] - losses[best]
     error = gain.std() * len(gain) ** 0.5 if len(gain) > 1 else gain.new_tensor(torch.inf)
     return best if gain.sum() > error else 0
+
+
+def least_harmful_scale(scales: Sequence[float], losses: Tensor) -> float:
+    """The `least_harmful` of scales by the losses ``(C, U)`` of users' held-out pairs; 1 where nobody has any."""
+    judged = losses[:, losses[0] > 0]
+    return scales[least_harmful(judged)] if judged.shape[1] else 1.0
 
 
 class Candidates(Generic[Solution]):
@@ -277,5 +283,4 @@ def _context(batch: PreferenceBatch, users: Tensor, shots: int) -> Context:
 def _losses(method: Any, states: UserState, held: PreferenceBatch, users: Tensor) -> Tensor:
     """Summed loss of the held-out pairs of every user: ``(U,)``."""
     margin = method._margin(held, states.take(torch.searchsorted(users, held.user_index)))
-    loss = held.weight * bt_losses(margin, targets(held.tie).to(margin))
-    return per_user_sum(loss.double(), held.user_index, method.num_users)
+    return held_out_losses(margin, held, method.num_users)

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.functional import bt_losses, flatten_context, per_user_sum, targets, unit_mean_per_user
+from plm.functional import bt_losses, flatten_context, held_out_losses, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method.episodes import arrange, response_ids
 from plm.method.linear import LinearMethod
-from plm.method.strangers import Candidates
+from plm.method.strangers import least_harmful_scale
 from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -214,21 +214,16 @@ class FastWeights(LinearMethod):
         self.write.copy_(total[:, :-1])
         self.evidence.copy_(total[:, -1])
         self.num_pairs.copy_(self.sum_over_processes(count))
-        candidates: Candidates[float] = Candidates(default=SCALES.index(1.0))
-        for number, losses in zip(SCALES, self.sum_over_processes(self._val_losses()), strict=True):
-            candidates.add(losses, number)
-        self.scale.fill_(candidates.choose()[1])
+        self.scale.fill_(least_harmful_scale(SCALES, self.sum_over_processes(self._val_losses())))
 
     def _val_losses(self) -> Tensor:
         """Summed loss of the validation pairs of every user at each scale: ``(C, U)``."""
         losses = torch.zeros(len(SCALES), self.num_users, dtype=torch.float64, device=self.device)
         for batch in self.val_pass():
-            index, target = batch.user_index, targets(batch.tie).to(batch.weight)
             shared, query = self._shared(batch.difference), self._query(batch.difference)
-            personal = self._personal(query, self.write[index], self.evidence[index])
+            personal = self._personal(query, self.write[batch.user_index], self.evidence[batch.user_index])
             for row, number in enumerate(SCALES):
-                loss = batch.weight * bt_losses(shared + number * personal, target)
-                losses[row] += per_user_sum(loss.double(), index, self.num_users)
+                losses[row] += held_out_losses(shared + number * personal, batch, self.num_users)
         return losses
 
     @torch.no_grad()

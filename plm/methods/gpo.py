@@ -26,11 +26,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from plm.distributed import pair_weights, summed, world_size
-from plm.functional import bt_losses, flatten_context, per_user_sum, targets, unit_mean_per_user
+from plm.functional import bt_losses, flatten_context, held_out_losses, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
 from plm.method.episodes import Arranged, arrange, content_keys, draw_episodes, pairs_that_count, rank_within_user
-from plm.method.strangers import Candidates
+from plm.method.strangers import least_harmful_scale
 from plm.optimizer import rate_factor, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -312,12 +312,8 @@ class GPO(PersonalizationMethod):
             tensors = self.user_states(batch.user_index).tensors
             (base, added), (other, less) = (self._parts(side, tensors) for side in batch.features)
             for row, number in enumerate(SCALES):
-                loss = batch.weight * bt_losses(base - other + number * (added - less), targets(batch.tie).to(base))
-                losses[row] += per_user_sum(loss.double(), batch.user_index, self.num_users)
-        candidates: Candidates[float] = Candidates(default=SCALES.index(1.0))
-        for number, of_users in zip(SCALES, self.sum_over_processes(losses), strict=True):
-            candidates.add(of_users, number)
-        self.scale.fill_(candidates.choose()[1])
+                losses[row] += held_out_losses(base - other + number * (added - less), batch, self.num_users)
+        self.scale.fill_(least_harmful_scale(SCALES, self.sum_over_processes(losses)))
         self.train(was_training)
 
     def report(self) -> dict[str, float]:

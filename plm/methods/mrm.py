@@ -21,11 +21,20 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from plm.distributed import summed, world_size
-from plm.functional import PairList, bt_losses, flatten_context, per_user_sum, project, targets, unit_mean_per_user
+from plm.functional import (
+    PairList,
+    bt_losses,
+    flatten_context,
+    held_out_losses,
+    per_user_sum,
+    project,
+    targets,
+    unit_mean_per_user,
+)
 from plm.messages import Problems
 from plm.method.episodes import Arranged, arrange, draw_episodes, pairs_that_count
 from plm.method.linear import LinearMethod
-from plm.method.strangers import Candidates
+from plm.method.strangers import least_harmful_scale
 from plm.optimizer import rate_factor, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -235,10 +244,8 @@ class MRM(LinearMethod):
         moved = self.sum_over_processes(moved)
         self.num_pairs.copy_(self.sum_over_processes(count))
         scales = SCALES if self.calibrate else (1.0,)
-        candidates: Candidates[float] = Candidates(default=scales.index(1.0))
-        for number in scales:
-            candidates.add(self.sum_over_processes(self._val_losses(self.start + number * moved)), number)
-        self.scale.fill_(candidates.choose()[1])
+        losses = torch.stack([self._val_losses(self.start + number * moved) for number in scales])
+        self.scale.fill_(least_harmful_scale(scales, self.sum_over_processes(losses)))
         self.logits.copy_(self.start + self.scale * moved)
 
     def _val_losses(self, logits: Tensor) -> Tensor:
@@ -247,8 +254,7 @@ class MRM(LinearMethod):
         for batch in self.val_pass():
             along, offset = self._along_bases(batch.difference)
             margin = (along * self._weights(logits)[batch.user_index]).sum(-1) + offset
-            loss = batch.weight * bt_losses(margin, targets(batch.tie).to(margin))
-            losses += per_user_sum(loss.double(), batch.user_index, self.num_users)
+            losses += held_out_losses(margin, batch, self.num_users)
         return losses
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user, user_chunks
+from plm.functional import bt_losses, held_out_losses, per_user_sum, targets, unit_mean_per_user, user_chunks
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
 from plm.method.episodes import Arranged, TargetRule, arrange, content_keys, draw_episodes, rank_within_user
@@ -366,15 +366,13 @@ class VPL(PersonalizationMethod):
         for batch in self.val_pass():
             chosen, rejected = (self.decoder.prepare(self._scaled(side)) for side in batch.features)
             other = (batch.user_index + 1) % self.num_users if batch.other_index is None else batch.other_index
-            target = targets(batch.tie).to(chosen)
             for row, scale in enumerate(scales):
                 self.latent_scale.copy_(scale)
                 margin, shuffled = (
                     self._reward(chosen, self.mean[index]) - self._reward(rejected, self.mean[index])
                     for index in (batch.user_index, other)
                 )
-                loss = (batch.weight * bt_losses(margin, target)).double()
-                losses[row] += per_user_sum(loss, batch.user_index, self.num_users)
+                losses[row] += held_out_losses(margin, batch, self.num_users)
                 columns = [margin > 0, shuffled > 0, torch.ones_like(margin)]
                 sums[row] += torch.stack([(batch.weight * column).sum().double() for column in columns])
         losses, sums = self.sum_over_processes(losses), self.sum_over_processes(sums)
