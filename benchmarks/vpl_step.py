@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from plm.functional import kl_to_prior
 from plm.methods.vpl import VPL
 from plm.recipe.defaults import read_config, shipped
 from plm.types import Context
@@ -43,9 +44,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 def kl_of(method: VPL, context: Context) -> Tensor:
     """KL of the posteriors of a context, summed over users."""
-    user = torch.arange(context.num_users)[:, None].expand_as(context.mask)[context.mask]
-    tokens = method._tokens(context, context.mask)
-    return method._posterior(tokens, context.weight[context.mask], user, context.num_users).kl().sum()
+    pairs = context.pairs
+    tokens = method._tokens(pairs, torch.arange(pairs.num_pairs))
+    return kl_to_prior(*method._posterior(tokens, pairs.weight, pairs.user_index, context.num_users)).sum()
 
 
 def measure(options: dict[str, Any], num_users: int, num_pairs: int, rounds: int) -> tuple[list[float], list[float]]:

@@ -6,7 +6,8 @@ each pair's user, so that users of very different size share a call without padd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from plm.types import Context, PreferenceBatch
 
 MAX_CELLS = 2**22
 """Numbers of padded pairs that a chunk of users has at most (32 MiB in float64)."""
+
+LOG_VAR_BOUNDS = (-8.0, 4.0)
+"""Where log-variances of latents are clamped, of posteriors and of policies."""
 
 
 def targets(tie: Tensor) -> Tensor:
@@ -71,6 +75,15 @@ def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
     tensor([2., 0.])
     """
     return 0.5 * (log_var.exp() + mean.square() - 1.0 - log_var)
+
+
+def log_densities(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """Exact normal log-density of every dimension, ``(..., Z)`` each, in nats.
+
+    >>> log_densities(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    tensor([-0.9189])
+    """
+    return -0.5 * (math.log(math.tau) + log_var + (latent - mean).square() * (-log_var).exp())
 
 
 def per_user_sum(values: Tensor, user: Tensor, num_users: int) -> Tensor:
@@ -296,15 +309,19 @@ def fit_gaussian(
     Returns:
         Mode and Hessian in the dtype of ``design``.
     """
+    start = pairs.design.new_zeros(pairs.num_users, pairs.design.shape[1]) if start is None else start
+    return _solved(pairs, lambda part: _newton(part, start[part.users].double(), num_steps, tolerance))
+
+
+def _solved(pairs: PairList, solve: Callable[[Padded], tuple[Tensor, Tensor]]) -> Posterior:
+    """Weights and Hessians of all users, solved part by part, in the dtype of ``design``."""
     num_weights = pairs.design.shape[1]
     mean = pairs.design.new_zeros(pairs.num_users, num_weights)
-    precision = pairs.design.new_zeros(pairs.num_users, num_weights, num_weights)
+    hessian = pairs.design.new_zeros(pairs.num_users, num_weights, num_weights)
     for part in padded_users(pairs):
-        value = torch.zeros_like(mean[part.users], dtype=torch.float64)
-        value = value if start is None else start[part.users].double()
-        mean_part, precision_part = _newton(part, value, num_steps, tolerance)
-        mean[part.users], precision[part.users] = mean_part.to(mean), precision_part.to(mean)
-    return Posterior(mean, precision)
+        mean_part, hessian_part = solve(part)
+        mean[part.users], hessian[part.users] = mean_part.to(mean), hessian_part.to(mean)
+    return Posterior(mean, hessian)
 
 
 def _newton(part: Padded, value: Tensor, num_steps: int, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -353,13 +370,7 @@ def fit_simplex(
         Weights, and the Hessian of the summed (not averaged) objective without the barrier; for a user without pairs
         that of the pull.
     """
-    num_weights = pairs.design.shape[1]
-    mean = pairs.design.new_zeros(pairs.num_users, num_weights)
-    hessian = pairs.design.new_zeros(pairs.num_users, num_weights, num_weights)
-    for part in padded_users(pairs):
-        mean_part, hessian_part = _interior_point(part, centre.double(), precision, num_steps, tolerance)
-        mean[part.users], hessian[part.users] = mean_part.to(mean), hessian_part.to(mean)
-    return Posterior(mean, hessian)
+    return _solved(pairs, lambda part: _interior_point(part, centre.double(), precision, num_steps, tolerance))
 
 
 def _interior_point(

@@ -89,6 +89,15 @@ def content_keys(difference: Tensor) -> Tensor:
     return torch.cat([(part.double() * direction).sum(-1) for part in torch.split(difference, 2**14)])
 
 
+def shuffling_keys(difference: Tensor, scale: Tensor) -> Tensor:
+    """A number in [0, 1) for each pair ``(N,)`` by its `content_keys` in units of ``scale`` ``()``, whoever won.
+
+    Among the pairs of a user those with the lowest numbers are a random choice that no order of pairs moves.
+    """
+    mixed = (content_keys(difference).abs() / scale.double()) * 2.0**16
+    return mixed - mixed.floor()
+
+
 def arrange(batch: PreferenceBatch, with_nodes: bool) -> Arranged:
     """Order users, and the pairs of each, by the product of their differences with one fixed direction.
 
@@ -120,11 +129,21 @@ def rank_within_user(user: Tensor, key: Tensor) -> Tensor:
     [1, 0, 0]
     """
     order = torch.argsort(key)
-    order = order[torch.argsort(user[order], stable=True)]
-    count = torch.bincount(user)
     rank = torch.empty_like(user)
-    rank[order] = torch.arange(len(user), device=user.device) - (count.cumsum(0) - count)[user[order]]
+    rank[order] = places(user[order])
     return rank
+
+
+def places(owner: Tensor) -> Tensor:
+    """Place of every row among the rows of its owner, in their order: ``(N,)`` int64 -> ``(N,)`` from 0.
+
+    >>> places(torch.tensor([1, 0, 1, 1])).tolist()
+    [0, 0, 1, 2]
+    """
+    order, count = torch.argsort(owner, stable=True), torch.bincount(owner)
+    place = torch.empty_like(owner)
+    place[order] = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner[order]]
+    return place
 
 
 def draw_episodes(

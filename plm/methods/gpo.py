@@ -29,7 +29,15 @@ from plm.distributed import pair_weights, summed, world_size
 from plm.functional import bt_losses, flatten_context, held_out_losses, per_user_sum, targets, unit_mean_per_user
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
-from plm.method.episodes import Arranged, arrange, content_keys, draw_episodes, pairs_that_count, rank_within_user
+from plm.method.episodes import (
+    Arranged,
+    arrange,
+    draw_episodes,
+    pairs_that_count,
+    places,
+    rank_within_user,
+    shuffling_keys,
+)
 from plm.method.strangers import least_harmful_scale
 from plm.optimizer import rate_factor, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -231,9 +239,8 @@ class GPO(PersonalizationMethod):
         """States of users: pairs that weigh something, in an order of their content alone, whoever won."""
         counts = weight > 0
         chosen, rejected, target = (value[counts] for value in pairs)
-        pairs, user = (chosen, rejected, target), user[counts]
-        mixed = (content_keys(pairs[0] - pairs[1]).abs() / self.feature_scale.double()) * 2.0**16
-        memory = self._remember(pairs, user, rank_within_user(user, mixed - mixed.floor()), num_users)
+        place = rank_within_user(user[counts], shuffling_keys(chosen - rejected, self.feature_scale))
+        memory = self._remember((chosen, rejected, target), user[counts], place, num_users)
         return {"keys": memory.keys.half(), "values": memory.values.half(), "length": memory.length}
 
     def _parts(self, responses: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -255,10 +262,6 @@ class GPO(PersonalizationMethod):
         num_users, (chosen, rejected) = int(user.max()) + 1, batch.features
         context, rows = draw_episodes(user, nodes, "response", 0, self.max_context, self.num_targets)
         target, of_row = targets(batch.tie).to(chosen), user[rows]
-
-        def places(of_pairs: Tensor) -> Tensor:
-            return rank_within_user(of_pairs, torch.arange(len(of_pairs), device=of_pairs.device, dtype=torch.float64))
-
         pairs = chosen[context], rejected[context], target[context]
         memory = self._remember(pairs, user[context], places(user[context]), num_users)
         place = places(of_row)

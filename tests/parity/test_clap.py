@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plm.backbones import CausalLM, KeyValueMaker, Policy, Reading, completion_tokens, split_texts
 from plm.checkpoint import load_method
-from plm.functional import kl_to_prior
+from plm.functional import kl_to_prior, log_densities
 from plm.generation import sample
 from plm.methods.clap import CLaP
 from plm.methods.clap.adapter import SteeredTexts
@@ -25,7 +25,6 @@ from plm.methods.clap.losses import (
     density_gap,
     gradient_only,
     likelihood_contrast,
-    log_densities,
     mean_kl,
     mutual_information,
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plm.backbones import Policy, first_layers, word_moments
-from plm.methods.clap.losses import LOG_VAR_BOUNDS
+from plm.functional import LOG_VAR_BOUNDS
 from plm.types import Tokens
 
 

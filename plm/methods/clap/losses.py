@@ -8,16 +8,12 @@ Axes: G prompts, N responses of a prompt (padded), Z latent width, M draws, C ca
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from plm.functional import kl_to_prior
-
-LOG_VAR_BOUNDS = (-8.0, 4.0)
-"""Where log-variances are clamped."""
+from plm.functional import kl_to_prior, log_densities
 
 
 class Posteriors(NamedTuple):
@@ -33,15 +29,6 @@ class Posteriors(NamedTuple):
     def draw(self, noise: Tensor) -> Tensor:
         """Latents ``(G, N, M, Z)`` from standard normal numbers of that shape; gradients flow through them."""
         return self.mean[:, :, None] + (0.5 * self.log_var).exp()[:, :, None] * noise
-
-
-def log_densities(latent: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """Exact log-density of every dimension, ``(..., Z)`` each, in nats.
-
-    >>> log_densities(torch.zeros(1), torch.zeros(1), torch.zeros(1))
-    tensor([-0.9189])
-    """
-    return -0.5 * (math.log(math.tau) + log_var + (latent - mean).square() * (-log_var).exp())
 
 
 def mean_kl(posteriors: Posteriors) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from plm.backbones import Backbone, CausalLM, LatentBackbone, Policy, TextWriter
 from plm.method import PersonalizationMethod
 from plm.method.abilities import LatentWriter, Mixable
+from plm.method.episodes import places
 from plm.methods.latent_dpo.families import FAMILIES, Family, Full
 from plm.methods.latent_dpo.maths import Gaussian, draw_latents, gaussian, product_of_experts, response_rewards
 from plm.methods.latent_dpo.newton import solve_users
@@ -350,13 +351,11 @@ class LatentDPO(PersonalizationMethod, LatentWriter, Mixable):
         if prompts is None:
             policy = self.family.policy(self.family.split(table), None)
             return Gaussian(policy.mean[row, 0], policy.log_var[row, 0])
-        order = row.argsort(stable=True)
-        count = torch.bincount(row, minlength=len(table))
-        place = torch.empty_like(row)
-        place[order] = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row[order]]
+        place = places(row)
+        width = int(place.max()) + 1 if len(place) else 1
 
         def spread(values: Tensor) -> Tensor:
-            padded = values.new_zeros(len(table), max(int(count.max()), 1), values.shape[-1])
+            padded = values.new_zeros(len(table), width, values.shape[-1])
             padded[row, place] = values
             return padded
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from plm.methods.latent_dpo.maths import LOG_VAR_BOUNDS, Gaussian
+from plm.functional import LOG_VAR_BOUNDS
+from plm.methods.latent_dpo.maths import Gaussian
 from plm.methods.latent_dpo.noise import normals
 from plm.types import Tokens
 

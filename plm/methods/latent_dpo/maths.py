@@ -21,10 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plm.functional import bt_losses
-
-LOG_VAR_BOUNDS = (-8.0, 4.0)
-"""Where log-variances are clamped, of posteriors and of policies."""
+from plm.functional import LOG_VAR_BOUNDS, bt_losses, log_densities
 
 NUM_NODES = 16
 """Nodes of the Gauss-Hermite rule."""
@@ -64,8 +61,7 @@ def log_density(latent: Tensor, given: Gaussian) -> Tensor:
     >>> log_density(torch.zeros(1, 2), Gaussian(torch.zeros(2), torch.zeros(2)))
     tensor([-1.8379])
     """
-    mean, log_var = given.mean[..., None, :], given.log_var[..., None, :]
-    return -0.5 * (math.log(math.tau) + log_var + (latent - mean).square() * (-log_var).exp()).sum(-1)
+    return log_densities(latent, *given.over(-2)).sum(-1)
 
 
 def _quadratic(policy: Gaussian) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from plm.functional import SequenceLogps
+from plm.method.episodes import places
 
 
 class PairLogps(NamedTuple):
@@ -88,17 +89,9 @@ def pair_totals(chosen: SequenceLogps, rejected: SequenceLogps, ld_alpha: float 
 
 def _discounted(response: SequenceLogps, shared: Tensor, ld_alpha: float) -> Tensor:
     """Sum of each response with weight ``ld_alpha`` for tokens after the first ``shared``: ``(B,)``."""
-    in_tail = _place_in_row(response) >= shared[response.row]
+    in_tail = places(response.row) >= shared[response.row]
     tail = torch.zeros_like(response.total).index_add(0, response.row, response.token * in_tail)
     return response.total - (1 - ld_alpha) * tail
-
-
-def _place_in_row(response: SequenceLogps) -> Tensor:
-    """Place of each token within its response, counted from 0: ``(n,)``."""
-    order = torch.argsort(response.row, stable=True)
-    first = response.length.cumsum(0) - response.length
-    place = torch.arange(len(order), device=order.device) - first[response.row[order]]
-    return torch.empty_like(place).scatter(0, order, place)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plm.method.episodes import content_keys
 from plm.methods.pal.heads import head_reward, logit_scale, start_logit_scale
 from plm.methods.pal.projectors import Projectors
 
@@ -79,14 +80,10 @@ def cache_of(cache: Cache, rows: Tensor) -> Cache:
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows and where each row went: ``(N, D)`` -> ``(I, D)``, ``(N,)``, with ``distinct[index] == rows``.
 
-    Rows are told apart by their product with one fixed random direction; the result is exact, because all rows are kept
-    apart if two share a product without being equal.
+    Rows are told apart by their `content_keys`; the result is exact, because all rows are kept apart if two share a key
+    without being equal.
     """
-    direction = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direction = direction.to(rows.device)
-    # not a matrix product, which may round equal rows differently
-    keys = torch.cat([(part.double() * direction).sum(-1) for part in torch.split(rows, 2**14)])
-    keys, index = torch.unique(keys, return_inverse=True)
+    keys, index = torch.unique(content_keys(rows), return_inverse=True)
     first = torch.empty_like(keys, dtype=torch.long)
     first[index] = torch.arange(len(rows), device=rows.device)
     distinct = rows[first]

@@ -24,10 +24,18 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from plm.functional import bt_losses, held_out_losses, per_user_sum, targets, unit_mean_per_user, user_chunks
+from plm.functional import held_out_losses, kl_to_prior, per_user_sum, targets, unit_mean_per_user, user_chunks
 from plm.messages import Problems
 from plm.method import PersonalizationMethod
-from plm.method.episodes import Arranged, TargetRule, arrange, content_keys, draw_episodes, rank_within_user
+from plm.method.episodes import (
+    Arranged,
+    TargetRule,
+    arrange,
+    draw_episodes,
+    places,
+    rank_within_user,
+    shuffling_keys,
+)
 from plm.method.strangers import least_harmful
 from plm.methods.vpl.networks import (
     DECODERS,
@@ -42,6 +50,7 @@ from plm.methods.vpl.networks import (
     anneal_factor,
     on_sphere,
     swap_guide,
+    target_bound,
     warn_of_short_annealing,
 )
 from plm.optimizer import with_decay
@@ -64,19 +73,6 @@ MAX_FLOATS = 2**26
 
 RIDGE, BASIS_RIDGE = 0.06, 1.0
 """Precisions of the normal priors on the population's direction and on the bases of the bilinear decoder."""
-
-
-def target_bound(margin: Tensor, target: Tensor, weight: Tensor, user: Tensor, num_users: int) -> Tensor:
-    """Negative log of the mean likelihood over samples of all targets of each user: ``(T, M)`` -> ``(U,)``.
-
-    ``-log 1/M sum_m prod_t p(y_t | z_m)``. With one sample it is the summed Bradley-Terry loss of the paper; with more
-    it is a tighter bound (Burda et al. 2016), whose optimum is the posterior that predicts all targets jointly best.
-
-    >>> target_bound(torch.zeros(2, 3), torch.ones(2), torch.ones(2), torch.tensor([0, 0]), 1)
-    tensor([1.3863])
-    """
-    losses = per_user_sum(bt_losses(margin, target[:, None]) * weight[:, None], user, num_users)
-    return math.log(margin.shape[1]) - torch.logsumexp(-losses, -1)
 
 
 def is_collapsed(report: Mapping[str, float]) -> bool:
@@ -243,9 +239,8 @@ class VPL(PersonalizationMethod):
         """
         if not isinstance(self.set_encoder, AttentionPosterior):
             return torch.ones_like(user, dtype=torch.bool)
-        mixed = (content_keys(difference).abs() / self.feature_scale.double()) * 2.0**16
-        counts = weight > 0
-        return counts & (rank_within_user(2 * user + ~counts, mixed - mixed.floor()) < self.max_context)
+        counts, keys = weight > 0, shuffling_keys(difference, self.feature_scale)
+        return counts & (rank_within_user(2 * user + ~counts, keys) < self.max_context)
 
     def _reward(self, prepared: Tensor, latent: Tensor) -> Tensor:
         """``(..., P)``, ``(..., Z)`` in use -> ``(...)``."""
@@ -279,7 +274,7 @@ class VPL(PersonalizationMethod):
         bound = target_bound(margin, target, weight, of_user, num_users) / count.clamp_min(1)
         share = per_user_sum(batch.weight, user, num_users) * (count > 0)  # of a user in the loss
         share = share / share.sum().clamp_min(1e-12)
-        nll, kl = (share * bound).sum(), (share[:, None] * posterior.kl()).sum(0)
+        nll, kl = (share * bound).sum(), (share[:, None] * kl_to_prior(*posterior)).sum(0)
         anneal = anneal_factor(self.trainer.global_step, self.anneal_steps, self.anneal, self.cyclical)
         per_target = self.kl_weight * anneal / (share * count).sum().clamp_min(1)
         loss = nll + per_target * kl.clamp_min(self.free_bits).sum() + self._penalty()
@@ -347,7 +342,7 @@ class VPL(PersonalizationMethod):
         count = torch.bincount(user, minlength=num_users)
         rows = self._read_pairs(batch.difference, batch.weight, user)
         tokens, weight, user = self._tokens(batch, rows), batch.weight[rows], user[rows]
-        rank, spread = rank_within_user(user, torch.arange(len(user), device=self.device)), []
+        rank, spread = places(user), []
         for shots in SHOTS:
             first, enough = rank < shots, count >= shots
             few = PairTokens(tokens.direction[first], tokens.strength[first])
@@ -390,7 +385,7 @@ class VPL(PersonalizationMethod):
         latents and with those of others. ``variance@n``: of the posterior after n pairs, mean over users.
         """
         report = {
-            "kl": float(Gaussian(self.mean, self.log_var).kl().sum(-1).mean()),
+            "kl": float(kl_to_prior(self.mean, self.log_var).sum(-1).mean()),
             "active_units": float((self.mean.var(0, unbiased=False) > ACTIVE_VARIANCE).sum()),
         }
         names = ("val_accuracy", "val_other_accuracy", *(f"variance@{shots}" for shots in SHOTS))

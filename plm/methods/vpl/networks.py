@@ -1,7 +1,7 @@
 """Networks of VPL: pair encoder, set encoders, decoders, and the small maths of its bound.
 
-Axes: N pairs, B responses, U users or episodes, S context pairs of one user (padded), M posterior samples, D feature
-width, H hidden width, Z latent width, P prepared width.
+Axes: N pairs, B responses, T target pairs, U users or episodes, S context pairs of one user (padded), M posterior
+samples, D feature width, H hidden width, Z latent width, P prepared width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+
+from plm.functional import bt_losses, per_user_sum
 
 SLOPE = 0.2
 """Slope of LeakyReLU, as published."""
@@ -36,13 +38,18 @@ class Gaussian(NamedTuple):
         noise = torch.randn(shape, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean[:, None] + (0.5 * self.log_var).exp()[:, None] * noise
 
-    def kl(self) -> Tensor:
-        """``(U, Z)`` divergence to the standard normal of each dimension, in nats.
 
-        >>> Gaussian(torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)).kl().tolist()
-        [[0.0, 2.0]]
-        """
-        return 0.5 * (self.mean.square() + self.log_var.exp() - 1.0 - self.log_var)
+def target_bound(margin: Tensor, target: Tensor, weight: Tensor, user: Tensor, num_users: int) -> Tensor:
+    """Negative log of the mean likelihood over samples of all targets of each user: ``(T, M)`` -> ``(U,)``.
+
+    ``-log 1/M sum_m prod_t p(y_t | z_m)``. With one sample it is the summed Bradley-Terry loss of the paper; with more
+    it is a tighter bound (Burda et al. 2016), whose optimum is the posterior that predicts all targets jointly best.
+
+    >>> target_bound(torch.zeros(2, 3), torch.ones(2), torch.ones(2), torch.tensor([0, 0]), 1)
+    tensor([1.3863])
+    """
+    losses = per_user_sum(bt_losses(margin, target[:, None]) * weight[:, None], user, num_users)
+    return math.log(margin.shape[1]) - torch.logsumexp(-losses, -1)
 
 
 def bounded(value: Tensor, low: float, high: float, bounds: Bounds) -> Tensor:
