@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from plm.backbones.export import reward_backbone, reward_model, save_reward_model
@@ -34,6 +35,7 @@ from plm.methods.pal.options import Mixing, Residual, Users, Variant, check_opti
 from plm.methods.pal.seen import SolvedUsers
 from plm.methods.pal.solver import linearised
 from plm.methods.pal.users import Prior, Solvable, gumbel_weights, solve_logits
+from plm.optimizer import RowAdam, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 if TYPE_CHECKING:
@@ -156,6 +158,20 @@ class PAL(SolvedUsers, Exporter):
         self.group_options = configure_groups(self._members(), lr, groups or {}, freeze or [])
 
     # ------------------------------------------------------------------ parameter groups
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group per kind of parameter that has something to train, with a learning rate and decay of its own."""
+        members = self._members()
+        groups = [{"params": value, "name": key, **self.group_options[key]} for key, value in members.items() if value]
+        assert sum(len(group) for group in members.values()) == sum(p.requires_grad for p in self.parameters())
+        return groups
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """`RowAdam`, lazy on the table of users, whose learning rates fall linearly to zero over the fit."""
+        groups = self.param_groups()
+        if not groups:
+            return None
+        return with_decay(RowAdam(groups, lr=self.lr), self.trainer.estimated_stepping_batches)
+
     def _members(self) -> dict[str, list[torch.nn.Parameter]]:
         """Trainable parameters of every group."""
         members = {

@@ -5,6 +5,7 @@ Axes: N pairs, U users, K prototypes.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import partial
 
 import torch
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plm.functional import bt_losses, per_user_sum, targets
+from plm.method import PersonalizationMethod
 from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, distinct_pairs
-from plm.methods.pal.groups import GroupedMethod
 from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_around, solve_table, table_prior
 from plm.types import PreferenceBatch, Tokens
 
@@ -22,7 +23,7 @@ PRIOR_SCALES = (NO_SPREAD, 0.1, 0.25, 0.5, 0.75, 1.0, 1.4)
 """Candidates for the spread of users around the population, in units of the spread that training learned."""
 
 
-class SolvedUsers(GroupedMethod):
+class SolvedUsers(PersonalizationMethod):
     """A method whose users are logits over prototypes, solved from their pairs or trained as a table."""
 
     kept_as: str
@@ -36,21 +37,21 @@ class SolvedUsers(GroupedMethod):
     prior_scale: Tensor
     _train_pairs: tuple[Tensor, Distinct] | None
 
+    @abstractmethod
     def _weights(self, logits: Tensor) -> Tensor:
         """Logits ``(..., K)`` -> weights on the simplex."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _logit_margins(self, cache: Cache, logits: Tensor) -> Tensor:
         """Margins ``(N,)`` for the logits of each pair's user ``(N, K)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prompts(self, prompt: Tensor | Tokens | None, num_rows: int) -> Tensor | None:
         """Prompts ``(B, D)`` for a method that reads them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _cache(self, pairs: Distinct) -> Cache:
         """Compute what margins need of pairs."""
-        raise NotImplementedError
 
     @property
     def _prior(self) -> Prior:
@@ -69,8 +70,7 @@ class SolvedUsers(GroupedMethod):
         # validation runs under inference mode, whose tensors can never enter autograd: leave it and clone
         with torch.inference_mode(False), torch.no_grad():
             train = [self._solvable(batch) for batch in self.train_pass()]
-            rows = torch.cat([self.num_pairs[:0], *(pairs.row for pairs in train)])
-            self.num_pairs.copy_(self.sum_over_processes(torch.bincount(rows, minlength=self.num_users)))
+            self.num_pairs.copy_(self._count(train))
             if isinstance(self.logits, torch.nn.Parameter):
                 logits, prior = self.logits.detach(), table_prior(self.logits.detach(), self.num_pairs, self._prior)
                 self.prior_centre.copy_(prior.centre)
@@ -86,6 +86,11 @@ class SolvedUsers(GroupedMethod):
         cache = self._cache(distinct_pairs(*batch.features, prompt))
         weight = batch.weight.clone()
         return Solvable(cache, targets(batch.tie).to(weight), weight, batch.user_index.clone())
+
+    def _count(self, pairs: list[Solvable]) -> Tensor:
+        """Pairs of every user, of all processes: ``(U,)``."""
+        rows = torch.cat([self.num_pairs[:0], *(part.row for part in pairs)])
+        return self.sum_over_processes(torch.bincount(rows, minlength=self.num_users))
 
     def _choose_scale(self, train: list[Solvable]) -> None:
         """Solve all seen users under each candidate spread, around its own centre; keep the least harmful.
@@ -133,8 +138,7 @@ class SolvedUsers(GroupedMethod):
     def _place_centre(self, batches: list[PreferenceBatch]) -> None:
         """Set the prior's centre to where the users of these pairs are at the spread that training learned."""
         train = [self._solvable(batch) for batch in batches]
-        rows = torch.cat([self.num_pairs[:0], *(pairs.row for pairs in train)])
-        has_pairs = self.sum_over_processes(torch.bincount(rows, minlength=self.num_users)) > 0
+        has_pairs = self._count(train) > 0
         prior, start = Prior(self.prior_centre.double(), torch.ones_like(self.prior_scale)), self.logits.double()
         prior = solve_around(partial(self._solve, train), prior, start, has_pairs)[2]
         self.prior_centre.copy_(prior.centre)
