@@ -11,7 +11,7 @@ Axes: B pairs, N pairs of several users, D feature width, K components, U users.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -37,7 +37,6 @@ RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 class PerUserBradleyTerry(PersonalizationMethod):
     """A ridge logistic model per user; the population knows nothing and calls every pair even."""
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("weights", "num_pairs")
 
     def __init__(self, num_users: int, feature_dim: int, backbone: dict[str, Any] | None = None) -> None:

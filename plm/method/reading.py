@@ -19,7 +19,8 @@ from plm.types import Context, PreferenceBatch
 class FeatureReader(L.LightningModule):
     """A module that reads batches of features, conditioned on the way in; tokens and latents pass as they are."""
 
-    view: ClassVar[Literal["features", "tokens", "latents"]]
+    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
+    """What batches hold; checked against the data."""
     has_features: ClassVar[bool] = False
     """Whether a method whose view is not ``features`` turns what it reads into some."""
     reference: Tensor

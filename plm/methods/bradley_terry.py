@@ -11,7 +11,7 @@ Axes: B pairs, D feature width, R candidate ridges.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,6 @@ class BradleyTerry(SharedMethod, LinearMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     search_space: ClassVar[dict[str, list[Any]]] = {
         "lr": [0.03, 0.1, 0.3],
         "ridges": [

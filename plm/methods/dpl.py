@@ -102,7 +102,6 @@ class DPL(SharedMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     search_space: ClassVar[dict[str, list[Any]]] = {
         "kind": ["mean_variance", "categorical"],
         "ridge": [None, 0.1, 1.0, 10.0],

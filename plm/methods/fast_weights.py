@@ -90,7 +90,6 @@ class FastWeights(LinearMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("write", "evidence", "num_pairs")
     search_space: ClassVar[dict[str, list[Any]]] = {
         "num_keys": [16, 32, 64],

@@ -108,7 +108,6 @@ class MRM(LinearMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("logits", "num_pairs")
     search_space: ClassVar[dict[str, list[Any]]] = {
         "num_bases": [4, 8, 16],

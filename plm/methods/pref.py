@@ -62,7 +62,6 @@ class PReF(FactoredMethod, LinearMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     scales = (NO_SPREAD, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3)
     search_space: ClassVar[dict[str, list[Any]]] = {
         "num_features": [4, 8, 16],

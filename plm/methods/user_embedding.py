@@ -13,7 +13,7 @@ Axes: N pairs of several users, B responses, U users, D feature width, H hidden 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,6 @@ class UserEmbedding(FactoredMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("vectors", *FactoredMethod.user_tables)
     scales = (NO_SPREAD, 0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
     search_space: ClassVar[dict[str, list[Any]]] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -85,7 +85,6 @@ class LatentPortfolio(WritingPortfolio):
         prior_precision: Pull of a new user's weights to the mean user, in nats per pair.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     _of_any_length: ClassVar[tuple[str, ...]] = (*WritingPortfolio._of_any_length, "points")
 
     points: Tensor

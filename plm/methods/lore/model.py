@@ -11,7 +11,7 @@ Axes: B pairs in a batch, N pairs of several users, D feature width, K bases, U 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -62,7 +62,6 @@ class LoRe(LinearMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("weights", "precision", "num_pairs")
     search_space: ClassVar[dict[str, list[Any]]] = {
         "num_bases": [4, 8, 16, 32],

@@ -11,7 +11,7 @@ Axes: B pairs in a batch, D feature width, K bases, U users.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -61,7 +61,6 @@ class PublishedLoRe(LinearMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("weight_logits", "precision", "num_pairs")
 
     def __init__(

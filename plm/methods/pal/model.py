@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,6 @@ class PAL(SolvedUsers, Exporter):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("logits", "precision", "num_pairs")
     search_space: ClassVar[dict[str, list[Any]]] = {
         "num_prototypes": [4, 8, 16, 32],

@@ -12,7 +12,7 @@ Axes: B pairs in a batch, D feature width, R objectives, M members, U users, F p
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +55,6 @@ class PALM(RoutedMethod):
         lr: Learning rate of objectives and weights.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("logits", "weights", "precision", "num_pairs")
 
     def __init__(

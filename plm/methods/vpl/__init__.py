@@ -117,7 +117,6 @@ class VPL(PersonalizationMethod):
         **options: See `PersonalizationMethod`.
     """
 
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "features"
     user_tables: tuple[str, ...] = ("mean", "log_var", "num_pairs")
     search_space: ClassVar[dict[str, list[Any]]] = {
         "decoder": ["film", "bilinear"],
