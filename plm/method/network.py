@@ -5,6 +5,7 @@ Axes: B texts, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -125,6 +126,13 @@ class NetworkMethod(PersonalizationMethod):
         return [
             torch.tensor(rows, device=length.device) for rows in batches_by_length(length.tolist(), self.batch_tokens)
         ]
+
+    def in_chunks(self, tokens: Tokens, read: Callable[[Tokens, Tensor], Tensor]) -> Tensor:
+        """A number of each of B texts, ``(B,)``: ``read`` gives those of a chunk, from its texts and their rows."""
+        out = torch.zeros(tokens.num_rows, device=tokens.input_ids.device)
+        for rows in self.chunks(tokens):
+            out[rows] = read(tokens.take(rows).trimmed(), rows)
+        return out
 
     # ------------------------------------------------------------------ several processes
     def setup(self, stage: str) -> None:

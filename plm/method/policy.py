@@ -79,6 +79,11 @@ class PolicyMethod(NetworkMethod, Writer):
             hidden, token, row = (self.policy.packed_completions if packing else self.policy.completions)(tokens)
             return response_logps(self.policy.token_logps(hidden, token)[0], row, tokens.num_rows)
 
+    @torch.no_grad()
+    def total_logps(self, tokens: Tokens) -> Tensor:
+        """Log-probability ``(B,)`` of B responses under the language model as it is, without adapters."""
+        return self.in_chunks(tokens, lambda part, rows: self.logps(part).total)
+
     def count_tokens(self, *texts: Tokens) -> Tensor:
         """``()`` how many tokens training has read so far, on all processes, with those of one more batch."""
         new = torch.stack([tokens.attention_mask.sum() for tokens in texts]).sum()

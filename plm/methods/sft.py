@@ -69,14 +69,10 @@ class SFT(SharedMethod, PolicyMethod, Exporter):
         loss = -(weight * logps.token).sum() / total.clamp(min=torch.finfo(weight.dtype).tiny)
         return {"loss": loss, "num_tokens": self.count_tokens(chosen), "count": total * world_size()}
 
-    @torch.no_grad()
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         """Log-probability of each response."""
         assert isinstance(responses, Tokens)
-        out = torch.zeros(responses.num_rows, device=responses.input_ids.device)
-        for rows in self.chunks(responses):
-            out[rows] = self.logps(responses.take(rows).trimmed()).total
-        return out
+        return self.total_logps(responses)
 
     def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Margins ``(B,)``, the same for every user, so computed once; count nats for ``report``."""

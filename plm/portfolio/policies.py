@@ -146,28 +146,20 @@ class PolicyPortfolio(WritingPortfolio, PolicyMethod, Exporter):
     @torch.no_grad()
     def member_logps(self, tokens: Tokens, member: Tensor) -> Tensor:
         """Log-probability ``(B,)`` of B responses, each under its member ``(B,)``, at temperature 1."""
-        out = torch.zeros(tokens.num_rows, device=tokens.input_ids.device)
-        for rows in self.chunks(tokens):
-            part, shares = tokens.take(rows).trimmed(), self.mixture[member[rows].to(self.device)]
+
+        def read(part: Tokens, rows: Tensor) -> Tensor:
+            shares = self.mixture[member[rows].to(self.device)]
             if self.decoding == "logits":
-                out[rows] = self._mixed_logps(part, shares)
-            else:
-                out[rows] = self.logps(part, *self._terms(shares)).total
-        return out
+                return self._mixed_logps(part, shares)
+            return self.logps(part, *self._terms(shares)).total
+
+        return self.in_chunks(tokens, read)
 
     def log_ratios(self, tokens: Tokens, member: int) -> Tensor:
         """Log-likelihood ratio ``(B,)`` of B responses, a member against the language model as it is, in nats."""
         device = tokens.input_ids.device
         member_logps = self.member_logps(tokens, torch.full((tokens.num_rows,), member, device=device))
-        return member_logps - self.unaligned_logps(tokens)
-
-    @torch.no_grad()
-    def unaligned_logps(self, tokens: Tokens) -> Tensor:
-        """Log-probability ``(B,)`` of B responses under the language model as it is."""
-        out = torch.zeros(tokens.num_rows, device=tokens.input_ids.device)
-        for rows in self.chunks(tokens):
-            out[rows] = self.logps(tokens.take(rows).trimmed()).total
-        return out
+        return member_logps - self.total_logps(tokens)
 
     def _mixed_logps(self, tokens: Tokens, shares: Tensor) -> Tensor:
         hidden = []

@@ -337,7 +337,7 @@ def test_who_finds_everything_alike_is_served_by_the_unaligned_policy(
     rows = train_adapters(pool, np.eye(2)[[1, 0]], backbone, fit, str(tmp_path))
     made = portfolio("own")
     made.extend(rows, torch.eye(2))
-    unaligned = made.unaligned_logps(tokens)
+    unaligned = made.total_logps(tokens)
     same = [torch.equal(made.member_logps(tokens, torch.full((3,), row)), unaligned) for row in (0, 1)]
     assert same == [True, 0 in alike]
     if 0 not in alike:

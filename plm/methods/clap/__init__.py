@@ -262,7 +262,8 @@ class CLaP(SharedMethod, PolicyMethod):
         if num_negatives == 0:
             place = groups.place[:, None]
         else:
-            order = _uniform((count, groups.mask.shape[1]), generator, device)
+            size = (count, groups.mask.shape[1])
+            order = torch.rand(size, generator=generator, device=device if generator is None else "cpu").to(device)
             place = candidates(groups.mask, groups.group, groups.place, num_negatives, order)
         present = place >= 0
         text, column = present.nonzero(as_tuple=True)
@@ -361,13 +362,13 @@ class CLaP(SharedMethod, PolicyMethod):
         """Log-probability of each response under its user's latent."""
         assert isinstance(responses, Tokens)
         latent = users.tensors["latent"].to(self.device)
-        out = torch.zeros(responses.num_rows, device=self.device)
-        for rows in self.chunks(responses):
+
+        def read(tokens: Tokens, rows: Tensor) -> Tensor:
             place = torch.arange(len(rows), device=self.device)
-            tokens = responses.take(rows).trimmed()
             steered = SteeredTexts(self.policy, self.adapter, tokens, place, latent[rows])
-            out[rows] = self._totals(*steered.predictions(place, place), len(rows))
-        return out
+            return self._totals(*steered.predictions(place, place), len(rows))
+
+        return self.in_chunks(responses, read)
 
     def population_state(self, num_users: int) -> UserState:
         """The prior's mean."""
@@ -380,14 +381,5 @@ class CLaP(SharedMethod, PolicyMethod):
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Standard normal numbers."""
-    if generator is None:
-        return torch.randn(*shape, device=device)
-    return torch.randn(*shape, generator=generator).to(device)
-
-
-def _uniform(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Numbers in [0, 1)."""
-    if generator is None:
-        return torch.rand(*shape, device=device)
-    return torch.rand(*shape, generator=generator).to(device)
+    """Standard normal numbers, drawn on the CPU where there is a generator."""
+    return torch.randn(*shape, generator=generator, device=device if generator is None else "cpu").to(device)

@@ -201,10 +201,7 @@ class ClapLatents(LatentBackbone):
         """How much likelier B responses are from latents ``(B, Z)`` than from the language model, ``(B,)`` nats."""
         method, tokens = self.method, tokens.to(self.method.device)
         state = UserState({"latent": latents}, torch.zeros(tokens.num_rows, dtype=torch.long))
-        reference = torch.zeros(tokens.num_rows, device=method.device)
-        for rows in method.chunks(tokens):
-            reference[rows] = method.logps(tokens.take(rows).trimmed()).total
-        return method.score(tokens, state) - reference
+        return method.score(tokens, state) - method.total_logps(tokens)
 
 
 class ClapPrompts(Backbone):

@@ -107,7 +107,7 @@ class LoRADPO(AdaptedPolicy):
             self.options,
             self.shape if self.adapter == "prefix" and isinstance(self.shape, PrefixShape) else None,
             share_prompts=self.share_prompts,
-            chunks=self.chunks,
+            in_chunks=self.in_chunks,
         )
 
     # ------------------------------------------------------------------ training

@@ -36,7 +36,7 @@ class PairReader:
         options: What the losses need.
         shape: What a prefix looks like; None where adapters steer the policy.
         share_prompts: Whether the prompt of a pair is read once.
-        chunks: Rows of texts that are scored at once.
+        in_chunks: Reads a number of each text, see `plm.method.network.NetworkMethod.in_chunks`.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class PairReader:
         shape: PrefixShape | None,
         *,
         share_prompts: bool,
-        chunks: Callable[[Tokens], list[Tensor]],
+        in_chunks: Callable[[Tokens, Callable[[Tokens, Tensor], Tensor]], Tensor],
     ) -> None:
         self.policy, self.reference, self.loss_reference = policy, reference, loss_reference
         self.options, self.shape = options, shape
-        self.share_prompts, self.chunks = share_prompts, chunks
+        self.share_prompts, self.in_chunks = share_prompts, in_chunks
 
     def steering(self, owned: Sequence[Owned], num_rows: int) -> tuple[list[Tensor], Prefix | None]:
         """What a forward pass of ``num_rows`` texts takes: adapters, or a prefix."""
@@ -149,10 +149,12 @@ class PairReader:
         return torch.stack([self.rewards([Owned(base)], tokens) for base in torch.split(bases, 1)], -1)
 
     def _totals(self, policy: Policy, owned: Sequence[Owned], tokens: Tokens) -> Tensor:
-        out = torch.zeros(tokens.num_rows, device=tokens.input_ids.device)
-        for rows in self.chunks(tokens):
+        """Log-probabilities ``(B,)`` of responses as ``policy`` reads them with the sum of adapters."""
+
+        def read(part: Tokens, rows: Tensor) -> Tensor:
             adapters, prefix = self.steering([adapters.take(rows) for adapters in owned], len(rows))
             with policy.adapted(*adapters):
-                hidden, token, row = policy.completions(tokens.take(rows).trimmed(), prefix)
-                out[rows] = response_logps(policy.token_logps(hidden, token)[0], row, len(rows)).total
-        return out
+                hidden, token, row = policy.completions(part, prefix)
+                return response_logps(policy.token_logps(hidden, token)[0], row, len(rows)).total
+
+        return self.in_chunks(tokens, read)
