@@ -49,9 +49,7 @@ class PolicyOracle(Oracle):
         seed: int = 0,
     ) -> None:
         problems = Problems(f"{type(self).__name__}.")
-        for name, count in {"num_samples": num_samples, "max_new_tokens": max_new_tokens}.items():
-            if count < 1:
-                problems.add(name, "at least 1", count)
+        problems.at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens)
         problems.numbers(beta=beta)
         problems.say(f"{problems.prefix}prompts: expected some to measure on, got none", when=not prompts)
         problems.check()

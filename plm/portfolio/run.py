@@ -95,9 +95,7 @@ class PortfolioRun:
         problems = Problems()
         if min(self.sizes) < 1:
             problems.add("size and sizes", "numbers >= 1", self.sizes)
-        for name, count in {"seeds": seeds, "max_calls": max_calls}.items():
-            if count < 1:
-                problems.add(name, "at least 1", count)
+        problems.at_least(1, seeds=seeds, max_calls=max_calls)
         if not delta > 0:
             problems.add("delta", "a loss > 0", delta)
         problems.shares(eps=eps)

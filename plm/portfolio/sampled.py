@@ -81,8 +81,7 @@ class SampledRewards(RewardSource):
                 problems.add(f"people.{person}", expected, name, nearest(name, objectives))
             if min(weights.values(), default=0) < 0 or not 0 < sum(weights.values()) < math.inf:
                 problems.add(f"people.{person}", "finite weights >= 0 that are not all 0", weights)
-        if value_prompts < 2:
-            problems.add("value_prompts", "at least 2", value_prompts)
+        problems.at_least(2, value_prompts=value_prompts)
         problems.inner_shares(test_share=test_share)
         if not 0 < sharpness < math.inf:
             problems.add("sharpness", "a finite number of nats > 0", sharpness)

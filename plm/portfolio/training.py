@@ -48,9 +48,7 @@ class LoRADPOFit:
         self.beta, self.rank, self.alpha, self.lr = beta, rank, alpha, lr
         self.epochs, self.pairs_per_step, self.seed = epochs, pairs_per_step, seed
         problems = Problems("policies.fit.")
-        for name, count in {"rank": rank, "epochs": epochs, "pairs_per_step": pairs_per_step}.items():
-            if count < 1:
-                problems.add(name, "at least 1", count)
+        problems.at_least(1, rank=rank, epochs=epochs, pairs_per_step=pairs_per_step)
         problems.positive(beta=beta, alpha=alpha, lr=lr)
         problems.check()
 

@@ -118,9 +118,8 @@ class WrittenMembers:
         self.rounds = rounds
         self.num_samples, self.max_new_tokens, self.cache_dir = num_samples, max_new_tokens, cache_dir
         problems = Problems("policies.")
-        for name, least in {"rounds": 0, "num_samples": 1, "max_new_tokens": 1}.items():
-            if getattr(self, name) < least:
-                problems.add(name, f"at least {least}", getattr(self, name))
+        problems.at_least(0, rounds=rounds)
+        problems.at_least(1, num_samples=num_samples, max_new_tokens=max_new_tokens)
         if (clap is None) == (oracle == "latent_dpo"):
             problems.say(
                 "policies.clap: expected the checkpoint of a CLaP model with oracle latent_dpo, and none with another, "

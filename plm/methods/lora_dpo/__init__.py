@@ -86,8 +86,7 @@ class LoRADPO(AdaptedPolicy):
         self.adapt_lr = self.lr if adapt_lr is None else adapt_lr
         problems = Problems("model.")
         problems.found += self.options.problems()
-        if adapt_steps < 0:
-            problems.add("adapt_steps", "at least 0", adapt_steps)
+        problems.at_least(0, adapt_steps=adapt_steps)
         if self.mode == "basis" and use_weighting:
             problems.add("use_weighting", "false with model.mode 'basis', whose policies are several", use_weighting)
         problems.say(

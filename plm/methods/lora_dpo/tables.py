@@ -97,9 +97,7 @@ class AdaptedPolicy(PolicyMethod, Exporter):
             self.user_tables = ("weight_logits" if mode == "basis" else "adapters", "num_pairs")
             self.register_buffer("num_pairs", torch.zeros(self.num_users, dtype=torch.long))
         problems = Problems("model.")
-        for name, number in {"rank": rank, "num_virtual_tokens": num_virtual_tokens, "num_bases": num_bases}.items():
-            if number < 1:
-                problems.add(name, "at least 1", number)
+        problems.at_least(1, rank=rank, num_virtual_tokens=num_virtual_tokens, num_bases=num_bases)
         problems.shares(dropout=dropout)
         if not 0 < ref_model_mixup_alpha <= 1:
             problems.add("ref_model_mixup_alpha", "above 0 and at most 1", ref_model_mixup_alpha)

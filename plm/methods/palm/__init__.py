@@ -81,8 +81,7 @@ class PALM(RoutedMethod):
     def _check_arguments(self) -> None:
         """Raise one error about all arguments."""
         problems = Problems("model.")
-        if not 2 <= self.num_objectives <= MAX_OBJECTIVES:
-            problems.add("num_objectives", f"2 to {MAX_OBJECTIVES}", self.num_objectives)
+        problems.within(2, MAX_OBJECTIVES, num_objectives=self.num_objectives)
         if self.size < 1:
             problems.add("size", "at least one member", self.size)
         if not self.delta > 0:
