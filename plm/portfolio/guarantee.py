@@ -11,6 +11,7 @@ from plm.methods.palm.grid import combined_grid_size
 from plm.methods.palm.oracle import Oracle
 from plm.methods.palm.search import certificate
 from plm.methods.palm.selection import Portfolio
+from plm.portfolio.study import record
 
 
 class Guarantee(NamedTuple):
@@ -42,14 +43,7 @@ class Guarantee(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The same for a file."""
-        return {
-            **self._asdict(),
-            "accuracy": self.accuracy._asdict(),
-            "cell": self.cell._asdict(),
-            "cover": self.cover._asdict(),
-            "loss": self.loss._asdict(),
-            "within_accuracy": self.beyond <= self.accuracy.delta,
-        }
+        return {**record(self), "within_accuracy": self.beyond <= self.accuracy.delta}
 
     def lines(self) -> list[str]:
         """Sentences for the terminal."""

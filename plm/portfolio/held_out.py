@@ -17,7 +17,7 @@ from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.evaluation import MIN_USERS, plain_table
 from plm.evaluation.statistics import interval_of, resampled_means
 from plm.methods.palm.search import served_corners
-from plm.portfolio.study import Estimate, spread
+from plm.portfolio.study import Estimate, record, spread
 
 _RESAMPLES = 2000
 
@@ -51,8 +51,9 @@ class HeldOutLosses(NamedTuple):
 
     def record(self, user_ids: Sequence[str]) -> dict[str, Any]:
         """The same for a file."""
-        users = {user_id: _record(row) for user_id, row in zip(user_ids, self.users, strict=True)}
-        return {"num_prompts": self.num_prompts, "users": users, "worst": _record(self.worst)}
+        users = dict(zip(user_ids, self.users, strict=True))
+        found: dict[str, Any] = record({"num_prompts": self.num_prompts, "users": users, "worst": self.worst})
+        return found
 
 
 class Values(NamedTuple):
@@ -155,13 +156,3 @@ def held_out_table(losses: HeldOutLosses, user_ids: Sequence[str], names: Sequen
         mix = " + ".join(f"{weight:.2f} {name}" for weight, name in zip(row.weights, names, strict=True) if weight > 0)
         table.add_row(label, mix, str(row.member), spread(row.to_policies), spread(row.to_best_of_n))
     return table
-
-
-def _record(row: HeldOut) -> dict[str, Any]:
-    """A user's losses for a file."""
-    return {
-        "weights": row.weights,
-        "member": row.member,
-        "to_policies": row.to_policies._asdict(),
-        "to_best_of_n": row.to_best_of_n._asdict(),
-    }

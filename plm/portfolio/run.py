@@ -30,7 +30,7 @@ from plm.portfolio import report
 from plm.portfolio.guarantee import guarantee_of
 from plm.portfolio.objectives import Deployment, LoReBases, RewardSource, Users, read_weights
 from plm.portfolio.sampled import SampledRewards
-from plm.portfolio.study import StudyRow, run_search, run_study
+from plm.portfolio.study import StudyRow, record, run_search, run_study
 from plm.portfolio.writing import WritingPortfolio
 from plm.portfolio.written import Finished, WrittenMembers, inferred
 from plm.recipe.runs import claim, discard_empty
@@ -186,9 +186,9 @@ class PortfolioRun:
             certificate_says=report.what_is_certified(finished, self.beta),
         )
         save(method, folder / "portfolio.ckpt")
-        record = {"objectives": names, "calibration": split.calibration._asdict(), **_record(result)}
-        write_json(folder / "portfolio.json", record | ({"policies": finished.record()} if finished else {}))
-        study = {"sizes": [_plain(row) for row in rows], "searches": [search._asdict() for search in searches]}
+        found = {"objectives": names, "calibration": record(split.calibration), **_record(result)}
+        write_json(folder / "portfolio.json", found | ({"policies": finished.record()} if finished else {}))
+        study = {"sizes": [_study_record(row) for row in rows], "searches": record(searches)}
         write_json(folder / "study.json", study)
         self._write_users(method, folder)
         self._write_sweep(method, names, folder)
@@ -325,13 +325,8 @@ def _record(result: report.Result) -> dict[str, Any]:
     }
 
 
-def _plain(row: StudyRow) -> dict[str, object]:
-    """Turn a row of the study into plain values for JSON."""
-    plain: dict[str, object] = {"size": row.size}
-    for name in ("certificate", "num_calls", "disagreement"):
-        plain[name] = getattr(row, name)._asdict()
-    plain["held_out"] = {
-        way: {name: value._asdict() for name, value in fields.items()} for way, fields in row.quality.items()
-    }
-    plain["baseline_minus_palm"] = {way: value._asdict() for way, value in row.ahead.items()}
-    return plain
+def _study_record(row: StudyRow) -> dict[str, Any]:
+    """What ``study.json`` holds of a size."""
+    found = record(row)
+    kept = {name: found[name] for name in ("size", "certificate", "num_calls", "disagreement")}
+    return {**kept, "held_out": found["quality"], "baseline_minus_palm": found["ahead"]}

@@ -6,7 +6,7 @@ Axes: K sizes, S seeds, U users, R objectives, M members, X prompts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
@@ -65,10 +65,22 @@ class StudyRow(NamedTuple):
     """Share of the prompts on which two of PALM's members answer differently, mean over pairs of members."""
 
 
-def spread(value: Estimate, digits: int = 3) -> str:
+def spread(value: Estimate) -> str:
     """``0.025 [0.021, 0.029]``."""
-    text = f"{value.mean:.{digits}f}"
-    return text if np.isnan(value.low) else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return f"{value.mean:.3f}" + ("" if np.isnan(value.low) else f" [{value.low:.3f}, {value.high:.3f}]")
+
+
+def record(value: Any) -> Any:
+    """A value as a file holds it: named tuples are dicts, wherever they are in it.
+
+    >>> record({"worst": Estimate(0.5, 0.25, 0.75)})
+    {'worst': {'mean': 0.5, 'low': 0.25, 'high': 0.75}}
+    """
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: record(part) for name, part in value.items()}
+    return [record(part) for part in value] if isinstance(value, list) else value
 
 
 def run_search(oracle: Oracle, search: str, accuracy: Slack, cell: tuple[float, float], max_calls: int) -> Certified:
