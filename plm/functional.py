@@ -348,9 +348,7 @@ def _newton(part: Padded, value: Tensor, num_steps: int, tolerance: float) -> tu
     return value, hessian + eye
 
 
-def fit_simplex(
-    pairs: PairList, centre: Tensor, precision: float = 0.0, num_steps: int = 40, tolerance: float = 1e-9
-) -> Posterior:
+def fit_simplex(pairs: PairList, centre: Tensor, precision: float = 0.0) -> Posterior:
     """Best weights of every user on the simplex, by a primal-dual interior-point method, all users at once.
 
     Minimises for each user ``mean_n weight_n * bt_n(design_n @ w + offset_n) + precision * |w - centre|^2 / 2`` subject
@@ -363,20 +361,16 @@ def fit_simplex(
         pairs: The data.
         centre: ``(K,)`` a point of the simplex: the prior mean, and the answer for a user without pairs.
         precision: Strength of the pull to ``centre``; 0 as published.
-        num_steps: Most steps.
-        tolerance: Stop when every user's duality gap is below, in nats.
 
     Returns:
         Weights, and the Hessian of the summed (not averaged) objective without the barrier; for a user without pairs
         that of the pull.
     """
-    return _solved(pairs, lambda part: _interior_point(part, centre.double(), precision, num_steps, tolerance))
+    return _solved(pairs, lambda part: _interior_point(part, centre.double(), precision))
 
 
-def _interior_point(
-    part: Padded, centre: Tensor, precision: float, num_steps: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """`fit_simplex` of users padded to one length."""
+def _interior_point(part: Padded, centre: Tensor, precision: float) -> tuple[Tensor, Tensor]:
+    """`fit_simplex` of users padded to one length, in at most 40 steps."""
     count = part.weight.sum(-1)
     share = part._replace(weight=part.weight / count.clamp_min(1e-300)[:, None])
     # a tiny curvature keeps the problem strictly convex where the pairs say nothing; it pulls to the centre
@@ -385,9 +379,9 @@ def _interior_point(
     eye = torch.eye(num_weights, dtype=centre.dtype, device=centre.device)
     value = centre.new_full((len(part.users), num_weights), 1.0 / num_weights)
     dual = torch.ones_like(value)
-    for _ in range(num_steps):
+    for _ in range(40):
         gap = (value * dual).sum(-1)
-        open_gap = gap >= tolerance  # a finished user stands still, so that no state depends on who shares the batch
+        open_gap = gap >= 1e-9  # nats; a finished user stands still, so that no state depends on who shares the batch
         if not open_gap.any():
             break
         gradient, hessian = share.derivatives(value)
@@ -407,20 +401,21 @@ def _interior_point(
 
 
 @torch.enable_grad()
-def fit_simplex_by_adam(pairs: PairList, centre: Tensor, num_steps: int = 500, lr: float = 0.1) -> Tensor:
+def fit_simplex_by_adam(pairs: PairList, centre: Tensor, num_steps: int = 500) -> Tensor:
     """LoRe's published few-shot fit: Adam on logits of the weights, all users at once, from uniform weights.
+
+    The learning rate is 0.1, as published.
 
     Args:
         pairs: The data.
         centre: ``(K,)`` the answer for a user without pairs.
         num_steps: Steps; 500 as published.
-        lr: Learning rate; 0.1 as published.
 
     Returns:
         Weights ``(U, K)``.
     """
     logits = torch.zeros(pairs.num_users, len(centre), dtype=centre.dtype, device=centre.device, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=lr)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
     count = per_user_sum(pairs.weight, pairs.user, pairs.num_users)
     share = pairs.weight / count.clamp_min(torch.finfo(count.dtype).tiny)[pairs.user]
     for _ in range(num_steps):

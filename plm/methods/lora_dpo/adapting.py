@@ -141,19 +141,16 @@ def _gradient_in_chunks(
     return gradient
 
 
-def fit_weights(
-    context: Context, base_margins: Callable[[Tokens, Tokens], Tensor], centre: Tensor, precision: float = 0.01
-) -> Tensor:
+def fit_weights(context: Context, base_margins: Callable[[Tokens, Tokens], Tensor], centre: Tensor) -> Tensor:
     """Simplex weights ``(U, K)`` of every user, by the convex logistic fit to the margins of the bases.
 
     Args:
         context: Support pairs.
         base_margins: Rewards of chosen minus rewards of rejected, ``(B, K)``.
-        centre: ``(K,)`` weights of a user without pairs.
-        precision: Strength of the pull to them.
+        centre: ``(K,)`` weights of a user without pairs; they pull a little at all others.
     """
     support = Support.of(context, torch.arange(context.num_users, device=context.mask.device))
     design = base_margins(support.chosen, support.rejected)
     offset, target = design.new_zeros(len(design)), targets(support.tie).to(design)
     pairs = PairList(design, offset, target, support.weight, support.user, context.num_users)
-    return fit_simplex(pairs, centre, precision).mean
+    return fit_simplex(pairs, centre, precision=0.01).mean

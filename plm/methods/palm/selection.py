@@ -57,8 +57,8 @@ def greedy_cover(serves: BoolArray) -> list[int]:
     return chosen
 
 
-def smallest_cover(serves: BoolArray, time_limit: float = 10.0) -> list[int]:
-    """The fewest rows that together serve every column, by integer programming; the greedy cover if time runs out.
+def smallest_cover(serves: BoolArray) -> list[int]:
+    """The fewest rows that together serve every column, by integer programming; the greedy cover after 10 seconds.
 
     Raises:
         ValueError: If a column is served by no row.
@@ -70,7 +70,7 @@ def smallest_cover(serves: BoolArray, time_limit: float = 10.0) -> list[int]:
         integrality=np.ones(len(serves)),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(csr_array(columns.T.astype(np.float64)), lb=1),
-        options={"time_limit": time_limit},
+        options={"time_limit": 10.0},
     )
     greedy = greedy_cover(serves)
     chosen = [] if solved.x is None else np.flatnonzero(solved.x > 0.5).tolist()
@@ -193,8 +193,6 @@ def choose_portfolio(
     return Portfolio(best.members, solved, proved.regret, oracle.num_calls, oracle.error)
 
 
-def build_portfolio(
-    oracle: Oracle, size: int, delta: float = 0.02, max_calls: int = 150, solver: Solver = "greedy"
-) -> Portfolio:
-    """`choose_portfolio` from the policies of a `corner_search` to ``delta``, or as far as ``max_calls`` allow."""
-    return choose_portfolio(oracle, corner_search(oracle, delta, max_calls=max_calls).policies, size, solver)
+def build_portfolio(oracle: Oracle, size: int, delta: float) -> Portfolio:
+    """`choose_portfolio` from the policies of a `corner_search` to ``delta``, or as far as 150 calls allow."""
+    return choose_portfolio(oracle, corner_search(oracle, delta, max_calls=150).policies, size)
