@@ -12,6 +12,7 @@ import torch
 
 from plm.arrays import Float64Array
 from plm.backbones import Backbone, CausalLM, Policy, RemotePolicy, device
+from plm.data.rewards import scores_of
 from plm.data.sources.sampled import SampledPairs
 from plm.generation import Sample, best_responses, sample, sample_logps, sample_texts
 from plm.judging.compare import compare_policies, distinct
@@ -210,13 +211,7 @@ def score(tastes: SampledPairs, prompts: Sequence[str], texts: Sequence[Sequence
     shape = (len(texts), len(prompts), len(texts[0][0]))
     prompt_of = [prompt for _ in texts for prompt in prompts for _ in range(shape[2])]
     flat = [one.text for rows in texts for row in rows for one in row]
-    columns = []
-    for name, reward in tastes.rewards.items():
-        values = reward.score(prompt_of, flat)
-        if values.shape != (len(flat),) or not np.isfinite(values).all():
-            raise ValueError(f"expected a finite score of each of {len(flat)} texts from the reward {name!r}")
-        columns.append(values.reshape(shape))
-    return np.stack(columns, axis=-1)
+    return scores_of(tastes.rewards, prompt_of, flat).reshape(*shape, -1)
 
 
 def _perplexity(unaligned: Policy | RemotePolicy, prompts: Sequence[str], rows: Sequence[Sequence[Sample]]) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plm.arrays import Float64Array
 from plm.backbones import Backbone, Key
-from plm.data.rewards import Reward
+from plm.data.rewards import Reward, scores_of
 
 
 class RewardFeatures(Backbone):
@@ -76,13 +76,12 @@ def raw_objectives(
     Raises:
         ValueError: If a score is no finite number.
     """
-    scores = {}
-    for name in {signed.removeprefix("-"): None for signed in objectives.values()}:
-        scores[name] = rewards[name].score(prompts, responses)
-        if scores[name].shape != (len(responses),) or not np.isfinite(scores[name]).all():
-            raise ValueError(f"expected a finite score of each of {len(responses)} responses from the reward {name!r}")
-    columns = [(-1 if name.startswith("-") else 1) * scores[name.removeprefix("-")] for name in objectives.values()]
-    return np.stack(columns, axis=1)
+    used = list(dict.fromkeys(signed.removeprefix("-") for signed in objectives.values()))
+    scores = scores_of({name: rewards[name] for name in used}, prompts, responses)
+    places = [used.index(signed.removeprefix("-")) for signed in objectives.values()]
+    signs = [-1 if signed.startswith("-") else 1 for signed in objectives.values()]
+    columns: Float64Array = scores[:, places] * signs
+    return columns
 
 
 def reward_spec(reward: Reward) -> dict[str, Any]:

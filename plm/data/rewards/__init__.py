@@ -5,8 +5,8 @@ Axes: N responses.
 
 from __future__ import annotations
 
-from plm.data.rewards.reward import Reward
+from plm.data.rewards.reward import Reward, scores_of
 from plm.data.rewards.sentiment import Sentiment
 from plm.data.rewards.style import Length, Lexicon, Style
 
-__all__ = ["Length", "Lexicon", "Reward", "Sentiment", "Style"]
+__all__ = ["Length", "Lexicon", "Reward", "Sentiment", "Style", "scores_of"]

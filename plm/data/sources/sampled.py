@@ -20,7 +20,7 @@ from scipy.special import expit
 
 from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.keys import digest
-from plm.data.rewards import Reward
+from plm.data.rewards import Reward, scores_of
 from plm.data.schema import PairTable, pair_table
 from plm.data.sources import PairSource, numbered
 from plm.data.sources.population import (
@@ -113,16 +113,7 @@ class SampledPairs(PairSource):
         sampled, test, self._dropped = read_samples(self.path, self.test_share, self.seed)
         prompts = [prompt for prompt, texts in sampled.items() for _ in texts]
         responses = [text for texts in sampled.values() for text in texts]
-        columns = []
-        for name, reward in self.rewards.items():
-            values = reward.score(prompts, responses)
-            if values.shape != (len(responses),) or not np.isfinite(values).all():
-                raise ValueError(
-                    f"expected a finite score of each of {len(responses)} responses from the reward {name!r}, got "
-                    f"shape {values.shape} with {int((~np.isfinite(values)).sum())} that are not"
-                )
-            columns.append(values)
-        scores = iter(np.stack(columns, axis=1))  # (A,) of each response
+        scores = iter(scores_of(self.rewards, prompts, responses))  # (A,) of each response
         replies = {prompt: {text: next(scores) for text in texts} for prompt, texts in sampled.items()}
         return CandidatePool.of(replies, test)
 
