@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from plm.portfolio.sampled import SampledRewards
 from plm.portfolio.study import StudyRow, record, run_search, run_study
 from plm.portfolio.writing import WritingPortfolio
 from plm.portfolio.written import Finished, WrittenMembers, inferred
+from plm.recipe.quiet import quiet
 from plm.recipe.runs import claim, discard_empty
 
 _SWEEP_STEPS = 10  # an edge of the lattice of weights in sweep.csv
@@ -278,10 +278,7 @@ def deploy(portfolio: Portfolio, deployment: Deployment, size: int, delta: float
 
 def save(method: PALM | WritingPortfolio, path: Path) -> None:
     """Write a checkpoint that `plm.load_method` and the light commands read, and its users to the store beside it."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
+    with quiet():
         trainer = L.Trainer(
             accelerator="cpu",
             devices=1,
@@ -293,8 +290,6 @@ def save(method: PALM | WritingPortfolio, path: Path) -> None:
         )
         trainer.strategy.connect(method)
         trainer.save_checkpoint(path, weights_only=True)
-    finally:
-        log.setLevel(level)
     store_users(method, path)
 
 
