@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -210,8 +210,9 @@ def read_entries(entries: Sequence[Entry]) -> tuple[list[Entry], PreferenceDataM
                 cli = run_recipe(["fit", *entry.args], RecipeReader)
             check_search_space(type(cli.model))
             config = cli.config["fit"]
-            if entry.point:
-                check_sweep(entry.point, config.select or {})
+            argument = entry.point.argument if entry.point else None
+            if f"model.init_args.{argument}" in (config.select or {}):
+                raise ValueError(f"the recipe selects {argument} on validation pairs; take it out of its select")
             if not config.final_test:
                 raise ValueError("expected final_test: true, got false: a row is the result of the test after its fit")
             module: PreferenceDataModule = cli.datamodule
@@ -260,20 +261,6 @@ def check_search_space(method: type[PersonalizationMethod]) -> None:
         if name not in arguments:
             near = nearest(name, sorted(arguments))
             raise ValueError(f"{method.__name__}.search_space: expected arguments of the class, got {name!r}{near}")
-
-
-def check_sweep(point: SweepPoint, selected: Collection[str]) -> None:
-    """Refuse a sweep over what the recipe selects.
-
-    Args:
-        point: Of a row.
-        selected: Keys of the recipe's ``select``.
-
-    Raises:
-        ValueError: If its value would not be that of the row.
-    """
-    if f"model.init_args.{point.argument}" in selected:
-        raise ValueError(f"the recipe selects {point.argument} on validation pairs; take it out of its select")
 
 
 def candidates(entry: Entry, budget: int) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ class LiveMethod(NetworkMethod):
         state = [(id(value), value._version) for value in weights]
         if state != self._state_of_read or len(self._read) * self.feature_dim > MAX_FLOATS:
             self._state_of_read, self._read = state, {}
-        keys = [ids[mask].numpy().tobytes() for ids, mask in zip(*map(_on_cpu, texts[:2]), strict=True)]
+        keys = [ids[mask].numpy().tobytes() for ids, mask in zip(*(value.cpu() for value in texts[:2]), strict=True)]
         new = torch.tensor([row for row, key in enumerate(keys) if key not in self._read], dtype=torch.long)
         for part in self.chunks(texts.take(new.to(texts.input_ids.device))):
             rows = new[part.cpu()]
@@ -219,7 +219,3 @@ def distinct_texts(tokens: Tokens) -> tuple[Tokens, Tensor]:
     first = torch.empty(int(row.max()) + 1, dtype=torch.long, device=row.device)
     first[row] = torch.arange(len(row), device=row.device)
     return tokens.take(first), row
-
-
-def _on_cpu(value: Tensor) -> Tensor:
-    return value.cpu()

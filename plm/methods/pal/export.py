@@ -17,17 +17,6 @@ from plm.methods.pal.heads import logit_scale
 from plm.methods.pal.projectors import Projectors
 
 
-def check_weights(weights: Tensor, num_prototypes: int) -> None:
-    """Refuse weights that are no mixture.
-
-    Raises:
-        ValueError: If the weights are no point of the simplex.
-    """
-    on_simplex = weights.shape == (num_prototypes,) and bool((weights >= 0).all())
-    if not on_simplex or abs(float(weights.sum()) - 1) > 1e-4:
-        raise ValueError(f"expected weights of {num_prototypes} prototypes, none negative, of sum one, got {weights!r}")
-
-
 @torch.no_grad()
 def head_parts(
     geometry: Geometry,
@@ -50,7 +39,10 @@ def head_parts(
     Raises:
         ValueError: If the weights are no point of the simplex.
     """
-    check_weights(weights, geometry.num_prototypes)
+    number = geometry.num_prototypes
+    on_simplex = weights.shape == (number,) and bool((weights >= 0).all())
+    if not on_simplex or abs(float(weights.sum()) - 1) > 1e-4:
+        raise ValueError(f"expected weights of {number} prototypes, none negative, of sum one, got {weights!r}")
     layers, spec = mlp_parts(geometry.projector, 0)
     options: dict[str, Any] = {"head": geometry.head, "projector": spec, "factor_dims": conditioning.factor.dim()}
     tensors = {
