@@ -14,7 +14,7 @@ from rich.table import Table
 from scipy.special import logsumexp
 
 from plm.arrays import BoolArray, Float64Array, IntArray
-from plm.evaluation import MIN_USERS, plain_table
+from plm.evaluation import MIN_USERS, Section, TableRow, section_table
 from plm.evaluation.statistics import interval_of, resampled_means
 from plm.methods.palm.search import served_corners
 from plm.portfolio.study import Estimate, record, spread
@@ -146,13 +146,10 @@ def held_out_table(losses: HeldOutLosses, user_ids: Sequence[str], names: Sequen
         user_ids: Of the users.
         names: Of the objectives.
     """
-    table = plain_table(
-        f"Regret of the finished portfolio on {losses.num_prompts} held-out prompts, 95% intervals over prompts"
-    )
+    title = f"Regret of the finished portfolio on {losses.num_prompts} held-out prompts, 95% intervals over prompts"
     compared = f"to the best of {losses.num_policies} policies", f"to best-of-{losses.num_candidates}"
-    for head in ("user", "weights", "member", *compared):
-        table.add_column(head, justify="left" if head == "user" else "right")
+    rows = []
     for label, row in [*zip(user_ids, losses.users, strict=True), ("anybody, at most", losses.worst)]:
         mix = " + ".join(f"{weight:.2f} {name}" for weight, name in zip(row.weights, names, strict=True) if weight > 0)
-        table.add_row(label, mix, str(row.member), spread(row.to_policies), spread(row.to_best_of_n))
-    return table
+        rows.append(TableRow([label, mix, str(row.member), spread(row.to_policies), spread(row.to_best_of_n)]))
+    return section_table(Section(title, ("user", "weights", "member", *compared), rows))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from plm.arrays import Float64Array
-from plm.evaluation import plain_table, print_parts
+from plm.evaluation import Section, TableRow, plain_table, print_parts, section_table
 from plm.evaluation.figures import FAINT, INK, SAME, blank, headline, tidy
 from plm.judging import report as judge_report
 from plm.methods.palm.bounds import Slack
@@ -179,14 +179,9 @@ def members_table(members: PolicySet, names: Sequence[str], used: Usage, cold_st
 def search_table(searches: Sequence[Search], accuracy: Slack) -> Table:
     """Show what each search costs and proves."""
     besides = f" besides {accuracy.eps:.2%} of the best value" if accuracy.eps else ""
-    table = plain_table(
-        f"Searches to a loss of {accuracy.delta}{besides}, all prompts: the pool before it is cut to few"
-    )
-    for head in ("search", "oracle calls", "certificate over the simplex"):
-        table.add_column(head, justify="left" if head == "search" else "right")
-    for search in searches:
-        table.add_row(search.search, f"{search.calls:,}", f"{search.certificate:.4f}")
-    return table
+    title = f"Searches to a loss of {accuracy.delta}{besides}, all prompts: the pool before it is cut to few"
+    rows = [TableRow([search.search, f"{search.calls:,}", f"{search.certificate:.4f}"]) for search in searches]
+    return section_table(Section(title, ("search", "oracle calls", "certificate over the simplex"), rows))
 
 
 def comparison_lines(row: StudyRow) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from plm.arrays import Float64Array
 from plm.backbones import CausalLM, device
 from plm.data.sources.population import CandidatePool, best_and_worst
-from plm.evaluation import cluster_bootstrap, plain_table
+from plm.evaluation import Section, TableRow, cluster_bootstrap, section_table
 from plm.generation import Sample, sample
 from plm.judging.written import Written, judgement
 from plm.messages import Problems
@@ -341,18 +341,16 @@ def inferred(method: WritingPortfolio, pool: CandidatePool, weights: Float64Arra
 
 def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, names: Sequence[str]) -> Table:
     """Show which member serves whom, by the weights given and by those learned from pairs."""
-    table = plain_table(
-        f"Users: weights given, and learned from {num_pairs} pairs on the prompts that members were measured on"
-    )
-    for head in ("user", "weights", "member", "regret within the oracle", "learned", "posterior sd", "member by pairs"):
-        table.add_column(head, justify="left" if head == "user" else "right")
+    title = f"Users: weights given, and learned from {num_pairs} pairs on the prompts that members were measured on"
+    heads = ("user", "weights", "member", "regret within the oracle", "learned", "posterior sd", "member by pairs")
+    rows = []
     with torch.no_grad():
         known = method.user_states(torch.arange(method.num_users, device=method.device)).to("cpu").tensors
     fits = learned.to("cpu").tensors
     for row, user_id in enumerate(method.user_ids):
         weights, fitted = (state["weights"][row].double().numpy() for state in (known, fits))
         spread = np.sqrt(np.diag(simplex_covariance(fits["precision"][row].double().numpy())))
-        table.add_row(
+        cells = [
             user_id,
             member_name(weights, names),
             str(int(known["member"][row])),
@@ -360,8 +358,9 @@ def users_table(method: WritingPortfolio, learned: UserState, num_pairs: int, na
             member_name(fitted, names),
             " ".join(f"{value:.2f}" for value in spread),
             str(int(fits["member"][row])),
-        )
-    return table
+        ]
+        rows.append(TableRow(cells))
+    return section_table(Section(title, heads, rows))
 
 
 def simplex_covariance(precision: Float64Array) -> Float64Array:

@@ -74,6 +74,6 @@ def test_the_table_has_a_line_for_everybody() -> None:
     losses = held_out(made, [1], made.policies[[1]].mean(1), np.eye(3)[:2])
     table = held_out_table(losses, ["anna", "ben"], NAMES)
     assert losses.num_policies == 5
-    columns = [list(column.cells) for column in table.columns]
+    columns = [list(map(str, column.cells)) for column in table.columns]
     assert columns[0] == ["anna", "ben", "anybody, at most"] and columns[1][:2] == ["1.00 a", "1.00 b"]
     assert "40 held-out prompts" in str(table.title) and table.columns[4].header == "to best-of-6"
