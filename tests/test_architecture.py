@@ -177,9 +177,9 @@ FLOORS: dict[str, list[set[str]]] = {
         {"check"},
     ],
     "plm.portfolio": [
-        {"features", "objectives", "study", "training", "writing"},
-        {"guarantee", "held_out", "latents", "policies", "sampled"},
-        {"measured"},
+        {"features", "study", "training", "writing"},
+        {"guarantee", "held_out", "latents", "objectives", "policies"},
+        {"measured", "sampled"},
         {"written"},
         {"report"},
         {"run"},

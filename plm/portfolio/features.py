@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,19 @@ from torch import Tensor
 from plm.arrays import Float64Array
 from plm.backbones import Backbone, Key
 from plm.data.rewards import Reward, scores_of
+
+
+class Calibration(NamedTuple):
+    """How raw objectives become rewards: ``(raw - shift) / scale``."""
+
+    shift: list[float]
+    """Of each objective."""
+    scale: list[float]
+    """Of each objective."""
+
+    def clipped(self, raw: Float64Array) -> Float64Array:
+        """Rewards in [0, 1] of raw objectives ``(..., R)``."""
+        return np.clip((raw - self.shift) / self.scale, 0, 1)
 
 
 class RewardFeatures(Backbone):
@@ -60,8 +73,7 @@ class RewardFeatures(Backbone):
         """Calibrated rewards ``(N, R)`` of rendered texts."""
         pairs = [json.loads(text) for text in texts]
         raw = raw_objectives(self._rewards, self.objectives, [p for p, _ in pairs], [r for _, r in pairs])
-        calibrated = np.clip((raw - np.array(self.shift)) / np.array(self.scale), 0, 1)
-        return torch.from_numpy(calibrated.astype(np.float32))
+        return torch.from_numpy(Calibration(self.shift, self.scale).clipped(raw).astype(np.float32))
 
     @cached_property
     def _rewards(self) -> dict[str, Reward]:

@@ -28,6 +28,7 @@ from plm.data.values import is_number, short, to_id
 from plm.evaluation import print_parts
 from plm.messages import nearest
 from plm.method import PersonalizationMethod
+from plm.portfolio.features import Calibration
 from plm.recipe.fit import run_recipe
 from plm.types import UserState
 
@@ -35,19 +36,6 @@ Users = tuple[list[str], Float64Array]
 """Ids and weights ``(U, R)`` of users."""
 
 _LOW, _HIGH = 0.01, 0.99  # quantiles that rewards are calibrated by
-
-
-class Calibration(NamedTuple):
-    """How raw objectives become rewards: ``(raw - shift) / scale``."""
-
-    shift: list[float]
-    """Of each objective."""
-    scale: list[float]
-    """Of each objective."""
-
-    def clipped(self, raw: Float64Array) -> Float64Array:
-        """Rewards in [0, 1] of raw objectives ``(..., R)``."""
-        return np.clip((raw - self.shift) / self.scale, 0, 1)
 
 
 class Split(NamedTuple):

@@ -20,17 +20,8 @@ from plm.data.rewards import Reward
 from plm.data.sources.population import CandidatePool
 from plm.data.sources.sampled import SampledPairs
 from plm.messages import Problems, nearest
-from plm.portfolio.features import RewardFeatures, reward_spec
-from plm.portfolio.objectives import (
-    Calibration,
-    Deployment,
-    RewardSource,
-    Split,
-    Users,
-    calibration,
-    halves,
-    signed_like,
-)
+from plm.portfolio.features import Calibration, RewardFeatures, reward_spec
+from plm.portfolio.objectives import Deployment, RewardSource, Split, Users, calibration, halves, signed_like
 
 
 class SampledRewards(RewardSource):
