@@ -54,9 +54,7 @@ class RunFacts(L.Callback):
         batch: PreferenceBatch = next(iter(data.test_dataloader()[names.index("unseen")]))
         if batch.context is None:
             return
-        context = type(batch.context)(
-            **{name: value.to(pl_module.device) for name, value in batch.context._asdict().items() if value is not None}
-        )
+        context = batch.context.map(lambda value: value.to(pl_module.device))
         seconds = []
         for _ in range(2):
             start = time.perf_counter()
