@@ -5,6 +5,7 @@ Axes: U users, M members, R objectives, X prompts, N texts of a member on a prom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from plm.arrays import Float64Array
 from plm.backbones import CausalLM, device
 from plm.data.sources.population import CandidatePool, best_and_worst
-from plm.evaluation import Section, TableRow, cluster_bootstrap, section_table
+from plm.evaluation import MIN_USERS, Section, TableRow, cluster_bootstrap, section_table
 from plm.generation import Sample, sample
 from plm.judging.written import Written, judgement
 from plm.messages import Problems
@@ -304,13 +305,18 @@ def own_mixes(values: Float64Array, weights: Float64Array, divergence: Sequence[
 
 def own_mix_lines(result: dict[str, Any], names: Sequence[str]) -> list[str]:
     """Say of each member whether it serves its own weights best, and from which price of KL on it is not worth it."""
+
+    def shown(value: float, low: float, high: float) -> str:
+        return f"{value:+.3f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
+
     lines = []
     for member, (name, mix) in enumerate(zip(names, result["own_mix"], strict=True)):
-        (gain, *ends), rival, lead = mix["gain"], mix["rival"], mix["lead"]
-        line = f"member {member} by its own mix, {name}: {gain:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}] over unaligned"
+        gain, rival, lead = mix["gain"][0], mix["rival"], mix["lead"]
+        line = f"member {member} by its own mix, {name}: {shown(*mix['gain'])} over unaligned"
         if lead is not None:
             verdict = "better than" if lead[1] > 0 else "WORSE than" if lead[2] < 0 else "not distinguishable from"
-            line += f"; {verdict} member {rival}, the best other, {lead[0]:+.3f} [{lead[1]:+.3f}, {lead[2]:+.3f}]"
+            verdict = f"no verdict, for want of {MIN_USERS} prompts, against" if math.isnan(lead[1]) else verdict
+            line += f"; {verdict} member {rival}, the best other, {shown(*lead)}"
         if mix["divergence"] > 0:
             line += f"; KL {mix['divergence']:.1f} nats, a gain of {gain / mix['divergence']:.3f} for each"
         lines.append(line)

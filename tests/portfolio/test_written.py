@@ -224,6 +224,9 @@ def test_a_member_is_compared_by_its_own_mix_with_the_best_of_the_others() -> No
     assert f"KL 2.0 nats, a gain of {first.gain[0] / 2:.3f} for each" in shown[0] and "KL" not in shown[1]
     (alone,) = own_mixes(values[:2], np.array([[1.0, 0.0]]), [0.5])
     assert alone.rival is None and alone.lead is None
+    few = own_mixes(values[:3, :7], np.eye(2), [0.0, 0.0])
+    shown = own_mix_lines({"own_mix": [mix._asdict() for mix in few]}, ["a", "b"])
+    assert "nan" not in shown[0] and "no verdict, for want of 8 prompts, against member 1" in shown[0]
 
 
 def test_covariance_of_weights_whose_sum_is_known() -> None:
