@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning import Trainer
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from plm.arrays import Float64Array
@@ -71,9 +72,10 @@ def tuned_population(
     train_rows, val_rows = _kept(train), _kept(val)
     start: Float64Array = np.zeros(width)
     fits: dict[float, tuple[float, Float64Array]] = {}
-    for ridge in sorted(RIDGES, reverse=True):
-        start = _solve(train_rows, ridge, scale, num_pairs, total, start)
-        fits[ridge] = float(_loss(val_rows, start, scale, total)[0]), start
+    with threadpool_limits(1, "blas"):  # threads that wait for the next of its steps take torch's processors
+        for ridge in sorted(RIDGES, reverse=True):
+            start = _solve(train_rows, ridge, scale, num_pairs, total, start)
+            fits[ridge] = float(_loss(val_rows, start, scale, total)[0]), start
     has_val = any(loss for loss, _ in fits.values())
     best = min(fits, key=lambda ridge: fits[ridge][0]) if has_val else RIDGES[len(RIDGES) // 2]
     return Population(torch.from_numpy(fits[best][1]).to(scale) / scale, best)
