@@ -1,7 +1,7 @@
 """The command ``plm``: the table of its verbs, and ``--help``.
 
-Every verb is a module of this package whose ``run(args)`` parses first and only then imports what does the work, so
-that help and a wrong command line are answered without torch.
+Every verb is a function of this package that parses first and only then imports what does the work, so that help and a
+wrong command line are answered without torch.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export", "write the model of a user for other software"),
     "query": ("query", "choose the pairs to ask a user about"),
     "generate": ("generate", "write texts for users"),
-    "sample": ("sample", "write many responses of a policy to each prompt"),
-    "label": ("label", "let people, rules or models compare sampled responses"),
+    "sample": ("generate.sample", "write many responses of a policy to each prompt"),
+    "label": ("query.label", "let people, rules or models compare sampled responses"),
     "judge": ("judge", "check whether users' policies write what the users like"),
     "data": ("data", "check preference pairs before training on them, or convert files to pairs"),
-    "audit": ("checks", "write a verdict on pairs and on results that somebody has on them"),
-    "verify": ("verify", "rerun a paper's recipe and put the result beside the paper's number"),
-    "compare": ("checks", "compare runs, or files of what models got right, paired by user and item"),
-    "rewardbench": ("rewardbench", "score a checkpoint on RewardBench 2"),
+    "audit": ("checks.audit", "write a verdict on pairs and on results that somebody has on them"),
+    "verify": ("checks.verify", "rerun a paper's recipe and put the result beside the paper's number"),
+    "compare": ("checks.compare", "compare runs, or files of what models got right, paired by user and item"),
+    "rewardbench": ("score.rewardbench", "score a checkpoint on RewardBench 2"),
     "users": ("users", "list, export or delete the users of a checkpoint"),
     "portfolio": ("portfolio", "choose few policies that serve everybody, with a certificate"),
     "leaderboard": ("leaderboard", "compare methods and baselines on one split, with intervals and verdicts"),
-    "dashboard": ("dashboard", "make a saved Weights & Biases workspace for a project of runs"),
+    "dashboard": ("runs.dashboard", "make a saved Weights & Biases workspace for a project of runs"),
     "runs": ("runs", "list the finished runs of a folder"),
     "features": ("features", "encode the texts of a recipe into the cache, without a fit"),
-    "cache": ("cache", "list or clear the features of texts that are kept"),
+    "cache": ("features.cache", "list or clear the features of texts that are kept"),
     "methods": ("fit", "list the installed methods"),
 }
-"""Verb -> module of this package whose ``run(args)`` carries it out, and its line in ``plm --help``."""
+"""Verb -> its door, a module of this package (its ``run``) or a function of one, and its line in ``plm --help``."""
 _BUG = (
     "error: unless the message above says otherwise, as out of memory does, this is a bug in plm or in the method's "
     "code; report it with all that stands above, the recipe and `plm --version`"
@@ -86,7 +86,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: list[str]) -> int:
-    """Import the door of the verb and run it; doors of several verbs are given the verb too."""
+    """Import the door of the verb and call it; a door of several verbs is given the verb too."""
     verb = args[0] if args else "--help"
     if verb in ("-h", "--help"):
         print(_help())
@@ -103,7 +103,9 @@ def _dispatch(args: list[str]) -> int:
         valid = ["--help", "--version", "--config"] if kind == "option" else list(VERBS)
         stop(f"no {kind} {verb!r}{nearest(verb, valid)} (plm --help lists all)")
     is_shared = sum(door == other for other, _ in VERBS.values()) > 1
-    status: int | None = import_module(f"plm.cli.{door}").run(args if is_shared else args[1:])
+    module, _, function = door.partition(".")
+    carry_out = getattr(import_module(f"plm.cli.{module}"), function or "run")
+    status: int | None = carry_out(args if is_shared else args[1:])
     return status or 0
 
 
