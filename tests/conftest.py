@@ -21,6 +21,14 @@ from plm.methods.clap import CLaP
 from plm.testing import tiny_causal_lm
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Fits of several processes leave their group behind, which the next test that makes one would find."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def causal_lm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a random language model of one of ``KINDS``, whose tokens are printable characters."""

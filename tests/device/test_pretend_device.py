@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def run(cases: str, *options: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", str(HERE / cases)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / cases)]
     env = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *options], env=env, cwd=HERE.parents[1], capture_output=True, text=True, check=False
