@@ -97,4 +97,5 @@ def agreement(table: PairTable) -> tuple[int, float]:
     """Pairs judged by several users, and the best accuracy on them of a model that does not know the user."""
     _, counts = _answers(table, np.zeros_like(table.user))
     several = counts[:, counts.sum(0) > 1]
-    return int(several.sum()), float(several.max(0).sum() / max(several.sum(), 1))
+    total = int(several.sum())
+    return total, float(several.max(0).sum()) / max(total, 1)
