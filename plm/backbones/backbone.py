@@ -51,7 +51,7 @@ def plain_text(prompt: str, response: str) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def chat_text(model: str, tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+def chat_text(model: str, tokenizer: Any, messages: Sequence[Mapping[str, str]], /, **options: Any) -> str:
     """A conversation in the chat template of a tokenizer.
 
     Args:

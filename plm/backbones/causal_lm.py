@@ -20,6 +20,8 @@ from plm.messages import to_text
 from plm.types import Tokens
 
 _PROBE = "Yes"
+_SET_HERE = {"add_generation_prompt", "chat_template", "conversation", "tokenize"}
+"""Arguments of ``apply_chat_template`` that are no option of a template."""
 """A reply in which the chat template is asked how it closes one."""
 
 
@@ -91,6 +93,8 @@ class CausalLM(HFBackbone):
             raise ValueError("expected append_eos to be true with template 'chat', which closes replies, got false")
         if template != "chat" and chat_template_kwargs:
             raise ValueError(f"expected no chat_template_kwargs with template {template!r}, got {chat_template_kwargs}")
+        if reserved := sorted(_SET_HERE & (chat_template_kwargs or {}).keys()):
+            raise ValueError(f"expected chat_template_kwargs of the template's own, got {reserved}, which are set here")
         super().__init__(model, revision, kind="causal_lm", template=template, max_length=max_length, dtype=dtype)
         self.max_prompt_length = max_prompt_length
         self.append_eos = append_eos

@@ -169,6 +169,10 @@ def test_a_template_is_told_what_the_recipe_says(chat_models: dict[str, Path]) -
     assert told.spec()["init_args"]["chat_template_kwargs"] == {"enable_thinking": False}
     with pytest.raises(ValueError, match="expected no chat_template_kwargs with template 'plain'"):
         CausalLM("x", chat_template_kwargs={"enable_thinking": False})
+    with pytest.raises(ValueError, match=r"template's own, got \['add_generation_prompt', 'tokenize'\]"):
+        CausalLM("x", template="chat", chat_template_kwargs={"tokenize": True, "add_generation_prompt": False})
+    named = CausalLM(str(chat_models["thinking"]), template="chat", chat_template_kwargs={"model": "x", "tokenizer": 1})
+    assert named.completion("a bird?", "wren") == first  # names of ours are the template's to use
     with pytest.raises(ValueError, match="append_eos to be true with template 'chat', which closes replies, got false"):
         CausalLM("x", template="chat", append_eos=False)
 
