@@ -174,8 +174,12 @@ def _fits_json(value: Any) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not have by None."""
-    return map_leaves(value, lambda leaf: None if isinstance(leaf, float) and not math.isfinite(leaf) else leaf)
+    """Replace numbers that JSON does not have by None; keys stay what they are, for JSON to take or to refuse."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from plm.atomic import replace, whole_file, write_json, write_text
+from plm.atomic import json_line, replace, whole_file, write_json, write_text
 
 
 def test_a_block_that_fails_leaves_the_former_file(tmp_path: Path) -> None:
@@ -53,3 +53,9 @@ def test_folders_replace_what_holds_nothing(tmp_path: Path) -> None:
     write_text(tmp_path / "part/c.txt", "c")
     with pytest.raises(OSError):
         replace(tmp_path / "part", tmp_path / "whole")
+
+
+def test_keys_are_what_json_makes_of_them_beside_numbers_that_it_lacks() -> None:
+    assert json_line({"a": {True: 1.0, None: float("nan")}}) == '{"a": {"true": 1.0, "null": null}}\n'
+    with pytest.raises(ValueError, match="column 'a'"):
+        json_line({"a": {b"x": float("nan")}})
