@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,8 @@ from plm.types import PreferenceBatch
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Candidate precisions of the normal prior on the direction, in units of the features' scale."""
 MAX_STEPS = 200
+_LIMIT = Lock()
+"""Limits of two threads at once, one within the other, would not both be lifted again."""
 
 Passes = Callable[[], Iterable[PreferenceBatch]]
 """Every pair of this process once, at each call."""
@@ -72,7 +75,7 @@ def tuned_population(
     train_rows, val_rows = _kept(train), _kept(val)
     start: Float64Array = np.zeros(width)
     fits: dict[float, tuple[float, Float64Array]] = {}
-    with threadpool_limits(1, "blas"):  # threads that wait for the next of its steps take torch's processors
+    with _LIMIT, threadpool_limits(1, "blas"):  # threads that wait for the next of its steps take torch's processors
         for ridge in sorted(RIDGES, reverse=True):
             start = _solve(train_rows, ridge, scale, num_pairs, total, start)
             fits[ridge] = float(_loss(val_rows, start, scale, total)[0]), start
