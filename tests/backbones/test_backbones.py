@@ -220,6 +220,18 @@ def test_features_depend_neither_on_the_batch_nor_on_the_padding_side(
     assert together.std(0).min() > 1e-3
 
 
+def test_batches_on_several_cores_give_the_features_of_one(folders: Callable[[str], str]) -> None:
+    backbone = HFBackbone(folders("bert"), batch_tokens=8)
+    alone = backbone.encode(TEXTS)
+    torch.set_num_threads(2)
+    try:
+        together = backbone.encode(TEXTS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
 def test_no_texts_and_release(folders: Callable[[str], str]) -> None:
     backbone = HFBackbone(folders("bert"))
     assert backbone.encode([]).shape == (0, 24)

@@ -15,7 +15,6 @@ from plm.methods.lore.model import PRIOR_SCALES
 from plm.methods.pal import PAL
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import UserState
-from tests.marks import slow_but
 
 METHODS: dict[str, Any] = {
     "LoRe": lambda data: LoRe(data.num_users, data.feature_dim, num_bases=3),
@@ -48,7 +47,7 @@ def test_users_without_evidence_get_the_population() -> None:
     assert served.num_pairs.tolist() == [0, 3, 4]
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "LoRe"))
+@pytest.mark.parametrize("name", METHODS)
 def test_strangers_of_a_population_that_agrees_are_served_the_population(name: str, tmp_path: Path) -> None:
     data = PlantedData(30, 20, pairs_per_user=12, feature_dim=6, spread=0.0, seed=1)
     method = fit(data, tmp_path, name, epochs=4)
@@ -58,7 +57,7 @@ def test_strangers_of_a_population_that_agrees_are_served_the_population(name: s
     assert torch.equal(facts["margin"], facts["population_margin"])
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "LoRe"))
+@pytest.mark.parametrize("name", METHODS)
 def test_strangers_of_a_population_that_differs_are_adapted(name: str, tmp_path: Path) -> None:
     data = PlantedData(30, 20, pairs_per_user=30, num_shots=20, feature_dim=6, spread=1.5)
     method = fit(data, tmp_path, name)

@@ -351,7 +351,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", slow_but(MODES, "posterior"))
+@pytest.mark.parametrize("mode", MODES)
 def test_resuming_a_fit_changes_nothing(mode: str, tmp_path: Path) -> None:
     """Interrupted after six of twelve epochs and resumed from the checkpoint: the same bits as without a break."""
 
@@ -406,7 +406,7 @@ def test_features_of_another_precision(mode: str, tmp_path: Path) -> None:
             assert all(value.dtype == torch.float32 for value in state.tensors.values())
 
 
-@pytest.mark.parametrize("mode", slow_but(MODES, "posterior"))
+@pytest.mark.parametrize("mode", MODES)
 def test_small_worlds(mode: str, tmp_path: Path) -> None:
     """One user; one pair per user; more prototypes than users; one prototype; ties alone; the same response twice."""
     options = MODES[mode]

@@ -34,7 +34,6 @@ from plm.methods.vpl.networks import (
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import Context, PreferenceBatch, UserState
 from tests.groups import method_options
-from tests.marks import slow_but
 
 USERS, DIM = 5, 6
 SIZES = (1, 2, 3, 5, 8)  # pairs of each user
@@ -647,7 +646,7 @@ def test_features_of_another_precision(name: str, tmp_path: Path) -> None:
             assert all(value.dtype == torch.float32 for value in state.tensors.values())
 
 
-@pytest.mark.parametrize("name", slow_but(VARIANTS, "default", "guided"))
+@pytest.mark.parametrize("name", VARIANTS)
 def test_small_worlds(name: str, tmp_path: Path) -> None:
     """One user, who is no collapse; one pair per user; ties alone; the same response twice; no validation pairs."""
     alone = PlantedData(1, num_unseen=1, feature_dim=DIM)
@@ -672,7 +671,7 @@ def test_small_worlds(name: str, tmp_path: Path) -> None:
         assert np.isfinite([method.report()[name] for name in ("kl", "active_units", "variance@1")]).all()
 
 
-@pytest.mark.parametrize("name", slow_but(["default", "paper"], "default"))
+@pytest.mark.parametrize("name", ["default", "paper"])
 def test_resuming_a_fit_changes_nothing(name: str, tmp_path: Path) -> None:
     """Interrupted after six of twelve epochs and resumed from the checkpoint: the same bits as without a break."""
 

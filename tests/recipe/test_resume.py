@@ -177,7 +177,7 @@ def assert_equal(one: Any, two: Any) -> None:
         assert one == two
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "sft", "shared_and_user"))
+@pytest.mark.parametrize("name", slow_but(METHODS, "sft", "shared_and_user", "basis"))
 def test_a_fit_stopped_within_an_epoch_ends_as_if_it_had_not_been(name: str, folder: Path, tmp_path: Path) -> None:
     make, pairs_per_user = METHODS[name]
     data = data_in(folder, pairs_per_user)

@@ -20,7 +20,7 @@ from tests.corpora import WRITERS
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted((ROOT / "recipes/papers").glob("*.yaml"))
-QUICK = ("clap_imdb", "lore_polis_k2", "lore_prism_code")
+QUICK = ("clap_imdb", "lore_polis_k2", "lore_prism_code", "lore_tldr100", "vpl_ufp2")
 """The others differ from these in numbers, or tests of their sources and methods read and fit what they do."""
 RUNS = [pytest.param(path, id=path.stem, marks=[] if path.stem in QUICK else [pytest.mark.slow]) for path in PAPERS]
 SMALL: dict[str, dict[str, Any]] = {

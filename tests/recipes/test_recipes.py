@@ -40,8 +40,8 @@ TOKEN_STAND_IN = {
 
 SLOW = ("_gemma", "_ukp", "_jester", "_alpaca_eval", "_paper_polis", "bt_polis", "lore_polis", "pal_synthetic")
 SLOW += ("vpl_synthetic", "live_synthetic", "clap_imdb_tiny", "latent_dpo_imdb_tiny", "mrm_polis")
-SLOW += ("fast_weights_polis", "user_embedding_polis", "dpl_polis", "gpo_polis", "pref_polis")
-"""Ends of the names of recipes whose methods other recipes run in less time."""
+SLOW += ("fast_weights_polis", "user_embedding_polis", "dpl_polis", "gpo_polis")
+"""Ends of the names of recipes whose methods other recipes, or the tests of the methods, fit in less time."""
 RUNS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.endswith(SLOW) else []) for path in RECIPES
 ]
