@@ -1,4 +1,4 @@
-"""``plm leaderboard``: every method and its baselines on the same features and split, with several seeds."""
+"""``plm leaderboard``: every method and its baselines on the same features, with several seeds or splits."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def run(args: list[str]) -> None:
         shlex.join(["plm", "leaderboard", *args]),
         title=f"{Path(options.data).stem}, {Path(options.backbone).stem}" if options.data else "",
         seeds=options.seeds,
+        splits=options.splits,
         budget=options.budget,
         jobs=options.jobs,
         left_out=left_out,
@@ -82,8 +83,14 @@ def _options(args: list[str]) -> argparse.Namespace:
         help="short names, class paths, or lore_paper, pal_paper, vpl_paper: settings of the papers, not searched; "
         "default: all installed ones that read features, and these",
     )
+    parser.add_argument("--seeds", type=integer(1), help="fits per row; intervals are over users (default: 3)")
     parser.add_argument(
-        "--seeds", type=integer(1), default=3, help="fits per row; intervals are over users (default: 3)"
+        "--splits",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="instead of --seeds: N splits of the pairs, by data.split_seed and the seeds after it, with one fit of\n"
+        "each row on each; a user counts once, by the mean over the splits that test the user",
     )
     parser.add_argument(
         "--budget",
@@ -114,4 +121,7 @@ def _options(args: list[str]) -> argparse.Namespace:
     options = parser.parse(args)
     if bool(options.recipes) == bool(options.data):
         parser.error("expected either recipes or --data FILE")
+    if options.splits > 1 and (options.seeds is not None or options.budget > 1):
+        parser.error("--splits N takes the place of --seeds and --budget: what one split chooses by, another one tests")
+    options.seeds = 3 if options.seeds is None else options.seeds
     return options

@@ -155,19 +155,37 @@ class PreferenceDataModule(L.LightningDataModule):
         if isinstance(self.backbone, CausalLM):
             self.backbone.prepare(prompt + text for prompt, text in table.texts())
         table, self._tokens = drop_unreadable(table, self.backbone)
-        splits = split_pairs(
-            table,
-            group_by=self.group_by,
-            unseen_users=self.unseen_users,
-            val_rows=self.val_rows,
-            test_rows=self.test_rows,
-            seed=self.split_seed,
-        )
+        splits = self._split(table, self.split_seed)
         if not (splits.user_split == SEEN).any():
             raise ValueError(f"expected users to train on, got none seen with a training pair in {self.source.name}")
         if self.shuffle_users:
             table = replace(table, user=shuffled_users(table, splits, self.split_seed))
         return table, splits
+
+    def _split(self, table: PairTable, seed: int) -> Splits:
+        return split_pairs(
+            table,
+            group_by=self.group_by,
+            unseen_users=self.unseen_users,
+            val_rows=self.val_rows,
+            test_rows=self.test_rows,
+            seed=seed,
+        )
+
+    def next_splits(self, count: int) -> list[Splits]:
+        """This split of the pairs and those of the next seeds, ``count`` in all.
+
+        Raises:
+            ValueError: If two of them hold out the same, as where the corpus says who is on which side.
+        """
+        found = [self.splits, *(self._split(self.table, self.split_seed + step) for step in range(1, count))]
+        sides = {(split.user_split.tobytes(), (split.stage == TEST).tobytes()) for split in found}
+        if len(sides) < count:
+            raise ValueError(
+                f"expected {count} splits with tests of their own, got {len(sides)}: {self.source.name} says itself "
+                "who and what is held out; for fits by several seeds there is --seeds"
+            )
+        return found
 
     @property
     def table(self) -> PairTable:

@@ -68,9 +68,9 @@ def evaluate_margins(margin: Float64Array, table: PairTable, splits: Splits) -> 
     return groups
 
 
-def baselines(data: PreferenceDataModule) -> dict[str, Callable[[], Float64Array]]:
-    """Name every baseline that these data allow -> what computes its margins ``(N,)``."""
-    table, splits = data.table, data.splits
+def baselines(data: PreferenceDataModule, splits: Splits) -> dict[str, Callable[[], Float64Array]]:
+    """Name every baseline that these data allow -> what computes its margins ``(N,)`` from one of their splits."""
+    table = data.table
     response = table.items[:, 1]
     margins: dict[str, Callable[[], Float64Array]] = {
         "majority": lambda: majority(table, splits),

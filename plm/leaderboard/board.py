@@ -18,13 +18,14 @@ from plm.atomic import only_writer, write_csv, write_json
 from plm.atomic import replace as move
 from plm.data import agreement, surface
 from plm.data.datamodule import PreferenceDataModule
+from plm.data.splits import Splits
 from plm.evaluation import USER_COLUMNS, summarize, user_rows
 from plm.leaderboard import baselines
 from plm.leaderboard.cells import Cell, clean, run_cells
 from plm.leaderboard.entries import Entry, candidates, read_entries, search
 from plm.leaderboard.figures import all_figures
 from plm.leaderboard.report import Leaderboard, write
-from plm.leaderboard.results import BoardRow, fill_row, other_user_row, read_run
+from plm.leaderboard.results import BoardRow, Run, fill_row, other_user_row, read_run
 from plm.recipe.runs import provenance
 
 REFERENCE_ROW = "BradleyTerry"
@@ -57,6 +58,8 @@ class Plan:
     """Empty = the source and the backbone."""
     seeds: int
     """Fits per method."""
+    splits: int
+    """Splits of the pairs, each with the fits of one seed; 1 = that of the recipe, with the fits of ``seeds``."""
     budget: int
     """Candidates per method."""
     jobs: int
@@ -70,7 +73,8 @@ class Plan:
             "command": self.command,
             **provenance(),
             "python": sys.version.split()[0],
-            "seeds": self.seeds,
+            "seeds": self.seeds if self.splits == 1 else self.splits,
+            "splits": self.splits,
             "candidates per method": self.budget,
             "runs at a time": self.jobs,
         }
@@ -94,7 +98,8 @@ def run_board(plan: Plan, console: Console) -> tuple[Leaderboard, list[Path]]:
     if data.reference_head is None:
         entries = [entry for entry in entries if entry.name != _HEAD]
         left_out[_HEAD] = f"{type(data.backbone).__name__} is no reward model, so it has none"
-    if "oracle" not in baselines.baselines(data):
+    splits = data.next_splits(plan.splits)
+    if "oracle" not in baselines.baselines(data, data.splits):
         left_out["oracle"] = f"{data.source.name} has no planted utilities"
     root = plan.folder / "cells"
     root.mkdir(parents=True, exist_ok=True)
@@ -108,7 +113,7 @@ def run_board(plan: Plan, console: Console) -> tuple[Leaderboard, list[Path]]:
 
         def rows_of(entries: Sequence[Entry]) -> list[BoardRow]:
             """Run the cells of entries and read their rows."""
-            cells = {entry.name: [entry.cell(root, seed) for seed in range(_seeds(entry, plan))] for entry in entries}
+            cells = {entry.name: _cells(entry, plan, data.split_seed, splits, root) for entry in entries}
             run_cells([cell for e in entries if not e.error for cell in cells[e.name]], plan.jobs, on_progress)
             return [_row(entry, cells[entry.name]) for entry in entries]
 
@@ -116,7 +121,7 @@ def run_board(plan: Plan, console: Console) -> tuple[Leaderboard, list[Path]]:
         personal = {row.name: row for row in rows if row.kind == "method" and row.is_personal}
         rows += rows_of([_shuffled(entry) for entry in entries if entry.name in personal])
         rows += map(other_user_row, personal.values())
-        rows += _baseline_rows(data, root, plan.command)
+        rows += _baseline_rows(data, splits, root, plan.command)
         title = plan.title or f"{data.source.name}, {type(data.backbone).__name__}"
         board = Leaderboard(title, rows, REFERENCE_ROW, data.summary(), metadata, left_out)
         files = write(board, all_figures(board), plan.folder)
@@ -144,9 +149,14 @@ def _fitted_baselines(plan: Plan) -> list[Entry]:
     return entries
 
 
-def _seeds(entry: Entry, plan: Plan) -> int:
-    """How often an entry is fitted: baselines are solved, not trained, so once is enough."""
-    return 1 if entry.kind == "baseline" else plan.seeds
+def _cells(entry: Entry, plan: Plan, first_seed: int, splits: Sequence[Splits], root: Path) -> list[Cell]:
+    """The fits of an entry: one on each of several splits, or some on one; baselines are solved, so once is enough."""
+    if len(splits) == 1:
+        return [entry.cell(root, seed) for seed in range(1 if entry.kind == "baseline" else plan.seeds)]
+    return [
+        replace(entry, split_hash=split.hash).cell(root, step, ["--data.split_seed", str(first_seed + step)])
+        for step, split in enumerate(splits)
+    ]
 
 
 def _row(entry: Entry, cells: Sequence[Cell]) -> BoardRow:
@@ -182,28 +192,34 @@ def _shuffled(entry: Entry) -> Entry:
     return replace(entry, name=name, kind="control", description=description, args=args, point=None)
 
 
-def _baseline_rows(data: PreferenceDataModule, root: Path, command: str) -> list[BoardRow]:
-    """Measure the rows that need no features, each of them once, like every other cell."""
-    rows = []
-    for name, margins in baselines.baselines(data).items():
-        row = BoardRow(name, "baseline", _DESCRIPTIONS[name], command=command)
-        text = "\n".join([data.split_hash, *(inspect.getsource(module) for module in (baselines, agreement, surface))])
-        folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        try:
-            if not folder.is_dir():
-                part = folder.with_name(f"{folder.name}.part")
-                start = time.perf_counter()
-                groups = baselines.evaluate_margins(margins(), data.table, data.splits)
-                write_json(part / "facts.json", {"fit_seconds": time.perf_counter() - start})
-                numbers = {group: summarize(table) for group, table in groups.items()}
-                write_json(part / "metrics.json", {"split_hash": data.split_hash, **numbers})
-                write_csv(part / "per_user.csv", USER_COLUMNS, user_rows(groups, data.all_user_ids))
-                move(part, folder)
-            rows.append(fill_row(row, {0: read_run(folder)}))
-        except Exception as error:
-            shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
-            rows.append(replace(row, errors={0: f"{type(error).__name__}: {error}"}))
-    return rows
+def _baseline_rows(data: PreferenceDataModule, splits: Sequence[Splits], root: Path, command: str) -> list[BoardRow]:
+    """Measure the rows that need no features, each of them once on every split, like every other cell."""
+    code = [inspect.getsource(module) for module in (baselines, agreement, surface)]
+    errors: dict[str, dict[int, str]] = {}
+    runs: dict[str, dict[int, Run]] = {}
+    for step, split in enumerate(splits):
+        for name, margins in baselines.baselines(data, split).items():
+            failed, done = errors.setdefault(name, {}), runs.setdefault(name, {})
+            text = "\n".join([split.hash, *code])
+            folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+            try:
+                if not folder.is_dir():
+                    part = folder.with_name(f"{folder.name}.part")
+                    start = time.perf_counter()
+                    groups = baselines.evaluate_margins(margins(), data.table, split)
+                    write_json(part / "facts.json", {"fit_seconds": time.perf_counter() - start})
+                    numbers = {group: summarize(table) for group, table in groups.items()}
+                    write_json(part / "metrics.json", {"split_hash": split.hash, **numbers})
+                    write_csv(part / "per_user.csv", USER_COLUMNS, user_rows(groups, data.all_user_ids))
+                    move(part, folder)
+                done[step] = read_run(folder)
+            except Exception as error:
+                shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
+                failed[step] = f"{type(error).__name__}: {error}"
+    return [
+        fill_row(BoardRow(name, "baseline", _DESCRIPTIONS[name], errors=errors[name], command=command), runs[name])
+        for name in runs
+    ]
 
 
 def _warn_of_grids(entries: Sequence[Entry], budget: int, console: Console) -> None:

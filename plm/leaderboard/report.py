@@ -46,8 +46,8 @@ _FACTS = ("shared_parameters", "parameters_per_user", "parameters", "fit_seconds
 
 NOTES = (
     "Accuracy is the mean over users of each user's share of right pairs, in per cent; a margin of zero counts one "
-    "half. Brackets are 95 % intervals from resampling users. Seeds are averaged per user before anything else, so "
-    "intervals cover the choice of users; the spread of seeds is the column sd.",
+    "half. Brackets are 95 % intervals from resampling users. Seeds, and splits, are averaged per user before anything "
+    "else, so intervals cover the choice of users; the spread of seeds or splits is the column sd.",
     "personal − global compares a user's own state with the population's state of the same method, personal − other "
     "with the state of a random other user, both in points. A method must win both to claim personalisation.",
     "vs is the paired difference to that row over the same users, in points; p is corrected by Holm over the "
@@ -152,7 +152,8 @@ class Leaderboard:
         """Where the numbers come from, a line each."""
         split = ", ".join(f"{key} {value}" for key, value in self.data.items() if key.startswith(("users", "pairs")))
         lines = [f"{key}: {value}" for key, value in self.metadata.items()]
-        return [*lines, f"split: {str(self.data['split_hash'])[:12]} by {self.data['group_by']}; {split}"]
+        first = "first split" if int(str(self.metadata.get("splits", 1))) > 1 else "split"
+        return [*lines, f"{first}: {str(self.data['split_hash'])[:12]} by {self.data['group_by']}; {split}"]
 
 
 # ---------------------------------------------------------------------- formats

@@ -110,17 +110,21 @@ def read_run(folder: Path) -> Run:
 
 
 def average(runs: Sequence[Run]) -> Run:
-    """Average over seeds: every user's values, the few-shot curve and the seconds.
-
-    Raises:
-        ValueError: If the runs judged different users.
-    """
+    """Average over seeds or splits: users over the runs that judged them, the few-shot curve and the seconds."""
     groups = {}
-    for group, first in runs[0].users.items():
-        if any(run.users[group].ids != first.ids for run in runs):
-            raise ValueError(f"expected the same {group} users for all seeds; the runs come from different splits")
-        means = {name: np.mean([run.users[group].values[name] for run in runs], axis=0) for name in _VALUES}
-        groups[group] = Users(first.ids, means, float(np.mean([run.users[group].ece for run in runs])))
+    for group in dict.fromkeys(group for run in runs for group in run.users):
+        judged = [run.users[group] for run in runs if group in run.users]
+        ids = sorted({user_id for users in judged for user_id in users.ids})
+        row_of = {user_id: row for row, user_id in enumerate(ids)}
+        rows = [np.array([row_of[user_id] for user_id in users.ids], dtype=np.int64) for users in judged]
+        times = sum(np.bincount(places, minlength=len(ids)) for places in rows)
+        means = {}
+        for name in _VALUES:
+            sums = np.zeros(len(ids))
+            for users, places in zip(judged, rows, strict=True):
+                sums[places] += users.values[name]
+            means[name] = sums / times
+        groups[group] = Users(ids, means, float(np.mean([users.ece for users in judged])))
     curve = None
     if all(run.few_shot for run in runs):
         curves = [run.few_shot for run in runs if run.few_shot]
@@ -173,7 +177,7 @@ def fill_row(row: BoardRow, runs: Mapping[int, Run]) -> BoardRow:
     mean = average(list(runs.values()))
     numbers = {group: numbers_of(users) for group, users in mean.users.items()}
     for group, of_group in numbers.items():
-        macro = [float(run.users[group].values["accuracy"].mean()) for run in runs.values()]
+        macro = [float(run.users[group].values["accuracy"].mean()) for run in runs.values() if group in run.users]
         of_group["accuracy_seed_sd"] = float(np.std(macro, ddof=1)) if len(macro) > 1 else math.nan
     filled = {"num_seeds": len(runs), "users": mean.users, "numbers": numbers, "few_shot": mean.few_shot}
     return BoardRow(**{**vars(row), **filled, "facts": mean.facts})
@@ -238,9 +242,11 @@ def all_pairs(rows: Sequence[BoardRow]) -> list[Versus]:
 def _compare(first: BoardRow, second: BoardRow, group: str) -> Versus:
     """Paired difference in accuracy over the users that both rows have."""
     left, right = first.users[group], second.users[group]
-    if left.ids != right.ids:
-        raise ValueError(f"expected the same {group} users in {first.name} and {second.name}; their splits differ")
-    test = compare(left.values["accuracy"], right.values["accuracy"])
+    both = sorted({*left.ids} & {*right.ids})  # all of them, unless a fit on one of several splits has failed
+    if not both:
+        raise ValueError(f"expected {group} users whom {first.name} and {second.name} both judged, got none")
+    accuracies = (dict(zip(users.ids, users.values["accuracy"].tolist(), strict=True)) for users in (left, right))
+    test = compare(*(np.array([accuracy[user_id] for user_id in both]) for accuracy in accuracies))
     return Versus(group, first.name, second.name, *test[:4], math.nan)
 
 

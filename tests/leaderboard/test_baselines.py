@@ -81,7 +81,7 @@ def test_probe_learns_the_sign_of_length():
 def test_oracle_knows_the_planted_answers(tmp_path: Path):
     source = SyntheticPairs(num_users=120, pairs_per_user=40, noise=0.2, seed=1)
     data = PreferenceDataModule(source, HashingBackbone(dim=16), cache_dir=str(tmp_path))
-    made = baselines(data)
+    made = baselines(data, data.splits)
     assert list(made) == ["majority", "length", "surface", "oracle"]
     groups = evaluate_margins(made["oracle"](), data.table, data.splits)
     accuracy = np.average(groups["seen"].accuracy, weights=groups["seen"].num_pairs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from plm.methods.lore import LoRe
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
 from plm.methods.vpl import VPL
+from plm.recipe.defaults import shipped
 
 
 class Headed(HashingBackbone):
@@ -249,6 +252,67 @@ def test_all_methods_are_ours_and_the_published_ones(place: Path) -> None:
         assert settings["class_path"].rpartition(".")[2] == entry.method_class.__name__
     with pytest.raises(ValueError, match=r"no method 'lore_papr'; did you mean 'lore_paper'\?"):
         entries.of_methods(["lore_papr"], [])
+
+
+def test_on_several_splits_a_user_counts_once_by_the_mean_over_those_that_test_the_user(place: Path) -> None:
+    assert leaderboard(place, "--methods", "BradleyTerry", "LoRe", "--splits", "2", out="splits") == 0
+    found = json.loads((place / "splits" / "leaderboard.json").read_text())
+    rows = {row["name"]: row for row in found["rows"]}
+    assert {"length", "majority", "oracle", "LoRe (ours), shuffled users", "per-user BradleyTerry"} <= set(rows)
+    assert not any(row["errors"] for row in rows.values())
+    for name in ("LoRe (ours)", "majority"):
+        pattern = "LoRe__ours_-seed*" if name != "majority" else "majority-*"
+        values: dict[str, list[float]] = {}
+        tested, hashes = [], set()
+        for folder in (place / "splits" / "cells").glob(pattern):
+            hashes.add(json.loads((folder / "metrics.json").read_text())["split_hash"])
+            with (folder / "per_user.csv").open() as file:
+                lines = [line for line in csv.DictReader(file) if line["split"] == "unseen"]
+            tested.append({line["user_id"] for line in lines})
+            for line in lines:
+                values.setdefault(line["user_id"], []).append(float(line["accuracy"]))
+        assert len(hashes) == len(tested) == 2 and tested[0] != tested[1]
+        numbers = rows[name]["numbers"]["unseen"]
+        assert numbers["num_users"] == len(values) == len(tested[0] | tested[1])
+        mean = sum(sum(each) / len(each) for each in values.values()) / len(values)
+        assert numbers["accuracy"] == pytest.approx(mean, abs=1e-9)
+    assert found["metadata"]["splits"] == found["metadata"]["seeds"] == 2
+
+
+def test_a_run_on_another_split_is_no_result(place: Path, tmp_path: Path) -> None:
+    args = (
+        "--config",
+        str(place / "tiny.yaml"),
+        "--config",
+        str(shipped("conf") / "trainer" / "cpu.yaml"),
+        "--model",
+        "BradleyTerry",
+    )
+    one = Cell("BradleyTerry", 0, (*args, "--trainer.max_epochs", "1"), tmp_path / "cell", "0" * 64)
+    run_cells([one], 1, lambda cell: None)
+    assert not one.is_done and re.fullmatch(r"the run saw the split \w{12}, expected 0{12}", one.error)
+
+
+def test_splits_that_would_test_what_was_chosen_by_or_the_same_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in (["--seeds", "2"], ["--budget", "2"]):
+        assert leaderboard(place, "--methods", "LoRe", "--splits", "2", *more) == 2
+        assert "takes the place of --seeds and --budget" in " ".join(capsys.readouterr().err.split())
+    rows = [
+        {"user_id": f"u{row % 6}", "prompt": f"p{row}", "chosen": f"a{row}", "rejected": f"b{row}"} for row in range(90)
+    ]
+    for number, row in enumerate(rows):
+        row |= {
+            "row_split": ("train", "val", "test")[number // 6 % 3],
+            "user_split": "unseen" if number % 6 == 0 else "seen",
+        }
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"class_path": "plm.data.sources.pairs.PairFiles", "init_args": {"path": [str(tmp_path / "own.jsonl")]}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"data": {**DATA["data"], "source": source}}))
+    args = ["leaderboard", "--data", str(tmp_path / "own.yaml"), "--backbone", str(place / "empty.yaml")]
+    assert main([*args, "--output", str(tmp_path / "out"), "--methods", "LoRe", "--splits", "2"]) == 1
+    assert "says itself who and what is held out; for fits by several seeds there is --seeds" in capsys.readouterr().err
 
 
 def test_recipes_on_different_splits_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
