@@ -87,7 +87,8 @@ def _installed() -> dict[str, Any]:
     """Entry points of installed methods by name."""
     from importlib.metadata import entry_points  # slow to import
 
-    return {entry.name: entry for entry in reversed(entry_points(group="plm.methods"))}  # the first of a name
+    installed = [*entry_points(group="plm.methods")]  # a list, as since Python 3.12 these have no places
+    return {entry.name: entry for entry in reversed(installed)}  # the first of a name
 
 
 def __dir__() -> list[str]:
