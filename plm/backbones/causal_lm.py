@@ -20,9 +20,9 @@ from plm.messages import to_text
 from plm.types import Tokens
 
 _PROBE = "Yes"
+"""A reply in which the chat template is asked how it closes one."""
 _SET_HERE = {"add_generation_prompt", "chat_template", "conversation", "tokenize"}
 """Arguments of ``apply_chat_template`` that are no option of a template."""
-"""A reply in which the chat template is asked how it closes one."""
 
 
 class Completion(NamedTuple):
