@@ -9,6 +9,7 @@ Axes: N pairs, I items, F surface features, U users.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -68,15 +69,21 @@ def evaluate_margins(margin: Float64Array, table: PairTable, splits: Splits) -> 
     return groups
 
 
-def baselines(data: PreferenceDataModule, splits: Splits) -> dict[str, Callable[[], Float64Array]]:
-    """Name every baseline that these data allow -> what computes its margins ``(N,)`` from one of their splits."""
+def baselines(data: PreferenceDataModule) -> dict[str, Callable[[Splits], Float64Array]]:
+    """Name every baseline that these data allow -> what computes its margins ``(N,)`` from a split of the pairs."""
     table = data.table
     response = table.items[:, 1]
-    margins: dict[str, Callable[[], Float64Array]] = {
-        "majority": lambda: majority(table, splits),
-        "length": lambda: probe(measure(table.responses, LENGTH)[response], table, splits),
-        "surface": lambda: probe(measure(table.responses, {**LENGTH, **FORMAT})[response], table, splits),
+
+    @cache  # the texts are those of every split
+    def measured(with_format: bool) -> Float64Array:
+        features: Float64Array = measure(table.responses, {**LENGTH, **FORMAT} if with_format else LENGTH)[response]
+        return features
+
+    margins: dict[str, Callable[[Splits], Float64Array]] = {
+        "majority": lambda splits: majority(table, splits),
+        "length": lambda splits: probe(measured(False), table, splits),
+        "surface": lambda splits: probe(measured(True), table, splits),
     }
     if (planted := data.source.planted_log_odds()) is not None:
-        margins["oracle"] = lambda: planted  # no method can know more
+        margins["oracle"] = lambda splits: planted  # no method can know more
     return margins

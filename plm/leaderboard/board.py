@@ -8,12 +8,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
+from plm.arrays import Float64Array
 from plm.atomic import only_writer, write_csv, write_json
 from plm.atomic import replace as move
 from plm.data import agreement, surface
@@ -99,7 +100,8 @@ def run_board(plan: Plan, console: Console) -> tuple[Leaderboard, list[Path]]:
         entries = [entry for entry in entries if entry.name != _HEAD]
         left_out[_HEAD] = f"{type(data.backbone).__name__} is no reward model, so it has none"
     splits = data.next_splits(plan.splits)
-    if "oracle" not in baselines.baselines(data, data.splits):
+    textual = baselines.baselines(data)
+    if "oracle" not in textual:
         left_out["oracle"] = f"{data.source.name} has no planted utilities"
     root = plan.folder / "cells"
     root.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def run_board(plan: Plan, console: Console) -> tuple[Leaderboard, list[Path]]:
         personal = {row.name: row for row in rows if row.kind == "method" and row.is_personal}
         rows += rows_of([_shuffled(entry) for entry in entries if entry.name in personal])
         rows += map(other_user_row, personal.values())
-        rows += _baseline_rows(data, splits, root, plan.command)
+        rows += [_baseline_row(name, textual[name], data, splits, root, plan.command) for name in textual]
         title = plan.title or f"{data.source.name}, {type(data.backbone).__name__}"
         board = Leaderboard(title, rows, REFERENCE_ROW, data.summary(), metadata, left_out)
         files = write(board, all_figures(board), plan.folder)
@@ -192,34 +194,36 @@ def _shuffled(entry: Entry) -> Entry:
     return replace(entry, name=name, kind="control", description=description, args=args, point=None)
 
 
-def _baseline_rows(data: PreferenceDataModule, splits: Sequence[Splits], root: Path, command: str) -> list[BoardRow]:
-    """Measure the rows that need no features, each of them once on every split, like every other cell."""
+def _baseline_row(
+    name: str,
+    margins: Callable[[Splits], Float64Array],
+    data: PreferenceDataModule,
+    splits: Sequence[Splits],
+    root: Path,
+    command: str,
+) -> BoardRow:
+    """Measure a row that needs no features, once on every split, like every other cell."""
     code = [inspect.getsource(module) for module in (baselines, agreement, surface)]
-    errors: dict[str, dict[int, str]] = {}
-    runs: dict[str, dict[int, Run]] = {}
+    runs: dict[int, Run] = {}
+    errors: dict[int, str] = {}
     for step, split in enumerate(splits):
-        for name, margins in baselines.baselines(data, split).items():
-            failed, done = errors.setdefault(name, {}), runs.setdefault(name, {})
-            text = "\n".join([split.hash, *code])
-            folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-            try:
-                if not folder.is_dir():
-                    part = folder.with_name(f"{folder.name}.part")
-                    start = time.perf_counter()
-                    groups = baselines.evaluate_margins(margins(), data.table, split)
-                    write_json(part / "facts.json", {"fit_seconds": time.perf_counter() - start})
-                    numbers = {group: summarize(table) for group, table in groups.items()}
-                    write_json(part / "metrics.json", {"split_hash": split.hash, **numbers})
-                    write_csv(part / "per_user.csv", USER_COLUMNS, user_rows(groups, data.all_user_ids))
-                    move(part, folder)
-                done[step] = read_run(folder)
-            except Exception as error:
-                shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
-                failed[step] = f"{type(error).__name__}: {error}"
-    return [
-        fill_row(BoardRow(name, "baseline", _DESCRIPTIONS[name], errors=errors[name], command=command), runs[name])
-        for name in runs
-    ]
+        text = "\n".join([split.hash, *code])
+        folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        part = folder.with_name(f"{folder.name}.part")
+        try:
+            if not folder.is_dir():
+                start = time.perf_counter()
+                groups = baselines.evaluate_margins(margins(split), data.table, split)
+                write_json(part / "facts.json", {"fit_seconds": time.perf_counter() - start})
+                numbers = {group: summarize(table) for group, table in groups.items()}
+                write_json(part / "metrics.json", {"split_hash": split.hash, **numbers})
+                write_csv(part / "per_user.csv", USER_COLUMNS, user_rows(groups, data.all_user_ids))
+                move(part, folder)
+            runs[step] = read_run(folder)
+        except Exception as error:
+            shutil.rmtree(part, ignore_errors=True)
+            errors[step] = f"{type(error).__name__}: {error}"
+    return fill_row(BoardRow(name, "baseline", _DESCRIPTIONS[name], errors=errors, command=command), runs)
 
 
 def _warn_of_grids(entries: Sequence[Entry], budget: int, console: Console) -> None:

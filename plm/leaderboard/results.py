@@ -43,6 +43,8 @@ class Run(NamedTuple):
     users: dict[str, Users]
     few_shot: dict[str, Any] | None
     facts: dict[str, Any]
+    split_hash: str
+    """The split that it was tested on."""
 
 
 class SweepPoint(NamedTuple):
@@ -106,12 +108,21 @@ def read_run(folder: Path) -> Run:
     for group, rows in read_user_rows(folder / "per_user.csv").items():
         ece = metrics[group]["ece"]
         users[group] = Users(rows.ids, rows.values, math.nan if ece is None else ece)
-    return Run(users, metrics.get("few_shot"), facts)
+    return Run(users, metrics.get("few_shot"), facts, metrics["split_hash"])
 
 
 def average(runs: Sequence[Run]) -> Run:
-    """Average over seeds or splits: users over the runs that judged them, the few-shot curve and the seconds."""
+    """Average over seeds or splits: users over the runs that judged them, the few-shot curve and the seconds.
+
+    Raises:
+        ValueError: If runs on one split judged different users.
+    """
     groups = {}
+    judged_by: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for group, users in run.users.items():
+            if judged_by.setdefault((run.split_hash, group), users.ids) != users.ids:
+                raise ValueError(f"expected the same {group} users for all seeds; the runs come from different splits")
     for group in dict.fromkeys(group for run in runs for group in run.users):
         judged = [run.users[group] for run in runs if group in run.users]
         ids = sorted({user_id for users in judged for user_id in users.ids})
@@ -138,7 +149,7 @@ def average(runs: Sequence[Run]) -> Run:
         found = [run.facts[name] for run in runs if run.facts.get(name) is not None]
         if found:
             facts[name] = float(np.mean(found))
-    return Run(groups, curve, facts)
+    return Run(groups, curve, facts, runs[0].split_hash)
 
 
 def numbers_of(users: Users) -> dict[str, float]:
@@ -242,9 +253,10 @@ def all_pairs(rows: Sequence[BoardRow]) -> list[Versus]:
 def _compare(first: BoardRow, second: BoardRow, group: str) -> Versus:
     """Paired difference in accuracy over the users that both rows have."""
     left, right = first.users[group], second.users[group]
-    both = sorted({*left.ids} & {*right.ids})  # all of them, unless a fit on one of several splits has failed
-    if not both:
-        raise ValueError(f"expected {group} users whom {first.name} and {second.name} both judged, got none")
+    both = sorted({*left.ids} & {*right.ids})
+    has_failed = bool(first.errors or second.errors)  # such as on one of several splits
+    if not both or (left.ids != right.ids and not has_failed):
+        raise ValueError(f"expected the same {group} users in {first.name} and {second.name}; their splits differ")
     accuracies = (dict(zip(users.ids, users.values["accuracy"].tolist(), strict=True)) for users in (left, right))
     test = compare(*(np.array([accuracy[user_id] for user_id in both]) for accuracy in accuracies))
     return Versus(group, first.name, second.name, *test[:4], math.nan)

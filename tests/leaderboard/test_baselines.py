@@ -81,13 +81,13 @@ def test_probe_learns_the_sign_of_length():
 def test_oracle_knows_the_planted_answers(tmp_path: Path):
     source = SyntheticPairs(num_users=120, pairs_per_user=40, noise=0.2, seed=1)
     data = PreferenceDataModule(source, HashingBackbone(dim=16), cache_dir=str(tmp_path))
-    made = baselines(data, data.splits)
+    made = baselines(data)
     assert list(made) == ["majority", "length", "surface", "oracle"]
-    groups = evaluate_margins(made["oracle"](), data.table, data.splits)
+    groups = evaluate_margins(made["oracle"](data.splits), data.table, data.splits)
     accuracy = np.average(groups["seen"].accuracy, weights=groups["seen"].num_pairs)
     assert abs(accuracy - source.truth.best_accuracy) < 0.04
     assert groups["seen"].calibration_error < 0.06  # margins are the true log-odds
     for name in ("majority", "length", "surface"):
-        margins = made[name]()
+        margins = made[name](data.splits)
         assert np.isfinite(margins).all() and len(margins) == data.table.num_pairs
         assert evaluate_margins(margins, data.table, data.splits)["seen"].accuracy.mean() < accuracy

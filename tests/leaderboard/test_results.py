@@ -91,15 +91,25 @@ def test_seeds_are_averaged_per_user_before_intervals(tmp_path: Path):
     assert math.isnan(one.few_shot["accuracy_low"][1])
 
 
+def test_runs_of_other_users_are_refused(tmp_path: Path):
+    write_run(tmp_path / "a", 0, 0, 0)
+    write_run(tmp_path / "b", 0, 0, 0, users=USERS + 1)
+    with pytest.raises(ValueError, match="different splits"):
+        fill_row(BoardRow("x", "method", ""), {0: read_run(tmp_path / "a"), 1: read_run(tmp_path / "b")})
+
+
 def test_users_of_one_split_alone_count_as_much_as_those_of_several(tmp_path: Path):
     write_run(tmp_path / "a", 0, 0, 0)
     write_run(tmp_path / "b", 0, 0, 0, users=USERS + 1)
-    runs = {name: read_run(tmp_path / name) for name in "ab"}
+    runs = {name: read_run(tmp_path / name)._replace(split_hash=name) for name in "ab"}
     filled = fill_row(BoardRow("x", "method", ""), {0: runs["a"], 1: runs["b"]})
     (one, other), both = (run.users["unseen"].values["accuracy"] for run in runs.values()), filled.users["unseen"]
     assert both.ids == runs["b"].users["unseen"].ids
     np.testing.assert_allclose(both.values["accuracy"], [*(one + other[:-1]) / 2, other[-1]], rtol=0, atol=1e-12)
     single = fill_row(BoardRow("BradleyTerry", "method", ""), {0: runs["a"]})
+    with pytest.raises(ValueError, match="their splits differ"):
+        versus([filled, single], "BradleyTerry")
+    single = replace(single, errors={1: "a fit that failed"})
     (test,) = [test for test in versus([filled, single], "BradleyTerry") if test.group == "unseen"]
     assert test.difference == pytest.approx(((one + other[:-1]) / 2 - one).mean()), "over the users that both have"
 
