@@ -27,6 +27,7 @@ from plm.serving.chat import Chat, ChatRequest
 from plm.serving.server import running
 from plm.serving.service import Places, RequestError, RewardService
 from plm.testing import saved
+from tests.marks import slow_but
 from tests.serving.test_hostile import fuzz
 
 TEMPLATE = (
@@ -345,7 +346,7 @@ def test_metrics_and_documents_name_it(client: httpx.Client) -> None:
     assert {"200", "400", "401", "404", "422", "429", "503"} <= operation["responses"].keys()
 
 
-@pytest.mark.parametrize("each", [4, pytest.param(650, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", slow_but([4, 650], 4))
 def test_whatever_is_sent_is_answered_as_the_document_says(client: httpx.Client, each: int) -> None:
     counts = fuzz(str(client.base_url).rstrip("/"), each, only="/v1/chat/completions")
     assert counts == {"POST /v1/chat/completions": each}

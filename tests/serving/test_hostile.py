@@ -87,7 +87,7 @@ def fuzz(url: str, each: int, only: str = "") -> dict[str, int]:
     return counts
 
 
-@pytest.mark.parametrize("each", [4, pytest.param(650, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", slow_but([4, 650], 4))
 def test_whatever_is_sent_is_answered_as_the_document_says(client: httpx.Client, each: int) -> None:
     """The slow run sends more than 5,000 requests."""
     counts = fuzz(str(client.base_url).rstrip("/"), each)
@@ -169,7 +169,7 @@ def test_a_killed_server_loses_nothing_that_it_acknowledged(path: Path, seed: in
     assert {"ben", "eva"} <= set(store.ids)
 
 
-@pytest.mark.parametrize("num_pairs", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_pairs", slow_but([5, 50], 5))
 def test_two_servers_on_one_store_lose_no_pair(path: Path, num_pairs: int) -> None:
     def teach(client: httpx.Client, name: str) -> None:
         for turn in range(num_pairs):
