@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("checks.verify", "rerun a paper's recipe and put the result beside the paper's number"),
     "compare": ("checks.compare", "compare runs, or files of what models got right, paired by user and item"),
     "rewardbench": ("score.rewardbench", "score a checkpoint on RewardBench 2"),
+    "explain": ("score.explain", "show what users differ in, with the texts that tell, as a page"),
     "users": ("users", "list, export or delete the users of a checkpoint"),
     "portfolio": ("portfolio", "choose few policies that serve everybody, with a certificate"),
     "leaderboard": ("leaderboard", "compare methods and baselines on one split, with intervals and verdicts"),

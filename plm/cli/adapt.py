@@ -6,12 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plm.cli.options import OptionParser, add_ray, add_reading, check_ray, reading_of
+from plm.cli.options import OptionParser, add_ray, add_reading, check_ray, read_as_trained
 from plm.cli.shares import run_by_ray
 
 if TYPE_CHECKING:
     from plm.data.collate import FeaturedPairs
-    from plm.data.schema import PairTable
     from plm.metrics import FewShotTable
 
 
@@ -59,7 +58,7 @@ def run(args: list[str]) -> int:
     from plm.evaluation import MIN_USERS, drift_report, print_parts, unseen_users_curve
 
     method = load_method(options.ckpt_path, users=options.users)
-    table = _read_pairs(options)
+    table = read_as_trained(options, options.on_error)
     index, count = options.shard
     skipped = unused(_beside(options, "skipped.ndjson"))
     if index == 1 and write_skipped(table, skipped):  # beside the users, with whom it is erased; once, of all shares
@@ -98,36 +97,6 @@ def run(args: list[str]) -> int:
         if curve is not None and new_users is not None and len(new_users.user_row) >= MIN_USERS:
             _report(drift_report(new_users, curve), _beside(options, "drift.json"))
     return 0
-
-
-def _read_pairs(options: Namespace) -> PairTable:
-    """Read the pairs as the options say, or as those of the training were read."""
-    from plm.checkpoint import training_reading
-    from plm.data.schema import read_pairs
-
-    reading = reading_of(options)
-    former = {} if any(reading.values()) else training_reading(options.ckpt_path)
-    if former:
-        given = ", ".join(f"{name}: {value}" for name, value in former.items())
-        print(f"the pairs are read as those of the training were ({given})")
-    try:
-        return read_pairs(options.pairs, **(former or reading), on_error=options.on_error)
-    except ValueError as error:
-        if not former or not _has_our_columns(options.pairs[0]):
-            raise
-        advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
-        raise ValueError(f"{advice}; as those of the training they are not:\n{error}") from error
-
-
-def _has_our_columns(file: str) -> bool:
-    """Whether a file can be read and has the columns of the layout ``pairs``."""
-    from plm.data.columns import REQUIRED
-    from plm.data.conversion import first_records
-
-    try:
-        return {*REQUIRED} <= {*first_records(Path(file)).names}
-    except (ValueError, OSError):
-        return False
 
 
 def _beside(options: Namespace, ending: str) -> Path:

@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from plm.cli.options import READING, ROWS, OptionParser, add_reading, integer, reading_of, split_overrides
+from plm.cli.options import (
+    ROWS,
+    OptionParser,
+    add_reading,
+    check_config_or_pairs,
+    integer,
+    reading_of,
+    split_overrides,
+)
 from plm.messages import counted, nearest
 
 _HELP = """usage: plm data check|convert ...
@@ -21,9 +29,6 @@ examples:
   plm data convert export.csv --to pairs.parquet"""
 _NUM_SHOWN = 3
 """Pairs that are shown before they are written."""
-_SPLIT = {"group_by": "group_by", "unseen_users": "unseen_users", "val_rows": "val_rows", "test_rows": "test_rows"}
-_SPLIT |= {"split_seed": "seed"}
-"""Argument of the datamodule -> argument of the check."""
 _WEIGHTS = ("num_bases", "num_prototypes")
 """Arguments of methods that say how many weights a user has."""
 
@@ -64,13 +69,7 @@ def _check(args: list[str]) -> int:
     parser.add_argument("--strict", action="store_true", help="exit with status 1 where there is a problem")
     check_args, overrides = split_overrides(args)
     options = parser.parse(check_args)
-    if (options.config is None) == (options.pairs is None):
-        parser.error("give either --config or --pairs")
-    if options.pairs and overrides:
-        parser.error(f"{overrides[0].partition('=')[0]!r} overrides a recipe; it needs --config")
-    named = [name for name in READING if getattr(options, name.removeprefix("--"))]
-    if named and not options.pairs:
-        parser.error(f"{named[0]} goes with --pairs")
+    check_config_or_pairs(parser, options, overrides)
 
     from rich.console import Console
 
@@ -79,7 +78,7 @@ def _check(args: list[str]) -> int:
     from plm.data.skipped import NAME, write_skipped
     from plm.data.sources import PairSource
     from plm.data.sources.pairs import PairFiles
-    from plm.recipe.read import build_source, merged_recipe
+    from plm.recipe.read import build_source, merged_recipe, split_options
 
     split: dict[str, Any] = {}
     source: PairSource
@@ -88,7 +87,7 @@ def _check(args: list[str]) -> int:
         source = PairFiles(options.pairs, **reading_of(options))
     else:
         recipe = merged_recipe(options.config, overrides)
-        source, split = build_source(recipe), recipe.get("data") or {}
+        source, split = build_source(recipe), split_options(recipe)
         model = recipe.get("model")
         method_args = (model.get("init_args") or {}) if isinstance(model, dict) else {}
         num_weights = num_weights or next((method_args[name] for name in _WEIGHTS if name in method_args), None)
@@ -102,7 +101,7 @@ def _check(args: list[str]) -> int:
         num_weights=num_weights,
         checked_on=source.checked_on,
         stops=stops,
-        **{argument: split[name] for name, argument in _SPLIT.items() if name in split},
+        **split,
     )
     console = Console()
     show(report, console)

@@ -12,9 +12,13 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import takewhile
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from plm.messages import nearest
+
+if TYPE_CHECKING:
+    from plm.data.schema import PairTable
 
 ROWS = "JSONL(.gz), CSV or Parquet"
 PROMPTS = "JSONL, CSV or Parquet with a key prompt, lines of text, or a recipe (.yaml) whose prompts are taken"
@@ -255,6 +259,51 @@ def reading_of(options: argparse.Namespace) -> dict[str, Any]:
         "attributes": weights or None,
         "layout": options.layout,
     }
+
+
+def read_as_trained(options: argparse.Namespace, on_error: Any = "stop") -> PairTable:
+    """Read ``--pairs`` as `add_reading` says, or as those of the training of ``--ckpt_path`` were read.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
+    from plm.checkpoint import training_reading
+    from plm.data.schema import read_pairs
+
+    reading = reading_of(options)
+    former = {} if any(reading.values()) else training_reading(options.ckpt_path)
+    if former:
+        given = ", ".join(f"{name}: {value}" for name, value in former.items())
+        print(f"the pairs are read as those of the training were ({given})")
+    try:
+        return read_pairs(options.pairs, **(former or reading), on_error=on_error)
+    except ValueError as error:
+        if not former or not _has_our_columns(options.pairs[0]):
+            raise
+        advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
+        raise ValueError(f"{advice}; as those of the training they are not:\n{error}") from error
+
+
+def _has_our_columns(file: str) -> bool:
+    """Whether a file can be read and has the columns of the layout ``pairs``."""
+    from plm.data.columns import REQUIRED
+    from plm.data.conversion import first_records
+
+    try:
+        return {*REQUIRED} <= {*first_records(Path(file)).names}
+    except (ValueError, OSError):
+        return False
+
+
+def check_config_or_pairs(parser: OptionParser, options: argparse.Namespace, overrides: list[str]) -> None:
+    """Refuse a recipe beside files of pairs, neither of them, and options of the one with the other."""
+    if (options.config is None) == (options.pairs is None):
+        parser.error("give either --config or --pairs")
+    if options.pairs and overrides:
+        parser.error(f"{overrides[0].partition('=')[0]!r} overrides a recipe; it needs --config")
+    named = [name for name in READING if getattr(options, name.removeprefix("--"))]
+    if named and not options.pairs:
+        parser.error(f"{named[0]} goes with --pairs")
 
 
 def split_overrides(args: list[str]) -> tuple[list[str], list[str]]:

@@ -1,10 +1,20 @@
-"""``plm score`` and ``rewardbench``: rewards of responses by a checkpoint."""
+"""``plm score``, ``rewardbench`` and ``explain``: rewards of responses by a checkpoint, and what users differ in."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from plm.cli.options import ROWS, OptionParser, add_ray, check_ray
+from plm.cli.options import (
+    ROWS,
+    OptionParser,
+    add_ray,
+    add_reading,
+    check_config_or_pairs,
+    check_ray,
+    read_as_trained,
+    split_overrides,
+)
 from plm.cli.shares import run_by_ray
 
 
@@ -107,3 +117,54 @@ def rewardbench(args: list[str]) -> None:
             options.output, {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
         )
         print(f"written to {options.output}")
+
+
+def explain(args: list[str]) -> None:
+    """Show what users differ in, and write the page.
+
+    Raises:
+        ValueError: If the checkpoint or the pairs cannot be read, or its users are no weights of shared rewards.
+    """
+    parser = OptionParser(
+        prog="plm explain",
+        description="What users of a checkpoint differ in, for methods whose users are weights of a few rewards that\n"
+        "all share: how much of each basis or prototype users have, clusters of users where there is evidence, and\n"
+        "the pairs of texts on which a basis is farthest from the population. Where weights have any sign, bases are\n"
+        "arbitrary, and the principal axes of the users' rewards are shown. All texts are those of the pairs that are\n"
+        "given, and no user is named. Files are read with the columns of the training's, unless options say how.\n"
+        "Options of a recipe may follow, as for plm fit: --data.source.init_args.NAME VALUE.",
+    )
+    parser.add_shared("--ckpt_path", required=True)
+    parser.add_shared("--users")
+    parser.add_shared("--config", help="recipe whose pairs are shown; those of its test tell whether users differ")
+    parser.add_shared("--pairs", help=f"instead of a recipe: files of preference pairs, {ROWS}")
+    add_reading(parser)
+    parser.add_shared(
+        "--output",
+        metavar="DIR",
+        help="folder for explain.html and explain.json; default: <stem>.explain beside the checkpoint",
+    )
+    own, overrides = split_overrides(args)
+    options = parser.parse(own)
+    check_config_or_pairs(parser, options, overrides)
+
+    from plm.backbones import device
+    from plm.checkpoint import load_method
+    from plm.data.splits import TEST, split_pairs
+    from plm.evaluation import print_parts, section_table
+    from plm.explaining import explain
+    from plm.explaining.report import lines, tables, write
+    from plm.recipe.read import build_source, merged_recipe, split_options
+
+    method = load_method(options.ckpt_path, device(), options.users)
+    if options.pairs:
+        table = read_as_trained(options)
+        held_out = table.row_split == TEST if (table.row_split >= 0).any() else None
+    else:
+        recipe = merged_recipe(options.config, overrides)
+        table = build_source(recipe).load()
+        held_out = split_pairs(table, **split_options(recipe)).stage == TEST
+    explanation = explain(method, table, held_out)
+    print_parts(*lines(explanation), *map(section_table, tables(explanation)))
+    for path in write(explanation, Path(options.output or Path(options.ckpt_path).with_suffix(".explain"))):
+        print(f"written to {path}")

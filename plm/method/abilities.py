@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -69,3 +69,35 @@ class Exporter(ABC):
     @abstractmethod
     def export(self, folder: str | Path, user: UserState) -> None:
         """Write the model of the one row of ``user`` into a folder that does not exist or is empty."""
+
+
+class Explainable(ABC):
+    """A method whose users are weights of K rewards that all users share, so that these tell what users differ in."""
+
+    word_for_basis: ClassVar[str] = "basis"
+    """What the paper calls one of the shared rewards."""
+
+    if TYPE_CHECKING:  # every method has it
+
+        @abstractmethod
+        def population_state(self, num_users: int) -> UserState:
+            """The state of a user without pairs."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether users have weights as the method is set; else they are all alike, or something else."""
+        return True
+
+    @property
+    @abstractmethod
+    def mixes(self) -> bool:
+        """Whether a user's weights are shares, of sum one; else they are coordinates of any sign."""
+
+    def basis_weights(self, users: UserState) -> Tensor:
+        """The weights that users are served with, ``(U, K)``."""
+        return users.tensors["weights"]
+
+    def with_weights(self, weights: Tensor) -> UserState:
+        """States of users with weights ``(U, K)``."""
+        state = self.population_state(len(weights))
+        return state._replace(tensors={**state.tensors, "weights": weights.to(state.tensors["weights"])})

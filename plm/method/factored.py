@@ -15,6 +15,7 @@ from torch import Tensor
 
 from plm.functional import PairList, Posterior, fit_gaussian, held_out_losses, targets, unit_mean_per_user
 from plm.method import PersonalizationMethod
+from plm.method.abilities import Explainable
 from plm.method.strangers import NO_SPREAD, Candidates
 from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
@@ -30,7 +31,7 @@ class _Read(NamedTuple):
     batch: PreferenceBatch
 
 
-class FactoredMethod(PersonalizationMethod):
+class FactoredMethod(PersonalizationMethod, Explainable):
     """A method whose reward of a response x is ``offset(x) + factors(x) @ w`` for a user with weights w.
 
     Weights are the modes of posteriors under a normal prior around zero, the population; its standard deviation is
@@ -129,6 +130,11 @@ class FactoredMethod(PersonalizationMethod):
         return torch.eye(width) / (self.prior_scale * state_dict["scale"].cpu()) ** 2 if name == "precision" else None
 
     # ------------------------------------------------------------------ use
+    @property
+    def mixes(self) -> bool:
+        """No: weights have any sign, and their axes are arbitrary."""
+        return False
+
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         """``(B, D)`` -> ``(B,)``."""
         assert isinstance(responses, Tensor)

@@ -32,6 +32,7 @@ from plm.functional import (
     unit_mean_per_user,
 )
 from plm.messages import Problems
+from plm.method.abilities import Explainable
 from plm.method.episodes import Arranged, arrange, draw_episodes, pairs_that_count
 from plm.method.linear import LinearMethod
 from plm.method.strangers import least_harmful_scale
@@ -83,7 +84,7 @@ def weight_gradients(pairs: PairList, weights: Tensor) -> Tensor:
     return total / pairs_of_users(pairs)[:, None]
 
 
-class MRM(LinearMethod):
+class MRM(LinearMethod, Explainable):
     """Meta-learned reward: weights of a few base rewards, which follow from shared ones by a few gradient steps.
 
     Bases, shared weights and step sizes are trained on how well users are served after their steps, through the steps.
@@ -267,6 +268,21 @@ class MRM(LinearMethod):
         return state_dict["start"] if name == "logits" else None
 
     # ------------------------------------------------------------------ use
+    @property
+    def mixes(self) -> bool:
+        """Whether weights are a softmax."""
+        return self.simplex
+
+    def basis_weights(self, users: UserState) -> Tensor:
+        """The weights that users are served with, ``(U, K)``."""
+        return self._weights(users.tensors["logits"])
+
+    def with_weights(self, weights: Tensor) -> UserState:
+        """States of users with weights ``(U, K)``."""
+        logits = weights.clamp_min(1e-30).log() if self.simplex else weights
+        state = self.population_state(len(weights))
+        return state._replace(tensors={"logits": logits.to(state.tensors["logits"])})
+
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         """``(B, D)`` -> ``(B,)``."""
         assert isinstance(responses, Tensor)

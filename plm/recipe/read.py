@@ -68,6 +68,14 @@ def build_source(recipe: dict[str, Any]) -> PairSource:
     return build_part(recipe, "source", PairSource)  # type: ignore[type-abstract]
 
 
+def split_options(recipe: dict[str, Any]) -> dict[str, Any]:
+    """How a recipe divides its pairs, as arguments of `plm.data.splits.split_pairs`; none for what it does not say."""
+    data = recipe.get("data") or {}
+    names = {"group_by": "group_by", "unseen_users": "unseen_users", "val_rows": "val_rows", "test_rows": "test_rows"}
+    names |= {"split_seed": "seed"}
+    return {argument: data[name] for name, argument in names.items() if name in data}
+
+
 def build_part(recipe: dict[str, Any], name: str, base: type[_Part]) -> _Part:
     """Build a part of the data that a recipe names.
 

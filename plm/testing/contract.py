@@ -21,6 +21,7 @@ from torch import Tensor
 
 from plm.checkpoint import load_method, store_users
 from plm.method import PersonalizationMethod
+from plm.method.abilities import Explainable
 from plm.testing.checks import assert_same, equal, must_fail
 from plm.testing.planted import PlantedData, TinyBackbone
 from plm.types import Context
@@ -299,6 +300,17 @@ class MethodContract(ABC):
         if isinstance(responses, Tensor):
             must_fail(lambda: method.score(torch.zeros(1, self.feature_dim + 1)), str(self.feature_dim))
         must_fail(lambda: method.score(responses, method.population_state(1)), "one user per response")
+
+    def test_weights_say_all_of_a_user(self) -> None:
+        """Users made from the weights of others get their rewards."""
+        method, batch = self.fitted(), self.data().test_batch
+        if not (isinstance(method, Explainable) and method.has_weights):
+            return
+        with torch.no_grad():
+            users = method.user_states(batch.user_index)
+            same = method.with_weights(method.basis_weights(users))
+            first, second = (method.score(batch.chosen, some, prompt_features=batch.prompt) for some in (users, same))
+        assert torch.allclose(first, second, atol=1e-5), "rewards differ where weights do not"
 
     # ------------------------------------------------------------------ training
     def test_one_step_lowers_the_loss(self) -> None:

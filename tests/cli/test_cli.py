@@ -780,6 +780,7 @@ WRONG = {
     "verify": ["recipes/papers/lore_polis_k2.yaml", "--results", "x", "--dry"],
     "compare": ["a.csv"],
     "rewardbench": ["--input", "x"],
+    "explain": ["--ckpt_path", "x", "--pairs", "y", "--data.split_seed", "1"],
     "users": ["lst", "--ckpt_path", "x"],
     "portfolio": ["--siz", "3"],
     "leaderboard": ["--seeds", "0"],

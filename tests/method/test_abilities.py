@@ -18,7 +18,13 @@ ABILITIES = [
 
 
 def test_there_are_abilities() -> None:
-    assert {ability.__name__ for ability in ABILITIES} >= {"Writer", "LatentWriter", "Mixable", "Exporter"}
+    assert {ability.__name__ for ability in ABILITIES} >= {
+        "Writer",
+        "LatentWriter",
+        "Mixable",
+        "Exporter",
+        "Explainable",
+    }
 
 
 @pytest.mark.parametrize("ability", ABILITIES)
@@ -36,7 +42,7 @@ def test_asking_for_an_ability_reads_nothing(ability: type, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Backbone, "from_spec", read)
         can = isinstance(method, ability)
-    assert can == (ability is not abilities.Exporter)
+    assert can == (ability not in (abilities.Exporter, abilities.Explainable))
     with pytest.raises(ValueError, match=r"gone\.ckpt"):
         _ = method.policy.backbone
 

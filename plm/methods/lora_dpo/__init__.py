@@ -23,6 +23,7 @@ from torch import Tensor
 from plm.backbones import Policy, PrefixShape, TokenFacts
 from plm.distributed import pair_weights, summed, world_size
 from plm.messages import Problems
+from plm.method.abilities import Explainable
 from plm.methods.lora_dpo.adapters import Owned
 from plm.methods.lora_dpo.adapting import Support, fit_weights, train_rows, user_shares
 from plm.methods.lora_dpo.losses import labelled_losses
@@ -34,7 +35,7 @@ from plm.methods.lora_dpo.tables import AdaptedPolicy
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
-class LoRADPO(AdaptedPolicy):
+class LoRADPO(AdaptedPolicy, Explainable):
     """Direct preference optimisation of low-rank adapters, shared or one per user.
 
     Args:
@@ -201,6 +202,16 @@ class LoRADPO(AdaptedPolicy):
         return self._reader.pairs(owned, support.chosen, support.rejected, support.user, with_facts=False)[0]
 
     # ------------------------------------------------------------------ rewards
+    @property
+    def has_weights(self) -> bool:
+        """Whether users mix adapters (``mode: basis``)."""
+        return self.mode == "basis"
+
+    @property
+    def mixes(self) -> bool:
+        """Yes: weights are a point of the simplex."""
+        return True
+
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         """Reward of each response: ``beta`` times the log-ratio of the user's policy to the reference."""
         assert isinstance(responses, Tokens)

@@ -29,6 +29,7 @@ from plm.functional import (
     user_chunks,
 )
 from plm.messages import Problems
+from plm.method.abilities import Explainable
 from plm.method.linear import LinearMethod
 from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
 from plm.methods.lore.maths import (
@@ -46,7 +47,7 @@ PRIOR_SCALES = (NO_SPREAD, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.3)
 """Candidates for the spread of users around the population, in units of the spread that training learned."""
 
 
-class LoRe(LinearMethod):
+class LoRe(LinearMethod, Explainable):
     """Low-rank reward: K basis rewards shared by all, K weights per user.
 
     The first basis is the population's reward, with weight one on average; users deviate from it along all bases, and
@@ -266,6 +267,11 @@ class LoRe(LinearMethod):
         return torch.diag((spread * state_dict["prior_scale"].cpu()) ** -2)
 
     # ------------------------------------------------------------------ use
+    @property
+    def mixes(self) -> bool:
+        """No: weights have any sign, and their axes are arbitrary."""
+        return False
+
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         """Paper eq 7: ``(B, D)`` -> ``(B,)``."""
         assert isinstance(responses, Tensor)

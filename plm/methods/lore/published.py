@@ -29,6 +29,7 @@ from plm.functional import (
     unit_mean_per_user,
 )
 from plm.messages import Problems
+from plm.method.abilities import Explainable
 from plm.method.linear import LinearMethod
 from plm.methods.lore.maths import (
     basis_margins,
@@ -43,7 +44,7 @@ from plm.methods.lore.maths import (
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
 
-class PublishedLoRe(LinearMethod):
+class PublishedLoRe(LinearMethod, Explainable):
     """Low-rank reward as published: K basis rewards shared by all, a point of the simplex per user.
 
     Args:
@@ -196,6 +197,11 @@ class PublishedLoRe(LinearMethod):
         return torch.eye(self.num_bases) * self.prior_precision if name == "precision" else None
 
     # ------------------------------------------------------------------ use
+    @property
+    def mixes(self) -> bool:
+        """Yes: weights are a point of the simplex."""
+        return True
+
     def _renormalised(self, weights: Tensor) -> Tensor:
         """Simplex weights without the pruned bases."""
         weights = weights * self.kept

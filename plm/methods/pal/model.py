@@ -26,7 +26,7 @@ from torch import Tensor
 
 from plm.backbones.export import reward_backbone, reward_model, save_reward_model
 from plm.functional import expected_losses, targets
-from plm.method.abilities import Exporter
+from plm.method.abilities import Explainable, Exporter
 from plm.methods.pal.export import head_parts
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, UserLearner, distinct_pairs, distinct_rows
 from plm.methods.pal.heads import Head, Loss, bound_penalty, pair_losses
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from plm.backbones.modeling_reward import RewardModel
 
 
-class PAL(SolvedUsers, Exporter):
+class PAL(SolvedUsers, Exporter, Explainable):
     """Ideal points mixed from K prototypes; a reward is closeness to the user's own point.
 
     Args:
@@ -83,6 +83,7 @@ class PAL(SolvedUsers, Exporter):
     """
 
     user_tables: tuple[str, ...] = ("logits", "precision", "num_pairs")
+    word_for_basis = "prototype"
     search_space: ClassVar[dict[str, list[Any]]] = {
         "num_prototypes": [4, 8, 16, 32],
         "residual": ["none", "bradley_terry"],
@@ -290,6 +291,15 @@ class PAL(SolvedUsers, Exporter):
         return 0.5 * squares / self.num_train_pairs
 
     # ------------------------------------------------------------------ use
+    @property
+    def mixes(self) -> bool:
+        """Yes: weights are a point of the simplex."""
+        return True
+
+    def basis_weights(self, users: UserState) -> Tensor:
+        """The weights that users are served with, ``(U, K)``."""
+        return self._served(users.tensors["weights"], users.num_pairs)
+
     def _state(self, logits: Tensor, precision: Tensor, num_pairs: Tensor) -> UserState:
         """What is kept of users: weights on the simplex, and the precision of their logarithms."""
         precision = precision * self.log_temperature.exp().square()
