@@ -4,10 +4,10 @@ Paper: Malik et al. 2025, arXiv 2506.01937.
 Protocol: in five subsets one of four answers is right, and a prompt counts where it has the highest reward (answers
 that share the highest reward share the point). In ``Ties`` several answers are right; its score is that of the
 benchmark's own code, see `ties_score`. The overall score is the mean of the subsets, each with the same weight.
-Deviations: none known; a personalised method is scored as one user, by default the population.
+Deviations: none known; a personalised method is scored as one user, by default the population, or by each basis.
 Licence of the data: ODC-BY, by its dataset card.
 
-Axes: B answers, P prompts.
+Axes: B answers, P prompts, N comparisons of a right answer with a wrong one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from plm.arrays import Float64Array
+from plm.arrays import Float64Array, IntArray
 from plm.data.sources.corpus import PARQUET, corpus_files, corpus_rows, local_files
 from plm.data.values import to_prompt
 
@@ -43,6 +43,19 @@ class Answered(NamedTuple):
     subset: str
     right: Sequence[float]
     wrong: Sequence[float]
+
+
+class Answers(NamedTuple):
+    """All answers to a benchmark, question by question, the right ones first."""
+
+    prompts: list[str]
+    texts: list[str]
+    ids: list[str]
+    """Of the questions."""
+    right: IntArray
+    """``(N,)`` rows of right answers."""
+    wrong: IntArray
+    """``(N,)`` the wrong answer that each is compared with."""
 
 
 class Stats(NamedTuple):
@@ -156,6 +169,20 @@ def read_questions(path: str | None = None) -> list[Question]:
     return questions
 
 
+def answers_of(questions: Sequence[Question]) -> Answers:
+    """List all answers, and compare each right one with each wrong one of its question."""
+    rows = [(question, text) for question in questions for text in (*question.right, *question.wrong)]
+    right, wrong, start = [], [], 0
+    for question in questions:
+        middle = start + len(question.right)
+        end = middle + len(question.wrong)
+        right += [row for row in range(start, middle) for _ in range(middle, end)]
+        wrong += [*range(middle, end)] * len(question.right)
+        start = end
+    prompts, ids = [question.prompt for question, _ in rows], [question.id for question, _ in rows]
+    return Answers(prompts, [text for _, text in rows], ids, np.array(right), np.array(wrong))
+
+
 def answer(questions: Sequence[Question], rewards: Callable[[list[str], list[str]], Float64Array]) -> list[Answered]:
     """Give every answer its reward.
 
@@ -166,14 +193,12 @@ def answer(questions: Sequence[Question], rewards: Callable[[list[str], list[str
     Raises:
         ValueError: If a reward is not finite: no answer would be right, or wrong, by more than luck.
     """
-    prompts = [question.prompt for question in questions for _ in (*question.right, *question.wrong)]
-    texts = [text for question in questions for text in (*question.right, *question.wrong)]
-    scored = rewards(prompts, texts)
+    answers = answers_of(questions)
+    scored = rewards(answers.prompts, answers.texts)
     if not np.isfinite(scored).all():
-        names = [q.id for q in questions for _ in (*q.right, *q.wrong)]
         row = int(np.flatnonzero(~np.isfinite(scored))[0])
         raise ValueError(
-            f"expected finite rewards, got {scored[row]} for an answer to {names[row]!r} "
+            f"expected finite rewards, got {scored[row]} for an answer to {answers.ids[row]!r} "
             f"({int((~np.isfinite(scored)).sum())} of {len(scored)} answers); the checkpoint may have diverged"
         )
     values = iter(scored.tolist())

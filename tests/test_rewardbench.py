@@ -15,16 +15,19 @@ from plm.backbones import HashingBackbone
 from plm.checkpoint import KnownUsers
 from plm.cli import main
 from plm.methods.bradley_terry import BradleyTerry
+from plm.methods.lore import LoRe, PublishedLoRe
 from plm.rewardbench import (
     Answered,
     Stats,
     answer,
+    answers_of,
     point,
     read_questions,
     subset_scores,
     ties_score,
     ties_stats,
 )
+from plm.testing import saved
 
 
 def test_points_are_shared_by_equals() -> None:
@@ -144,3 +147,57 @@ def test_rewards_that_are_no_numbers_are_refused(file: Path) -> None:
 
     with pytest.raises(ValueError, match=r"expected finite rewards, got nan for an answer to '1' .2 of 13 answers"):
         answer(read_questions(str(file)), some)
+
+
+def test_all_right_answers_meet_all_wrong_ones(file: Path) -> None:
+    answers = answers_of(read_questions(str(file)))
+    pairs = [
+        (answers.texts[right], answers.texts[wrong]) for right, wrong in zip(answers.right, answers.wrong, strict=True)
+    ]
+    assert pairs[:3] == [("good", "bad"), ("good", "bad bad"), ("good", "bad so")]
+    assert pairs[-2:] == [("good", "bad"), ("good good", "bad")] and len(pairs) == 9
+    assert answers.ids[-1] == "tied:5" and answers.prompts[-1] == "ptied:5"
+
+
+def mixture() -> PublishedLoRe:
+    """The first basis counts the word good, the second takes as much off for it."""
+    backbone = HashingBackbone(dim=64)
+    method = PublishedLoRe(2, 64, num_bases=2, backbone=backbone.spec()).eval()
+    method.user_ids = ["anna", "ben"]
+    with torch.no_grad():
+        good = backbone.encode(["good"])[0]
+        method.bases.copy_(torch.stack([good, -good], 1))
+        method.mean_weights.copy_(torch.tensor([0.8, 0.2]))
+        method.num_pairs.fill_(3)
+    return method
+
+
+def test_each_basis_is_a_scorer(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The population's mix is right where its larger basis is, and the other is right where that is wrong."""
+    out = file.parent / "scores.json"
+    with saved(mixture()) as path:
+        command = ["rewardbench", "--ckpt_path", str(path), "--questions", str(file), "--bases", "--output", str(out)]
+        assert main(command) == 0
+    found = json.loads(out.read_text())
+    assert list(found["bases"]) == ["basis 0", "basis 1"]
+    assert found["scores"] == pytest.approx(found["bases"]["basis 0"]) and found["scores"]["Math"] == 0.5
+    assert found["bases"]["basis 1"]["Ties"] < 0.3 < 0.9 < found["scores"]["Ties"]
+    heads = next(line for line in capsys.readouterr().out.splitlines() if "subset" in line)
+    assert heads.split() == ["subset", "prompts", "score", "basis", "0", "basis", "1"]
+
+
+def test_a_method_without_bases_has_none_to_score(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = BradleyTerry(1, 64, backbone=HashingBackbone(dim=64).spec()).eval()
+    method.user_ids = ["anna"]
+    with saved(method) as path:
+        assert main(["rewardbench", "--ckpt_path", str(path), "--questions", str(file), "--bases"]) == 1
+    assert "users of BradleyTerry are no weights of a few rewards" in capsys.readouterr().err
+
+
+def test_users_who_do_not_differ_have_no_axis_to_score_by(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = LoRe(2, 64, num_bases=3, backbone=HashingBackbone(dim=64).spec()).eval()
+    method.user_ids = ["anna", "ben"]
+    method.num_pairs.fill_(3)
+    with saved(method) as path:
+        assert main(["rewardbench", "--ckpt_path", str(path), "--questions", str(file), "--bases"]) == 0
+    assert "users do not differ: there is no axis to score by" in capsys.readouterr().out

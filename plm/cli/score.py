@@ -87,11 +87,17 @@ def rewardbench(args: list[str]) -> None:
     parser = OptionParser(
         prog="plm rewardbench",
         description="RewardBench 2 scores of a checkpoint, as one user or as the population: a check that "
-        "personalisation leaves the shared reward intact.",
+        "personalisation leaves the shared reward intact. --bases adds each basis or prototype as a scorer of its own, "
+        "for the methods of plm explain.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_argument("--questions", metavar="FILE", help="the benchmark: Parquet or JSONL; default: download it")
     parser.add_shared("--user", help="score as this user; default: the population")
+    parser.add_argument(
+        "--bases",
+        action="store_true",
+        help="also score by each basis alone; where weights have any sign, as users to both sides of their axes",
+    )
     parser.add_shared("--users")
     parser.add_shared("--output", help="JSON file of the scores and of every answer's reward")
     options = parser.parse(args)
@@ -101,21 +107,27 @@ def rewardbench(args: list[str]) -> None:
 
     from plm.atomic import write_json
     from plm.evaluation import print_parts
+    from plm.explaining import scorers
     from plm.learned_rewards import MethodReward
-    from plm.rewardbench import answer, read_questions, subset_scores
+    from plm.rewardbench import answer, answers_of, read_questions, subset_scores
 
     reward = MethodReward(options.ckpt_path, options.user, options.users)
-    answered = answer(read_questions(options.questions), reward.score)
-    scores = subset_scores(answered)
-    table = Table("subset", "prompts", "score", box=SIMPLE_HEAD)
-    for subset, score in scores.items():
+    questions = read_questions(options.questions)
+    answered = answer(questions, reward.score)
+    bases = {}
+    if options.bases:
+        prompts, texts, _, right, wrong = answers_of(questions)
+        for name, rewards in scorers(reward.method, prompts, texts, right, wrong).items():
+            bases[name] = answer(questions, lambda *_, found=rewards: found)
+    scores, of_bases = subset_scores(answered), {name: subset_scores(entries) for name, entries in bases.items()}
+    table = Table("subset", "prompts", "score", *bases, box=SIMPLE_HEAD)
+    for subset in scores:
         count = sum(subset in ("overall", entry.subset) for entry in answered)
-        table.add_row(subset, str(count), f"{score:.1%}")
-    print_parts(table)
+        table.add_row(subset, str(count), *(f"{found[subset]:.1%}" for found in (scores, *of_bases.values())))
+    print_parts(table, *(["users do not differ: there is no axis to score by"] if options.bases and not bases else []))
     if options.output:
-        write_json(
-            options.output, {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
-        )
+        entries = {"user": options.user, "scores": scores, "answers": [entry._asdict() for entry in answered]}
+        write_json(options.output, {**entries, **({"bases": of_bases} if options.bases else {})})
         print(f"written to {options.output}")
 
 
