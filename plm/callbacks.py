@@ -182,6 +182,7 @@ class FewShotCurve(L.Callback):
         self.num_resamples = num_resamples
         self.seed = seed
         self._loader = 0  # index of the few-shot loader
+        self._unit = "pair"
         self._metric: FewShotMetric | None = None
         self._curve: dict[str, Any] | None = None
         self._report: list[RenderableType] = []
@@ -195,6 +196,7 @@ class FewShotCurve(L.Callback):
             self._loader = names.index("few_shot")
             seen = set(data.user_ids)
             users = [row for row, user_id in enumerate(data.all_user_ids) if user_id not in seen]
+            self._unit = getattr(data, "shot_unit", self._unit)
             metric = FewShotMetric(users, data.shots, data.repeats)
             self._metric = metric.to(_device(pl_module))
 
@@ -221,7 +223,7 @@ class FewShotCurve(L.Callback):
         table = self._metric.table()
         if not len(table.user_row):
             return
-        curve = summarize_few_shot(table, self.num_resamples, self.seed)
+        curve = {**summarize_few_shot(table, self.num_resamples, self.seed), "shot_unit": self._unit}
         accuracy = zip(curve["shots"], curve["accuracy"], strict=True)
         _log(pl_module, "test/few_shot", {f"accuracy@{shots}": value for shots, value in accuracy})
         if trainer.is_global_zero:

@@ -379,5 +379,6 @@ def test_two_processes_report_the_numbers_of_one(tmp_path: Path):
     assert one["verdicts"] == two["verdicts"]
     for group in ("seen", "unseen"):
         assert one[group] == pytest.approx(two[group], rel=1e-12)
+    assert one["few_shot"].pop("shot_unit") == two["few_shot"].pop("shot_unit") == "pair"
     for name, values in one["few_shot"].items():
         assert values == pytest.approx(two["few_shot"][name], rel=1e-12), name

@@ -220,6 +220,8 @@ class SupportDraws(NamedTuple):
     draws: Sequence[tuple[int | None, int]]
     """(shots, repeat) to evaluate, in order; shots None = all."""
     seed: int
+    dialogues: KeyArray | None = None
+    """`plm.data.splits.dialogue_keys` of the pool, where a shot is a dialogue and not a pair."""
 
 
 class EvalBatches:
@@ -262,7 +264,8 @@ class EvalBatches:
         num_support = np.zeros_like(num_query)
         if self.support is not None:
             num_support = np.bincount(self.data.table.user[self.support.rows], minlength=len(num_query))
-            num_support = num_support if num_shots is None else np.minimum(num_support, num_shots)
+            if num_shots is not None and self.support.dialogues is None:
+                num_support = np.minimum(num_support, num_shots)
             if not self.few_shot:
                 num_support = np.maximum(num_support, num_support[self.other])
         limit = self.data.items.max_rows // 2
@@ -294,10 +297,10 @@ class EvalBatches:
             for users in self._chunks(None):
                 yield self._seen(users)
             return
-        rows, keys, draws, seed = self.support
+        rows, keys, draws, seed, dialogues = self.support
         chunks = {shots: self._chunks(shots) for shots, _ in draws}
         for shots, repeat in draws:
-            pool = nested_supports(rows, self.data.table.user[rows], keys, shots, repeat, seed)
+            pool = nested_supports(rows, self.data.table.user[rows], keys, shots, repeat, seed, dialogues)
             for users in chunks[shots]:
                 batch = self._unseen(users, pool)
                 if self.few_shot:

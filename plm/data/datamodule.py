@@ -38,7 +38,9 @@ from plm.data.splits import (
     UNSEEN,
     VAL,
     GroupBy,
+    ShotUnit,
     Splits,
+    dialogue_keys,
     nested_supports,
     shuffled_users,
     split_pairs,
@@ -76,6 +78,7 @@ class PreferenceDataModule(L.LightningDataModule):
             responses to one prompt against each other; null = as above.
         macro: Whether every user weighs the same in training, whatever the number of pairs.
         shots: Support sizes of the few-shot curve; an empty list leaves it out.
+        shot_unit: What they count: pairs, or dialogues, each with all its pairs.
         repeats: How many random draws of the support the few-shot curve averages.
         max_support: Most pairs an unseen user is adapted on, drawn at random; null = all.
         shuffle_users: Permute the users over the pairs of each part of the split: the control without personal signal.
@@ -99,6 +102,7 @@ class PreferenceDataModule(L.LightningDataModule):
         prompts_per_batch: int | None = None,
         macro: bool = True,
         shots: Sequence[int] = DEFAULT_SHOTS,
+        shot_unit: ShotUnit = "pair",
         repeats: int = 5,
         max_support: int | None = None,
         shuffle_users: bool = False,
@@ -108,13 +112,11 @@ class PreferenceDataModule(L.LightningDataModule):
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # more processes than users to evaluate
         self.source, self.backbone, self.cache_dir = source, backbone, cache_dir
-        self.group_by, self.split_seed = group_by, split_seed
+        self.group_by, self.split_seed, self.macro = group_by, split_seed, macro
         self.unseen_users, self.val_rows, self.test_rows = unseen_users, val_rows, test_rows
-        self.batch_size, self.macro = batch_size, macro
-        self.shots, self.repeats, self.max_support = list(shots), repeats, max_support
-        self.shuffle_users, self.prompt_features = shuffle_users, prompt_features
-        self.pairs_per_user, self.prompts_per_batch = pairs_per_user, prompts_per_batch
-        self.reference_logps = reference_logps
+        self.batch_size, self.pairs_per_user, self.prompts_per_batch = batch_size, pairs_per_user, prompts_per_batch
+        self.shots, self.shot_unit, self.repeats, self.max_support = list(shots), shot_unit, repeats, max_support
+        self.shuffle_users, self.prompt_features, self.reference_logps = shuffle_users, prompt_features, reference_logps
         self._on_device: tuple[PreferenceBatch, PreferenceBatch] | None = None
         self._tokens: TokenRows | None = None
         self._check_arguments()
@@ -134,7 +136,9 @@ class PreferenceDataModule(L.LightningDataModule):
         problems.integers(1, batch_size=self.batch_size, **grouped, max_support=self.max_support, repeats=self.repeats)
         if any(shots < 0 for shots in self.shots) or sorted(set(self.shots)) != self.shots:
             problems.add("shots", "increasing numbers >= 0", self.shots)
-        problems.choices(group_by=(self.group_by, get_args(GroupBy)))
+        problems.choices(group_by=(self.group_by, get_args(GroupBy)), shot_unit=(self.shot_unit, get_args(ShotUnit)))
+        if self.shot_unit == "dialogue" and self.max_support is not None:
+            problems.add("max_support", "null with shot_unit dialogue, which it would cut", self.max_support)
         if self.view != "tokens":
             for name, value in {**grouped, "reference_logps": self.reference_logps}.items():
                 problems.say(
@@ -156,6 +160,8 @@ class PreferenceDataModule(L.LightningDataModule):
             self.backbone.prepare(prompt + text for prompt, text in table.texts())
         table, self._tokens = drop_unreadable(table, self.backbone)
         splits = self._split(table, self.split_seed)
+        if self.shot_unit == "dialogue":
+            dialogue_keys(table)  # raises where no pair has a dialogue
         if not (splits.user_split == SEEN).any():
             raise ValueError(f"expected users to train on, got none seen with a training pair in {self.source.name}")
         if self.shuffle_users:
@@ -206,14 +212,9 @@ class PreferenceDataModule(L.LightningDataModule):
         if self.reference_logps:
             assert tokens is not None and isinstance(self.backbone, CausalLM)  # checked by the constructor
             tokens = with_reference_logps(tokens, self.table, self.backbone, self.cache_dir)
-        return encode_pairs(
-            self.table,
-            self.backbone,
-            None if self.view == "tokens" else CachedReader(self.backbone, self.cache_dir),
-            user_index=user_index,
-            prompt_features=self.prompt_features,
-            tokens=tokens,
-        )
+        reader = None if self.view == "tokens" else CachedReader(self.backbone, self.cache_dir)
+        options: dict[str, Any] = {"user_index": user_index, "prompt_features": self.prompt_features, "tokens": tokens}
+        return encode_pairs(self.table, self.backbone, reader, **options)
 
     # ------------------------------------------------------------------ what methods, callbacks and commands read
     @property
@@ -426,9 +427,8 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def _place(self) -> EpochPlace:
         trainer = self.trainer
-        if trainer is None:
-            return EpochPlace(0, 1, 0)
-        return EpochPlace(trainer.global_rank, trainer.world_size, trainer.current_epoch)
+        place = (0, 1, 0) if trainer is None else (trainer.global_rank, trainer.world_size, trainer.current_epoch)
+        return EpochPlace(*place)
 
     def _eval_loader(self, name: str, stage: int) -> EvalBatches:
         table, keys = self.table, content_keys(self.table)
@@ -441,6 +441,7 @@ class PreferenceDataModule(L.LightningDataModule):
             pool = nested_supports(pool, table.user[pool], keys.pair[pool], self.max_support, 0, self.split_seed)
             curve = [(shots, repeat) for repeat in range(self.repeats) for shots in self.shots]
             draws: Sequence[tuple[int | None, int]] = curve if name == "few_shot" else [(None, 0)]
-            support = SupportDraws(pool, keys.pair[pool], draws, self.split_seed)
+            dialogues = dialogue_keys(table)[pool] if name == "few_shot" and self.shot_unit == "dialogue" else None
+            support = SupportDraws(pool, keys.pair[pool], draws, self.split_seed, dialogues)
         weight = split_weights(table, rows, self.macro, evaluation=True)
         return EvalBatches(self._data, rows, weight, circle, support, name == "few_shot", self._place)

@@ -37,6 +37,7 @@ from plm.data.schema import PairTable
 from plm.data.values import ROW_SPLITS
 
 GroupBy = Literal["auto", "dialogue", "prompt", "response", "pair"]
+ShotUnit = Literal["pair", "dialogue"]
 
 TRAIN, VAL, TEST, LEFT_OUT = 0, 1, 2, -1
 SEEN, UNSEEN = 0, 1
@@ -148,9 +149,15 @@ def split_hash(keys: Keys, user: IntArray, user_split: IntArray, stage: IntArray
 
 
 def nested_supports(
-    rows: IntArray, user: IntArray, keys: KeyArray, num_shots: int | None, repeat: int = 0, seed: int = 0
+    rows: IntArray,
+    user: IntArray,
+    keys: KeyArray,
+    num_shots: int | None,
+    repeat: int = 0,
+    seed: int = 0,
+    dialogues: KeyArray | None = None,
 ) -> IntArray:
-    """First ``num_shots`` pairs of every user in a random order: fewer shots are always a subset of more.
+    """First ``num_shots`` pairs, or dialogues, of every user in a random order: fewer shots are a subset of more.
 
     Args:
         rows: ``(n,)`` pool of support pairs, as rows of the table.
@@ -159,15 +166,36 @@ def nested_supports(
         num_shots: How many; a user with fewer gives all; None = everybody gives all.
         repeat: Which order.
         seed: Another seed gives other orders.
+        dialogues: ``(n,)`` see `dialogue_keys`: a shot is one of these with all its pairs; None = a pair.
 
     Returns:
         Rows of the table, sorted by user, then by order drawn.
     """
-    order: IntArray = np.lexsort((mix(mix(keys, seed_key(seed)), seed_key(repeat)), user))
+    drawn, *of_dialogues = (
+        mix(mix(some, seed_key(seed)), seed_key(repeat)) for some in (keys, dialogues) if some is not None
+    )
+    order: IntArray = np.lexsort((drawn, *of_dialogues, user))
     if num_shots is not None:
-        order = order[position_in_run(user[order]) < num_shots]
+        shot = np.arange(len(order))
+        if dialogues is not None:
+            ends = (np.diff(dialogues[order]) != 0) | (np.diff(user[order]) != 0)
+            shot = np.concatenate([np.zeros(min(1, len(order)), dtype=np.int64), np.cumsum(ends)])
+        first = np.unique(shot, return_index=True)[1]
+        order = order[position_in_run(user[order][first])[shot] < num_shots]
     supports: IntArray = rows[order]
     return supports
+
+
+def dialogue_keys(table: PairTable) -> KeyArray:
+    """Hash of the user and the dialogue of every pair ``(N,)``, of the prompt where a pair has no dialogue.
+
+    Raises:
+        ValueError: If no pair has one.
+    """
+    if not (table.dialogue >= 0).any():
+        raise ValueError("data.shot_unit: expected dialogues in the data, got none; name their column, or take pair")
+    keys = content_keys(table)
+    return mix(_unit_keys(table, keys, "dialogue"), keys.user[table.user])
 
 
 def user_circle(keys: KeyArray, seed: int = 0) -> IntArray:

@@ -34,7 +34,7 @@ from plm.evaluation.statistics import (
     summarize_few_shot,
 )
 from plm.evaluation.terminal import print_parts
-from plm.evaluation.wording import difference, interval, p_value, points, verdict
+from plm.evaluation.wording import difference, interval, p_value, points, shot_units, verdict
 
 __all__ = [
     "MIN_USERS",
@@ -67,6 +67,7 @@ __all__ = [
     "print_parts",
     "read_user_rows",
     "section_table",
+    "shot_units",
     "summarize",
     "summarize_few_shot",
     "summary_table",

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from plm.evaluation.report import plain_table
 from plm.evaluation.statistics import MIN_USERS, summarize_few_shot
-from plm.evaluation.wording import difference, interval, points
+from plm.evaluation.wording import difference, interval, points, shot_units
 from plm.metrics import FewShotTable
 
 _NAMES = ("num_users", "accuracy", "accuracy_low", "accuracy_high", "log_loss", "gain", "gain_low", "gain_high")
@@ -27,7 +27,7 @@ def unseen_users_curve(ckpt_path: str | Path) -> dict[str, Any] | None:
 
     Returns:
         ``few_shot`` of the run's ``metrics.json``, at the numbers of pairs that the unseen users had on average; None
-        where the run has no test or no unseen users.
+        where the run has no test or no unseen users, or counts dialogues.
     """
     folder = Path(ckpt_path).parent
     run = folder.parent if folder.name == "checkpoints" else folder
@@ -39,6 +39,8 @@ def unseen_users_curve(ckpt_path: str | Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:  # the users are learned all the same
         warnings.warn(f"metrics.json or splits.json of {run} is damaged: no report of drift ({error})", stacklevel=2)
+        return None
+    if shot_units(curve) != "pairs":  # new users are learned from pairs
         return None
     lists = {name: value for name, value in curve.items() if isinstance(value, list)}
     reached = [place for place, shots in enumerate(curve["shots"]) if shots <= most]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from plm.arrays import Float64Array
-from plm.evaluation.wording import difference, points
+from plm.evaluation.wording import difference, points, shot_units
 from plm.messages import counted
 from plm.metrics import UserTable
 
@@ -40,12 +40,13 @@ def few_shot_figure(curve: Mapping[str, Any]) -> Figure:
         text = axes.annotate(f"{gain} over 0 shots", top, (0, 6), textcoords="offset points", ha="right", color=INK)
         text.set(fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
     axes.set_xticks(at, [str(k) for k in shots])
-    axes.set_xlabel("preference pairs per unseen user (shots)")
+    unit = shot_units(curve)
+    axes.set_xlabel(f"{unit} per unseen user (shots)")
     axes.set_ylabel("accuracy, mean over users (%)")
     axes.margins(x=0.03, y=0.1)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), frameon=False, fontsize=9, labelcolor=FAINT)
-    subtitle = f"{curve['num_users']:,} unseen users; the pairs of each shot count drawn {curve['num_repeats']} times"
-    headline(axes, "How many pairs does a new user need?", subtitle.replace("drawn 1 times", "drawn once"))
+    subtitle = f"{curve['num_users']:,} unseen users; the {unit} of each shot count drawn {curve['num_repeats']} times"
+    headline(axes, f"How many {unit} does a new user need?", subtitle.replace("drawn 1 times", "drawn once"))
     return figure
 
 

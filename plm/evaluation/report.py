@@ -15,7 +15,7 @@ from rich.text import Text
 
 from plm.arrays import Float64Array
 from plm.evaluation.page import Section
-from plm.evaluation.wording import difference, interval, points
+from plm.evaluation.wording import difference, interval, points, shot_units
 from plm.metrics import UserTable
 
 
@@ -96,6 +96,8 @@ def control_notes(groups: Mapping[str, Mapping[str, float]]) -> list[str]:
 def few_shot_table(curve: Mapping[str, Any]) -> Table:
     """Tabulate the few-shot curve: one row per shot count."""
     title = f"Few-shot curve, {curve['num_users']:,} unseen users, {curve['num_repeats']} repeats"
+    if shot_units(curve) != "pairs":
+        title += f", shots are {shot_units(curve)}"
     table = plain_table(title)
     for head in ("shots", "accuracy %", "sd", "gain over 0 shots", "harmed %", "log-loss", "ECE"):
         table.add_column(head, justify="right")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from plm.evaluation.statistics import MIN_USERS
 
@@ -38,6 +39,11 @@ def verdict(name: str, numbers: Mapping[str, float]) -> str:
     if other and numbers["personal_minus_other_low"] < _NOTHING:
         return f"{name}: no evidence of personalisation: {gain} over its global control, but only {other}"
     return f"{name}: personalisation helps: {gain} over its global control" + (f", {other}" if other else "")
+
+
+def shot_units(curve: Mapping[str, Any]) -> str:
+    """What the shots of a few-shot curve are: pairs, or dialogues; older curves do not say."""
+    return "dialogues" if curve.get("shot_unit") == "dialogue" else "pairs"
 
 
 def points(value: float, sign: str = "+") -> str:

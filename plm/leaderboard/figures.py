@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from plm.evaluation import shot_units
 from plm.evaluation.figures import FAINT, HARMED, INK, SAME, blank, headline, tidy
 from plm.leaderboard.report import Leaderboard
 from plm.leaderboard.results import GROUPS, BoardRow
@@ -111,6 +112,7 @@ def sweep(rows: Sequence[BoardRow], reference: str) -> Figure | None:
 def few_shot(rows: Sequence[BoardRow]) -> Figure | None:
     """Accuracy of unseen users against support pairs, one line per row that has a curve."""
     rows = [row for row in rows if row.few_shot and row.kind != "control"]
+    rows = [row for row in rows if shot_units(row.few_shot or {}) == shot_units(rows[0].few_shot or {})]
     if not rows:
         return None
     figure = blank(8.4, 4.8)
@@ -127,12 +129,12 @@ def few_shot(rows: Sequence[BoardRow]) -> Figure | None:
             at, values, color=color, linewidth=2, linestyle=style, marker="o", markersize=4, label=_label(row.name)
         )
     seeds = ", mean of the seeds'" if any(row.num_seeds > 1 for row in rows) else ""
-    shots = (rows[0].few_shot or {})["shots"]
-    axes.set_xticks(np.log2(np.array(shots) + 1.0), [str(k) for k in shots])
-    axes.set_xlabel("preference pairs per unseen user (shots)")
+    first = rows[0].few_shot or {}
+    axes.set_xticks(np.log2(np.array(first["shots"]) + 1.0), [str(k) for k in first["shots"]])
+    axes.set_xlabel(f"{shot_units(first)} per unseen user (shots)")
     axes.set_ylabel("accuracy, mean over users (%)")
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), labelcolor=INK)
-    headline(axes, "How many pairs does a new user need?", "bands: 95% intervals over users" + seeds)
+    headline(axes, f"How many {shot_units(first)} does a new user need?", "bands: 95% intervals over users" + seeds)
     return figure
 
 

@@ -23,6 +23,7 @@ from plm.evaluation import (
     p_value,
     plain_table,
     points,
+    shot_units,
     write_figures,
     write_report,
 )
@@ -58,8 +59,6 @@ NOTES = (
 
 _NOT_IN_TERMINAL = ("kind", "micro %", "sd")
 """Columns for which a terminal has no room."""
-
-FEW_SHOT = "Accuracy of unseen users in per cent, by how many of their pairs a method was given"
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,11 @@ def tables(board: Leaderboard) -> list[Section]:
     ]
     curves = {row.name: row.few_shot for row in board.rows if row.few_shot}
     if curves:
-        shots = next(iter(curves.values()))["shots"]
+        first = next(iter(curves.values()))
+        units = shot_units(first)
         lines = [TableRow([name, *map(_per_cent, curve["accuracy"])]) for name, curve in curves.items()]
-        sections.append(Section(FEW_SHOT, ["pairs per unseen user", *map(str, shots)], lines))
+        title = f"Accuracy of unseen users in per cent, by how many of their {units} a method was given"
+        sections.append(Section(title, [f"{units} per unseen user", *map(str, first["shots"])], lines))
     return sections
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,46 @@ def test_loaders_cover_the_split(make: Any) -> None:
     assert [(int(b.num_shots[0]), int(b.repeat[0])) for b in few_shot] == [(s, r) for r in range(3) for s in (0, 2)]
     (val,) = data.val_dataloader()
     assert sum(batch.num_pairs for batch in val) == len(data._rows(SEEN, VAL))
+
+
+def test_shots_by_dialogues_hold_whole_dialogues(tmp_path: Path) -> None:
+    rows = [
+        {
+            "user_id": f"u{user}",
+            "prompt": f"{dialogue} {turn}",
+            "chosen": f"good {user} {dialogue} {turn}",
+            "rejected": "bad",
+            "dialogue_id": f"{user}-{dialogue}",
+        }
+        for user in range(8)
+        for dialogue in range(6)
+        for turn in range(1 + dialogue % 3)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"unseen_users": 0.5, "shots": [0, 1, 2], "repeats": 2, "cache_dir": str(tmp_path)}
+    data = PreferenceDataModule(PairFiles(str(file)), HashingBackbone(16), shot_unit="dialogue", **options)
+    data.setup("test")
+    pool = data._rows(UNSEEN, TRAIN)
+    sizes = {
+        user: np.unique(data.table.dialogue[pool[data.table.user[pool] == user]], return_counts=True)[1]
+        for user in range(8)
+    }
+    found = set()
+    for batch in data.test_dataloader()[2]:
+        counts = batch.context.mask.sum(1)
+        for user, row in zip(batch.user_row.tolist(), batch.context_row.tolist(), strict=True):
+            shots, count = int(batch.num_shots[0]), int(counts[row])
+            assert count in {sum(some) for some in combinations(sizes[user].tolist(), min(shots, len(sizes[user])))}
+            found.add((shots, count))
+    assert {shots for shots, _ in found} == {0, 1, 2} and len(found) > 3
+    with pytest.raises(ValueError, match="max_support: expected null with shot_unit dialogue"):
+        PreferenceDataModule(PairFiles(str(file)), HashingBackbone(16), shot_unit="dialogue", max_support=3)
+    for row in rows:
+        del row["dialogue_id"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"data\.shot_unit: expected dialogues in the data, got none"):
+        PreferenceDataModule(PairFiles(str(file)), HashingBackbone(16), shot_unit="dialogue").setup("fit")
 
 
 def test_absent_parts_are_left_out(make: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from plm.data.keys import content_keys
-from plm.data.schema import PairTable, pair_table
+from plm.data.schema import PairTable, make_pairs, pair_table
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.data.splits import (
     LEFT_OUT,
@@ -22,6 +22,7 @@ from plm.data.splits import (
     UNSEEN,
     VAL,
     check_leakage,
+    dialogue_keys,
     nested_supports,
     shuffled_users,
     split_pairs,
@@ -218,6 +219,52 @@ def test_supports_are_nested_and_seeded() -> None:
     assert set(nested_supports(rows[alone], table.user[alone], keys[alone], 4).tolist()) == draw(4) & set(
         rows[alone].tolist()
     )
+
+
+def test_a_shot_may_be_a_dialogue_with_all_its_pairs() -> None:
+    """Users have dialogues of one, two, three and four pairs; fewer shots are a subset of more."""
+    rows = [
+        {
+            "user_id": user,
+            "prompt": f"{user} {dialogue} {pair}",
+            "chosen": "a",
+            "rejected": "b",
+            "dialogue_id": dialogue,
+        }
+        for user in ("anna", "ben", "cleo")
+        for dialogue in (f"{user}-{number}" for number in range(1, 5))
+        for pair in range(int(dialogue[-1]))
+    ]
+    table = make_pairs(rows, "rows")
+    keys, dialogues, every = content_keys(table).pair, dialogue_keys(table), np.arange(table.num_pairs)
+
+    def draw(shots: int | None, repeat: int = 0) -> list[int]:
+        return nested_supports(every, table.user, keys, shots, repeat, dialogues=dialogues).tolist()
+
+    size = np.bincount(table.dialogue)
+    for shots in range(6):
+        drawn = draw(shots)
+        assert set(draw(max(shots - 1, 0))) <= set(drawn)
+        for user in range(3):
+            mine = table.dialogue[[row for row in drawn if table.user[row] == user]]
+            assert len(np.unique(mine)) == min(shots, 4) and len(mine) == size[np.unique(mine)].sum()
+            assert (np.diff(mine) != 0).sum() == max(len(np.unique(mine)) - 1, 0)  # one after the other
+    assert draw(None) == draw(4) and sorted(draw(4)) == every.tolist() and draw(0) == []
+    first = {tuple(table.dialogue[draw(1, repeat)].tolist()) for repeat in range(8)}
+    assert len(first) > 1
+    mixed = np.random.default_rng(0).permutation(table.num_pairs)
+    assert draw(2) == nested_supports(mixed, table.user[mixed], keys[mixed], 2, dialogues=dialogues[mixed]).tolist()
+
+
+def test_pairs_without_a_dialogue_are_shots_by_prompt() -> None:
+    rows = [{"user_id": "anna", "prompt": "p", "chosen": text, "rejected": "b"} for text in ("a", "c")]
+    rows.append({"user_id": "anna", "prompt": "q", "chosen": "a", "rejected": "b", "dialogue_id": "d"})
+    table = make_pairs(rows, "rows")
+    keys = dialogue_keys(table)
+    of_prompt = {keys[row] for row in range(3) if table.prompts[table.prompt[row]] == "p"}
+    assert len(of_prompt) == 1 and len(set(keys.tolist())) == 2
+    with pytest.raises(ValueError, match="expected dialogues in the data, got none"):
+        dialogue_keys(make_pairs(rows[:2], "rows"))
 
 
 def test_every_user_stands_once_on_the_circle_and_its_order_is_drawn() -> None:

@@ -169,3 +169,6 @@ def test_the_curve_of_a_fit_ends_where_its_users_have_no_more_pairs(tmp_path: Pa
     assert found is not None and found["shots"] == [0] and found["log_loss"] == [0.7] and found["num_users"] == 50
     (tmp_path / "splits.json").write_text(json.dumps({"pairs_support": 50, "users_unseen": 10}))
     assert unseen_users_curve(checkpoint) == curve(0.7, 0.1, 0.1)
+    of_dialogues = {"few_shot": {**curve(0.7, 0.1, 0.1), "shot_unit": "dialogue"}}
+    (tmp_path / "metrics.json").write_text(json.dumps(of_dialogues))
+    assert unseen_users_curve(checkpoint) is None

@@ -25,6 +25,7 @@ from plm.evaluation import (
     few_shot_table,
     gain_figure,
     minimum_detectable_effect,
+    shot_units,
     statistics,
     summarize,
     summarize_few_shot,
@@ -296,6 +297,16 @@ def test_few_shot_table_shows_the_curve():
     text = rendered(few_shot_table(summarize_few_shot(few_shot(), num_resamples=200)))
     assert "50 unseen users, 3 repeats" in text and max(map(len, text.splitlines())) <= 80
     assert "+6.8 [6.7, 7.0]" in text
+
+
+def test_a_curve_over_dialogues_says_so():
+    curve = summarize_few_shot(few_shot(), num_resamples=200)
+    assert "dialogues" not in rendered(few_shot_table(curve)) and shot_units(curve) == "pairs"
+    curve["shot_unit"] = "dialogue"
+    assert "shots are dialogues" in rendered(few_shot_table(curve))
+    (axes,) = few_shot_figure(curve).axes
+    assert axes.get_xlabel() == "dialogues per unseen user (shots)"
+    assert axes.get_title(loc="left").strip() == "How many dialogues does a new user need?"
 
 
 def test_json_is_atomic_finite_and_merges(tmp_path: Path):
