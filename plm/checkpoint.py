@@ -166,18 +166,18 @@ class KnownUsers:
     def learn(self, user_id: str, pairs: Sequence[Pair], anew: bool = False, must_exist: bool = False) -> int:
         """Learn a user from pairs, see ``PersonalizationMethod.learn``."""
         added = [_as_dict(pair) for pair in pairs]
-        since = self.store.num_erasures  # what came before an erasure is not stored after it
+        since: int | None = None  # what came before an erasure is not stored after it
         while True:  # until nobody else has changed the user meanwhile
-            known = self.store.find(user_id)
+            known, kept, num_erasures = self.store.snapshot(user_id)
+            since = num_erasures if since is None else since
             if known is None and must_exist:
                 return 0
-            kept = [] if anew else self.store.pairs([user_id]).get(user_id, [])
             if known is not None and not anew and not kept and known.num_pairs:
                 raise PairsNotKeptError(
                     f"user {user_id!r} was learned from {known.num_pairs} pairs that were not kept, so these cannot be "
                     "added to them; give anew to learn the user from these pairs alone"
                 )
-            learned = distinct_pairs([*kept, *added])
+            learned = distinct_pairs(added if anew else [*kept, *added])
             with self.lock:
                 state = adapt_user(self.method, user_id, learned)
             versions = {user_id: 0 if known is None else known.version}
@@ -199,8 +199,7 @@ class KnownUsers:
         Raises:
             PairsNotKeptError: If no pair of the user was kept.
         """
-        since, known = self.store.num_erasures, self.store.find(user_id)
-        kept = self.store.pairs([user_id]).get(user_id, [])
+        known, kept, since = self.store.snapshot(user_id)
         if known is None or known.version != version:
             return False
         if not kept:

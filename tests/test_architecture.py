@@ -140,7 +140,7 @@ ARROWS: dict[str, set[str]] = {
 """Module or package -> what it may import besides itself; the longest matching name counts."""
 
 FLOORS: dict[str, list[set[str]]] = {
-    "plm.users": [{"database", "folder", "rows"}, {"store"}],
+    "plm.users": [{"database", "folder", "rows"}, {"stored"}, {"store"}],
     "plm.method": [
         {"arguments", "conditioning", "episodes", "loaded", "population", "strangers"},
         {"reading"},

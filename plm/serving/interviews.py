@@ -106,7 +106,7 @@ class Interviews:
         """What the model holds to be true of a user, and how it foretold the answers so far."""
         pool = self._pool(request.pool)
         with store_errors():
-            found, kept = self.method.users.find(user_id), self._kept(user_id)
+            found, kept, _ = self.method.users.snapshot(user_id)
             state, _ = self.method.known_users.lookup([user_id])
         try:
             with self.places.one(), self.method.one_thread():

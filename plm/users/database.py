@@ -336,17 +336,18 @@ def _among(dialect: str, column: sa.Column[str]) -> sa.ColumnElement[bool]:
     return column.in_(sa.select(each.c.value))
 
 
-def upsert(connection: sa.Connection, table: sa.Table, key: str, counts: str | None = None) -> sa.Insert:
+@cache
+def upsert(dialect: str, table: sa.Table, key: str, counts: str | None = None) -> sa.Insert:
     """A statement that inserts a row, or replaces the values of the row with the same ``key``.
 
     Args:
-        connection: Names the kind of database.
+        dialect: The kind of database.
         table: The table.
         key: Its unique column.
         counts: A column that goes up by one instead.
     """
     insert: postgresql.Insert | sqlite.Insert
-    insert = postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+    insert = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
     kept = {key, "number", "created", counts}
     changes: dict[str, Any] = {name: insert.excluded[name] for name in set(table.columns.keys()) - kept}
     if counts is not None:

@@ -41,6 +41,7 @@ from plm.users.database import (
 )
 from plm.users.folder import read_folder
 from plm.users.rows import from_rows, header_of, to_rows
+from plm.users.stored import KNOWN, Snapshot, StoredUser, num_erasures, pairs_of, users_of
 
 _Read = TypeVar("_Read")
 _NO_ROWS: Sequence[Any] = ()
@@ -69,29 +70,6 @@ def shared_hash(state_dict: Mapping[str, Tensor], user_tables: Iterable[str] = (
 def store_path(checkpoint: str | Path) -> Path:
     """Where the users of a checkpoint live: ``runs/best.ckpt`` -> ``runs/best.users.db``."""
     return Path(checkpoint).with_suffix(".users.db")
-
-
-class StoredUser(NamedTuple):
-    """What is known of a user besides the state."""
-
-    user_id: str
-    num_pairs: int
-    """Pairs that the state was fitted on."""
-    version: int
-    """1 when the user was added, one more with every change."""
-    created: float
-    """When the user was added, in seconds since 1970."""
-    updated: float
-    """When the state was written."""
-    keeps_pairs: bool
-    """Whether these pairs are kept, too."""
-
-
-_KNOWN = (
-    *(USERS.c[name] for name in StoredUser._fields[:-1]),
-    sa.exists().where(PAIRS.c.user_id == USERS.c.user_id),
-)
-"""Columns of a `StoredUser`."""
 
 
 class Receipt(NamedTuple):
@@ -164,7 +142,7 @@ class UserStore:
 
     def page(self, after: int = -1, count: int = _AT_ONCE) -> dict[int, StoredUser]:
         """Number -> user, of ``count`` users with a number above ``after``, in the order in which they were added."""
-        query = sa.select(USERS.c.number, *_KNOWN).where(USERS.c.number > after).order_by(USERS.c.number).limit(count)
+        query = sa.select(USERS.c.number, *KNOWN).where(USERS.c.number > after).order_by(USERS.c.number).limit(count)
         rows = self._read(lambda connection: connection.execute(query).all(), _NO_ROWS)
         return {row.number: StoredUser(*row[1:]) for row in rows}
 
@@ -191,8 +169,7 @@ class UserStore:
 
     def found(self, user_ids: Sequence[str]) -> dict[str, StoredUser]:
         """What is known of users besides their states; unknown ones are left out."""
-        rows = self._read(lambda connection: rows_of(connection, user_ids, *_KNOWN), _NO_ROWS)
-        return {row.user_id: StoredUser(*row) for row in rows}
+        return self._read(lambda connection: users_of(connection, user_ids), {})
 
     def get(self, user_ids: Sequence[str | None]) -> tuple[UserState, Tensor]:
         """Look users up; only their rows are read.
@@ -222,18 +199,22 @@ class UserStore:
 
     def pairs(self, user_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """The pairs that were kept with the states of users, the oldest first; users without any are left out."""
-        columns, order = (PAIRS.c.user_id, PAIRS.c.pair), (PAIRS.c.user_id, PAIRS.c.place)
-        rows = self._read(lambda connection: rows_of(connection, user_ids, *columns, order=order), _NO_ROWS)
-        kept: dict[str, list[dict[str, Any]]] = {}
-        for user_id, pair in rows:
-            kept.setdefault(user_id, []).append(json.loads(pair))
-        return kept
+        return self._read(lambda connection: pairs_of(connection, user_ids), {})
 
     @property
     def num_erasures(self) -> int:
         """How many erasures the log holds, see ``add``."""
-        query = sa.select(sa.func.max(ERASURES.c.number))
-        return self._read(lambda connection: int(connection.execute(query).scalar() or 0), 0)
+        return self._read(num_erasures, 0)
+
+    def snapshot(self, user_id: str) -> Snapshot:
+        """What is stored of a user besides the state."""
+
+        def look(connection: sa.Connection) -> Snapshot:
+            user = users_of(connection, [user_id]).get(user_id)
+            kept = pairs_of(connection, [user_id]) if user is not None and user.keeps_pairs else {}
+            return Snapshot(user, kept.get(user_id, []), num_erasures(connection))
+
+        return self._read(look, Snapshot(None, [], 0))
 
     def there_since(self, user_ids: Sequence[str], since: int) -> list[str]:
         """Those of the users who have a row and were not erased after erasure ``since``, though they may be back."""
@@ -393,9 +374,10 @@ class UserStore:
         here = self._facts(connection).get("layout")
         if here and here != layout:
             raise ValueError(f"expected user states with rows of {here}, got {layout}; they belong to another method")
-        _set(connection, layout=layout)
+        if here != layout:
+            _set(connection, layout=layout)
         encoded = to_rows(state.tensors, len(user_ids))
-        statement = upsert(connection, USERS, "user_id", counts="version")
+        statement = upsert(connection.dialect.name, USERS, "user_id", counts="version")
         for start in range(0, len(user_ids), _AT_ONCE):
             page = user_ids[start : start + _AT_ONCE]
             rows = [
@@ -434,4 +416,4 @@ class UserStore:
 def _set(connection: sa.Connection, **facts: str) -> None:
     """Write facts of the store."""
     rows = [{"name": name, "value": value} for name, value in facts.items()]
-    connection.execute(upsert(connection, FACTS, "name"), rows)
+    connection.execute(upsert(connection.dialect.name, FACTS, "name"), rows)
