@@ -4,17 +4,22 @@ Usage: python benchmarks/verdicts.py [--datasets 100] [--minutes 30] [--methods 
 
 Three kinds of worlds in feature space: nobody differs; only seen users differ, and strangers want what the population
 wants; all differ. In the first, no verdict may claim that personalisation helps or harms; in the second none on unseen
-users; in the third it should help. Kinds, and methods within them, take turns until the data sets or the minutes are
-used up. Each data set has its own users, pairs and seed; the fits are the shipped methods with their defaults.
+users; in the third it should help. Kinds take turns until the data sets or the minutes are used up, one process of one
+thread for each core. Each data set has its own users, pairs and seed; the fits are the shipped methods with their
+defaults.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -22,6 +27,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from threadpoolctl import threadpool_limits
 
 from plm.evaluation import summarize, verdict
 from plm.method import PersonalizationMethod
@@ -103,21 +109,47 @@ def outcomes(method: PersonalizationMethod, data: PlantedData) -> dict[str, Outc
     return found
 
 
+class Job(NamedTuple):
+    """A data set and the methods that are fitted to it."""
+
+    seed: int
+    world: str
+    methods: Sequence[str]
+    end: float = float("inf")
+    """Nothing is done after this time, in seconds since 1970."""
+
+
+def judge(job: Job) -> dict[str, dict[str, Outcome]]:
+    """Method -> group -> outcome."""
+    if time.time() > job.end:
+        return {}
+    data = {name: planted(job.world, job.seed) for name in job.methods}
+    return {name: outcomes(fit(name, one, job.seed), one) for name, one in data.items()}
+
+
 def simulate(
     datasets: int, methods: Sequence[str] = tuple(METHODS), worlds: Sequence[str] = tuple(WORLDS), minutes: float = 1e9
 ) -> dict[tuple[str, str], dict[str, list[Outcome]]]:
     """(world, method) -> group -> one outcome per data set; no data set is begun after so many minutes."""
     results = {(world, name): {group: [] for group in GROUPS} for world in worlds for name in methods}
-    end = time.monotonic() + 60 * minutes
-    for seed in range(datasets):
-        for world in worlds:
-            if time.monotonic() > end:
-                return results
-            for name in methods:
-                data = planted(world, seed)
-                for group, outcome in outcomes(fit(name, data, seed), data).items():
-                    results[world, name][group].append(outcome)
+    end = time.time() + 60 * minutes
+    jobs = [Job(seed, world, methods, end) for seed, world in product(range(datasets), worlds)]
+    workers = min(os.cpu_count() or 1, len(jobs))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
+        for job, found in zip(jobs, pool.map(judge, jobs), strict=True):
+            for name, groups in found.items():
+                for group, outcome in groups.items():
+                    results[job.world, name][group].append(outcome)
     return results
+
+
+def _begin() -> None:
+    """Make a process one that computes with one thread and does not tell of its fits."""
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,9 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     results = simulate(options.datasets, options.methods, minutes=options.minutes)
     heads = ("world", "method", "users", "worlds", "helps", "harms", "gain", "over BT", "log-loss − BT")
     table = Table(*heads, title="Verdicts; gains in points")
