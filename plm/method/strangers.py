@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from plm.functional import held_out_losses, per_user_sum, user_chunks
+from plm.functional import Posterior, bt_losses, held_out_losses, per_user_sum, user_chunks
 from plm.types import Context, PreferenceBatch, UserState
 
 NO_SPREAD = 1e-3
@@ -52,6 +52,42 @@ def with_evidence(states: UserState, least_pairs: Tensor, population_state: Call
         tensors[name] = value.clone()
         tensors[name][few] = prior[name][few].to(value)
     return UserState(tensors, states.num_pairs)
+
+
+def chance_of_difference(
+    posterior: Posterior, own: Tensor, population: Tensor, target: Tensor, weight: Tensor, user: Tensor
+) -> Tensor:
+    """Probability that a user differs from the population at all, where both are held to be equally likely at first.
+
+    The spread that a population of seen users has need not be that of strangers: each has to show a difference. Of a
+    stranger's deviation there are two models: it is zero, or it is standard normal, in units of the spread. With the
+    mode v of the second, its Hessian H there and ``gain``, the log-likelihood of the user's pairs at v less that at
+    zero, the second is by Laplace's approximation
+
+        exp(gain - |v|^2 / 2 - log det(H) / 2)
+
+    times as likely as the first (Kass & Raftery 1995, section 4.1). The mean of the deviation under both together is
+    the chance of the second times v (spike and slab: Mitchell & Beauchamp 1988). Without pairs the chance is one half.
+
+    Args:
+        posterior: Of the deviations of U users, in units of the prior.
+        own: ``(N,)`` margins of their pairs at the mode.
+        population: ``(N,)`` margins at zero.
+        target: ``(N,)`` probability that chosen wins.
+        weight: ``(N,)``.
+        user: ``(N,)`` int64.
+
+    Returns:
+        ``(U,)``, in the dtype of the mode.
+
+    >>> one, user = torch.ones(1), torch.tensor([0])
+    >>> chance_of_difference(Posterior(0 * one[None], one[None, None]), one, one, one, one, user).item()
+    0.5
+    """
+    gains = weight * (bt_losses(population, target) - bt_losses(own, target))
+    mean, log_det = posterior.mean.double(), torch.linalg.slogdet(posterior.precision.double())[1]
+    odds = per_user_sum(gains.double(), user, len(mean)) - (mean.square().sum(-1) + log_det) / 2
+    return torch.sigmoid(odds).to(posterior.mean)
 
 
 class StrangerChoice(NamedTuple):

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.integrate import quad
+from torch.nn.functional import logsigmoid
 
-from plm.method.strangers import MIN_USERS, UNREACHED, least_harmful, with_evidence
+from plm.functional import PairList, fit_gaussian
+from plm.method.strangers import MIN_USERS, UNREACHED, chance_of_difference, least_harmful, with_evidence
 from plm.methods.lore import LoRe, model
 from plm.methods.lore.model import PRIOR_SCALES
 from plm.methods.pal import PAL
@@ -45,6 +48,44 @@ def test_users_without_evidence_get_the_population() -> None:
     served = with_evidence(states, torch.tensor(4), lambda n: UserState({"weights": -torch.ones(n, 2)}, torch.zeros(n)))
     assert served.tensors["weights"].tolist() == [[-1.0, -1.0], [-1.0, -1.0], [4.0, 5.0]]
     assert served.num_pairs.tolist() == [0, 3, 4]
+
+
+def test_the_chance_of_a_difference_is_that_of_the_two_models() -> None:
+    """Of one weight, against the ratio of their evidence by quadrature, where Laplace's approximation is close."""
+    for shift, num_pairs, least, most in ((0.0, 60, 0.0, 0.4), (0.3, 60, 0.2, 0.8), (1.0, 60, 0.95, 1.0)):
+        design = torch.linspace(-2, 2, num_pairs, dtype=torch.float64)[:, None]
+        offset, weight = 0.3 * design[:, 0], torch.linspace(0.5, 1.5, num_pairs, dtype=torch.float64)
+        target = torch.sigmoid(offset + shift * design[:, 0])  # what happens on average
+        user = torch.zeros(num_pairs, dtype=torch.long)
+        posterior = fit_gaussian(PairList(design, offset, target, weight, user, 1))
+        own = offset + design[:, 0] * posterior.mean[0]
+
+        def log_likelihood(value: float, design: Any = design, parts: Any = (offset, target, weight)) -> float:
+            offset, target, weight = parts
+            margin = offset + value * design[:, 0]
+            return float((weight * (target * logsigmoid(margin) + (1 - target) * logsigmoid(-margin))).sum())
+
+        def density(value: float, likelihood: Any = log_likelihood) -> float:
+            return math.exp(likelihood(value) - likelihood(0.0) - value**2 / 2) / math.sqrt(2 * math.pi)
+
+        odds = quad(density, -8, 8, points=[float(posterior.mean[0, 0])], limit=200)[0]
+        chance = chance_of_difference(posterior, own, offset, target, weight, user)
+        assert chance.item() == pytest.approx(odds / (1 + odds), abs=0.01), shift
+        assert least <= chance.item() <= most, shift
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_strangers_who_are_unlike_the_seen_are_not_harmed(name: str, tmp_path: Path) -> None:
+    """All seen users differ and no stranger does: cross-fitting says that strangers differ, their own pairs do not."""
+    sizes = {"pairs_per_user": 30, "num_shots": 20, "num_test": 40, "feature_dim": 6}
+    data = PlantedData(40, 60, spread=1.0, unseen_spread=0.0, seed=3, **sizes)
+    method = fit(data, tmp_path, name)
+    assert float(method.stranger_scale) >= 0.5
+    with torch.no_grad():
+        facts = method.evaluate(data.unseen_batch)
+    own, population = (facts[key].double() for key in ("margin", "population_margin"))
+    assert ((own > 0).double() - (population > 0).double()).mean() > -0.005
+    assert (logsigmoid(population) - logsigmoid(own)).mean() < 0
 
 
 @pytest.mark.parametrize("name", METHODS)

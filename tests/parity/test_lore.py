@@ -334,8 +334,11 @@ def design_of(method: Any, data: PlantedData, user: int) -> np.ndarray:
     return torch.stack(columns, 1).double().numpy()
 
 
-def test_adapted_weights_are_the_posterior_mode(fitted: dict[type, tuple[Any, PlantedData]]) -> None:
-    """Mode and precision of the logistic likelihood times the normal prior that ``population_state`` states."""
+def test_adapted_weights_are_the_posterior_mean(fitted: dict[type, tuple[Any, PlantedData]]) -> None:
+    """Of users who are the population or drawn from the normal prior that ``population_state`` states, at even odds.
+
+    The mode of the second is SciPy's; its evidence is Laplace's, relative to that of the prior mean alone.
+    """
     method, data = fitted[LoRe]
     state, prior = method.adapt(data.context), method.population_state(1)
     mean, precision = (prior.tensors[name][0].detach().double().numpy() for name in ("weights", "precision"))
@@ -346,9 +349,12 @@ def test_adapted_weights_are_the_posterior_mode(fitted: dict[type, tuple[Any, Pl
             return float(np.logaddexp(0, -design @ w).sum() + 0.5 * (w - mean) @ precision @ (w - mean))
 
         best = minimize(objective, mean, method="BFGS", options={"gtol": 1e-9})
-        assert np.allclose(state.tensors["weights"][user].numpy(), best.x, atol=1e-4)
         chance = expit(design @ best.x)
         hessian = design.T @ (design * (chance * (1 - chance))[:, None]) + precision
+        drop = objective(mean) - objective(best.x)
+        differs = expit(drop + (np.linalg.slogdet(precision)[1] - np.linalg.slogdet(hessian)[1]) / 2)
+        expected = mean + differs * (best.x - mean)
+        assert np.allclose(state.tensors["weights"][user].numpy(), expected, atol=1e-4)
         assert np.allclose(state.tensors["precision"][user].numpy(), hessian, rtol=1e-3, atol=1e-3)
 
 

@@ -31,7 +31,7 @@ from plm.functional import (
 from plm.messages import Problems
 from plm.method.abilities import Explainable
 from plm.method.linear import LinearMethod
-from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
+from plm.method.strangers import NO_SPREAD, Candidates, chance_of_difference, meet_strangers
 from plm.methods.lore.maths import (
     ProjectedPairs,
     basis_margins,
@@ -292,11 +292,18 @@ class LoRe(LinearMethod, Explainable):
         return UserState(tensors, num_pairs)
 
     def _adapt(self, context: Context) -> UserState:
-        """The posterior mode under the learned prior; bases stay fixed."""
+        """The posterior mean, by Laplace's approximation, where a user may also be as the population is; fixed bases.
+
+        The precision is that of a user who differs.
+        """
         num_users, counts = context.num_users, context.mask.sum(-1)
         if not self._is_personal:
             return self.population_state(num_users)._replace(num_pairs=counts)
         with torch.no_grad():
             difference, target, weight, user = flatten_context(context)
             pairs = self._pairs(project(difference, self._bases()), self.prior_scale, target, weight, user, num_users)
-            return self._state(fit_gaussian(pairs), self.prior_scale, counts)
+            posterior = fit_gaussian(pairs)
+            own = pairs.offset + (pairs.design * posterior.mean[user]).sum(-1)
+            chance = chance_of_difference(posterior, own, pairs.offset, target, weight, user)
+            posterior = posterior._replace(mean=chance[:, None] * posterior.mean)
+            return self._state(posterior, self.prior_scale, counts)

@@ -34,7 +34,7 @@ from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.options import Mixing, Residual, Users, Variant, check_options, configure_groups
 from plm.methods.pal.seen import SolvedUsers
 from plm.methods.pal.solver import linearised
-from plm.methods.pal.users import Prior, Solvable, gumbel_weights, solve_logits
+from plm.methods.pal.users import Prior, Solvable, doubted_logits, gumbel_weights, solve_logits
 from plm.optimizer import RowAdam, with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -352,10 +352,15 @@ class PAL(SolvedUsers, Exporter, Explainable):
         return self.geometry.margins(cache, self._served(users.tensors["weights"], users.num_pairs))
 
     def _adapt(self, context: Context) -> UserState:
-        """Posterior mode of the logits under the prior of unseen users, from its centre; prototypes stay fixed."""
+        """Logits under the prior of unseen users; prototypes stay fixed.
+
+        With ``users: table`` they are the posterior mode; else its mean where a user may also be as the population is.
+        """
         with torch.no_grad():
-            start = self.prior_centre.expand(context.num_users, -1)
-            logits, precision = solve_logits(self._logit_margins, self._solvable(context.pairs), self._prior, start)
+            start, pairs = self.prior_centre.expand(context.num_users, -1), self._solvable(context.pairs)
+            logits, precision = solve_logits(self._logit_margins, pairs, self._prior, start)
+            if self.kept_as == "posterior":
+                logits = doubted_logits(self._logit_margins, pairs, self._prior, logits, precision)
             return self._state(logits, precision, context.mask.sum(-1))
 
     # ------------------------------------------------------------------ export

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plm.functional import MAX_CELLS, unit_mean_per_user, user_chunks
+from plm.functional import MAX_CELLS, Posterior, unit_mean_per_user, user_chunks
+from plm.method.strangers import chance_of_difference
 from plm.methods.pal.geometry import Cache, as_double, cache_of
 from plm.methods.pal.solver import fit_deviations
 
@@ -117,6 +118,23 @@ def solve_logits(
     )
     logits = prior.centre + prior.scale * posterior.mean
     return logits.to(start), (posterior.precision / prior.scale**2).to(start)
+
+
+def doubted_logits(margins: LogitMargins, pairs: Solvable, prior: Prior, logits: Tensor, precision: Tensor) -> Tensor:
+    """Logits ``(U, K)`` that are nearer to the prior's centre the less the pairs say that the user is not there.
+
+    Args:
+        margins: The model.
+        pairs: Pairs of users 0 to U - 1.
+        prior: The prior.
+        logits: ``(U, K)`` the posterior mode, see `solve_logits`.
+        precision: ``(U, K, K)`` of the posterior.
+    """
+    posterior = Posterior((logits - prior.centre) / prior.scale, precision * prior.scale**2)
+    own, population = (margins(pairs.cache, value[pairs.row]) for value in (logits, prior.centre.expand_as(logits)))
+    weight = unit_mean_per_user(pairs.weight, pairs.row, len(logits))
+    chance = chance_of_difference(posterior, own, population, pairs.target, weight, pairs.row)
+    return torch.lerp(prior.centre.expand_as(logits), logits, chance[:, None])
 
 
 def solve_around(
