@@ -330,14 +330,14 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
                 fit = tuned_population(self.train_pass, self.val_pass, *sizes, self.sum_over_processes)
                 self.bradley_terry.copy_(fit.direction)
                 self.bradley_terry_ridge.fill_(fit.ridge)
-                self.meet_strangers()
+                self.before_first_step()
         else:
             count = self.reference.new_tensor(float(sum(batch.num_pairs for batch in self.train_pass()))).double()
             self.num_train_pairs = int(self.sum_over_processes(count))
         self.resume_epoch()
 
-    def meet_strangers(self) -> None:
-        """Choose how users are served whom training does not see, before the first step; see `plm.method.strangers`."""
+    def before_first_step(self) -> None:
+        """Choose how strangers will be served, see `plm.method.strangers`, and start from ``bradley_terry``."""
 
     def resume_epoch(self) -> None:
         """Let the loader skip what a resumed fit has read of its epoch; called when training starts.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from plm.method import PersonalizationMethod
 from plm.method.population import RIDGES, tuned_population
 from plm.methods.lore import LoRe
+from plm.methods.pal import PAL
 from plm.methods.vpl import VPL
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import PreferenceBatch
@@ -76,3 +79,29 @@ def test_the_ridge_of_a_run_is_tuned_before_its_first_validation(every: int, tmp
     fit = tuned_population(lambda: [data.train_batch], lambda: [data.val_batch], *sizes, lambda x: x)
     assert float(method.bradley_terry_ridge) == fit.ridge == 10.0
     torch.testing.assert_close(method.bradley_terry, fit.direction, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRe(12, DIM, num_bases=3, lr=1e-9),
+        LoRe(12, DIM, num_bases=3, lr=1e-9, temperature=0.7),
+        PAL(12, DIM, num_prototypes=3, residual="bradley_terry", lr=1e-9),
+        VPL(12, DIM, latent_dim=2, hidden_dim=4, decoder="bilinear", lr=1e-9),
+        VPL(12, DIM, latent_dim=2, hidden_dim=4, lr=1e-9),
+    ],
+)
+def test_a_fit_starts_from_it(method: PersonalizationMethod, tmp_path: Path) -> None:
+    """With a step of nearly nothing the part of the reward that is linear and everybody's is its direction."""
+    data = PlantedData(12, feature_dim=DIM)
+    quiet_trainer(tmp_path, max_epochs=1).fit(method, datamodule=data)
+    method.trainer = None
+    if isinstance(method, LoRe):
+        found = method._bases()[:, 0]
+    elif isinstance(method, PAL):
+        found = method._base_direction()
+    else:
+        decoder: Any = method.decoder
+        found = getattr(decoder, "linear", decoder).population * DIM**0.5 / method.feature_scale
+    assert method.bradley_terry.norm() > 0.1
+    torch.testing.assert_close(found.detach(), method.bradley_terry, atol=1e-5, rtol=1e-5)

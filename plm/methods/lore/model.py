@@ -150,10 +150,13 @@ class LoRe(LinearMethod, Explainable):
                 "use a sequence-classification reward model as data.backbone"
             )
 
-    def meet_strangers(self) -> None:
-        """Cross-fit the spread that unseen users are adapted with."""
+    def before_first_step(self) -> None:
+        """Cross-fit the spread that unseen users are adapted with; then start from the Bradley-Terry model of all."""
         if self._is_personal:
             meet_strangers(self, self.prior_scale, PRIOR_SCALES)
+            unit = self.feature_scale if self.temperature is None else self.temperature
+            with torch.no_grad():
+                self.bases[:, 0] = self.bradley_terry * unit
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the evidence bound plus the priors of the bases; with one basis, its Bradley-Terry loss."""

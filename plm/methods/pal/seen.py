@@ -30,6 +30,7 @@ class SolvedUsers(PersonalizationMethod):
     partition: bool
     num_prototypes: int
     geometry: Geometry
+    base: torch.nn.Parameter
     logits: Tensor
     precision: Tensor
     num_pairs: Tensor
@@ -130,10 +131,13 @@ class SolvedUsers(PersonalizationMethod):
             losses += per_user_sum(loss.double(), pairs.row, self.num_users)
         return losses
 
-    def meet_strangers(self) -> None:
-        """Cross-fit the spread that unseen users are adapted with."""
+    def before_first_step(self) -> None:
+        """Cross-fit the spread that unseen users are adapted with; then start from the Bradley-Terry model of all."""
         if self.kept_as == "posterior":
             meet_strangers(self, self.prior_scale, PRIOR_SCALES, self._place_centre)
+            if self.base.requires_grad:
+                with torch.no_grad():
+                    self.base.copy_(self.bradley_terry * self.feature_scale)
 
     def _place_centre(self, batches: list[PreferenceBatch]) -> None:
         """Set the prior's centre to where the users of these pairs are at the spread that training learned."""

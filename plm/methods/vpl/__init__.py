@@ -249,6 +249,13 @@ class VPL(PersonalizationMethod):
         return reward
 
     # ------------------------------------------------------------------ training
+    def before_first_step(self) -> None:
+        """Start from the Bradley-Terry model of all, where the decoder has a linear path."""
+        linear = getattr(self.decoder, "linear", self.decoder)
+        if isinstance(linear, BilinearDecoder):
+            with torch.no_grad():
+                linear.population.copy_(self.bradley_terry * self.feature_scale / self.feature_dim**0.5)
+
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the bound on the likelihood of the targets plus the annealed KL, over one episode per user."""
         batch, user, nodes = self._arranged(batch)
