@@ -21,7 +21,7 @@ from plm.data.columns import joined
 from plm.data.encoding import TextReader, encode_pairs
 from plm.data.keys import content_keys, digest, in_share
 from plm.data.schema import PairTable, make_pairs, pair_table
-from plm.data.splits import TEST, TRAIN, UNSEEN, nested_supports, split_pairs
+from plm.data.splits import TEST, TRAIN, UNSEEN, GroupBy, nested_supports, split_pairs
 from plm.functional import user_chunks
 from plm.method import PersonalizationMethod
 from plm.method.policy import PolicyMethod
@@ -350,24 +350,25 @@ def foretold_chances(method: PersonalizationMethod, pairs: Sequence[Mapping[str,
 
 
 def predicted_new_users(
-    method: PersonalizationMethod, data: FeaturedPairs, shots: Sequence[int]
+    method: PersonalizationMethod, data: FeaturedPairs, shots: Sequence[int], group_by: GroupBy = "auto"
 ) -> FewShotTable | None:
     """How well new users are predicted before any of their pairs is learned, and after some.
 
     About half of a user's pairs are predicted and the others may be learned, divided as those of the unseen users of a
-    fit are: what shares a prompt, or responses, is on one side. Nothing is stored.
+    fit are: what makes a group is on one side. Nothing is stored.
 
     Args:
         method: A method that reads features.
         data: Pairs; those of users whom the method was trained on are left out.
         shots: Numbers of pairs to choose from: the largest that half of the users have to learn is taken, and users who
             have fewer are left out.
+        group_by: What a group is; see `split_pairs`.
 
     Returns:
         No pairs and the chosen number of pairs, for at most `PREDICTED_USERS`; None if there are no such users.
     """
     table = _new_users(data.table, set(method.user_ids))
-    stage, keys = split_pairs(table, test_rows=0.5).stage, content_keys(table).pair
+    stage, keys = split_pairs(table, group_by=group_by, test_rows=0.5).stage, content_keys(table).pair
     pool, query = np.flatnonzero(stage == TRAIN), np.flatnonzero(stage == TEST)
     num_pool, num_query = (np.bincount(table.user[side], minlength=table.num_users) for side in (pool, query))
     possible = [count for count in shots if 0 < count <= np.median(num_pool[num_query > 0])] if len(query) else []

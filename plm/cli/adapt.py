@@ -67,6 +67,7 @@ def run(args: list[str]) -> int:
     if not table.num_pairs:
         print(f"no user of the file is in shard {index}/{count}")
         return 0
+    _beside(options, "drift.json").unlink(missing_ok=True)  # of other users, or of these when they were new
     judges = method.view == "features" and count == 1  # a share knows a part of the users
     curve = unseen_users_curve(options.ckpt_path) if judges else None
     predicted: list[FewShotTable | None] = []
@@ -74,7 +75,7 @@ def run(args: list[str]) -> int:
     def predict(data: FeaturedPairs) -> None:
         """Predict pairs of new users before they are learned."""
         if curve is not None:
-            predicted.append(predicted_new_users(method, data, curve["shots"]))
+            predicted.append(predicted_new_users(method, data, curve["shots"], curve["group_by"]))
 
     learned = list(learn_users(method, table, options.keep_pairs, predict))
     num_known, num_added = (sum(part.num_known for part in learned), sum(part.num_added for part in learned))

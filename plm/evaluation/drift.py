@@ -26,8 +26,9 @@ def unseen_users_curve(ckpt_path: str | Path) -> dict[str, Any] | None:
     """The few-shot curve that the test of a checkpoint's run has measured, up to as many pairs as its users had.
 
     Returns:
-        ``few_shot`` of the run's ``metrics.json``, at the numbers of pairs that the unseen users had on average; None
-        where the run has no test or no unseen users, or counts dialogues.
+        ``few_shot`` of the run's ``metrics.json``, at the numbers of pairs that the unseen users had on average, and
+        ``group_by``, by what their pairs were divided; None where the run has no test or no unseen users, or counts
+        dialogues.
     """
     folder = Path(ckpt_path).parent
     run = folder.parent if folder.name == "checkpoints" else folder
@@ -44,7 +45,8 @@ def unseen_users_curve(ckpt_path: str | Path) -> dict[str, Any] | None:
         return None
     lists = {name: value for name, value in curve.items() if isinstance(value, list)}
     reached = [place for place, shots in enumerate(curve["shots"]) if shots <= most]
-    return {**curve, **{name: [values[place] for place in reached] for name, values in lists.items()}}
+    group_by = {"group_by": splits.get("group_by", "auto")}
+    return {**curve, **group_by, **{name: [values[place] for place in reached] for name, values in lists.items()}}
 
 
 def drift_report(table: FewShotTable, fit: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def test_what_is_predicted_shares_no_prompt_with_what_is_learned() -> None:
     assert found.accuracy[1].mean() == pytest.approx(0.5, abs=0.03)
 
 
+def test_pairs_of_new_users_are_divided_as_those_of_the_fit() -> None:
+    """Of one prompt, pairs of a user are one group, or one each."""
+    data = people(torch.zeros(20, DIM), seed=0)
+    data = replace(data, table=replace(data.table, prompt=np.zeros_like(data.table.prompt)))
+    assert predicted_new_users(truth(0), data, SHOTS, "prompt") is None  # all of a user on one side
+    assert predicted_new_users(truth(0), data, SHOTS, "pair") is not None
+
+
 def test_new_users_are_those_whom_nobody_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     method = truth(0)
     data = people(directions(method, 12, 0), seed=0)
@@ -164,11 +173,12 @@ def test_the_curve_of_a_fit_ends_where_its_users_have_no_more_pairs(tmp_path: Pa
     checkpoint = tmp_path / "checkpoints" / "best.ckpt"
     assert unseen_users_curve(checkpoint) is None
     (tmp_path / "metrics.json").write_text(json.dumps({"few_shot": curve(0.7, 0.1, 0.1)}))
-    (tmp_path / "splits.json").write_text(json.dumps({"pairs_support": 49, "users_unseen": 10}))
+    (tmp_path / "splits.json").write_text(json.dumps({"pairs_support": 49, "users_unseen": 10, "group_by": "dialogue"}))
     found = unseen_users_curve(checkpoint)
     assert found is not None and found["shots"] == [0] and found["log_loss"] == [0.7] and found["num_users"] == 50
+    assert found["group_by"] == "dialogue"
     (tmp_path / "splits.json").write_text(json.dumps({"pairs_support": 50, "users_unseen": 10}))
-    assert unseen_users_curve(checkpoint) == curve(0.7, 0.1, 0.1)
+    assert unseen_users_curve(checkpoint) == {**curve(0.7, 0.1, 0.1), "group_by": "auto"}
     of_dialogues = {"few_shot": {**curve(0.7, 0.1, 0.1), "shot_unit": "dialogue"}}
     (tmp_path / "metrics.json").write_text(json.dumps(of_dialogues))
     assert unseen_users_curve(checkpoint) is None
