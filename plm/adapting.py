@@ -138,7 +138,7 @@ def _with_kept(store: UserStore, table: PairTable, user_ids: Sequence[str]) -> P
 
 
 def _joined(tables: Sequence[PairTable]) -> PairTable:
-    """The pairs of tables, each once, as it stands in the first that holds it; weights and ties alone go with them."""
+    """The pairs of tables, each once, as it stands in the first that holds it; what splits say is forgotten."""
 
     def numbered(name: str) -> tuple[list[str], list[IntArray]]:
         """All distinct texts of a field, and for each table the numbers of its own."""
@@ -152,6 +152,8 @@ def _joined(tables: Sequence[PairTable]) -> PairTable:
     user_ids, users = numbered("user_ids")
     prompts, prompt_rows = numbered("prompts")
     responses, response_rows = numbered("responses")
+    dialogues, dialogue_rows = numbered("dialogues")
+    files, file_rows = numbered("files")
     columns = {
         "user": together(lambda number, table: users[number][table.user]),
         "prompt": together(lambda number, table: prompt_rows[number][table.prompt]),
@@ -160,9 +162,15 @@ def _joined(tables: Sequence[PairTable]) -> PairTable:
         "tie": together(lambda _, table: table.tie),
     }
     first = np.sort(np.unique(joined([column.astype(np.int64) for column in columns.values()]), return_index=True)[1])
-    columns["weight"] = together(lambda _, table: table.weight)
+    columns["dialogue"] = together(lambda number, table: np.append(dialogue_rows[number], -1)[table.dialogue])
+    if all(table.files for table in tables):
+        files_of = together(lambda number, table: file_rows[number][table.where[:, 0]])
+        columns["where"] = np.stack([files_of, together(lambda _, table: table.where[:, 1])], axis=1)
+    for name in ("weight", "chosen_score", "rejected_score", "turn", "timestamp"):
+        columns[name] = together(lambda _, table, name=name: getattr(table, name))  # type: ignore[misc]
     kept: dict[str, Any] = {name: column[first] for name, column in columns.items()}
-    return pair_table(user_ids, prompts, responses, **kept)
+    files = files if "where" in kept else []
+    return pair_table(user_ids, prompts, responses, dialogues=dialogues, files=files, **kept)
 
 
 def _rows_by_user(table: PairTable) -> Callable[[str], IntArray]:
