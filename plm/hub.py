@@ -1,4 +1,4 @@
-"""Whether the hub of Hugging Face can be reached, asked once and before its client tries five times."""
+"""The hub of Hugging Face: whether it can be reached, asked once and before its client tries five times; uploads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -58,3 +59,40 @@ def offline_options() -> dict[str, Any]:
     if _is_refused.get() or constants.HF_HUB_OFFLINE or not is_reachable(constants.ENDPOINT):
         return {"local_files_only": True}
     return {}
+
+
+def check_login(repository: str) -> None:
+    """Refuse what could not be uploaded, before anything is computed.
+
+    Raises:
+        ValueError: If it is no name of a repository, the hub cannot be reached or nobody is logged in.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().repo_exists(repository)
+        HfApi().whoami()
+    except Exception as error:  # of the client's versions each has errors of its own
+        advice = "log in by hf auth login, or set HF_TOKEN"
+        raise ValueError(f"--push_to_hub {repository}: expected a hub that knows you; {advice}: {error}") from error
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload a folder to a repository of the hub, which is made where there is none, for nobody else to see.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: If the hub does not take it; the folder is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="plm export")
+    except Exception as error:
+        advice = f"try hf upload {repository} {folder}"
+        raise ValueError(f"{str(folder)!r} is written, but {repository} did not take it; {advice}: {error}") from error
+    return str(address)

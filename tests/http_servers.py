@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -128,3 +129,54 @@ class EmbeddingsHandler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data_sent)))
         self.end_headers()
         self.wfile.write(data_sent)
+
+
+class Hub(LocalServer):
+    """As much of the hub of Hugging Face as an upload asks for; who has the key ``key`` is anna."""
+
+    def __init__(self) -> None:
+        super().__init__(HubHandler)
+        self.made: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.is_full = False
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/api/whoami-v2" and self.headers["authorization"] == "Bearer key":
+            self.answer(200, {"name": "anna", "type": "user"})
+        else:
+            self.answer(404 if self.path.startswith("/api/models/") else 401, {"error": "not found"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        if self.path == "/api/repos/create":
+            self.server.made.append(json.loads(body))
+            self.answer(200, {"url": f"http://127.0.0.1:{self.server.server_address[1]}/anna/taste"})
+        elif self.path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        elif self.path == "/api/models/anna/taste/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer(200, {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif self.path == "/api/models/anna/taste/commit/main" and not self.server.is_full:
+            for entry in map(json.loads, body.splitlines()):
+                if entry["key"] == "file":
+                    self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": "http://127.0.0.1/anna/taste"})
+        else:
+            self.answer(507, {"error": "no space is left"})
+
+    def answer(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        if status == 404:
+            self.send_header("x-error-code", "RepoNotFound")
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)

@@ -37,6 +37,7 @@ EVERYTHING_BUT_CLI = {
     "exporting",
     "fitting",
     "generation",
+    "hub",
     "judging",
     "leaderboard",
     "learned_rewards",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 from plm.cli.options import SHARED, OptionParser
@@ -36,11 +37,30 @@ def run(args: list[str]) -> None:
         default="float32",
         help="of the weights of adapters (default float32)",
     )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="NAME/REPOSITORY",
+        help="also upload the folder to a repository of the Hugging Face hub, which is made where there is none, for "
+        "nobody else to see: a model of a person tells of the person",
+    )
     options = parser.parse(args)
     folder = Path(options.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
 
+    if options.push_to_hub is not None:
+        from plm.hub import check_login
+
+        check_login(options.push_to_hub)
+    _write(options, folder)
+    if options.push_to_hub is not None:
+        from plm.hub import upload
+
+        print(f"uploaded to {upload(folder, options.push_to_hub)}")
+
+
+def _write(options: Namespace, folder: Path) -> None:
+    """Write the folder."""
     import torch
 
     from plm.checkpoint import load_method

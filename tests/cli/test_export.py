@@ -20,11 +20,13 @@ from plm.cli import main
 from plm.methods.clap import CLaP
 from plm.methods.latent_dpo import LatentDPO
 from plm.methods.lora_dpo import LoRADPO
+from plm.methods.lore import LoRe
 from plm.methods.pal import PAL
 from plm.methods.palm import PALM
 from plm.methods.vpl import VPL
 from plm.testing import saved
 from plm.types import Tokens
+from tests.http_servers import Hub
 
 TEXTS = ["A walk.", "Tea and toast, please", "no"]
 
@@ -246,3 +248,38 @@ def test_an_id_is_a_name_and_never_a_path_or_a_number(
         assert loaded.find_users is not None
         trained = loaded.find_users(["1", "0002", "../x"]).tensors["adapter"]
         assert (trained - method.fresh).abs().amax(1).min() > 0.9 * method.adapt_lr  # a step of Adam
+
+
+def test_an_export_is_uploaded_to_a_repository_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the hub has got are the bytes of the folder; nobody else sees it, and nothing is computed in vain."""
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url.removesuffix("/v1"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "another")
+    method = LoRe(2, 8, backbone=HFBackbone(str(tmp_path / "none")).spec(), num_bases=2)
+
+    def write(method: LoRe, folder: Path, user: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("a card")
+
+    monkeypatch.setattr(LoRe, "export", write)
+    with saved(method) as path, hub.running():
+        folder = tmp_path / "out"
+        export = ["export", "--ckpt_path", str(path), "--output", str(folder), "--push_to_hub"]
+        assert main([*export, "anna/taste"]) == 1 and not folder.exists() and not hub.made
+        assert "log in by hf auth login, or set HF_TOKEN" in capsys.readouterr().err
+        monkeypatch.setenv("HF_TOKEN", "key")
+        assert main([*export, "anna/taste/x"]) == 1 and not folder.exists()
+        assert main([*export, "anna/taste"]) == 0
+        assert "uploaded to http://127.0.0.1:" in capsys.readouterr().out
+        (made,) = hub.made
+        assert made["name"] == "taste" and (made.get("visibility") == "private" or made.get("private"))
+        assert {"README.md": b"a card"} == {n: d for n, d in hub.files.items() if n != ".gitattributes"}
+        hub.is_full = True
+        export[export.index(str(folder))] = str(tmp_path / "again")
+        assert main([*export, "anna/taste"]) == 1
+        shown = capsys.readouterr().err
+        assert "is written, but anna/taste did not take it; try hf upload anna/taste" in shown
+        assert (tmp_path / "again" / "README.md").read_text() == "a card"
