@@ -19,10 +19,15 @@ import lightning as L
 import pytest
 import torch
 
+from plm.backbones import HashingBackbone
+from plm.checkpoint import load_method
+from plm.data.schema import make_pairs
+from plm.explaining import explain
 from plm.generation import sample
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
-from plm.testing import MethodContract
+from plm.methods.lore import PublishedLoRe
+from plm.testing import MethodContract, saved
 from plm.testing.contract import quiet_trainer
 from plm.types import Context, Tokens
 from tests.device.pretend_device import NAME, PretendTensor, counted_waits, pretend_device, pretend_trainer_options
@@ -104,6 +109,22 @@ def test_a_method_does_there_what_it_does_on_the_cpu(contract: type[MethodContra
         prompts, users = ["hello", "why not"], torch.tensor([0, 1])
         texts = sample(method, prompts, adapted.take(users.to(there)), max_new_tokens=4)
         assert texts == sample(expected, prompts, reference.take(users), max_new_tokens=4)
+
+
+def test_what_users_differ_in_is_the_same_there(there: torch.device) -> None:
+    rows = [
+        {"user_id": f"u{user}", "prompt": "", "chosen": chosen, "rejected": rejected}
+        for user in range(10)
+        for chosen, rejected in (("red wine", "beer"), ("tea", "cold milk"), ("cocoa", "water with ice"))
+    ]
+    torch.manual_seed(0)
+    method = PublishedLoRe(10, 16, num_bases=3, backbone=HashingBackbone(16).spec()).eval()
+    method.user_ids = [f"u{user}" for user in range(10)]
+    method.num_pairs.fill_(3)
+    with saved(method) as path:
+        here, found = (explain(load_method(path).to(place), make_pairs(rows, "rows")) for place in ("cpu", there))
+    assert found.spread == pytest.approx(here.spread, rel=1e-4) and found.users_differ
+    assert [one.contrasts[0].liked for one in found.directions] == [one.contrasts[0].liked for one in here.directions]
 
 
 # ---------------------------------------------------------------------- the device itself

@@ -27,7 +27,11 @@ def run(cases: str, *options: str, **environment: str) -> None:
 
 def test_one_mode_of_each_method_does_there_what_it_does_on_the_cpu() -> None:
     names = "BradleyTerry LoRe VPL DPL PALResidual PALM LatentDPO LiveVPL SFT LoRADPOBasis CLaP"
-    run("cases.py", "-k", " or ".join([f"Test{name}]" for name in names.split()] + ["devices", "waits", "trained"]))
+    run(
+        "cases.py",
+        "-k",
+        " or ".join([f"Test{name}]" for name in names.split()] + ["devices", "waits", "trained", "differ"]),
+    )
 
 
 @pytest.mark.slow
