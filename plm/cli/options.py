@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from plm.messages import nearest
@@ -268,6 +267,7 @@ def read_as_trained(options: argparse.Namespace, on_error: Any = "stop") -> Pair
         ValueError: If they cannot be read.
     """
     from plm.checkpoint import training_reading
+    from plm.data.conversion import has_our_columns
     from plm.data.schema import read_pairs
 
     reading = reading_of(options)
@@ -278,21 +278,10 @@ def read_as_trained(options: argparse.Namespace, on_error: Any = "stop") -> Pair
     try:
         return read_pairs(options.pairs, **(former or reading), on_error=on_error)
     except ValueError as error:
-        if not former or not _has_our_columns(options.pairs[0]):
+        if not former or not has_our_columns(options.pairs[0]):
             raise
         advice = "pairs with the columns user_id, prompt, chosen and rejected are read with --layout pairs"
         raise ValueError(f"{advice}; as those of the training they are not:\n{error}") from error
-
-
-def _has_our_columns(file: str) -> bool:
-    """Whether a file can be read and has the columns of the layout ``pairs``."""
-    from plm.data.columns import REQUIRED
-    from plm.data.conversion import first_records
-
-    try:
-        return {*REQUIRED} <= {*first_records(Path(file)).names}
-    except (ValueError, OSError):
-        return False
 
 
 def check_config_or_pairs(parser: OptionParser, options: argparse.Namespace, overrides: list[str]) -> None:

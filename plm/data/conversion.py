@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plm.atomic import whole_file
+from plm.data.columns import REQUIRED
 from plm.data.files import TABLES, Records, read_records, read_table, table_records
 from plm.data.reading import NUM_LOOKED_AT
 from plm.data.schema import PairTable
@@ -30,6 +31,14 @@ def first_records(path: Path) -> Records:
         return table_records(path, read_table(path, num_rows=NUM_LOOKED_AT))
     records = read_records(path)
     return records._replace(rows=records.rows[:NUM_LOOKED_AT], lines=records.lines[:NUM_LOOKED_AT])
+
+
+def has_our_columns(path: str | Path) -> bool:
+    """Whether a file can be read and has the columns of the layout ``pairs``."""
+    try:
+        return {*REQUIRED} <= {*first_records(Path(path)).names}
+    except (ValueError, OSError):
+        return False
 
 
 def write_pairs(table: PairTable, output: str | Path, inputs: list[str]) -> None:
