@@ -102,21 +102,22 @@ class Database:
         self._opened: os.stat_result | None = None
         """The file that is held open."""
         if self.path is not None:
-            self._reader = self._engine(NullPool)
+            self._use(self._engine(NullPool))
         else:
             url = sa.make_url(self.name)
             self.name = str(url)  # without the password
             if url.drivername != "postgresql+psycopg":
                 raise ValueError(f"users: expected a file or a URL postgresql+psycopg://..., got {self.name!r}")
             try:
-                self._reader = sa.create_engine(url, pool_pre_ping=True)
+                self._use(sa.create_engine(url, pool_pre_ping=True))
             except ModuleNotFoundError as error:
                 raise ValueError(f"users: {self.name!r} needs psycopg; pip install 'plm[postgres]'") from error
-        self._use(self._reader)
 
     def _use(self, engine: sa.Engine) -> None:
         """Take the connections of all transactions from an engine."""
         self._reader, self._writer = engine, engine.execution_options(plm_writes=True)
+        if self.path is None:  # else each statement would see another state; a writer sees what was before its lock
+            self._reader = engine.execution_options(isolation_level="REPEATABLE READ")
 
     def _engine(self, pool: type[Pool], **options: Any) -> sa.Engine:
         """Transactions on the file, by connections that a pool keeps or closes."""

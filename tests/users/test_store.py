@@ -14,6 +14,7 @@ import sqlalchemy as sa
 import torch
 from safetensors.torch import save_file
 
+import plm.users.store
 from plm.types import UserState
 from plm.users import StoreError, UserStore, shared_hash, store_path
 from plm.users.rows import from_rows, to_rows
@@ -102,6 +103,24 @@ def test_other_stores_see_additions_and_deletions_at_once(place: str) -> None:
     assert values_of(reader, "a", "b", "c") == [1, 2, -1]
     writer.delete(["a"])
     assert values_of(reader, "a", "b", "c") == [-1, 2, -1]
+
+
+def test_a_snapshot_is_of_one_moment(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is deleted between its statements is there in all of it, with the erasures of before."""
+    store, other = UserStore(place, "h"), UserStore(place)
+    store.add(["anna"], state(1), pairs={"anna": [{"prompt": "tea?"}]})
+    read = plm.users.store.pairs_of
+
+    def deleted_first(connection: sa.Connection, user_ids: list[str]) -> Any:
+        monkeypatch.setattr("plm.users.store.pairs_of", read)
+        other.delete(["anna"])
+        return read(connection, user_ids)
+
+    monkeypatch.setattr("plm.users.store.pairs_of", deleted_first)
+    monkeypatch.setattr("plm.users.database.PATIENCE", 0.05)
+    found = store.snapshot("anna")
+    assert found.user is not None and found.pairs == [{"prompt": "tea?"}] and found.num_erasures == 0
+    assert store.snapshot("anna") == (None, [], 1)
 
 
 def test_a_user_who_is_deleted_while_being_learned_stays_deleted(place: str) -> None:
