@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,20 +62,29 @@ def offline_options() -> dict[str, Any]:
     return {}
 
 
-def check_login(repository: str) -> None:
-    """Refuse what could not be uploaded, before anything is computed.
+def check_upload(repository: str) -> None:
+    """Refuse what could not be uploaded, or would be for everybody to see, before anything is computed.
 
     Raises:
-        ValueError: If it is no name of a repository, the hub cannot be reached or nobody is logged in.
+        ValueError: If it is no name of a repository, or of a public one; if the hub cannot be reached, or nobody is
+            logged in.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
+    what = f"--push_to_hub {repository}: expected"
+    if not re.fullmatch("[^/]+/[^/]+", repository):
+        raise ValueError(f"{what} the name of its owner, a slash and the name of the repository")
     try:
-        HfApi().repo_exists(repository)
         HfApi().whoami()
+        is_private = HfApi().repo_info(repository).private
+    except RepositoryNotFoundError:
+        return
     except Exception as error:  # of the client's versions each has errors of its own
         advice = "log in by hf auth login, or set HF_TOKEN"
-        raise ValueError(f"--push_to_hub {repository}: expected a hub that knows you; {advice}: {error}") from error
+        raise ValueError(f"{what} a hub that knows you; {advice}: {error}") from error
+    if not is_private:
+        raise ValueError(f"{what} a private repository, everybody can read this one; a model of a person tells of them")
 
 
 def upload(folder: Path, repository: str) -> str:
@@ -93,6 +103,6 @@ def upload(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="plm export")
     except Exception as error:
-        advice = f"try hf upload {repository} {folder}"
+        advice = f"try hf upload --private {repository} {folder}"
         raise ValueError(f"{str(folder)!r} is written, but {repository} did not take it; {advice}: {error}") from error
     return str(address)

@@ -151,7 +151,10 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2" and self.headers["authorization"] == "Bearer key":
             self.answer(200, {"name": "anna", "type": "user"})
         else:
-            self.answer(404 if self.path.startswith("/api/models/") else 401, {"error": "not found"})
+            is_there = self.path == "/api/models/anna/public"
+            found = {"id": "anna/public", "private": False, "siblings": []}
+            status = 200 if is_there else 404 if self.path.startswith("/api/models/") else 401
+            self.answer(status, found if is_there else {"error": "not found"})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))

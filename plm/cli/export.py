@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from plm.cli.options import SHARED, OptionParser
+from plm.hub import check_upload, upload
 
 _SCORES = "score with plm score, or plm generate --policy MODEL --best_of N"
 
@@ -49,13 +50,9 @@ def run(args: list[str]) -> None:
         raise ValueError(f"--output: expected a new or an empty folder, got {str(folder)!r}; choose another name")
 
     if options.push_to_hub is not None:
-        from plm.hub import check_login
-
-        check_login(options.push_to_hub)
+        check_upload(options.push_to_hub)
     _write(options, folder)
     if options.push_to_hub is not None:
-        from plm.hub import upload
-
         print(f"uploaded to {upload(folder, options.push_to_hub)}")
 
 

@@ -271,7 +271,10 @@ def test_an_export_is_uploaded_to_a_repository_of_its_own(
         assert main([*export, "anna/taste"]) == 1 and not folder.exists() and not hub.made
         assert "log in by hf auth login, or set HF_TOKEN" in capsys.readouterr().err
         monkeypatch.setenv("HF_TOKEN", "key")
-        assert main([*export, "anna/taste/x"]) == 1 and not folder.exists()
+        for name in ("anna/taste/x", "taste", "anna/public"):
+            assert main([*export, name]) == 1 and not folder.exists() and not hub.made
+        refusals = capsys.readouterr().err
+        assert refusals.count("the name of its owner, a slash and") == 2 and "everybody can read this" in refusals
         assert main([*export, "anna/taste"]) == 0
         assert "uploaded to http://127.0.0.1:" in capsys.readouterr().out
         (made,) = hub.made
@@ -281,5 +284,5 @@ def test_an_export_is_uploaded_to_a_repository_of_its_own(
         export[export.index(str(folder))] = str(tmp_path / "again")
         assert main([*export, "anna/taste"]) == 1
         shown = capsys.readouterr().err
-        assert "is written, but anna/taste did not take it; try hf upload anna/taste" in shown
+        assert "is written, but anna/taste did not take it; try hf upload --private anna/taste" in shown
         assert (tmp_path / "again" / "README.md").read_text() == "a card"
