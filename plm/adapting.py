@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def learn_users(
         method: A method that was loaded by `plm.load_method`.
         table: Pairs.
         keep_pairs: Whether to keep the pairs of users of whom none are kept yet, so that later pairs can be added.
-        on_encoded: Is given all pairs that are learned, once, with what the method reads.
+        on_encoded: Is given the pairs of users of whom none were kept, once, with what the method reads.
     """
     store, users = method.users, np.unique(table.user)
     since = store.num_erasures  # of the first round: what came before an erasure is not stored after it
@@ -87,7 +88,8 @@ def learn_users(
         kept_names = [name for name, kept in zip(names, keeps.tolist(), strict=True) if kept]
         data = _encoded(method, _with_kept(store, part, kept_names))
         if on_encoded is not None:
-            on_encoded(data)
+            is_kept = np.isin(data.table.user_ids, kept_names)
+            on_encoded(replace(data, table=data.table.take(~is_kept[data.table.user])))
             on_encoded = None
         new_rows = _rows_by_user(part)
         for user_ids, states in _batched(method, data):
@@ -138,7 +140,7 @@ def _with_kept(store: UserStore, table: PairTable, user_ids: Sequence[str]) -> P
 
 
 def _joined(tables: Sequence[PairTable]) -> PairTable:
-    """The pairs of tables, each once, as it stands in the first that holds it; what splits say is forgotten."""
+    """The pairs of tables, each once, as it stands in the first that holds it, as far as learning and errors ask."""
 
     def numbered(name: str) -> tuple[list[str], list[IntArray]]:
         """All distinct texts of a field, and for each table the numbers of its own."""
@@ -162,12 +164,11 @@ def _joined(tables: Sequence[PairTable]) -> PairTable:
         "tie": together(lambda _, table: table.tie),
     }
     first = np.sort(np.unique(joined([column.astype(np.int64) for column in columns.values()]), return_index=True)[1])
+    columns["weight"] = together(lambda _, table: table.weight)
     columns["dialogue"] = together(lambda number, table: np.append(dialogue_rows[number], -1)[table.dialogue])
     if all(table.files for table in tables):
         files_of = together(lambda number, table: file_rows[number][table.where[:, 0]])
         columns["where"] = np.stack([files_of, together(lambda _, table: table.where[:, 1])], axis=1)
-    for name in ("weight", "chosen_score", "rejected_score", "turn", "timestamp"):
-        columns[name] = together(lambda _, table, name=name: getattr(table, name))  # type: ignore[misc]
     kept: dict[str, Any] = {name: column[first] for name, column in columns.items()}
     files = files if "where" in kept else []
     return pair_table(user_ids, prompts, responses, dialogues=dialogues, files=files, **kept)
@@ -373,10 +374,15 @@ def predicted_new_users(
         group_by: What a group is; see `split_pairs`.
 
     Returns:
-        No pairs and the chosen number of pairs, for at most `PREDICTED_USERS`; None if there are no such users.
+        No pairs and the chosen number of pairs, for at most `PREDICTED_USERS`; None if there are no such users, or,
+        with a warning, if their pairs cannot be divided so.
     """
     table = _new_users(data.table, set(method.user_ids))
-    stage, keys = split_pairs(table, group_by=group_by, test_rows=0.5).stage, content_keys(table).pair
+    try:
+        stage, keys = split_pairs(table, group_by=group_by, test_rows=0.5).stage, content_keys(table).pair
+    except ValueError as error:  # the users are learned all the same
+        warnings.warn(f"new users are not predicted before they are learned: {error}", stacklevel=2)
+        return None
     pool, query = np.flatnonzero(stage == TRAIN), np.flatnonzero(stage == TEST)
     num_pool, num_query = (np.bincount(table.user[side], minlength=table.num_users) for side in (pool, query))
     possible = [count for count in shots if 0 < count <= np.median(num_pool[num_query > 0])] if len(query) else []

@@ -78,23 +78,21 @@ def state(method: PersonalizationMethod, user_id: str) -> UserState:
     return method.users.get([user_id])[0]
 
 
-def test_pairs_beside_kept_ones_keep_their_dialogues_and_lines(path: Path) -> None:
+def test_new_users_are_those_without_kept_pairs(path: Path) -> None:
+    """What is predicted before it is learned are their pairs alone, with the dialogues and lines of the file."""
     method, seen = load_method(path), []
     learn(method, pairs_of("anna", 3, 1), keep_pairs=True)
     rows = [
-        {**row, "dialogue_id": f"talk {number // 2}", "turn": number % 2}
+        {**row, "dialogue_id": f"talk {number // 2}"}
         for number, row in enumerate([*pairs_of("anna", 2, 2), *pairs_of("dora", 3, 1)])
     ]
     list(learn_users(method, make_pairs(rows, "new"), on_encoded=lambda data: seen.append(data.table)))
     (table,) = seen
     found = {
-        table.position(row): (table.dialogues[table.dialogue[row]], int(table.turn[row]))
-        if table.dialogue[row] >= 0
-        else None
+        table.position(row): (table.user_ids[table.user[row]], table.dialogues[table.dialogue[row]])
         for row in range(table.num_pairs)
     }
-    given = {f"new:{number}": (row["dialogue_id"], row["turn"]) for number, row in enumerate(rows)}
-    assert found == {**given, **{f"kept pair:{number}": None for number in range(3)}}
+    assert found == {f"new:{number}": ("dora", f"talk {number // 2}") for number in (2, 3, 4)}
 
 
 def test_new_pairs_of_known_users_touch_their_rows_alone(path: Path, tmp_path: Path) -> None:

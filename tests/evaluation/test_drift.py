@@ -110,6 +110,20 @@ def test_pairs_of_new_users_are_divided_as_those_of_the_fit() -> None:
     assert predicted_new_users(truth(0), data, SHOTS, "pair") is not None
 
 
+def test_pairs_that_cannot_be_divided_are_learned_without_a_report() -> None:
+    """The same two answers in several dialogues, now the one liked and now the other."""
+    data = people(torch.zeros(20, DIM), seed=0)
+    table = data.table
+    first = np.arange(table.num_pairs) // PAIRS * PAIRS
+    even = np.arange(table.num_pairs) % 2 == 0
+    chosen, rejected = table.chosen[first], table.rejected[first]
+    sides = {"chosen": np.where(even, chosen, rejected), "rejected": np.where(even, rejected, chosen)}
+    dialogues = {"dialogues": [str(row) for row in range(table.num_pairs)], "dialogue": np.arange(table.num_pairs)}
+    data = replace(data, table=replace(table, prompt=table.prompt[first], **sides, **dialogues))
+    with pytest.warns(UserWarning, match="not predicted before they are learned: expected every pair of a user on one"):
+        assert predicted_new_users(truth(0), data, SHOTS, "dialogue") is None
+
+
 def test_new_users_are_those_whom_nobody_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     method = truth(0)
     data = people(directions(method, 12, 0), seed=0)
