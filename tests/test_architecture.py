@@ -93,7 +93,9 @@ ARROWS: dict[str, set[str]] = {
     "plm.data.datamodule": of_plm("backbones", "data"),
     "plm.adapting": of_plm("data", "functional", "method", "metrics"),
     "plm.scoring": of_plm("backbones", "data.files", "data.values", "functional", "method"),
-    "plm.explaining": of_plm("data.keys", "data.schema", "data.values", "evaluation", "method", "scoring"),
+    "plm.explaining": of_plm(
+        "data.keys", "data.schema", "data.splits", "data.values", "evaluation", "method", "scoring"
+    ),
     "plm.exporting": of_plm("backbones", "method"),
     "plm.querying": of_plm("data.encoding", "data.files", "data.values", "method"),
     "plm.sampling": of_plm("backbones", "generation", "recipe"),

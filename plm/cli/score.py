@@ -148,7 +148,10 @@ def explain(args: list[str]) -> None:
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--users")
-    parser.add_shared("--config", help="recipe whose pairs are shown; those of its test tell whether users differ")
+    parser.add_shared(
+        "--config",
+        help="recipe whose pairs are shown; if it is that of the fit, those of the test tell whether users differ",
+    )
     parser.add_shared("--pairs", help=f"instead of a recipe: files of preference pairs, {ROWS}")
     add_reading(parser)
     parser.add_shared(
@@ -162,20 +165,20 @@ def explain(args: list[str]) -> None:
 
     from plm.backbones import device
     from plm.checkpoint import load_method
-    from plm.data.splits import TEST, split_pairs
+    from plm.data.splits import split_pairs
     from plm.evaluation import print_parts, section_table
-    from plm.explaining import explain
+    from plm.explaining import explain, pairs_nobody_learned
     from plm.explaining.report import lines, tables, write
     from plm.recipe.read import build_source, merged_recipe, split_options
 
     method = load_method(options.ckpt_path, device(), options.users)
     if options.pairs:
-        table = read_as_trained(options)
-        held_out = table.row_split == TEST if (table.row_split >= 0).any() else None
+        table, held_out = read_as_trained(options), None
     else:
         recipe = merged_recipe(options.config, overrides)
         table = build_source(recipe).load()
-        held_out = split_pairs(table, **split_options(recipe)).stage == TEST
+        splits = split_pairs(table, **split_options(recipe))
+        held_out = pairs_nobody_learned(options.ckpt_path, method, table, splits)
     explanation = explain(method, table, held_out)
     print_parts(*lines(explanation), *map(section_table, tables(explanation)))
     for path in write(explanation, Path(options.output or Path(options.ckpt_path).with_suffix(".explain"))):

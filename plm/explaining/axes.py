@@ -66,7 +66,8 @@ def principal_axes(margins: Float64Array, moved: Float64Array) -> PrincipalAxes:
 
     With margins F of the comparisons along the shared rewards and deviations W of weights, the margins by which users
     deviate are ``F W'``. Its singular vectors are the axes; they follow from K by K matrices. They stay the same when
-    bases are turned, stretched or flipped, with weights that make up for it. An axis points to where more users are.
+    bases are turned, stretched or flipped, with weights that make up for it. An axis points to where more users are,
+    and with as many on both sides to where they are farther out.
 
     Args:
         margins: ``(N, K)`` F.
@@ -83,7 +84,8 @@ def principal_axes(margins: Float64Array, moved: Float64Array) -> PrincipalAxes:
     users, spread, turned = np.linalg.svd((moved @ vectors) * root, full_matrices=False)
     wide = spread > _ROUNDING * max(spread.max(), np.finfo(float).tiny) if len(spread) else spread > 0
     coordinates, turned = (users * spread)[:, wide], turned[wide]
-    sign = np.where((coordinates > 0).sum(0) < (coordinates < 0).sum(0), -1.0, 1.0)
+    more = (coordinates > 0).sum(0) - (coordinates < 0).sum(0)
+    sign = np.where(np.where(more == 0, np.power(coordinates, 3).sum(0), more) < 0, -1.0, 1.0)
     return PrincipalAxes((vectors / root) @ turned.T * sign, coordinates * sign)
 
 

@@ -274,7 +274,7 @@ def _clusters(users: Users, found: SharedRewards, evidence: Evidence) -> tuple[C
     if not found.users_differ:
         return None, "users do not differ: each has the population's reward"
     if not evidence.num_pairs:
-        return None, "the data hold no pairs of known users, so that nothing shows whether their weights mean anything"
+        return None, "there are no pairs of known users to tell by, so that nothing shows whether weights mean anything"
     if evidence.num_users < MIN_USERS:
         return None, f"pairs of {MIN_USERS} known users are needed to tell, the data hold those of {evidence.num_users}"
     if not evidence.difference_low > 0:
@@ -299,7 +299,9 @@ class _Reader(NamedTuple):
 
     def bases(self, word: str, weights: Float64Array, moved: Float64Array) -> list[Direction]:
         """Every basis or prototype, from weights ``(U, K)`` of users and what they are beyond the population's."""
-        largest, leaning = (np.bincount(values.argmax(1), minlength=weights.shape[1]) for values in (weights, moved))
+        is_away = np.abs(moved).max(1, initial=0.0) > 0  # who is served the population leans nowhere
+        largest = np.bincount(weights.argmax(1), minlength=weights.shape[1])
+        leaning = np.bincount(moved[is_away].argmax(1), minlength=weights.shape[1])
         directions = []
         for number, mean in enumerate(weights.mean(0)):
             beyond = self.found.margins[:, number]
@@ -324,7 +326,8 @@ class _Reader(NamedTuple):
         """The principal axes that are worth a look."""
         axes = self.found.axes
         close = not_told_apart(axes)
-        largest = np.bincount(np.abs(axes.coordinates).argmax(1), minlength=len(axes.shares))
+        is_away = np.abs(axes.coordinates).max(1, initial=0.0) > 0
+        largest = np.bincount(np.abs(axes.coordinates[is_away]).argmax(1), minlength=len(axes.shares))
         directions = []
         for number in range(axes.num_shown):
             place = axes.coordinates[:, number]

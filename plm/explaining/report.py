@@ -61,7 +61,8 @@ def lines(explanation: Explanation) -> list[str]:
 def _evidence_line(evidence: Evidence) -> str:
     """Whether weights say something about their users."""
     if not evidence.num_pairs:
-        return "no pair of the data is a known user's: whether weights say something about users is not shown"
+        which = "of a known user is in the test of the fit" if evidence.held_out else "of the data is a known user's"
+        return f"no pair {which}: whether weights say something about users is not shown"
     what = f"{counted(evidence.num_pairs, 'pair')} of {counted(evidence.num_users, 'known user')}"
     gain = difference(evidence._asdict(), "difference", " points")
     found = (

@@ -5,13 +5,17 @@ Axes: I texts, N comparisons, C cells (a text scored for a state), U users, K sh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from plm.arrays import Float64Array, IntArray
+from plm.arrays import BoolArray, Float64Array, IntArray
+from plm.data.schema import PairTable
+from plm.data.splits import TEST, Splits
 from plm.explaining.axes import PrincipalAxes, principal_axes
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Explainable
@@ -33,6 +37,33 @@ class Users(NamedTuple):
     """``(U, K)`` weights less those of the population."""
     num_without: int
     """Others, of whom there are none, and who have the population's state."""
+
+
+def pairs_nobody_learned(
+    ckpt_path: str | Path, method: PersonalizationMethod, table: PairTable, splits: Splits
+) -> BoolArray | None:
+    """``(pairs,)`` those of the test of a checkpoint's fit, of users who are as the fit has left them.
+
+    Args:
+        ckpt_path: The checkpoint.
+        method: The loaded method.
+        table: The pairs.
+        splits: How they are split now.
+
+    Returns:
+        None where it is not known: without ``splits.json`` of the run beside it, or if that is of another split.
+    """
+    folder = Path(ckpt_path).parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    try:
+        if json.loads((run / "splits.json").read_text(encoding="utf-8")).get("split_hash") != splits.hash:
+            return None
+    except (OSError, ValueError, AttributeError):
+        return None
+    trained, stored = set(method.user_ids), method.users.found(table.user_ids)
+    as_fitted = [name in trained and name in stored and stored[name].version == 1 for name in table.user_ids]
+    held_out: BoolArray = np.array(as_fitted, dtype=np.bool_)[table.user] & (splits.stage == TEST)
+    return held_out
 
 
 class SharedRewards(NamedTuple):

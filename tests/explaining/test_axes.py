@@ -22,6 +22,13 @@ def test_axes_are_the_singular_vectors_of_what_users_deviate_by() -> None:
     assert axes.shares.sum() == pytest.approx(1.0) and axes.num_shown == (axes.shares >= 0.05).sum()
 
 
+def test_an_axis_with_as_many_on_both_sides_points_to_those_farther_out() -> None:
+    places = np.array([[3.0], [1.0], [-2.0], [-2.0]])
+    for turn in (1.0, -1.0, 0.3, -4.0):
+        axes = principal_axes(np.array([[1.0], [2.0]]) * turn, places / turn)
+        assert np.sign(axes.coordinates[:, 0]).tolist() == [1, 1, -1, -1]
+
+
 def test_axes_do_not_depend_on_the_coordinates_of_a_fit() -> None:
     """Bases turned, stretched and flipped, and a basis twice: users are where they were."""
     draw = np.random.default_rng(1)

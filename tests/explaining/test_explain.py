@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from plm.backbones import HashingBackbone
 from plm.checkpoint import load_method
 from plm.cli import main
 from plm.data.schema import PairTable, make_pairs
-from plm.explaining import explain, scorers
+from plm.explaining import explain, explanation, scorers
+from plm.explaining.axes import principal_axes
 from plm.explaining.explanation import Explanation
 from plm.explaining.report import lines, page
+from plm.explaining.rewards import SharedRewards, explainable
 from plm.method import PersonalizationMethod
 from plm.methods.bradley_terry import BradleyTerry
 from plm.methods.lora_dpo import LoRADPO
 from plm.methods.lore import LoRe, PublishedLoRe
+from plm.methods.pal import PAL
 from plm.testing import saved
 
 WORDS = [f"word{number}" for number in range(30)]
@@ -294,6 +298,28 @@ def test_axes_as_scorers(lore: plm.Run) -> None:
     assert plus[0] > plus[1] and minus[0] < minus[1]
 
 
+@pytest.mark.parametrize("head", ["dot", "dist_squared", "dist", "angle"])
+def test_prototypes_are_shown_where_margins_are_linear_in_their_weights(head: Any) -> None:
+    """Else a user's margins are not the weights' mean of those of the prototypes."""
+    linear = head in ("dot", "dist_squared")
+    method = PAL(2, 8, num_prototypes=3, head=head)
+    assert method.has_weights == linear and PAL(2, 8, num_prototypes=3, head=head, partition=True).has_weights
+    if not linear:
+        with pytest.raises(ValueError, match="users of PAL as it is set are no weights of a few rewards"):
+            explainable(method)
+
+
+def test_who_is_the_population_leans_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five users at the population and three who have more of the second prototype."""
+    moved = np.zeros((8, 2))
+    moved[:3] = [-0.3, 0.3]
+    found = SharedRewards(np.zeros(2), np.eye(2), np.eye(2), principal_axes(np.eye(2), moved), 1.0, 1.0)
+    reader = explanation._Reader(None, None, found, np.ones(2))  # type: ignore[arg-type]
+    monkeypatch.setattr(explanation._Reader, "_contrasts", lambda *_, **__: [])
+    bases, axes = reader.bases("prototype", moved + 0.5, moved), reader.axes()
+    assert [one.leaning for one in bases] == [0, 3] and [one.largest for one in axes] == [3]
+
+
 # ---------------------------------------------------------------------- the command
 def test_the_command_writes_a_page_and_the_same_again(
     lore: plm.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -330,6 +356,17 @@ def test_a_recipe_tells_which_pairs_are_held_out(
     assert main(["explain", "--ckpt_path", str(lore.checkpoint), "--config", "recipe.yaml", "--output", "out"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"right on \S+ % of 160 pairs of 40 known users", shown) and "no user was learned" in shown
+    run = shutil.copytree(lore.checkpoint.parent.parent, tmp_path / "run")  # others read the run, too
+    checkpoint = run / lore.checkpoint.relative_to(lore.checkpoint.parent.parent)
+    for other in (["--data.split_seed", "7"], []):  # another split than the fit's; then a user who was learned anew
+        if not other:
+            write_rows(tmp_path / "new.jsonl", [row for row in pairs() if row["user_id"] == "reader-00"])
+            assert main(["adapt", "--ckpt_path", str(checkpoint), "--pairs", "new.jsonl"]) == 0
+        command = ["explain", "--ckpt_path", str(checkpoint), "--config", "recipe.yaml", "--output", "out"]
+        assert main([*command, *other]) == 0
+        shown = capsys.readouterr().out
+        assert ("no user was learned" in shown) == (not other) and ("too good, if users were" in shown) == bool(other)
+    assert "of 39 known users" in shown
     command = ["explain", "--ckpt_path", str(lore.checkpoint)]
     assert main(command) == 2 and "give either --config or --pairs" in capsys.readouterr().err
     assert main([*command, "--config", "recipe.yaml", "--layout", "pairs"]) == 2
