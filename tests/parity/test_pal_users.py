@@ -20,6 +20,7 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.functional import PairList, expected_losses, fit_gaussian, fit_simplex
 from plm.methods.pal import PAL
+from plm.methods.pal.geometry import as_double, cache_of
 from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.solver import fit_deviations, linearised
 from plm.methods.pal.users import centre_step
@@ -425,6 +426,43 @@ def test_small_worlds(mode: str, tmp_path: Path) -> None:
         assert np.isfinite(list(method.report().values())).all()
         if num_prototypes == 1:
             assert torch.equal(facts[1]["margin"], facts[1]["population_margin"])
+
+
+def test_new_users_are_as_far_from_the_population_as_their_pairs_show() -> None:
+    """The mode is SciPy's, weights of pairs are scaled to mean one, and the evidence is Laplace's with the curvature
+    of the tangent; ``users: table`` is served the mode, as published."""
+    torch.manual_seed(0)
+    data = PlantedData(num_users=4, num_unseen=3, num_shots=6, spread=2.0)
+    context = data.context._replace(weight=torch.rand(3, 6) + 0.2)
+    centre = torch.tensor([0.3, -0.2, 0.1]).double()
+    for users in ("posterior", "table"):
+        method = PAL(4, 8, num_prototypes=K, users=users, temperature=1.0).double()  # type: ignore[arg-type]
+        method.prior_centre.copy_(centre)
+        method.prior_scale.fill_(0.7)
+        state = method.adapt(context)
+        pairs = method._solvable(context.pairs)
+        for user in range(3):
+            rows = pairs.row == user
+            weight = (pairs.weight[rows] / pairs.weight[rows].mean()).double().numpy()
+            cache = cache_of(as_double(pairs.cache), rows.nonzero()[:, 0])
+
+            def margins(logits: Tensor, method: Any = method, cache: Any = cache, count: int = len(weight)) -> Tensor:
+                return method._logit_margins(cache, logits.expand(count, -1))
+
+            def objective(v: np.ndarray, margins: Any = margins, weight: np.ndarray = weight) -> float:
+                logits = centre + 0.7 * torch.from_numpy(v)
+                return float(weight @ np.logaddexp(0, -margins(logits).detach().numpy()) + 0.5 * v @ v)
+
+            best = minimize(objective, np.zeros(K), method="BFGS", options={"gtol": 1e-9}).x
+            logits = centre + 0.7 * torch.from_numpy(best)
+            slopes = torch.autograd.functional.jacobian(margins, logits).numpy() * 0.7
+            chance = expit(margins(logits).detach().numpy())
+            hessian = slopes.T @ (slopes * (weight * chance * (1 - chance))[:, None]) + np.eye(K)
+            differs = expit(objective(np.zeros(K)) - objective(best) - np.linalg.slogdet(hessian)[1] / 2)
+            share = differs if users == "posterior" else 1.0
+            expected = softmax(centre.numpy() + share * 0.7 * best)
+            np.testing.assert_allclose(state.tensors["weights"][user].numpy(), expected, atol=2e-4)
+            assert 0.05 < differs < 0.95
 
 
 def test_a_user_the_checkpoint_does_not_know_starts_at_its_prior(tmp_path: Path) -> None:

@@ -292,6 +292,11 @@ class PAL(SolvedUsers, Exporter, Explainable):
 
     # ------------------------------------------------------------------ use
     @property
+    def has_weights(self) -> bool:
+        """Whether margins are linear in the weights: of a mixture, by its scalar product or squared distance."""
+        return self.partition or (self.geometry.is_mixture and self.geometry.head in ("dot", "dist_squared"))
+
+    @property
     def mixes(self) -> bool:
         """Yes: weights are a point of the simplex."""
         return True
@@ -360,7 +365,7 @@ class PAL(SolvedUsers, Exporter, Explainable):
             start, pairs = self.prior_centre.expand(context.num_users, -1), self._solvable(context.pairs)
             logits, precision = solve_logits(self._logit_margins, pairs, self._prior, start)
             if self.kept_as == "posterior":
-                logits = doubted_logits(self._logit_margins, pairs, self._prior, logits, precision)
+                logits = doubted_logits(self._logit_margins, pairs, self._prior, logits, precision, self.partition)
             return self._state(logits, precision, context.mask.sum(-1))
 
     # ------------------------------------------------------------------ export

@@ -135,7 +135,7 @@ class SolvedUsers(PersonalizationMethod):
         """Cross-fit the spread that unseen users are adapted with; then start from the Bradley-Terry model of all."""
         if self.kept_as == "posterior":
             meet_strangers(self, self.prior_scale, PRIOR_SCALES, self._place_centre)
-            if self.base.requires_grad:
+            if self.base.requires_grad and not self.base.any():  # else an earlier fit goes on
                 with torch.no_grad():
                     self.base.copy_(self.bradley_terry * self.feature_scale)
 

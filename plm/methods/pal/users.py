@@ -120,7 +120,9 @@ def solve_logits(
     return logits.to(start), (posterior.precision / prior.scale**2).to(start)
 
 
-def doubted_logits(margins: LogitMargins, pairs: Solvable, prior: Prior, logits: Tensor, precision: Tensor) -> Tensor:
+def doubted_logits(
+    margins: LogitMargins, pairs: Solvable, prior: Prior, logits: Tensor, precision: Tensor, partition: bool
+) -> Tensor:
     """Logits ``(U, K)`` that are nearer to the prior's centre the less the pairs say that the user is not there.
 
     Args:
@@ -129,11 +131,13 @@ def doubted_logits(margins: LogitMargins, pairs: Solvable, prior: Prior, logits:
         prior: The prior.
         logits: ``(U, K)`` the posterior mode, see `solve_logits`.
         precision: ``(U, K, K)`` of the posterior.
+        partition: Users are at the one or at the other: a prototype between the two may be neither's.
     """
     posterior = Posterior((logits - prior.centre) / prior.scale, precision * prior.scale**2)
     own, population = (margins(pairs.cache, value[pairs.row]) for value in (logits, prior.centre.expand_as(logits)))
     weight = unit_mean_per_user(pairs.weight, pairs.row, len(logits))
     chance = chance_of_difference(posterior, own, population, pairs.target, weight, pairs.row)
+    chance = (chance > 0.5).to(chance) if partition else chance
     return torch.lerp(prior.centre.expand_as(logits), logits, chance[:, None])
 
 
