@@ -92,16 +92,26 @@ def test_the_ridge_of_a_run_is_tuned_before_its_first_validation(every: int, tmp
     ],
 )
 def test_a_fit_starts_from_it(method: PersonalizationMethod, tmp_path: Path) -> None:
-    """With a step of nearly nothing the part of the reward that is linear and everybody's is its direction."""
+    """With a step of nearly nothing the part of the reward that is linear and everybody's is its direction; a fit of
+    what was fitted before goes on from there."""
     data = PlantedData(12, feature_dim=DIM)
-    quiet_trainer(tmp_path, max_epochs=1).fit(method, datamodule=data)
-    method.trainer = None
     if isinstance(method, LoRe):
-        found = method._bases()[:, 0]
+        part = method.bases[:, 0]
     elif isinstance(method, PAL):
-        found = method._base_direction()
+        part = method.base
     else:
         decoder: Any = method.decoder
-        found = getattr(decoder, "linear", decoder).population * DIM**0.5 / method.feature_scale
-    assert method.bradley_terry.norm() > 0.1
-    torch.testing.assert_close(found.detach(), method.bradley_terry, atol=1e-5, rtol=1e-5)
+        part = getattr(decoder, "linear", decoder).population
+    for former in (0.0, 3.0):
+        with torch.no_grad():
+            part.fill_(former)
+        quiet_trainer(tmp_path, max_epochs=1).fit(method, datamodule=data)
+        method.trainer = None
+        assert method.bradley_terry.norm() > 0.1
+        unit = method.feature_scale
+        if isinstance(method, LoRe) and method.temperature is not None:
+            unit = torch.tensor(method.temperature)
+        if isinstance(method, VPL):
+            unit = unit / DIM**0.5
+        expected = torch.full((DIM,), 3.0) if former else method.bradley_terry * unit
+        torch.testing.assert_close(part.detach(), expected, atol=1e-5, rtol=1e-5)

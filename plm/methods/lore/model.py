@@ -156,7 +156,8 @@ class LoRe(LinearMethod, Explainable):
             meet_strangers(self, self.prior_scale, PRIOR_SCALES)
             unit = self.feature_scale if self.temperature is None else self.temperature
             with torch.no_grad():
-                self.bases[:, 0] = self.bradley_terry * unit
+                if not self.bases[:, 0].any():  # else an earlier fit goes on
+                    self.bases[:, 0] = self.bradley_terry * unit
 
     def loss(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Return the evidence bound plus the priors of the bases; with one basis, its Bradley-Terry loss."""

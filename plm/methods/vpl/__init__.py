@@ -252,7 +252,7 @@ class VPL(PersonalizationMethod):
     def before_first_step(self) -> None:
         """Start from the Bradley-Terry model of all, where the decoder has a linear path."""
         linear = getattr(self.decoder, "linear", self.decoder)
-        if isinstance(linear, BilinearDecoder):
+        if isinstance(linear, BilinearDecoder) and not linear.population.any():  # else an earlier fit goes on
             with torch.no_grad():
                 linear.population.copy_(self.bradley_terry * self.feature_scale / self.feature_dim**0.5)
 
