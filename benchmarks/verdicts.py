@@ -134,7 +134,7 @@ def simulate(
     results = {(world, name): {group: [] for group in GROUPS} for world in worlds for name in methods}
     end = time.time() + 60 * minutes
     jobs = [Job(seed, world, methods, end) for seed, world in product(range(datasets), worlds)]
-    workers = min(os.cpu_count() or 1, len(jobs))
+    workers = max(1, min(os.cpu_count() or 1, len(jobs)))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool:
         for job, found in zip(jobs, pool.map(judge, jobs), strict=True):
             for name, groups in found.items():

@@ -60,7 +60,8 @@ def posterior_samples(users: UserState, num_samples: int, seed: int = 0) -> User
 
     Args:
         users: States with ``mean`` and ``log_var`` ``(U, Z)``, or with ``weights`` ``(U, K)`` and ``precision`` or
-            ``log_precision`` ``(U, K, K)``; the draws stand where the mean or the weights were.
+            ``log_precision`` ``(U, K, K)``; the draws stand where the mean or the weights were. That a user may also be
+            exactly as the population is, as LoRe and PAL hold of new users, is in the mean alone.
         num_samples: Number M of draws per user.
         seed: Seed; the same for every user, so that a draw does not depend on who else is asked.
 

@@ -61,7 +61,7 @@ def chance_of_difference(
 
     The spread that a population of seen users has need not be that of strangers: each has to show a difference. Of a
     stranger's deviation there are two models: it is zero, or it is standard normal, in units of the spread. With the
-    mode v of the second, its Hessian H there and ``gain``, the log-likelihood of the user's pairs at v less that at
+    mode v of the second, its precision H there and ``gain``, the log-likelihood of the user's pairs at v less that at
     zero, the second is by Laplace's approximation
 
         exp(gain - |v|^2 / 2 - log det(H) / 2)

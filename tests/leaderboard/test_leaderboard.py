@@ -40,6 +40,7 @@ from plm.methods.pal import PAL
 from plm.methods.palm import PALM
 from plm.methods.vpl import VPL
 from plm.recipe.defaults import shipped
+from tests.marks import slow_but
 
 
 class Headed(HashingBackbone):
@@ -254,16 +255,22 @@ def test_all_methods_are_ours_and_the_published_ones(place: Path) -> None:
         entries.of_methods(["lore_papr"], [])
 
 
-def test_on_several_splits_a_user_counts_once_by_the_mean_over_those_that_test_the_user(place: Path) -> None:
-    assert leaderboard(place, "--methods", "BradleyTerry", "--splits", "2", out="splits") == 0
-    found = json.loads((place / "splits" / "leaderboard.json").read_text())
+@pytest.mark.parametrize("method", slow_but(["BradleyTerry", "LoRe"], "BradleyTerry"))
+def test_on_several_splits_a_user_counts_once_by_the_mean_over_those_that_test_the_user(
+    place: Path, method: str
+) -> None:
+    out = f"splits_{method}"
+    assert leaderboard(place, "--methods", method, "--splits", "2", out=out) == 0
+    found = json.loads((place / out / "leaderboard.json").read_text())
     rows = {row["name"]: row for row in found["rows"]}
     assert {"length", "majority", "oracle", "per-user BradleyTerry"} <= set(rows)
+    assert ("LoRe (ours), shuffled users" in rows) == (method == "LoRe")
     assert not any(row["errors"] for row in rows.values())
-    for name, pattern in (("BradleyTerry", "BradleyTerry-seed*"), ("majority", "majority-*")):
+    row = ("LoRe (ours)", "LoRe__ours_-seed*") if method == "LoRe" else (method, f"{method}-seed*")
+    for name, pattern in (row, ("majority", "majority-*")):
         values: dict[str, list[float]] = {}
         tested, hashes = [], set()
-        for folder in (place / "splits" / "cells").glob(pattern):
+        for folder in (place / out / "cells").glob(pattern):
             hashes.add(json.loads((folder / "metrics.json").read_text())["split_hash"])
             with (folder / "per_user.csv").open() as file:
                 lines = [line for line in csv.DictReader(file) if line["split"] == "unseen"]
