@@ -30,7 +30,6 @@ class SolvedUsers(PersonalizationMethod):
     partition: bool
     num_prototypes: int
     geometry: Geometry
-    base: torch.nn.Parameter
     logits: Tensor
     precision: Tensor
     num_pairs: Tensor
@@ -132,12 +131,9 @@ class SolvedUsers(PersonalizationMethod):
         return losses
 
     def before_first_step(self) -> None:
-        """Cross-fit the spread that unseen users are adapted with; then start from the Bradley-Terry model of all."""
+        """Cross-fit the spread that unseen users are adapted with."""
         if self.kept_as == "posterior":
             meet_strangers(self, self.prior_scale, PRIOR_SCALES, self._place_centre)
-            if self.base.requires_grad and not self.base.any():  # else an earlier fit goes on
-                with torch.no_grad():
-                    self.base.copy_(self.bradley_terry * self.feature_scale)
 
     def _place_centre(self, batches: list[PreferenceBatch]) -> None:
         """Set the prior's centre to where the users of these pairs are at the spread that training learned."""
