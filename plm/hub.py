@@ -75,9 +75,10 @@ def check_upload(repository: str) -> None:
     what = f"--push_to_hub {repository}: expected"
     if not re.fullmatch("[^/]+/[^/]+", repository):
         raise ValueError(f"{what} the name of its owner, a slash and the name of the repository")
+    api = HfApi()
     try:
-        HfApi().whoami()
-        is_private = HfApi().repo_info(repository).private
+        api.whoami()
+        is_private = api.repo_info(repository).private
     except RepositoryNotFoundError:
         return
     except Exception as error:  # of the client's versions each has errors of its own

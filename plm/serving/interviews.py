@@ -83,7 +83,7 @@ class Interviews:
         pool = self._pool(request.pool)
         with store_errors():
             state, known = self.method.known_users.lookup([user_id])
-            kept = self._kept(user_id) if request.skip_answered else []
+            kept = self.method.users.snapshot(user_id).pairs if request.skip_answered else []
         try:
             answered = {_question(*_read(pair)) for pair in kept}
             with self.places.one(), self.method.one_thread():
@@ -145,10 +145,6 @@ class Interviews:
             message = "expected a pool of pairs: the server has none of its own (plm serve --pool FILE)"
             raise RequestError("BadRequestError", message, "body.pool")
         return self.pool
-
-    def _kept(self, user_id: str) -> list[dict[str, Any]]:
-        """The pairs that a user was learned from, the oldest first."""
-        return self.method.users.pairs([user_id]).get(user_id, [])
 
     def _chances(self, pool: Sequence[PoolPair], states: UserState) -> Tensor:
         """Probability that each of M states prefers the left of each pair: ``(M, N)``; by one thread at a time."""
