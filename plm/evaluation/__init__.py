@@ -1,7 +1,7 @@
 """Statistics over users: intervals, comparisons, verdicts, and the tables, files, pages and pictures that show them."""
 
 from plm.evaluation.comparison import compare, holm
-from plm.evaluation.drift import drift_report, drift_table, unseen_users_curve
+from plm.evaluation.drift import drift_report, drift_table, run_folder, unseen_users_curve
 from plm.evaluation.figures import calibration_figure, few_shot_figure, gain_figure
 from plm.evaluation.page import (
     Link,
@@ -66,6 +66,7 @@ __all__ = [
     "points",
     "print_parts",
     "read_user_rows",
+    "run_folder",
     "section_table",
     "shot_units",
     "summarize",

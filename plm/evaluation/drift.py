@@ -22,6 +22,12 @@ from plm.metrics import FewShotTable
 _NAMES = ("num_users", "accuracy", "accuracy_low", "accuracy_high", "log_loss", "gain", "gain_low", "gain_high")
 
 
+def run_folder(ckpt_path: str | Path) -> Path:
+    """The folder of the run that a checkpoint is of."""
+    folder = Path(ckpt_path).parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def unseen_users_curve(ckpt_path: str | Path) -> dict[str, Any] | None:
     """The few-shot curve that the test of a checkpoint's run has measured, up to as many pairs as its users had.
 
@@ -30,8 +36,7 @@ def unseen_users_curve(ckpt_path: str | Path) -> dict[str, Any] | None:
         ``group_by``, by what their pairs were divided; None where the run has no test or no unseen users, or counts
         dialogues.
     """
-    folder = Path(ckpt_path).parent
-    run = folder.parent if folder.name == "checkpoints" else folder
+    run = run_folder(ckpt_path)
     try:
         curve: dict[str, Any] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["few_shot"]
         splits = json.loads((run / "splits.json").read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import torch
 from plm.arrays import BoolArray, Float64Array, IntArray
 from plm.data.schema import PairTable
 from plm.data.splits import TEST, Splits
+from plm.evaluation import run_folder
 from plm.explaining.axes import PrincipalAxes, principal_axes
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Explainable
@@ -53,10 +54,9 @@ def pairs_nobody_learned(
     Returns:
         None where it is not known: without ``splits.json`` of the run beside it, or if that is of another split.
     """
-    folder = Path(ckpt_path).parent
-    run = folder.parent if folder.name == "checkpoints" else folder
     try:
-        if json.loads((run / "splits.json").read_text(encoding="utf-8")).get("split_hash") != splits.hash:
+        facts = json.loads((run_folder(ckpt_path) / "splits.json").read_text(encoding="utf-8"))
+        if facts.get("split_hash") != splits.hash:
             return None
     except (OSError, ValueError, AttributeError):
         return None
