@@ -20,10 +20,10 @@ from plm.data.datamodule import PreferenceDataModule
 from plm.data.sources.synthetic import SyntheticPairs
 from plm.functional import PairList, expected_losses, fit_gaussian, fit_simplex
 from plm.methods.pal import PAL
-from plm.methods.pal.geometry import as_double, cache_of
+from plm.methods.pal.geometry import Points, as_double, cache_of
 from plm.methods.pal.measures import mean_kl, prototype_usage
 from plm.methods.pal.solver import fit_deviations, linearised
-from plm.methods.pal.users import centre_step
+from plm.methods.pal.users import Prior, Solvable, centre_step, solve_around, solve_logits
 from plm.testing import PlantedData, quiet_trainer, saved
 from plm.types import Context, PreferenceBatch
 from tests.marks import slow_but
@@ -499,6 +499,69 @@ def test_one_step_finds_the_centre_of_normal_users() -> None:
         step = centre_step((mode - centre)[:, None], precision[:, None, None], scale)
         share = told / precision
         assert float(centre + step) == pytest.approx(float((share * mean).sum() / share.sum()), rel=1e-6)
+
+
+def bent(rounds: int, scale: float) -> tuple[float, list[float]]:
+    """Users of whom each prefers 11 of 20 pairs, whose margin is 6 tanh of a logit difference; the start is far out.
+
+    Returns:
+        Their common margin at the centre that is found, and the log-evidence after each round.
+    """
+    target, user = (torch.arange(400) % 20 < 11).double(), torch.arange(400) // 20
+    margin = torch.ones(400).double()
+
+    def margins(cache: Any, logits: Tensor) -> Tensor:
+        return 6 * cache.base * (torch.softmax(logits / 0.3, -1) @ torch.tensor([1.0, -1.0]).double())
+
+    pairs = Solvable(Points(margin[:, None], margin[:, None], margin), target, torch.ones(400).double(), user)
+
+    def evidence(prior: Prior, logits: Tensor, precision: Tensor) -> float:
+        losses = np.logaddexp(0, ((1 - 2 * target) * margins(pairs.cache, logits[user])).numpy()).sum()
+        deviation = ((logits - prior.centre) / prior.scale).square().sum()
+        return float(-losses - deviation / 2 - torch.logdet(precision * prior.scale**2).sum() / 2)
+
+    prior = Prior(torch.tensor([0.3, -0.3]).double(), torch.tensor(scale).double())
+    logits, found = prior.centre.expand(20, -1), []
+    for _ in range(rounds):
+        logits, precision, prior = solve_around(
+            lambda prior, start: solve_logits(margins, pairs, prior, start),
+            evidence,
+            prior,
+            logits,
+            user.bincount() > 0,
+        )
+        found.append(evidence(prior, logits, precision))
+    return float(margins(pairs.cache, prior.centre.expand(400, -1))[0]), found
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3])
+def test_the_centre_does_not_leap_to_where_no_pair_says_anything(scale: float) -> None:
+    """Far out on the tanh Newton's step leads to its other end; the evidence is highest where 11 of 20 are likely."""
+    margin, evidence = bent(8, scale)
+    assert evidence == sorted(evidence)
+    assert margin == pytest.approx(float(np.log(11 / 9)), abs=0.1)
+
+
+def test_the_evidence_of_all_pairs_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per user -loss - |v|^2 / 2 - log det(H) / 2 with deviation v and precision H in units of the spread; whoever has
+    no pairs adds nothing."""
+    data = PlantedData(6, feature_dim=8, pairs_per_user=5)
+    torch.manual_seed(0)
+    method = fit(PAL(7, 8, num_prototypes=K), data, tmp_path, epochs=2)
+    monkeypatch.setattr(method, "sum_over_processes", lambda values: values)
+    batch = next(iter(data.train_dataloader()))
+    batch = batch._replace(weight=1.0 + torch.arange(len(batch.weight)) % 3)
+    train, prior = [method._solvable(batch)], Prior(draw(K) / 5, torch.tensor(0.7).double())
+    with torch.no_grad():
+        logits, precision = method._solve(train, prior, prior.centre.expand(7, -1))
+        margins = method._logit_margins(as_double(train[0].cache), logits[batch.user_index]).numpy()
+        found = method._evidence(train, prior, logits, precision)
+    expected, user = 0.0, batch.user_index.numpy()
+    for row in range(6):
+        own = batch.weight.numpy()[user == row] / batch.weight.numpy()[user == row].mean()
+        v, h = ((logits[row] - prior.centre) / 0.7).numpy(), (precision[row] * 0.49).double().numpy()
+        expected -= own @ np.logaddexp(0, -margins[user == row]) + v @ v / 2 + np.linalg.slogdet(h)[1] / 2
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_population_is_where_seen_users_are(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plm.functional import bt_losses, per_user_sum, targets
+from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
 from plm.method import PersonalizationMethod
 from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, distinct_pairs
@@ -104,7 +104,7 @@ class SolvedUsers(PersonalizationMethod):
         logits, prior = torch.zeros_like(self.logits).double(), Prior(self.prior_centre.double(), self.prior_scale)
         for number in scales:
             prior = prior._replace(scale=logits.new_tensor(number))
-            logits, precision, prior = solve_around(partial(self._solve, train), prior, logits, self.num_pairs > 0)
+            logits, precision, prior = self._solve_around(train, prior, logits, self.num_pairs > 0)
             own = prior.centre.expand_as(logits) if number == NO_SPREAD else logits
             priors.append(prior)
             losses = self.sum_over_processes(self._val_losses(val, own))
@@ -140,8 +140,29 @@ class SolvedUsers(PersonalizationMethod):
         train = [self._solvable(batch) for batch in batches]
         has_pairs = self._count(train) > 0
         prior, start = Prior(self.prior_centre.double(), torch.ones_like(self.prior_scale)), self.logits.double()
-        prior = solve_around(partial(self._solve, train), prior, start, has_pairs)[2]
-        self.prior_centre.copy_(prior.centre)
+        self.prior_centre.copy_(self._solve_around(train, prior, start, has_pairs)[2].centre)
+
+    def _solve_around(
+        self, train: list[Solvable], prior: Prior, start: Tensor, has_pairs: Tensor
+    ) -> tuple[Tensor, Tensor, Prior]:
+        """`solve_around` of the pairs of all processes."""
+        evidence = partial(self._evidence, train)
+        return solve_around(partial(self._solve, train), evidence, prior, start, has_pairs)
+
+    def _evidence(self, train: list[Solvable], prior: Prior, logits: Tensor, precision: Tensor) -> float:
+        """Log-evidence of the pairs of all processes, by Laplace's approximation around logits ``(U, K)``.
+
+        That is ``-sum_n weight_n bt(z_n) - |v|^2 / 2 - log det(H) / 2`` of every user, with v and H the deviation from
+        the prior's centre and the precision in units of its spread: MacKay (2003), section 28.1.
+        """
+        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        for pairs in train:
+            weight = unit_mean_per_user(pairs.weight, pairs.row, self.num_users)
+            margins = self._logit_margins(as_double(pairs.cache), logits.double()[pairs.row])
+            losses += (weight * bt_losses(margins, pairs.target)).sum()
+        deviation, unit = (logits - prior.centre) / prior.scale, precision.double() * prior.scale.double() ** 2
+        penalty = deviation.double().square().sum() + torch.linalg.slogdet(unit)[1].sum()
+        return float(-self.sum_over_processes(losses) - penalty / 2)
 
     def _solve(
         self, train: list[Solvable], prior: Prior, start: Tensor, num_steps: int = MAX_STEPS

@@ -21,6 +21,8 @@ LogitMargins = Callable[[Cache, Tensor], Tensor]
 MAX_STEPS = 40
 CENTRE_STEPS = 2
 """Most steps of the prior's centre at one spread; the next spread starts where this one ended."""
+CENTRE_TRIES = 4
+"""Most lengths of one step, each a quarter of the one before."""
 CENTRE_TOLERANCE = 0.01
 """Smaller steps of the centre are not worth another solution: at temperature 5 they move weights by 2 in 1,000."""
 LEAST_SPREAD = 0.1
@@ -143,25 +145,39 @@ def doubted_logits(
 
 def solve_around(
     solve: Callable[[Prior, Tensor], tuple[Tensor, Tensor]],
+    evidence: Callable[[Prior, Tensor, Tensor], float],
     prior: Prior,
     start: Tensor,
     has_pairs: Tensor,
 ) -> tuple[Tensor, Tensor, Prior]:
     """Logits and precision of users under a prior whose centre is moved to the mean of their logits.
 
+    `centre_step` takes the margins to be linear in the logits. Where the softmax bends them its step can lead so far
+    out that no pair says anything any more, which is stationary, too: a step is shortened until the evidence rises.
+
     Args:
         solve: Prior and start ``(U, K)`` -> logits and precision.
+        evidence: Prior, logits and precision -> log-evidence of all pairs.
         prior: Its spread is kept.
         start: ``(U, K)``.
         has_pairs: ``(U,)`` bool; the others say nothing about the centre.
     """
     logits, precision = solve(prior, start)
+    now = evidence(prior, logits, precision)
     for _ in range(CENTRE_STEPS):
         step = centre_step(logits[has_pairs] - prior.centre, precision[has_pairs], prior.scale)
-        if step.abs().max() < CENTRE_TOLERANCE:
-            break
-        prior = prior._replace(centre=prior.centre + step)
-        logits, precision = solve(prior, logits + step)
+        for _ in range(CENTRE_TRIES):
+            if step.abs().max() < CENTRE_TOLERANCE:
+                return logits, precision, prior
+            moved = prior._replace(centre=prior.centre + step)
+            solved = solve(moved, logits + step)
+            found = evidence(moved, *solved)
+            if found > now:
+                break
+            step = step / 4
+        else:
+            return logits, precision, prior
+        (logits, precision), prior, now = solved, moved, found
     return logits, precision, prior
 
 
