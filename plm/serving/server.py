@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -125,7 +126,7 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, workers
         log.warning("whoever reaches %s may read, teach and delete users: set --api_keys", host)
     options: dict[str, Any] = {**_OPTIONS, "host": host, "port": port}
     if workers == 1:
-        uvicorn.run(settings.app(), **options)
+        uvicorn.run(_lasting(settings), **options)
         return
     os.environ[_SETTINGS] = json.dumps(settings._asdict())
     uvicorn.run(f"{__name__}:app_of_worker", factory=True, workers=workers, **options)
@@ -134,7 +135,14 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 8000, workers
 def app_of_worker() -> ASGIApp:
     """The application of one of several processes."""
     _start_logging()
-    return Settings(**json.loads(os.environ[_SETTINGS])).app()
+    return _lasting(Settings(**json.loads(os.environ[_SETTINGS])))
+
+
+def _lasting(settings: Settings) -> ASGIApp:
+    """The application of a process that only serves: no request waits for a collection that visits the model."""
+    app = settings.app()
+    gc.freeze()
+    return app
 
 
 @contextmanager
