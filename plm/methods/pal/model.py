@@ -200,6 +200,13 @@ class PAL(SolvedUsers, Exporter, Explainable):
                 rank_zero_warn("PAL-B without prompts has the same prototypes at all; set data.prompt_features: true")
         super().on_train_start()
 
+    def before_first_step(self) -> None:
+        """Cross-fit how strangers are served; then start from the Bradley-Terry model of all, where it is trained."""
+        super().before_first_step()
+        if self.base.requires_grad and not self.base.any():  # else an earlier fit goes on
+            with torch.no_grad():
+                self.base.copy_(self.bradley_terry * self.feature_scale)
+
     def _base_direction(self) -> Tensor:
         """``(D,)`` the reward that is the same for everybody."""
         if self.residual == "reference":
