@@ -309,6 +309,11 @@ def test_take_keeps_texts_and_users(tmp_path: Path) -> None:
     table = read(tmp_path, *ROWS)
     assert plain(table.take(np.array([2, 0]))) == [plain(table)[2], plain(table)[0]]
     assert table.take(table.user == 0).num_users == 2
+    assert table.take(table.user >= 0) is table  # no copy of millions of rows
+    every = np.arange(table.num_pairs)
+    assert plain(table.take(every)) == plain(table) and table.take(every[:0]).num_pairs == 0
+    with pytest.raises(IndexError, match="boolean"):
+        table.take(np.ones(table.num_pairs + 1, dtype=bool))
 
 
 # ---------------------------------------------------------------------- graded responses
