@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from plm.method import PersonalizationMethod
 from plm.method.population import RIDGES, tuned_population
 from plm.methods.lore import LoRe
+from plm.methods.pal import PAL
 from plm.methods.vpl import VPL
 from plm.testing import PlantedData, quiet_trainer
 from plm.types import PreferenceBatch
@@ -85,6 +86,7 @@ def test_the_ridge_of_a_run_is_tuned_before_its_first_validation(every: int, tmp
     [
         LoRe(12, DIM, num_bases=3, lr=1e-9),
         LoRe(12, DIM, num_bases=3, lr=1e-9, temperature=0.7),
+        PAL(12, DIM, num_prototypes=3, residual="bradley_terry", lr=1e-9),
         VPL(12, DIM, latent_dim=2, hidden_dim=4, decoder="bilinear", lr=1e-9),
         VPL(12, DIM, latent_dim=2, hidden_dim=4, lr=1e-9),
     ],
@@ -95,6 +97,8 @@ def test_a_fit_starts_from_it(method: PersonalizationMethod, tmp_path: Path) -> 
     data = PlantedData(12, feature_dim=DIM)
     if isinstance(method, LoRe):
         part = method.bases[:, 0]
+    elif isinstance(method, PAL):
+        part = method.base
     else:
         decoder: Any = method.decoder
         part = getattr(decoder, "linear", decoder).population
