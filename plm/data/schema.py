@@ -11,7 +11,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,14 +123,9 @@ class PairTable:
         return position(self.files[file], int(line)) if self.files else f"pair {row}"
 
     def take(self, index: npt.NDArray[Any]) -> PairTable:
-        """Keep the pairs at ``index`` (or under a bool mask), in that order; users and texts keep their rows.
-
-        Under a mask that leaves nothing out that is this table: a copy of ten million pairs takes most of a gigabyte.
-        """
-        if index.dtype == np.bool_ and len(index) == self.num_pairs and index.all():
-            return self
-        rows = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name in _ROW_FIELDS}
-        return replace(self, **rows)
+        """Keep the pairs at ``index`` (or under a bool mask), in that order; users and texts keep their rows."""
+        keeps_all = index.dtype == np.bool_ and len(index) == self.num_pairs and index.all()  # no copy of gigabytes
+        return self if keeps_all else replace(self, **{name: getattr(self, name)[index] for name in _ROW_FIELDS})
 
 
 _ROW_FIELDS = frozenset(

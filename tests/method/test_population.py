@@ -81,6 +81,12 @@ def test_the_ridge_of_a_run_is_tuned_before_its_first_validation(every: int, tmp
     torch.testing.assert_close(method.bradley_terry, fit.direction, atol=1e-3, rtol=0)
 
 
+def test_a_reward_that_nobody_asked_for_is_not_added(tmp_path: Path) -> None:
+    method = PAL(12, DIM, num_prototypes=3)
+    quiet_trainer(tmp_path, max_epochs=1).fit(method, datamodule=PlantedData(12, feature_dim=DIM))
+    assert method.bradley_terry.norm() > 0.1 and not method.base.any()
+
+
 @pytest.mark.parametrize(
     "method",
     [

@@ -70,8 +70,9 @@ class PAL(SolvedUsers, Exporter, Explainable):
         temperature: What logits are divided by before the softmax, at the start: low = users near one prototype, high =
             weights nearly linear in the logits; null = 5 with users posterior, 1 with table.
         learn_temperature: Train the temperature.
-        residual: Add a reward that is the same for everybody: bradley_terry = a linear one, trained along from the
-            ridge-tuned Bradley-Terry model; reference = the backbone's own reward head times a learned number.
+        residual: Add a reward that is the same for everybody: bradley_terry = a linear one, trained along, on cached
+            features from the ridge-tuned Bradley-Terry model on; reference = the backbone's own reward head times a
+            learned number.
         ridge: Precision of the normal prior on what everybody shares: Bradley-Terry direction and mean prototype.
         prototype_ridge: Precision of the normal prior on how prototypes differ (with users posterior).
         bound: Length of an ideal point beyond which it is penalised; null = no bound.

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plm.functional import bt_losses, per_user_sum, targets, unit_mean_per_user
+from plm.functional import MAX_CELLS, bt_losses, per_user_sum, targets, unit_mean_per_user
 from plm.method import PersonalizationMethod
 from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
-from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, distinct_pairs
+from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, cache_of, distinct_pairs
 from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_around, solve_table, table_prior
 from plm.types import PreferenceBatch, Tokens
 
@@ -153,16 +153,22 @@ class SolvedUsers(PersonalizationMethod):
         """Log-evidence of the pairs of all processes, by Laplace's approximation around logits ``(U, K)``.
 
         That is ``-sum_n weight_n bt(z_n) - |v|^2 / 2 - log det(H) / 2`` of every user, with v and H the deviation from
-        the prior's centre and the precision in units of its spread: MacKay (2003), section 28.1.
+        the prior's centre and the precision in units of its spread (MacKay 2003, section 28.1), and the logarithm of
+        the centre's own density N(0, 1), see `centre_step`, without its constant.
         """
-        losses = torch.zeros((), dtype=torch.float64, device=self.device)
+        found = torch.zeros((), dtype=torch.float64, device=self.device)
         for pairs in train:
             weight = unit_mean_per_user(pairs.weight, pairs.row, self.num_users)
-            margins = self._logit_margins(as_double(pairs.cache), logits.double()[pairs.row])
-            losses += (weight * bt_losses(margins, pairs.target)).sum()
-        deviation, unit = (logits - prior.centre) / prior.scale, precision.double() * prior.scale.double() ** 2
-        penalty = deviation.double().square().sum() + torch.linalg.slogdet(unit)[1].sum()
-        return float(-self.sum_over_processes(losses) - penalty / 2)
+            width = sum(value[:1].numel() for value in pairs.cache)
+            for rows in torch.split(torch.arange(len(weight), device=self.device), MAX_CELLS // width + 1):
+                cache = as_double(cache_of(pairs.cache, rows))
+                margins = self._logit_margins(cache, logits.double()[pairs.row[rows]])
+                found -= (weight[rows] * bt_losses(margins, pairs.target[rows])).sum()
+        if self.global_rank == 0:  # of what all processes have, one counts, so that their sums agree to the bit
+            deviation, unit = (logits - prior.centre) / prior.scale, precision.double() * prior.scale.double() ** 2
+            found -= deviation.double().square().sum() / 2 + torch.linalg.slogdet(unit)[1].sum() / 2
+            found -= prior.centre.double().square().sum() / 2
+        return float(self.sum_over_processes(found))
 
     def _solve(
         self, train: list[Solvable], prior: Prior, start: Tensor, num_steps: int = MAX_STEPS

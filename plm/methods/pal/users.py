@@ -23,6 +23,9 @@ CENTRE_STEPS = 2
 """Most steps of the prior's centre at one spread; the next spread starts where this one ended."""
 CENTRE_TRIES = 4
 """Most lengths of one step, each a quarter of the one before."""
+CENTRE_REACH = 1.0
+"""Longest step of the centre in a direction, the spread of logits that training assumes: where the softmax bends
+margins, Newton's step leads too far."""
 CENTRE_TOLERANCE = 0.01
 """Smaller steps of the centre are not worth another solution: at temperature 5 they move weights by 2 in 1,000."""
 LEAST_SPREAD = 0.1
@@ -47,25 +50,29 @@ def table_prior(logits: Tensor, num_pairs: Tensor, default: Prior) -> Prior:
     return Prior(centre, (rows - centre).square().mean().sqrt().clamp_min(LEAST_SPREAD))
 
 
-def centre_step(deviation: Tensor, precision: Tensor, scale: Tensor) -> Tensor:
-    """Newton's step of the prior's centre to where it is the mean of the users' posterior modes: ``(K,)``.
+def centre_step(centre: Tensor, deviation: Tensor, precision: Tensor, scale: Tensor) -> Tensor:
+    """Newton's step of the prior's centre to where the evidence of all users' pairs is highest: ``(K,)``.
 
-    At that point the evidence of a normal prior N(centre, scale^2) is stationary in the centre (empirical Bayes). A
-    mode moves with the centre by ``d mode / d centre = H^-1 / scale^2``, H the precision of the posterior, so that the
-    equation ``mean(mode - centre) = 0`` has the step ``[1 - mean(H^-1) / scale^2]^-1 mean(mode - centre)``. Averaging
-    the modes instead (EM) hardly moves where the spread is small. Directions in which no pair says anything stay.
+    Under the prior N(centre, scale^2) of a user the log-evidence of the user's pairs has the slope ``(mode - centre) /
+    scale^2`` in the centre (empirical Bayes), and as a mode moves with the centre by ``d mode / d centre = H^-1 /
+    scale^2``, H the precision of the posterior, the curvature ``-(1 - H^-1 / scale^2) / scale^2``. The centre itself
+    has the prior N(0, 1) that training gives logits, so that it is not moved where no pair says anything:
+
+        step = [1 + sum_u (1 - H_u^-1 / scale^2) / scale^2]^-1 (sum_u (mode_u - centre) / scale^2 - centre).
+
+    Averaging the modes instead (EM) hardly moves where the spread is small.
 
     Args:
+        centre: ``(K,)``.
         deviation: ``(U, K)`` modes less the centre.
         precision: ``(U, K, K)``.
         scale: ``()``.
     """
-    if not len(deviation):
-        return scale.new_zeros(deviation.shape[1])
-    square, parts = scale.double().square(), torch.split(precision, max(1, MAX_CELLS // precision[0].numel()))
-    units = torch.stack([torch.linalg.inv(part.double() * square).sum(0) for part in parts]).sum(0)
-    told = torch.eye(deviation.shape[1], dtype=units.dtype, device=units.device) - units / len(precision)
-    step: Tensor = torch.linalg.pinv(told, rtol=1e-6, hermitian=True) @ deviation.double().mean(0)
+    square, parts = scale.double().square(), torch.split(precision, MAX_CELLS // len(centre) ** 2 + 1)
+    eye = torch.eye(len(centre), dtype=torch.float64, device=centre.device)
+    told = torch.stack([(eye - torch.linalg.inv(part.double() * square)).sum(0) for part in parts]).sum(0)
+    slope = deviation.double().sum(0) / square - centre.double()
+    step: Tensor = torch.linalg.solve(eye + told / square, slope)
     return step
 
 
@@ -150,35 +157,37 @@ def solve_around(
     start: Tensor,
     has_pairs: Tensor,
 ) -> tuple[Tensor, Tensor, Prior]:
-    """Logits and precision of users under a prior whose centre is moved to the mean of their logits.
+    """Logits and precision of users under a prior whose centre is moved to where the evidence is highest.
 
-    `centre_step` takes the margins to be linear in the logits. Where the softmax bends them its step can lead so far
-    out that no pair says anything any more, which is stationary, too: a step is shortened until the evidence rises.
+    `centre_step` takes margins to be linear in logits. Where the softmax bends them it leads too far: it is no longer
+    than `CENTRE_REACH`, and shortened until the evidence rises.
 
     Args:
         solve: Prior and start ``(U, K)`` -> logits and precision.
-        evidence: Prior, logits and precision -> log-evidence of all pairs.
+        evidence: Prior, logits and precision -> log-evidence of all pairs and of the centre.
         prior: Its spread is kept.
         start: ``(U, K)``.
         has_pairs: ``(U,)`` bool; the others say nothing about the centre.
     """
-    logits, precision = solve(prior, start)
-    now = evidence(prior, logits, precision)
+    solved = solve(prior, start)
+    best = evidence(prior, *solved), solved, prior
     for _ in range(CENTRE_STEPS):
-        step = centre_step(logits[has_pairs] - prior.centre, precision[has_pairs], prior.scale)
+        now, (logits, precision), prior = best
+        step = centre_step(prior.centre, logits[has_pairs] - prior.centre, precision[has_pairs], prior.scale)
+        step = step * (CENTRE_REACH / step.abs().max()).clamp_max(1.0)
         for _ in range(CENTRE_TRIES):
             if step.abs().max() < CENTRE_TOLERANCE:
-                return logits, precision, prior
+                break
             moved = prior._replace(centre=prior.centre + step)
             solved = solve(moved, logits + step)
             found = evidence(moved, *solved)
             if found > now:
+                best = found, solved, moved
                 break
             step = step / 4
-        else:
-            return logits, precision, prior
-        (logits, precision), prior, now = solved, moved, found
-    return logits, precision, prior
+        if best[2] is prior:
+            break
+    return *best[1], best[2]
 
 
 def solve_table(
