@@ -77,6 +77,11 @@ def cache_of(cache: Cache, rows: Tensor) -> Cache:
     )
 
 
+def cells_of_pair(cache: Cache) -> int:
+    """Numbers that a cache holds of one pair, at least one."""
+    return max(1, sum(value[:1].numel() for value in cache))
+
+
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows and where each row went: ``(N, D)`` -> ``(I, D)``, ``(N,)``, with ``distinct[index] == rows``.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from plm.functional import MAX_CELLS, bt_losses, per_user_sum, targets, unit_mean_per_user
 from plm.method import PersonalizationMethod
 from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
-from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, cache_of, distinct_pairs
+from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, cache_of, cells_of_pair, distinct_pairs
 from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_around, solve_table, table_prior
 from plm.types import PreferenceBatch, Tokens
 
@@ -159,8 +159,8 @@ class SolvedUsers(PersonalizationMethod):
         found = torch.zeros((), dtype=torch.float64, device=self.device)
         for pairs in train:
             weight = unit_mean_per_user(pairs.weight, pairs.row, self.num_users)
-            width = sum(value[:1].numel() for value in pairs.cache)
-            for rows in torch.split(torch.arange(len(weight), device=self.device), MAX_CELLS // width + 1):
+            num_rows = MAX_CELLS // cells_of_pair(pairs.cache) + 1
+            for rows in torch.split(torch.arange(len(weight), device=self.device), num_rows):
                 cache = as_double(cache_of(pairs.cache, rows))
                 margins = self._logit_margins(cache, logits.double()[pairs.row[rows]])
                 found -= (weight[rows] * bt_losses(margins, pairs.target[rows])).sum()

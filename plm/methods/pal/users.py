@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plm.functional import MAX_CELLS, Posterior, unit_mean_per_user, user_chunks
 from plm.method.strangers import chance_of_difference
-from plm.methods.pal.geometry import Cache, as_double, cache_of
+from plm.methods.pal.geometry import Cache, as_double, cache_of, cells_of_pair
 from plm.methods.pal.solver import fit_deviations
 
 LogitMargins = Callable[[Cache, Tensor], Tensor]
@@ -204,8 +204,7 @@ def solve_table(
     precision = start.new_zeros(num_users, num_prototypes, num_prototypes)
     for pairs in batches:
         users, row = torch.unique(pairs.row, return_inverse=True)
-        width = sum(value[:1].numel() for value in pairs.cache)
-        for chunk in user_chunks(row, len(users), width, own=num_prototypes**2):
+        for chunk in user_chunks(row, len(users), cells_of_pair(pairs.cache), own=num_prototypes**2):
             at, rows = chunk.rows, users[chunk.users]
             some = Solvable(cache_of(pairs.cache, at), pairs.target[at], pairs.weight[at], chunk.user)
             logits[rows], precision[rows] = solve_logits(margins, some, prior, start[rows], num_steps)
