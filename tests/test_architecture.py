@@ -76,8 +76,8 @@ ARROWS: dict[str, set[str]] = {
     "plm.method.base": of_plm("callbacks", "method"),
     "plm.method.factored": of_plm("functional", "method", "optimizer"),
     "plm.method.abilities": of_plm("backbones"),
-    "plm.method.population": of_plm("functional"),
-    "plm.method.strangers": of_plm("functional"),
+    "plm.method.population": of_plm("functional", "method"),
+    "plm.method.strangers": of_plm("functional", "method"),
     "plm.method.linear": of_plm("method", "backbones"),
     "plm.method.network": of_plm("method", "backbones", "distributed"),
     "plm.method.policy": of_plm(*METHOD_NEEDS),
@@ -145,8 +145,8 @@ ARROWS: dict[str, set[str]] = {
 FLOORS: dict[str, list[set[str]]] = {
     "plm.users": [{"database", "folder", "rows"}, {"stored"}, {"store"}],
     "plm.method": [
-        {"arguments", "conditioning", "episodes", "loaded", "population", "strangers"},
-        {"reading"},
+        {"arguments", "conditioning", "episodes", "loaded", "passes"},
+        {"population", "reading", "strangers"},
         {"accumulation"},
         {"abilities", "base"},
         {"factored", "network", "shared"},

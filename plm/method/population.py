@@ -5,8 +5,7 @@ Axes: B pairs in a batch, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable
 from threading import Lock
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from plm.arrays import Float64Array
 from plm.functional import bt_losses, targets
+from plm.method.passes import Passes, kept
 from plm.types import PreferenceBatch
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -26,9 +26,6 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MAX_STEPS = 200
 _LIMIT = Lock()
 """Limits of two threads at once, one within the other, would not both be lifted again."""
-
-Passes = Callable[[], Iterable[PreferenceBatch]]
-"""Every pair of this process once, at each call."""
 
 
 class _Rows(NamedTuple):
@@ -72,7 +69,7 @@ def tuned_population(
         num_pairs: Number of training pairs of all processes.
         total: Sums a tensor over all processes.
     """
-    train_rows, val_rows = _kept(train), _kept(val)
+    train_rows, val_rows = kept(lambda: map(_rows, train())), kept(lambda: map(_rows, val()))
     start: Float64Array = np.zeros(width)
     fits: dict[float, tuple[float, Float64Array]] = {}
     with _LIMIT, threadpool_limits(1, "blas"):  # threads that wait for the next of its steps take torch's processors
@@ -84,15 +81,8 @@ def tuned_population(
     return Population(torch.from_numpy(fits[best][1]).to(scale) / scale, best)
 
 
-def _kept(passes: Passes) -> Callable[[], Iterable[_Rows]]:
-    """Passes over what the loss reads; where one batch holds all pairs, it is read once and kept."""
-
-    def rows() -> Iterator[_Rows]:
-        for batch in passes():
-            yield _Rows(batch.difference, targets(batch.tie).to(batch.weight), batch.weight)
-
-    first = list(islice(rows(), 2))
-    return rows if len(first) > 1 else lambda: first
+def _rows(batch: PreferenceBatch) -> _Rows:
+    return _Rows(batch.difference, targets(batch.tie).to(batch.weight), batch.weight)
 
 
 def _loss(

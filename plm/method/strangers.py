@@ -5,13 +5,15 @@ Axes: C candidate scales, U users, B pairs in a batch, S pairs of one user (padd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from plm.functional import Posterior, bt_losses, held_out_losses, per_user_sum, user_chunks
+from plm.method.passes import kept
 from plm.types import Context, PreferenceBatch, UserState
 
 NO_SPREAD = 1e-3
@@ -33,7 +35,7 @@ def meet_strangers(
     method: Any,
     scale: Tensor,
     candidates: Sequence[float],
-    on_fit: Callable[[list[PreferenceBatch]], None] = lambda batches: None,
+    on_fit: Callable[[Iterable[PreferenceBatch]], None] = lambda batches: None,
 ) -> None:
     """Set ``stranger_scale`` and ``least_pairs`` of a method as `choose_for_strangers` says; it takes its arguments."""
     choice = choose_for_strangers(method, scale, candidates, on_fit) or StrangerChoice(-1.0, 0)
@@ -165,15 +167,16 @@ class Candidates(Generic[Solution]):
 
 
 def choose_for_strangers(
-    method: Any, scale: Tensor, candidates: Sequence[float], on_fit: Callable[[list[PreferenceBatch]], None]
+    method: Any, scale: Tensor, candidates: Sequence[float], on_fit: Callable[[Iterable[PreferenceBatch]], None]
 ) -> StrangerChoice | None:
     """Cross-fit the spread of users over folds of the seen users.
 
     For each fold the shared weights are fitted to the pairs of everybody else, from where they are now; each user of
     the fold is then adapted on their own training pairs under every candidate, and judged by their validation pairs.
     Folds go by the content of pairs, so that neither names nor the order of users matter. The method is left as it was.
-    All training and validation pairs are held on the device meanwhile. Of several processes only the users take part
-    whose training and validation pairs lie on the same one; where these are fewer than `MIN_USERS`, nothing is chosen.
+    The pairs of those who take part are held on the device meanwhile, and of everybody else one batch, as in training.
+    Of several processes only the users take part whose training and validation pairs lie on the same one; where these
+    are fewer than `MIN_USERS`, nothing is chosen.
 
     Args:
         method: The method, before its first step.
@@ -184,19 +187,17 @@ def choose_for_strangers(
     Returns:
         The choice; None where fewer than `MIN_USERS` users have training and validation pairs.
     """
-    train, val = list(method.train_pass()), list(method.val_pass())
-    fold = _folds(train, val, method.num_users, method.device)
-    counts = torch.stack([(fold == number).sum() for number in range(NUM_FOLDS)])
-    if int(method.sum_over_processes(counts.sum())) < MIN_USERS:
+    fold, count = _folds(method)
+    takes_part = fold >= 0
+    if int(method.sum_over_processes(takes_part.sum())) < MIN_USERS:
         return None
+    held = [_of(passes(), takes_part) for passes in (method.train_pass, method.val_pass)] if takes_part.any() else []
     before, was_training = _copy(method), method.training
     fits = []
     try:
         for number in range(NUM_FOLDS):
-            kept = fold != number
             method.train()
-            others = [batch.take(kept[batch.user_index]) for batch in train]
-            _fit(method, [batch for batch in others if batch.num_pairs], on_fit)
+            _fit(method, fold != number, count, on_fit)
             fits.append(_copy(method))
             method.load_state_dict(before)
         method.eval()
@@ -209,15 +210,15 @@ def choose_for_strangers(
                 everybody = (fold == number).nonzero()[:, 0]
                 if not len(everybody):
                     continue
-                pairs, held_out = _of(train, everybody), _of(val, everybody)
+                pairs, held_out = (part.take(fold[part.user_index] == number) for part in held)
                 row_of = torch.searchsorted(everybody, pairs.user_index)
                 for chunk in user_chunks(row_of, len(everybody), 2 * method.feature_dim):
                     users = everybody[chunk.users]
                     support = _context(pairs.take(chunk.rows), users, shots)
-                    held = held_out.take(torch.isin(held_out.user_index, users))
+                    judged = held_out.take(torch.isin(held_out.user_index, users))
                     for row, value in enumerate(scales):
                         scale.fill_(value)
-                        found[row] += _losses(method, method._adapt(support), held, users)
+                        found[row] += _losses(method, method._adapt(support), judged, users)
             total: Tensor = method.sum_over_processes(found)
             return total[:, total[0] > 0]
 
@@ -239,40 +240,55 @@ def _copy(method: Any) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in method.state_dict().items()}
 
 
-def _folds(train: list[PreferenceBatch], val: list[PreferenceBatch], num_users: int, device: torch.device) -> Tensor:
-    """``(U,)`` fold of every user; -1 for those who do not take part.
+def _folds(method: Any) -> tuple[Tensor, Tensor]:
+    """``(U,)`` fold of every user, -1 for those who do not take part, and ``(U,)`` numbers of training pairs.
 
     Users go into the folds in turn, in the order of the summed squares of their differences.
     """
-    key, has_val = torch.zeros(2, num_users, dtype=torch.float64, device=device)
-    for batch in train:
-        key += per_user_sum(batch.difference.double().square().sum(-1), batch.user_index, num_users)
-    for batch in val:
-        has_val += per_user_sum(torch.ones_like(batch.weight).double(), batch.user_index, num_users)
+    key, has_val, count = torch.zeros(3, method.num_users, dtype=torch.float64, device=method.device)
+    for batch in method.train_pass():
+        key += per_user_sum(batch.difference.double().square().sum(-1), batch.user_index, len(key))
+        count += per_user_sum(torch.ones_like(batch.weight).double(), batch.user_index, len(key))
+    for batch in method.val_pass():
+        has_val[batch.user_index] = 1.0
     users = ((key > 0) & (has_val > 0)).nonzero()[:, 0]
     users = users[torch.argsort(key[users], stable=True)]
     users = users[:: -(-len(users) // MAX_USERS) or 1]
     fold = torch.full_like(key, -1, dtype=torch.long)
-    fold[users] = torch.arange(len(users), device=device) % NUM_FOLDS
-    return fold
+    fold[users] = torch.arange(len(users), device=fold.device) % NUM_FOLDS
+    return fold, count
 
 
-def _fit(method: Any, batches: list[PreferenceBatch], on_fit: Callable[[list[PreferenceBatch]], None]) -> None:
-    """Train the shared weights for `NUM_STEPS` steps of Adam on the pairs of all processes."""
+def _fit(method: Any, part: Tensor, count: Tensor, on_fit: Callable[[Iterable[PreferenceBatch]], None]) -> None:
+    """Train the shared weights for `NUM_STEPS` steps of Adam on the pairs that all processes have of some users.
+
+    Args:
+        method: The method.
+        part: ``(U,)`` bool, True = the user takes part.
+        count: ``(U,)`` numbers of training pairs.
+        on_fit: See `choose_for_strangers`.
+    """
     optimizer = torch.optim.Adam(method.param_groups())
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [value for group in optimizer.param_groups for value in group["params"]]
+
+    def pairs() -> Iterator[PreferenceBatch]:
+        """The batches of one pass, without those that are empty."""
+        batches = (batch.take(part[batch.user_index]) for batch in method.train_pass())
+        return (batch for batch in batches if batch.num_pairs)
 
     def total(count: int) -> Tensor:
         """Pairs of all processes."""
         found: Tensor = method.sum_over_processes(parameters[0].new_tensor(float(count)))
         return found
 
+    passes = kept(pairs)
     num_train_pairs = method.num_train_pairs
-    method.num_train_pairs = int(total(sum(batch.num_pairs for batch in batches)))
+    method.num_train_pairs = int(method.sum_over_processes(count[part].sum()))
+    steps = chain.from_iterable(passes() for _ in range(NUM_STEPS))  # as many passes as it takes
     for step in range(NUM_STEPS):
         gradients: Sequence[Tensor | None] = [None] * len(parameters)
-        batch = batches[step % len(batches)] if batches else None
+        batch = next(steps, None)
         share = (batch.num_pairs if batch else 0) / total(batch.num_pairs if batch else 0)
         if batch:
             # not backward(): what DistributedDataParallel has hung on it belongs to the steps of the trainer
@@ -284,16 +300,16 @@ def _fit(method: Any, batches: list[PreferenceBatch], on_fit: Callable[[list[Pre
         optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():
-        on_fit(batches)
+        on_fit(passes())
     method.num_train_pairs = num_train_pairs
 
 
-def _of(batches: list[PreferenceBatch], users: Tensor) -> PreferenceBatch:
-    """All pairs of some users, as one batch in the order of the users."""
-    parts = [batch.take(torch.isin(batch.user_index, users)) for batch in batches]
+def _of(batches: Iterable[PreferenceBatch], part: Tensor) -> PreferenceBatch:
+    """All pairs of the users ``part`` ``(U,)``, as one batch in the order of the users."""
+    parts = [batch.take(part[batch.user_index]) for batch in batches]
     names = ["chosen", "rejected", "user_index", "weight", "tie"]
     names += ["prompt"] if isinstance(parts[0].prompt, Tensor) else []
-    fields: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    fields: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in parts]) for name in names}
     return PreferenceBatch(**fields).take(torch.argsort(fields["user_index"], stable=True))
 
 

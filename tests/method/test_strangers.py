@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,20 @@ from scipy.integrate import quad
 from torch.nn.functional import logsigmoid
 
 from plm.functional import PairList, fit_gaussian
-from plm.method.strangers import MIN_USERS, UNREACHED, chance_of_difference, least_harmful, with_evidence
+from plm.method import strangers
+from plm.method.strangers import (
+    MIN_USERS,
+    UNREACHED,
+    chance_of_difference,
+    choose_for_strangers,
+    least_harmful,
+    with_evidence,
+)
 from plm.methods.lore import LoRe, model
 from plm.methods.lore.model import PRIOR_SCALES
 from plm.methods.pal import PAL
 from plm.testing import PlantedData, quiet_trainer
-from plm.types import UserState
+from plm.types import PreferenceBatch, UserState
 
 METHODS: dict[str, Any] = {
     "LoRe": lambda data: LoRe(data.num_users, data.feature_dim, num_bases=3),
@@ -126,3 +136,27 @@ def test_few_users_are_no_strangers(tmp_path: Path) -> None:
     """Fewer than `MIN_USERS` say nothing about others: the choice is that for seen users."""
     method = fit(PlantedData(MIN_USERS - 1, pairs_per_user=12, feature_dim=6), tmp_path, epochs=4)
     assert float(method.stranger_scale) == -1.0 and int(method.least_pairs) == 0
+
+
+def test_of_pairs_in_many_batches_one_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    method: Any = LoRe(60, 4, num_bases=2, temperature=1.0)
+    user, ones = torch.arange(60).repeat_interleave(3), torch.ones(180)
+    pairs = PreferenceBatch(torch.randn(180, 4), torch.randn(180, 4), user, ones, ones > 1)
+    read: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def batches() -> Iterator[PreferenceBatch]:
+        nonlocal most
+        for rows in torch.split(torch.arange(180), 18):
+            batch = pairs.take(rows)
+            read.append(weakref.ref(batch.chosen))
+            most = max(most, sum(one() is not None for one in read))
+            yield batch
+
+    method.num_train_pairs = 180
+    monkeypatch.setattr(strangers, "MAX_USERS", 30)
+    method.train_pass, method.val_pass, method.sum_over_processes = batches, lambda: [pairs], lambda values: values
+    assert choose_for_strangers(method, method.prior_scale, PRIOR_SCALES, lambda found: None) is not None
+    assert len(read) > strangers.NUM_FOLDS * strangers.NUM_STEPS
+    assert most <= 2

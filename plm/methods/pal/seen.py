@@ -6,6 +6,7 @@ Axes: N pairs, U users, K prototypes.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -135,7 +136,7 @@ class SolvedUsers(PersonalizationMethod):
         if self.kept_as == "posterior":
             meet_strangers(self, self.prior_scale, PRIOR_SCALES, self._place_centre)
 
-    def _place_centre(self, batches: list[PreferenceBatch]) -> None:
+    def _place_centre(self, batches: Iterable[PreferenceBatch]) -> None:
         """Set the prior's centre to where the users of these pairs are at the spread that training learned."""
         train = [self._solvable(batch) for batch in batches]
         has_pairs = self._count(train) > 0
