@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plm.arrays import Float32Array, IntArray
-from plm.data.keys import KeyArray
+from plm.data.keys import KeyArray, rows_of_runs
 from plm.data.rows import BatchRows, TokenRows
 from plm.data.schema import PairTable
 from plm.data.splits import nested_supports
@@ -201,8 +201,8 @@ class TrainBatches(ResumableBatches):
         for number, batch_users in enumerate(np.array_split(users, num_batches * world_size)):
             if number % world_size != rank or number // world_size < skipped:
                 continue
-            ends = np.append(self.start, len(self.rows))
-            index = np.concatenate([np.arange(ends[user], ends[user + 1]) for user in np.sort(batch_users)])
+            batch_users = np.sort(batch_users)
+            index = rows_of_runs(self.start[batch_users], np.append(self.start[1:], len(self.rows))[batch_users])
             factor = np.float32(len(index) * num_batches * world_size / len(self.rows))
             batch = pair_batch(self.data, self.rows[index], self.weight[index] * factor, evaluation=False)
             if num_batches == 1:
@@ -268,22 +268,18 @@ class EvalBatches:
                 num_support = np.minimum(num_support, num_shots)
             if not self.few_shot:
                 num_support = np.maximum(num_support, num_support[self.other])
-        limit = self.data.items.max_rows // 2
+        limit = max(1, self.data.items.max_rows // 2)
         queried = self.circle[num_query[self.circle] > 0]
         users = queried if self._by_pair(len(queried)) else np.array_split(queried, world_size)[rank]
-        chunks: list[list[int]] = [[]]
-        total = longest = 0
-        for user, query, supports in zip(
-            users.tolist(), num_query[users].tolist(), num_support[users].tolist(), strict=True
-        ):
-            if not query:
-                continue
-            if chunks[-1] and total + query + max(longest, supports) * (len(chunks[-1]) + 2) > limit:
-                chunks.append([])
-                total = longest = 0
-            chunks[-1].append(user)
-            total, longest = total + query, max(longest, supports)
-        return [np.array(chunk, dtype=np.int64) for chunk in chunks if chunk]
+        chunks: list[IntArray] = []
+        while len(users):
+            candidates = users[:limit]  # each has at least one pair
+            longest = np.maximum.accumulate(num_support[candidates])
+            size = np.cumsum(num_query[candidates]) + longest * np.arange(2, len(candidates) + 2)
+            taken = max(1, int(np.searchsorted(size, limit, side="right")))
+            chunks.append(users[:taken])
+            users = users[taken:]
+        return chunks
 
     def __len__(self) -> int:
         """Batches on this rank."""
@@ -314,7 +310,7 @@ class EvalBatches:
 
     def _pairs(self, users: IntArray) -> tuple[PreferenceBatch, IntArray]:
         """Pairs of users, or this rank's part of them, and the user of each pair, ``(B,)``."""
-        index = np.concatenate([np.arange(self.start[user], self.start[user + 1]) for user in users])
+        index = rows_of_runs(self.start[users], self.start[users + 1])
         if self._by_pair(int((np.diff(self.start)[self.circle] > 0).sum())):
             rank, world_size, _ = self.place()
             index = index[rank::world_size]

@@ -94,3 +94,18 @@ def position_in_run(values: IntArray) -> IntArray:
     start = np.ones(len(values), dtype=np.bool_)
     start[1:] = values[1:] != values[:-1]
     return index - np.maximum.accumulate(np.where(start, index, 0))
+
+
+def rows_of_runs(start: IntArray, end: IntArray) -> IntArray:
+    """The rows of several runs, one run after the other.
+
+    Args:
+        start: ``(n,)`` first row of each run.
+        end: ``(n,)`` row after its last.
+
+    >>> rows_of_runs(np.array([3, 0, 7]), np.array([5, 1, 7])).tolist()
+    [3, 4, 0]
+    """
+    count = end - start
+    rows: IntArray = np.repeat(start - (np.cumsum(count) - count), count) + np.arange(count.sum())
+    return rows
