@@ -1,23 +1,26 @@
 """Many users: seconds and peak memory of learning, scoring and refreshing them, at growing sizes.
 
-Usage: python benchmarks/scale.py [--only open adapt skewed score refresh features] [--users 20000 100000 1000000]
-       [--bases 8]
+Usage: python benchmarks/scale.py [--only fit open adapt skewed score refresh features] [--bases 8]
+       [--users 20000 100000 1000000]
 
-``plm adapt`` and ``plm score`` run as commands on Parquet files, with hashed words of width 256 and LoRe: 10 pairs of
-each user, out of 200,000 distinct texts; scored is one response of each user, all of whom are known. "skewed" is
-1,000 users of whom one has 4,000 pairs and the others one each. "refresh" is `LoRe.refresh_users`, which solves all
-seen users at every candidate spread: once per validation of a fit. "open" reads and checks the pairs as JSONL and as
-CSV, beside the time that Arrow alone takes to read the file. Every size is a process of its own; its peak is what the
-operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode", the time
-that the same texts take to become features. "features" is a cache of so many texts, of width 384, and batches of 4,096
-in random order until all are read: from memory, where a fit holds features up to 1 GiB, and from files that are mapped
-into memory, where it finds more. The operating system counts what it keeps of such files, and gives it up when memory
-is short; "own" is what a process holds without them.
+``plm fit``, ``plm adapt`` and ``plm score`` run as commands on Parquet files, with hashed words of width 256 and LoRe:
+10 pairs of each user, out of 200,000 distinct texts, in which planted tastes choose; scored is one response of each
+user, all of whom are known. "fit" reads, splits, encodes, trains for 3 epochs in batches of about 20,000 pairs, solves
+all seen users and tests, few-shot curve and controls included; what it found of unseen users is printed beside it.
+"skewed" is 1,000 users of whom one has 4,000 pairs and the others one each. "refresh" is `LoRe.refresh_users`, which
+solves all seen users at every candidate spread: once per validation of a fit. "open" reads and checks the pairs as
+JSONL and as CSV, beside the time that Arrow alone takes to read the file. Every size is a process of its own; its peak
+is what the operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode",
+the time that the same texts take to become features. "features" is a cache of so many texts, of width 384, and batches
+of 4,096 in random order until all are read: from memory, where a fit holds features up to 1 GiB, and from files that
+are mapped into memory, where it finds more. The operating system counts what it keeps of such files, and gives it up
+when memory is short; "own" is what a process holds without them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -28,10 +31,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 DIM, PAIRS, TEXTS, SKEWED = 256, 10, 200_000, 4_000
+WORDS, TRAITS = 250, 4
+"""Of how many words texts are made, and how many numbers say what a user thinks of a word."""
 CACHED_DIM, SHARD = 384, 1_000
 """Width of cached features, and how many texts are in a file."""
 ROWS = 500_000
 """Rows of a Parquet file that are made at once."""
+RECIPE = """
+defaults: [{{backbone: hashing}}, {{trainer: cpu}}, {{logger: csv}}]
+model:
+  class_path: plm.methods.lore.LoRe
+  init_args: {{num_bases: {bases}}}
+data:
+  source: {{class_path: plm.data.sources.pairs.PairFiles, init_args: {{path: {folder}/file.parquet}}}}
+  backbone: {{init_args: {{dim: {dim}}}}}
+  cache_dir: {folder}/cache
+  batch_size: 20000
+trainer: {{max_epochs: 3, check_val_every_n_epoch: 3, default_root_dir: {folder}/runs}}
+"""
 
 
 class Run(NamedTuple):
@@ -99,9 +116,12 @@ def make_file(path: str, kind: str, users: str) -> None:
     import pyarrow.parquet as pq
 
     draw = np.random.default_rng(0)
-    words = np.array([f"word{number}" for number in range(5_000)])
-    texts = pa.array([" ".join(line) for line in words[draw.integers(len(words), size=(TEXTS, 12))].tolist()])
+    words = np.array([f"word{number}" for number in range(WORDS)])
+    drawn = draw.integers(len(words), size=(TEXTS, 12))
+    texts = pa.array([" ".join(line) for line in words[drawn].tolist()])
+    traits = (draw.normal(size=(len(words), TRAITS)) / TRAITS**0.5)[drawn].mean(1) * drawn.shape[1] ** 0.5
     names = pa.array([f"user-{number:07d}" for number in range(int(users))])
+    tastes = draw.normal(size=(int(users), TRAITS))
     count = np.full(int(users), PAIRS if kind == "pairs" else 1)
     if kind == "skewed":
         count[0] = SKEWED
@@ -111,6 +131,8 @@ def make_file(path: str, kind: str, users: str) -> None:
         part = user[start : start + ROWS]
         first = draw.integers(TEXTS, size=len(part))
         other = (first + draw.integers(1, TEXTS, size=len(part))) % TEXTS
+        likes = (tastes[part] * (traits[first] - traits[other])).sum(-1) + draw.logistic(size=len(part)) > 0
+        first, other = np.where(likes, first, other), np.where(likes, other, first)
         columns = {"user_id": names.take(pa.array(part)), "prompt": pa.array(["which?"] * len(part))}
         sides = {"response": first} if kind == "responses" else {"chosen": first, "rejected": other}
         table = pa.table(columns | {name: texts.take(pa.array(rows)) for name, rows in sides.items()})
@@ -276,9 +298,17 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
             rows.append(row(f"features, {kind}: read, own {seconds[2]:.2f} GB", f"{users:,} texts", found, seconds[1]))
         return rows
     path, checkpoint = folder / "file.parquet", folder / f"{what}-{users}.ckpt"
-    child("file", path, {"adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)
-    child("checkpoint", checkpoint, bases, users if what == "score" else 0)
+    child("file", path, {"fit": "pairs", "adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)
     plm = [sys.executable, "-m", "plm"]
+    if what == "fit":
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(RECIPE.format(bases=bases, folder=folder, dim=DIM))
+        found = run(*plm, "fit", "--config", str(recipe))
+        (report,) = folder.glob("runs/*/metrics.json")
+        unseen = json.loads(report.read_text())["unseen"]
+        gain = f"{100 * unseen['personal_minus_bradley_terry']:+.1f} over Bradley-Terry"
+        return [row(f"fit: unseen {100 * unseen['accuracy']:.1f} %, {gain}", f"{users:,} x {PAIRS}", found)]
+    child("checkpoint", checkpoint, bases, users if what == "score" else 0)
     if what == "score":
         found = run(
             *plm, "score", "--ckpt_path", str(checkpoint), "--responses", str(path), "--output", str(folder / "scores")
@@ -296,7 +326,7 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["open", "adapt", "skewed", "score", "refresh", "features"])
+    parser.add_argument("--only", nargs="+", default=["fit", "open", "adapt", "skewed", "score", "refresh", "features"])
     parser.add_argument("--users", nargs="+", type=int, default=[20_000, 100_000, 1_000_000])
     parser.add_argument("--bases", type=int, default=8)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
