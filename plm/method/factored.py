@@ -16,7 +16,7 @@ from torch import Tensor
 from plm.functional import PairList, Posterior, fit_gaussian, held_out_losses, targets, unit_mean_per_user
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Explainable
-from plm.method.strangers import NO_SPREAD, Candidates
+from plm.method.strangers import NO_SPREAD, least_harmful_scale
 from plm.optimizer import with_decay
 from plm.types import Context, PreferenceBatch, Tokens, UserState
 
@@ -94,31 +94,34 @@ class FactoredMethod(PersonalizationMethod, Explainable):
         Everybody is the population where no spread has a gain larger than its error.
         """
         train, val = (
-            [_Read(*self._differences(*batch.features), batch) for batch in batches]
+            [_Read(*self._differences(*batch.features), _without_features(batch)) for batch in batches]
             for batches in (self.train_pass(), self.val_pass())
         )
         count = torch.zeros_like(self.num_pairs)
         for read in train:
             count += torch.bincount(read.batch.user_index, minlength=self.num_users)
         self.num_pairs.copy_(self.sum_over_processes(count))
-        candidates: Candidates[tuple[float, Tensor, Tensor]] = Candidates(default=self.scales.index(1.0))
-        for number in self.scales:
-            weights, precision = torch.zeros_like(self.weights), torch.zeros_like(self.precision)
-            for read in train:
-                users, user = torch.unique(read.batch.user_index, return_inverse=True)
-                pairs = self._pairs(read, user, len(users))
-                weights[users], precision[users] = self._solve(pairs, self.scale.new_tensor(number))
-            solved = number, self.sum_over_processes(weights), self.sum_over_processes(precision)
-            losses = torch.zeros(self.num_users, dtype=torch.float64, device=self.device)
+        losses = torch.zeros(len(self.scales), self.num_users, dtype=torch.float64, device=self.device)
+        for found, number in zip(losses, self.scales, strict=True):
+            weights = self._solve_all(train, number)[0]
             for design, offset, batch in val:
-                margin = offset + (design * solved[1][batch.user_index]).sum(-1)
-                losses += held_out_losses(margin, batch, self.num_users)
-            candidates.add(self.sum_over_processes(losses), solved)
-        number, weights, precision = candidates.choose()[1]
+                margin = offset + (design * weights[batch.user_index]).sum(-1)
+                found += held_out_losses(margin, batch, self.num_users)
+        number = least_harmful_scale(self.scales, self.sum_over_processes(losses))
         self.scale.fill_(number)
+        weights, precision = self._solve_all(train, number)
         self.weights.copy_(weights)
         without_pairs = (self.num_pairs == 0)[:, None, None]
         self.precision.copy_(torch.where(without_pairs, self._prior_precision(), precision))
+
+    def _solve_all(self, train: list[_Read], scale: float) -> tuple[Tensor, Tensor]:
+        """Weights ``(U, K)`` and precision ``(U, K, K)`` of all seen users; every process adds its own users."""
+        weights, precision = torch.zeros_like(self.weights), torch.zeros_like(self.precision)
+        for read in train:
+            users, user = torch.unique(read.batch.user_index, return_inverse=True)
+            pairs = self._pairs(read, user, len(users))
+            weights[users], precision[users] = self._solve(pairs, self.scale.new_tensor(scale))
+        return self.sum_over_processes(weights), self.sum_over_processes(precision)
 
     def report(self) -> dict[str, float]:
         """``scale``: the spread of users in units of the prior, 0 = none."""
@@ -164,3 +167,9 @@ class FactoredMethod(PersonalizationMethod, Explainable):
     def _prior_precision(self) -> Tensor:
         """``(K, K)``."""
         return torch.eye(self.weights.shape[1], device=self.device) / (self.prior_scale * self.scale).square()
+
+
+def _without_features(batch: PreferenceBatch) -> PreferenceBatch:
+    """Who stated which pairs: features of all pairs at once would be much to hold."""
+    none = batch.weight.new_zeros(batch.num_pairs, 0)
+    return batch._replace(chosen=none, rejected=none, prompt=None)

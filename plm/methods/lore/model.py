@@ -31,7 +31,7 @@ from plm.functional import (
 from plm.messages import Problems
 from plm.method.abilities import Explainable
 from plm.method.linear import LinearMethod
-from plm.method.strangers import NO_SPREAD, Candidates, chance_of_difference, meet_strangers
+from plm.method.strangers import NO_SPREAD, chance_of_difference, least_harmful_scale, meet_strangers
 from plm.methods.lore.maths import (
     ProjectedPairs,
     basis_margins,
@@ -215,15 +215,13 @@ class LoRe(LinearMethod, Explainable):
         if not self._is_personal:
             return
         val = [projected_pairs(batch, self._bases()) for batch in self.val_pass()]
-        scales = [self.prior_scale.new_tensor(number) for number in PRIOR_SCALES]
-        candidates: Candidates[tuple[Tensor, Tensor]] = Candidates(default=PRIOR_SCALES.index(1.0))
-        for scale in scales:
-            solved = self._solve(train, scale)
-            candidates.add(self.sum_over_processes(self._val_losses(val, solved[0])), solved)
-        best, (weights, precision) = candidates.choose()
+        scales = map(self.prior_scale.new_tensor, PRIOR_SCALES)
+        losses = torch.stack([self._val_losses(val, self._solve(train, scale)[0]) for scale in scales])
+        scale = self.prior_scale.new_tensor(least_harmful_scale(PRIOR_SCALES, self.sum_over_processes(losses)))
+        weights, precision = self._solve(train, scale)  # precisions of all candidates at once would be much to hold
         self.weights.copy_(weights)
         self.precision.copy_(precision)
-        self.prior_scale.copy_(scales[best] if self.stranger_scale < 0 else self.stranger_scale)
+        self.prior_scale.copy_(scale if self.stranger_scale < 0 else self.stranger_scale)
         self.precision[self.num_pairs == 0] = self.population_state(1).tensors["precision"]
 
     def _val_losses(self, val: list[ProjectedPairs], weights: Tensor) -> Tensor:
