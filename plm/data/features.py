@@ -18,7 +18,9 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -34,19 +36,17 @@ from plm.arrays import Float32Array, IntArray
 from plm.atomic import only_writer, whole_file, write_json, write_text
 from plm.backbones import Backbone, RemoteEncoder
 from plm.data.cache import MANIFEST, PARITY, PARITY_LOCK, folder_name
-from plm.data.keys import in_share
+from plm.data.keys import DIGEST_BYTES, Digests, found_digests, in_share, text_digests
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Digests: TypeAlias = NDArray[np.bytes_]  # (N,) of 16 bytes
     _Take: TypeAlias = Callable[[IntArray, Float32Array, IntArray], None]
     """Is given rows ``(n,)``, the features ``(m, D)`` of their shard, and their rows there ``(n,)``."""
     Engine: TypeAlias = Callable[["FeatureCache", list[str]], Iterator[int]]
     """Has rendered texts encoded, and gives how many are done, time and again."""
 
 FORMAT = 1
-DIGEST_BYTES = 16
 SHARD_SECONDS = 10.0
 """How long encoding a shard should take: what a killed run loses."""
 SHARD_TEXTS = (64, 8192)
@@ -116,7 +116,7 @@ class FeatureCache:
                 or gives other features than the backbone.
         """
         texts, row = self._distinct(pairs)
-        digests = _digests(texts)
+        digests = text_digests(texts)
         out = np.empty((len(texts), self.backbone.feature_dim), dtype=np.float32)
 
         def take(rows: IntArray, features: Float32Array, at: IntArray) -> None:
@@ -137,7 +137,7 @@ class FeatureCache:
             ValueError: As `features`.
         """
         texts, row = self._distinct(pairs)
-        digests = _digests(texts)
+        digests = text_digests(texts)
         shards: list[Float32Array] = []
         place = np.zeros((len(texts), 2), dtype=np.int32)
         missing = np.arange(len(texts))
@@ -167,7 +167,7 @@ class FeatureCache:
         if engine is not None and self.server is not None:
             raise ValueError("expected a server or other processes that encode, got both")
         texts, _ = self._distinct(pairs)
-        digests = _digests(texts)
+        digests = text_digests(texts)
         rows = np.flatnonzero(in_share(digests.view(">u8").reshape(-1, DIGEST_BYTES // 8)[:, 0], share))
         missing = rows[self._read(digests[rows], lambda *_: None)]
         if len(missing):
@@ -182,13 +182,16 @@ class FeatureCache:
     def count(self, pairs: Sequence[tuple[str, str]]) -> tuple[int, int]:
         """How many distinct texts pairs have, and how many of them are not cached."""
         texts, _ = self._distinct(pairs)
-        return len(texts), len(self._read(_digests(texts), lambda *_: None))
+        return len(texts), len(self._read(text_digests(texts), lambda *_: None))
 
     def _distinct(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[int]]:
         """The distinct rendered texts of pairs, and the one of each pair."""
-        first: dict[str, int] = {}
-        row = [first.setdefault(self.backbone.render(*pair), len(first)) for pair in pairs]
-        return list(first), row
+        rendered = list(starmap(self.backbone.render, pairs))
+        texts = list(dict.fromkeys(rendered))
+        if len(texts) == len(rendered):
+            return texts, list(range(len(texts)))
+        number = {text: row for row, text in enumerate(texts)}
+        return texts, [number[text] for text in rendered]
 
     def _read(self, digests: Digests, take: _Take) -> IntArray:
         """Hand rows of ``digests`` that are cached and whole to ``take``, a shard at a time; return others ``(M,)``."""
@@ -199,16 +202,14 @@ class FeatureCache:
             stored = np.concatenate(list(self._shards.values()))
             shard_of = np.repeat(np.arange(len(shards)), [len(self._shards[shard]) for shard in shards])
             row_of = np.concatenate([np.arange(len(self._shards[shard])) for shard in shards])
-            order = np.argsort(stored, kind="stable")
-            wanted = np.argsort(digests, kind="stable")  # neighbours are found near each other
-            found = np.empty(len(digests), dtype=np.int64)
-            found[wanted] = order[np.searchsorted(stored[order], digests[wanted]).clip(max=len(order) - 1)]
+            found = found_digests(stored, digests)
             hits = np.flatnonzero(stored[found] == digests)
             hits = hits[np.argsort(shard_of[found[hits]], kind="stable")]
             bounds = np.flatnonzero(np.diff(shard_of[found[hits]])) + 1
-            for rows in np.split(hits, bounds):
-                if len(rows):
-                    features = self._load(shards[shard_of[found[rows[0]]]])
+            parts = [rows for rows in np.split(hits, bounds) if len(rows)]
+            with ThreadPoolExecutor() as threads:  # checksums are taken side by side
+                loaded = threads.map(self._load, [shards[shard_of[found[rows[0]]]] for rows in parts])
+                for rows, features in zip(parts, loaded, strict=True):
                     if features is not None:
                         missing[rows] = False
                         take(rows, features, row_of[found[rows]])
@@ -254,7 +255,7 @@ class FeatureCache:
         Raises:
             ValueError: As `features`.
         """
-        digests = _digests(texts)
+        digests = text_digests(texts)
         missing = self._read(digests, lambda *_: None)
         if len(missing):
             self._encode(texts, digests, missing, None, progress=False)
@@ -402,14 +403,6 @@ def _flat(identity: object) -> dict[str, object]:
     entries = dict(identity) if isinstance(identity, dict) else {"manifest": identity}
     key = entries.pop("key", None)
     return {**entries, **key} if isinstance(key, dict) else {**entries, "key": key}
-
-
-def _digests(texts: list[str]) -> Digests:
-    """Hashes ``(N,)`` of texts."""
-    codes = b"".join(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest() for text in texts
-    )
-    return np.frombuffer(codes, dtype=f"S{DIGEST_BYTES}")
 
 
 def _as_digests(codes: NDArray[np.uint8]) -> Digests:

@@ -1,4 +1,4 @@
-"""64-bit hashes of content, and numbering: what makes splits reproducible and fast.
+"""Hashes of content, of 64 bits where few collide, and numbering: what makes splits reproducible and fast.
 
 Axes: N pairs, U users, P prompts, R responses, G groups.
 """
@@ -16,6 +16,9 @@ from plm.arrays import BoolArray, IntArray
 from plm.data.schema import PairTable
 
 KeyArray = npt.NDArray[np.uint64]
+DIGEST_BYTES = 16
+Digests = npt.NDArray[np.bytes_]
+"""``(N,)`` of `DIGEST_BYTES` each."""
 
 
 class Keys(NamedTuple):
@@ -46,8 +49,7 @@ def pair_names(table: PairTable) -> list[str]:
 
 def digest(texts: Sequence[str]) -> KeyArray:
     """Hash texts (blake2b), the same in every process."""
-    raw = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts)
-    return np.frombuffer(raw, dtype="<u8").astype(np.uint64)
+    return np.frombuffer(_hashed(texts, 8), dtype="<u8").astype(np.uint64)
 
 
 def in_share(keys: KeyArray, share: tuple[int, int]) -> BoolArray:
@@ -109,3 +111,32 @@ def rows_of_runs(start: IntArray, end: IntArray) -> IntArray:
     count = end - start
     rows: IntArray = np.repeat(start - (np.cumsum(count) - count), count) + np.arange(count.sum())
     return rows
+
+
+def text_digests(texts: list[str]) -> Digests:
+    """Hashes of texts that no two of them share."""
+    return np.frombuffer(_hashed(texts, DIGEST_BYTES), dtype=f"S{DIGEST_BYTES}")
+
+
+def _hashed(texts: Sequence[str], size: int) -> bytes:
+    """Hashes of so many bytes, one after the other."""
+    return b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest() for text in texts)
+
+
+def found_digests(stored: Digests, digests: Digests) -> IntArray:
+    """Where in ``stored``, at least one hash, each of ``digests`` stands; of one that is not there some other place."""
+    keys, sought = _beginnings(stored), _beginnings(digests)
+    order, wanted, last = np.argsort(keys), np.argsort(sought), len(keys) - 1
+    keys, place = keys[order], np.empty(len(sought), dtype=np.int64)
+    place[wanted] = np.searchsorted(keys, sought[wanted]).clip(max=last)  # neighbours are found near each other
+    others = np.flatnonzero(stored[order[place]] != digests)
+    while len(others := others[keys[np.minimum(place[others] + 1, last)] == sought[others]]):
+        others = others[place[others] < last]
+        place[others] += 1  # several hashes begin alike
+        others = others[stored[order[place[others]]] != digests[others]]
+    return order[place]
+
+
+def _beginnings(digests: Digests) -> KeyArray:
+    """The first half of hashes ``(N,)``, which are sorted several times faster than whole ones."""
+    return np.ascontiguousarray(digests).view(np.uint64).reshape(len(digests), -1)[:, 0]

@@ -24,6 +24,7 @@ from plm.arrays import Float32Array, IntArray
 from plm.backbones import Backbone, HashingBackbone
 from plm.data import features as module
 from plm.data.features import FeatureCache, MappedFeatures
+from plm.data.keys import found_digests
 
 FAKE = '''
 import hashlib, time, torch
@@ -208,6 +209,22 @@ def test_text_hashes_that_end_in_zero_are_kept_apart(tmp_path: Path) -> None:
 
         assert reader._read(asked, take).tolist() == [0]
         assert torch.equal(torch.from_numpy(out[1:]), TRUTH[:4].flip(0))
+
+
+@pytest.mark.parametrize("num_ways", [1, 2, 5])
+def test_text_hashes_that_begin_alike_are_kept_apart(num_ways: int) -> None:
+    """Against a dictionary; all orders, and hashes that are nowhere before, among and after the others."""
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        codes = draw.integers(1, 4, (12, 16), dtype=np.uint8)
+        codes[:, :8] = draw.integers(0, num_ways, (12, 1))
+        every = np.unique(codes, axis=0)
+        every = np.ascontiguousarray(every[draw.permutation(len(every))]).view("S16").reshape(-1)
+        stored = every[: draw.integers(1, len(every) + 1)]
+        place = {code: row for row, code in enumerate(stored.tolist())}
+        found = found_digests(stored, every)
+        for code, row in zip(every.tolist(), found.tolist(), strict=True):
+            assert row == place[code] if code in place else stored[row] != code
 
 
 class Bad(HashingBackbone):
