@@ -66,8 +66,8 @@ def check_upload(repository: str) -> None:
     """Refuse what could not be uploaded, or would be for everybody to see, before anything is computed.
 
     Raises:
-        ValueError: If it is no name of a repository, or of a public one; if the hub cannot be reached, or nobody is
-            logged in.
+        ValueError: If it is no name of a repository, or of a public one; if the hub cannot be reached, nobody is
+            logged in, or the token is one that only reads.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -77,7 +77,9 @@ def check_upload(repository: str) -> None:
         raise ValueError(f"{what} the name of its owner, a slash and the name of the repository")
     api = HfApi()
     try:
-        api.whoami()
+        token = api.whoami().get("auth", {}).get("accessToken", {})
+        if token.get("role") == "read":
+            raise PermissionError("the token may only read; make one that writes at huggingface.co/settings/tokens")
         is_private = api.repo_info(repository).private
     except RepositoryNotFoundError:
         return

@@ -132,7 +132,7 @@ class EmbeddingsHandler(BaseHTTPRequestHandler):
 
 
 class Hub(LocalServer):
-    """As much of the hub of Hugging Face as an upload asks for; who has the key ``key`` is anna."""
+    """As much of the hub of Hugging Face as an upload asks for; who has the key ``key``, or ``reader``, is anna."""
 
     def __init__(self) -> None:
         super().__init__(HubHandler)
@@ -148,8 +148,10 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        if self.path == "/api/whoami-v2" and self.headers["authorization"] == "Bearer key":
-            self.answer(200, {"name": "anna", "type": "user"})
+        role = {"Bearer key": "write", "Bearer reader": "read"}.get(self.headers["authorization"])
+        if self.path == "/api/whoami-v2" and role:
+            token = {"type": "access_token", "accessToken": {"displayName": "a key", "role": role}}
+            self.answer(200, {"name": "anna", "type": "user", "auth": token})
         else:
             is_there = self.path == "/api/models/anna/public"
             found = {"id": "anna/public", "private": False, "siblings": []}
