@@ -300,19 +300,22 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
 
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         told = any(isinstance(callback, PreferenceMetrics) for callback in callbacks)
-        if told or not hasattr(getattr(self.trainer, "datamodule", None), "eval_names"):
+        names_loaders = hasattr(getattr(self.trainer, "datamodule", None), "eval_names")
+        if told or not names_loaders:
             return []
         kinds = (PreferenceMetrics, FewShotCurve, *([SaveUserStates] if self.trainer.checkpoint_callback else []))
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
 
     def on_fit_start(self) -> None:
-        """Keep what made the features, for the checkpoint, where the constructor was not told."""
-        self._refreshed_at = -1
+        """Keep what made the features, for the checkpoint, where the constructor was not told.
+
+        Under DDP, leave buffers alone: rows of users belong to the process that holds their pairs.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if self.hparams.get("backbone") is None and data is not None:
             self.hparams["backbone"] = getattr(data, "backbone_spec", None)
         if isinstance(self.trainer.model, torch.nn.parallel.DistributedDataParallel):
-            self.trainer.model.broadcast_buffers = False  # rows of users belong to the process that holds their pairs
+            self.trainer.model.broadcast_buffers = False
 
     def on_train_start(self) -> None:
         """Count the training pairs; measure what conditions features, and the root mean square of their differences."""
@@ -373,12 +376,10 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
         """Refresh before the validation of a fit."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.refresh_users()
-            self._refreshed_at = self.trainer.global_step
 
     def on_train_end(self) -> None:
-        """Refresh once more, where steps have followed the last validation, or there was none."""
-        if self._refreshed_at != self.trainer.global_step:
-            self.refresh_users()
+        """Refresh once more, for a fit without validation."""
+        self.refresh_users()
         self._conditioned = None
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -438,7 +439,8 @@ class PersonalizationMethod(AccumulatedSteps, LoadedMethod, ABC):
         state, saved_state = self.state_dict(), checkpoint["state_dict"]
         for name in self.user_tables:
             rows = state[name].clone()
-            if (prior := self.prior_row(name, saved_state)) is not None:
+            prior = self.prior_row(name, saved_state)
+            if prior is not None:
                 rows[:] = prior.to(rows)
             rows[here] = saved_state[name][there].to(rows)
             saved_state[name] = rows
