@@ -51,6 +51,8 @@ SHARD_SECONDS = 10.0
 """How long encoding a shard should take: what a killed run loses."""
 SHARD_TEXTS = (64, 8192)
 """Fewest and most texts of a shard; enough of them to sort into batches of similar length."""
+READ_AT_ONCE = 8
+"""Shards that are read and checked side by side."""
 QUIET_TEXTS = 256
 """Up to this many texts are encoded without a progress bar."""
 PARITY_WAIT = 60.0
@@ -207,12 +209,14 @@ class FeatureCache:
             hits = hits[np.argsort(shard_of[found[hits]], kind="stable")]
             bounds = np.flatnonzero(np.diff(shard_of[found[hits]])) + 1
             parts = [rows for rows in np.split(hits, bounds) if len(rows)]
-            with ThreadPoolExecutor() as threads:  # checksums are taken side by side
-                loaded = threads.map(self._load, [shards[shard_of[found[rows[0]]]] for rows in parts])
-                for rows, features in zip(parts, loaded, strict=True):
-                    if features is not None:
-                        missing[rows] = False
-                        take(rows, features, row_of[found[rows]])
+            with ThreadPoolExecutor(READ_AT_ONCE) as threads:  # checksums are taken side by side
+                for start in range(0, len(parts), READ_AT_ONCE):
+                    some = parts[start : start + READ_AT_ONCE]
+                    loaded = threads.map(self._load, [shards[shard_of[found[rows[0]]]] for rows in some])
+                    for rows, features in zip(some, loaded, strict=True):
+                        if features is not None:
+                            missing[rows] = False
+                            take(rows, features, row_of[found[rows]])
         return np.flatnonzero(missing)
 
     def _refresh(self) -> None:

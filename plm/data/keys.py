@@ -124,9 +124,9 @@ def _hashed(texts: Sequence[str], size: int) -> bytes:
 
 
 def found_digests(stored: Digests, digests: Digests) -> IntArray:
-    """Where in ``stored``, at least one hash, each of ``digests`` stands; of one that is not there some other place."""
+    """Where in ``stored``, at least one hash, each of ``digests`` stands first; for one that is nowhere, some place."""
     keys, sought = _beginnings(stored), _beginnings(digests)
-    order, wanted, last = np.argsort(keys), np.argsort(sought), len(keys) - 1
+    order, wanted, last = np.argsort(keys, kind="stable"), np.argsort(sought), len(keys) - 1
     keys, place = keys[order], np.empty(len(sought), dtype=np.int64)
     place[wanted] = np.searchsorted(keys, sought[wanted]).clip(max=last)  # neighbours are found near each other
     others = np.flatnonzero(stored[order[place]] != digests)
@@ -139,4 +139,4 @@ def found_digests(stored: Digests, digests: Digests) -> IntArray:
 
 def _beginnings(digests: Digests) -> KeyArray:
     """The first half of hashes ``(N,)``, which are sorted several times faster than whole ones."""
-    return np.ascontiguousarray(digests).view(np.uint64).reshape(len(digests), -1)[:, 0]
+    return np.ascontiguousarray(digests).view(np.uint64).reshape(-1, DIGEST_BYTES // 8)[:, 0]
