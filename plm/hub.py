@@ -77,15 +77,15 @@ def check_upload(repository: str) -> None:
         raise ValueError(f"{what} the name of its owner, a slash and the name of the repository")
     api = HfApi()
     try:
-        token = api.whoami().get("auth", {}).get("accessToken", {})
-        if token.get("role") == "read":
-            raise PermissionError("the token may only read; make one that writes at huggingface.co/settings/tokens")
+        token = (api.whoami().get("auth") or {}).get("accessToken") or {}
         is_private = api.repo_info(repository).private
     except RepositoryNotFoundError:
-        return
+        is_private = True  # as it will be made
     except Exception as error:  # of the client's versions each has errors of its own
         advice = "log in by hf auth login, or set HF_TOKEN"
         raise ValueError(f"{what} a hub that knows you; {advice}: {error}") from error
+    if token.get("role") == "read":
+        raise ValueError(f"{what} a token that writes, yours only reads; make one at {api.endpoint}/settings/tokens")
     if not is_private:
         raise ValueError(f"{what} a private repository, everybody can read this one; a model of a person tells of them")
 

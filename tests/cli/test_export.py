@@ -272,7 +272,7 @@ def test_an_export_is_uploaded_to_a_repository_of_its_own(
         assert "log in by hf auth login, or set HF_TOKEN" in capsys.readouterr().err
         monkeypatch.setenv("HF_TOKEN", "reader")
         assert main([*export, "anna/taste"]) == 1 and not folder.exists() and not hub.made
-        assert "the token may only read; make one that writes" in capsys.readouterr().err
+        assert "expected a token that writes, yours only reads; make one at" in capsys.readouterr().err
         monkeypatch.setenv("HF_TOKEN", "key")
         for name in ("anna/taste/x", "taste", "anna/public"):
             assert main([*export, name]) == 1 and not folder.exists() and not hub.made
