@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,9 +102,6 @@ class StrangerChoice(NamedTuple):
     error of the difference: `UNREACHED` where no scale has a held-out gain."""
 
 
-Solution = TypeVar("Solution")
-
-
 def least_harmful(losses: Tensor) -> int:
     """Index of the best candidate ``(C, U)``, or 0 where its gain is no larger than its own error.
 
@@ -129,43 +126,6 @@ def least_harmful_scale(scales: Sequence[float], losses: Tensor) -> float:
     return scales[least_harmful(judged)] if judged.shape[1] else 1.0
 
 
-class Candidates(Generic[Solution]):
-    """Solutions of all users at one candidate after another, of which those are held that may still be chosen.
-
-    Args:
-        default: The candidate that is chosen where nobody has held-out pairs.
-    """
-
-    def __init__(self, default: int) -> None:
-        self.default = default
-        self._losses: list[Tensor] = []
-        self._solved: dict[int, Solution] = {}
-
-    def add(self, losses: Tensor, solution: Solution) -> None:
-        """Take the next candidate.
-
-        Args:
-            losses: ``(U,)`` summed loss of the held-out pairs of every user, of all processes; 0 where there is none.
-            solution: What was solved.
-        """
-        number = len(self._losses)
-        self._losses.append(losses)
-        lowest = int(self._judged().sum(-1).argmin())
-        self._solved[number] = solution
-        self._solved = {index: one for index, one in self._solved.items() if index in (0, self.default, lowest)}
-
-    def choose(self) -> tuple[int, Solution]:
-        """The least harmful candidate, and its solution."""
-        judged = self._judged()
-        best = least_harmful(judged) if judged.shape[1] else self.default
-        return best, self._solved[best]
-
-    def _judged(self) -> Tensor:
-        """Losses ``(C, U)`` of the users who have held-out pairs."""
-        losses = torch.stack(self._losses)
-        return losses[:, losses[0] > 0]
-
-
 def choose_for_strangers(
     method: Any, scale: Tensor, candidates: Sequence[float], on_fit: Callable[[Iterable[PreferenceBatch]], None]
 ) -> StrangerChoice | None:
@@ -174,9 +134,9 @@ def choose_for_strangers(
     For each fold the shared weights are fitted to the pairs of everybody else, from where they are now; each user of
     the fold is then adapted on their own training pairs under every candidate, and judged by their validation pairs.
     Folds go by the content of pairs, so that neither names nor the order of users matter. The method is left as it was.
-    The pairs of those who take part are held on the device meanwhile, and of everybody else one batch, as in training.
-    Of several processes only the users take part whose training and validation pairs lie on the same one; where these
-    are fewer than `MIN_USERS`, nothing is chosen.
+    The pairs of those who take part are held on the device meanwhile, and of everybody else a batch or two. Of several
+    processes only the users take part whose training and validation pairs lie on the same one; where these are fewer
+    than `MIN_USERS`, nothing is chosen.
 
     Args:
         method: The method, before its first step.
@@ -210,7 +170,7 @@ def choose_for_strangers(
                 everybody = (fold == number).nonzero()[:, 0]
                 if not len(everybody):
                     continue
-                pairs, held_out = (part.take(fold[part.user_index] == number) for part in held)
+                pairs, held_out = (pairs.take(fold[pairs.user_index] == number) for pairs in held)
                 row_of = torch.searchsorted(everybody, pairs.user_index)
                 for chunk in user_chunks(row_of, len(everybody), 2 * method.feature_dim):
                     users = everybody[chunk.users]
@@ -277,9 +237,9 @@ def _fit(method: Any, part: Tensor, count: Tensor, on_fit: Callable[[Iterable[Pr
         batches = (batch.take(part[batch.user_index]) for batch in method.train_pass())
         return (batch for batch in batches if batch.num_pairs)
 
-    def total(count: int) -> Tensor:
+    def total(num_pairs: int) -> Tensor:
         """Pairs of all processes."""
-        found: Tensor = method.sum_over_processes(parameters[0].new_tensor(float(count)))
+        found: Tensor = method.sum_over_processes(parameters[0].new_tensor(float(num_pairs)))
         return found
 
     passes = kept(pairs)
@@ -318,12 +278,12 @@ def _context(batch: PreferenceBatch, users: Tensor, shots: int) -> Context:
     row = torch.searchsorted(users, batch.user_index)
     count = torch.bincount(row, minlength=len(users))
     place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    kept = place < shots
+    is_shot = place < shots
     width = int(count.clamp_max(shots).max())
 
     def padded(values: Tensor) -> Tensor:
         out = values.new_zeros(len(users), width, *values.shape[1:])
-        out[row[kept], place[kept]] = values[kept]
+        out[row[is_shot], place[is_shot]] = values[is_shot]
         return out
 
     chosen, rejected = batch.features

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from plm.functional import PairList, fit_gaussian
 from plm.method import strangers
-from plm.method.strangers import (
-    MIN_USERS,
-    UNREACHED,
-    chance_of_difference,
-    choose_for_strangers,
-    least_harmful,
-    with_evidence,
-)
+from plm.method.strangers import MIN_USERS, UNREACHED, chance_of_difference, least_harmful, with_evidence
 from plm.methods.lore import LoRe, model
 from plm.methods.lore.model import PRIOR_SCALES
 from plm.methods.pal import PAL
@@ -138,25 +130,24 @@ def test_few_users_are_no_strangers(tmp_path: Path) -> None:
     assert float(method.stranger_scale) == -1.0 and int(method.least_pairs) == 0
 
 
-def test_of_pairs_in_many_batches_one_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_pairs_in_many_batches_few_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     method: Any = LoRe(60, 4, num_bases=2, temperature=1.0)
     user, ones = torch.arange(60).repeat_interleave(3), torch.ones(180)
     pairs = PreferenceBatch(torch.randn(180, 4), torch.randn(180, 4), user, ones, ones > 1)
-    read: list[weakref.ref[torch.Tensor]] = []
-    most = 0
+    made: list[weakref.ref[torch.Tensor]] = []
+    take, most = PreferenceBatch.take, 0
 
-    def batches() -> Iterator[PreferenceBatch]:
+    def watched(batch: PreferenceBatch, rows: torch.Tensor) -> PreferenceBatch:
         nonlocal most
-        for rows in torch.split(torch.arange(180), 18):
-            batch = pairs.take(rows)
-            read.append(weakref.ref(batch.chosen))
-            most = max(most, sum(one() is not None for one in read))
-            yield batch
+        taken = take(batch, rows)
+        made.append(weakref.ref(taken.chosen))
+        most = max(most, sum(one() is not None for one in made))
+        return taken
 
-    method.num_train_pairs = 180
-    monkeypatch.setattr(strangers, "MAX_USERS", 30)
-    method.train_pass, method.val_pass, method.sum_over_processes = batches, lambda: [pairs], lambda values: values
-    assert choose_for_strangers(method, method.prior_scale, PRIOR_SCALES, lambda found: None) is not None
-    assert len(read) > strangers.NUM_FOLDS * strangers.NUM_STEPS
-    assert most <= 2
+    monkeypatch.setattr(PreferenceBatch, "take", watched)
+    method.train_pass = lambda: (pairs.take(rows) for rows in torch.split(torch.arange(180), 18))
+    method.num_train_pairs, method.sum_over_processes = 180, lambda values: values
+    strangers._fit(method, torch.arange(60) % 3 > 0, torch.full((60,), 3), lambda batches: None)
+    assert len(made) > 2 * strangers.NUM_STEPS  # a batch as it was read, and the pairs of it that take part
+    assert most <= 4

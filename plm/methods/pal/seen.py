@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plm.functional import MAX_CELLS, bt_losses, per_user_sum, targets, unit_mean_per_user
 from plm.method import PersonalizationMethod
-from plm.method.strangers import NO_SPREAD, Candidates, meet_strangers
+from plm.method.strangers import NO_SPREAD, least_harmful, meet_strangers
 from plm.methods.pal.geometry import Cache, Distinct, Geometry, as_double, cache_of, cells_of_pair, distinct_pairs
 from plm.methods.pal.users import MAX_STEPS, Prior, Solvable, solve_around, solve_table, table_prior
 from plm.types import PreferenceBatch, Tokens
@@ -100,7 +100,7 @@ class SolvedUsers(PersonalizationMethod):
         """
         val = [self._solvable(batch) for batch in self.val_pass()]
         scales = PRIOR_SCALES if val else (1.0,)
-        candidates: Candidates[tuple[Tensor, Tensor]] = Candidates(default=0)
+        candidates = _Candidates()
         priors = []
         logits, prior = torch.zeros_like(self.logits).double(), Prior(self.prior_centre.double(), self.prior_scale)
         for number in scales:
@@ -187,3 +187,35 @@ class SolvedUsers(PersonalizationMethod):
             return weights
         one_hot = F.one_hot(weights.argmax(-1), self.num_prototypes).to(weights)
         return torch.where(num_pairs[:, None] > 0, one_hot, weights)
+
+
+class _Candidates:
+    """Solutions of all users at one candidate after another, of which those are held that may still be chosen."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._solved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, losses: Tensor, solution: tuple[Tensor, Tensor]) -> None:
+        """Take the next candidate.
+
+        Args:
+            losses: ``(U,)`` summed loss of the held-out pairs of every user, of all processes; 0 where there is none.
+            solution: What was solved.
+        """
+        number = len(self._losses)
+        self._losses.append(losses)
+        lowest = int(self._judged().sum(-1).argmin())
+        self._solved[number] = solution
+        self._solved = {index: one for index, one in self._solved.items() if index in (0, lowest)}
+
+    def choose(self) -> tuple[int, tuple[Tensor, Tensor]]:
+        """The least harmful candidate, the first where nobody has held-out pairs, and its solution."""
+        judged = self._judged()
+        best = least_harmful(judged) if judged.shape[1] else 0
+        return best, self._solved[best]
+
+    def _judged(self) -> Tensor:
+        """Losses ``(C, U)`` of the users who have held-out pairs."""
+        losses = torch.stack(self._losses)
+        return losses[:, losses[0] > 0]
