@@ -197,12 +197,13 @@ class TrainBatches(ResumableBatches):
             yield self.whole
             return
         users = np.random.default_rng((self.seed, epoch if num_batches > 1 else 0)).permutation(len(self.start))
+        end = np.append(self.start[1:], len(self.rows))
         # ranks hold different numbers of pairs: with this factor the mean over ranks of their means is the exact mean
         for number, batch_users in enumerate(np.array_split(users, num_batches * world_size)):
             if number % world_size != rank or number // world_size < skipped:
                 continue
             batch_users = np.sort(batch_users)
-            index = rows_of_runs(self.start[batch_users], np.append(self.start[1:], len(self.rows))[batch_users])
+            index = rows_of_runs(self.start[batch_users], end[batch_users])
             factor = np.float32(len(index) * num_batches * world_size / len(self.rows))
             batch = pair_batch(self.data, self.rows[index], self.weight[index] * factor, evaluation=False)
             if num_batches == 1:

@@ -36,7 +36,15 @@ from plm.arrays import Float32Array, IntArray
 from plm.atomic import only_writer, whole_file, write_json, write_text
 from plm.backbones import Backbone, RemoteEncoder
 from plm.data.cache import MANIFEST, PARITY, PARITY_LOCK, folder_name
-from plm.data.keys import DIGEST_BYTES, Digests, found_digests, in_share, text_digests
+from plm.data.keys import (
+    DIGEST_BYTES,
+    Digests,
+    found_digests,
+    in_share,
+    leading_keys,
+    position_in_run,
+    text_digests,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -170,7 +178,7 @@ class FeatureCache:
             raise ValueError("expected a server or other processes that encode, got both")
         texts, _ = self._distinct(pairs)
         digests = text_digests(texts)
-        rows = np.flatnonzero(in_share(digests.view(">u8").reshape(-1, DIGEST_BYTES // 8)[:, 0], share))
+        rows = np.flatnonzero(in_share(leading_keys(digests), share))
         missing = rows[self._read(digests[rows], lambda *_: None)]
         if len(missing):
             self._encode(texts, digests, missing, None, True, engine)
@@ -203,7 +211,7 @@ class FeatureCache:
             shards = list(self._shards)
             stored = np.concatenate(list(self._shards.values()))
             shard_of = np.repeat(np.arange(len(shards)), [len(self._shards[shard]) for shard in shards])
-            row_of = np.concatenate([np.arange(len(self._shards[shard])) for shard in shards])
+            row_of = position_in_run(shard_of)
             found = found_digests(stored, digests)
             hits = np.flatnonzero(stored[found] == digests)
             hits = hits[np.argsort(shard_of[found[hits]], kind="stable")]

@@ -125,7 +125,7 @@ def _hashed(texts: Sequence[str], size: int) -> bytes:
 
 def found_digests(stored: Digests, digests: Digests) -> IntArray:
     """Where in ``stored``, at least one hash, each of ``digests`` stands first; for one that is nowhere, some place."""
-    keys, sought = _beginnings(stored), _beginnings(digests)
+    keys, sought = leading_keys(stored), leading_keys(digests)
     order, wanted, last = np.argsort(keys, kind="stable"), np.argsort(sought), len(keys) - 1
     keys, place = keys[order], np.empty(len(sought), dtype=np.int64)
     place[wanted] = np.searchsorted(keys, sought[wanted]).clip(max=last)  # neighbours are found near each other
@@ -137,6 +137,6 @@ def found_digests(stored: Digests, digests: Digests) -> IntArray:
     return order[place]
 
 
-def _beginnings(digests: Digests) -> KeyArray:
-    """The first half of hashes ``(N,)``, which are sorted several times faster than whole ones."""
-    return np.ascontiguousarray(digests).view(np.uint64).reshape(-1, DIGEST_BYTES // 8)[:, 0]
+def leading_keys(digests: Digests) -> KeyArray:
+    """The first half of hashes ``(N,)`` as numbers, which are sorted several times faster than whole hashes."""
+    return np.ascontiguousarray(digests).view(">u8").reshape(-1, DIGEST_BYTES // 8)[:, 0].astype(np.uint64)

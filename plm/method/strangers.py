@@ -205,10 +205,11 @@ def _folds(method: Any) -> tuple[Tensor, Tensor]:
 
     Users go into the folds in turn, in the order of the summed squares of their differences.
     """
-    key, has_val, count = torch.zeros(3, method.num_users, dtype=torch.float64, device=method.device)
+    key, has_val = torch.zeros(2, method.num_users, dtype=torch.float64, device=method.device)
+    count = torch.zeros_like(key, dtype=torch.long)
     for batch in method.train_pass():
         key += per_user_sum(batch.difference.double().square().sum(-1), batch.user_index, len(key))
-        count += per_user_sum(torch.ones_like(batch.weight).double(), batch.user_index, len(key))
+        count += torch.bincount(batch.user_index, minlength=len(key))
     for batch in method.val_pass():
         has_val[batch.user_index] = 1.0
     users = ((key > 0) & (has_val > 0)).nonzero()[:, 0]
