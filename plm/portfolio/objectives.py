@@ -22,6 +22,7 @@ from torch import Tensor
 from plm.arrays import Float64Array, IntArray
 from plm.checkpoint import load_method
 from plm.data.files import read_rows
+from plm.data.keys import position_in_run
 from plm.data.sources import PairSource
 from plm.data.sources.corpus import local_files
 from plm.data.values import is_number, short, to_id
@@ -135,9 +136,9 @@ class RewardTable(RewardSource):
             print_parts(
                 f"{(~kept).sum():,} of {len(kept):,} responses are left out: an objective is nan, inf or missing"
             )
-        place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        row = np.sort(row)
         table = np.full((len(count), int(count.max()), len(columns)), np.nan)
-        table[np.sort(row, kind="stable"), place] = values
+        table[row, position_in_run(row)] = values
         return table[count > 1]
 
     def _meant(self, column: str, present: Iterable[str]) -> str:
