@@ -33,7 +33,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from plm.backbones.causal_lm import completion_tokens
+from plm.backbones import completion_tokens
 from plm.checkpoint import KnownUsers, load_method
 from plm.data.sources.population import standardise
 from plm.data.sources.sampled import SampledPairs

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plm.adapting import RecentFeatures, adapt_user, distinct_pairs
-from plm.backbones import Backbone, CausalLM, TooLong
+from plm.backbones import Backbone, TokenBackbone, TooLong
 from plm.data.values import parsed, plain_prompt, short
 from plm.messages import to_text
 from plm.method import CHECKPOINT_KEY, PersonalizationMethod, constructor_arguments
@@ -283,7 +283,7 @@ class TextEncoder:
         if not self.method.reads_prompts:
             return None
         reader = self.backbone.prompt_backbone
-        if isinstance(reader, CausalLM):
+        if isinstance(reader, TokenBackbone):
             return self._on_device(reader.represent_prompts(prompts))
         if not prompts:
             return self.method.reference.new_zeros(0, reader.feature_dim)

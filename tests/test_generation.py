@@ -12,8 +12,7 @@ import torch
 from scipy.stats import chisquare, kstest
 from torch import Tensor
 
-from plm.backbones import CausalLM, HashingBackbone, Policy, completion_tokens, draw, gumbel_noise
-from plm.backbones.causal_lm import Completion
+from plm.backbones import CausalLM, Completion, HashingBackbone, Policy, completion_tokens, draw, gumbel_noise
 from plm.checkpoint import TextEncoder, load_method
 from plm.generation import Sample, best_of_n, sample, sample_logps
 from plm.method import PersonalizationMethod

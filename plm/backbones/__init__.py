@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plm.backbones.attention import Prefix
 from plm.backbones.backbone import Backbone, Key, device
-from plm.backbones.causal_lm import CausalLM, Completion, TooLong, batches_by_length, completion_tokens
+from plm.backbones.causal_lm import CausalLM
 from plm.backbones.files import FeatureFiles
 from plm.backbones.fresh import FreshCausalLM
 from plm.backbones.hashing import HashingBackbone
@@ -20,6 +20,7 @@ from plm.backbones.reading import Reading, split_texts
 from plm.backbones.reference import ReferenceLogps
 from plm.backbones.remote import Patience, RemoteError, RemotePolicy, text_key
 from plm.backbones.remote_encoder import GOLDEN, EncoderError, RemoteEncoder
+from plm.backbones.tokens import Completion, PlainText, TokenBackbone, TooLong, batches_by_length, completion_tokens
 from plm.backbones.warpers import Warpers, draw, gumbel_noise
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LoRA",
     "MixedWriting",
     "Patience",
+    "PlainText",
     "Policy",
     "Prefix",
     "PrefixShape",
@@ -48,6 +50,7 @@ __all__ = [
     "RemotePolicy",
     "TargetModules",
     "TextWriter",
+    "TokenBackbone",
     "TokenFacts",
     "TooLong",
     "Warpers",

@@ -1,23 +1,20 @@
-"""A causal language model as the backbone of token methods: texts to token ids, and the network itself.
-
-Axes: T tokens.
-"""
+"""A causal language model as the backbone of token methods: texts to token ids, and the network itself."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from plm.backbones.backbone import Key, chat_messages, chat_text, choose, plain_text
 from plm.backbones.huggingface import HFBackbone
+from plm.backbones.tokens import Completion, TokenBackbone, TooLong
 from plm.messages import to_text
-from plm.types import Tokens
 
 _PROBE = "Yes"
 """A reply in which the chat template is asked how it closes one."""
@@ -25,27 +22,7 @@ _SET_HERE = {"add_generation_prompt", "chat_template", "conversation", "tokenize
 """Arguments of ``apply_chat_template`` that are no option of a template."""
 
 
-class Completion(NamedTuple):
-    """Token ids of a response and of the prompt before it."""
-
-    prompt: list[int]
-    response: list[int]
-
-
-class TooLong(ValueError):
-    """A prompt that leaves no room for a response.
-
-    Args:
-        prompt: The prompt.
-        message: What is wrong with it.
-    """
-
-    def __init__(self, prompt: str, message: str) -> None:
-        super().__init__(message)
-        self.prompt = prompt
-
-
-class CausalLM(HFBackbone):
+class CausalLM(HFBackbone, TokenBackbone):
     """A Hugging Face causal language model that token methods train, steer and generate with.
 
     With it the data hand out tokens instead of features. A response is what follows its prompt, closed by the end token
@@ -67,8 +44,6 @@ class CausalLM(HFBackbone):
         attention: Attention kernel; ``auto`` is what transformers picks.
         chat_template_kwargs: What the chat template is told besides the messages, such as ``enable_thinking: false``.
     """
-
-    view: ClassVar[Literal["features", "tokens", "latents"]] = "tokens"
 
     def __init__(
         self,
@@ -129,19 +104,18 @@ class CausalLM(HFBackbone):
             )
         return self._in_range(ids)
 
-    def completion(self, prompt: str, response: str) -> Completion:
-        """Token ids of a prompt and of the response to it; the response is cut where the model can read no more.
+    def cut_completion(self, prompt: str, response: str) -> tuple[Completion, int]:
+        """Token ids of a prompt and of the response to it, which is cut where the model can read no more.
 
         A response is tokenised together with its prompt, unless a token would span the border between the two.
+
+        Returns:
+            The ids, and how many tokens of the response were cut off.
 
         Raises:
             ValueError: If the prompt leaves no room, the response has no tokens, or the chat template begins a reply
                 with what a finished reply does not hold.
         """
-        return self.cut_completion(prompt, response)[0]
-
-    def cut_completion(self, prompt: str, response: str) -> tuple[Completion, int]:
-        """As `completion`, with the number of tokens of the response that the model cannot read."""
         before, whole = self._text(prompt, None), self._text(prompt, response)
         if not whole.startswith(before):
             raise ValueError(
@@ -163,14 +137,6 @@ class CausalLM(HFBackbone):
         read = self.prompt_tokens(prompt)
         room = self.max_tokens - len(read)
         return Completion(read, self._in_range(ids[:room])), max(0, len(ids) - room)
-
-    def represent(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
-        """Tokens ``(B, T)`` of B responses to B prompts."""
-        return completion_tokens([self.completion(*pair) for pair in zip(prompts, responses, strict=True)])
-
-    def represent_prompts(self, prompts: Sequence[str]) -> Tokens:
-        """Tokens ``(B, T)`` of B prompts alone, as they stand before their responses."""
-        return completion_tokens([Completion(self.prompt_tokens(prompt), []) for prompt in prompts])
 
     def response_text(self, completion: Completion) -> str:
         """The text of a response's tokens, as it stands after its prompt; special tokens are left out."""
@@ -278,44 +244,6 @@ class CausalLM(HFBackbone):
         """Short hash of weights and tokenizer, but not of the folder's name; adapters keep it to know their network."""
         identity = self._content or f"{self.model} at {self._commit}"
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-
-def completion_tokens(rows: Sequence[Completion], *, left: bool = False) -> Tokens:
-    """Token ids of B texts as one padded batch.
-
-    Args:
-        rows: Prompt and response of each text.
-        left: Whether padding stands before the text, as for writing.
-    """
-    start = torch.tensor([len(prompt) for prompt, _ in rows], dtype=torch.long)[:, None]
-    length = start + torch.tensor([len(response) for _, response in rows], dtype=torch.long)[:, None]
-    column = torch.arange(int(length.max()) if rows else 0)[None, :]
-    if left:
-        column = column - (column.shape[1] - length)
-    attended = (column >= 0) & (column < length)
-    ids = torch.zeros(attended.shape, dtype=torch.long)
-    ids[attended] = torch.tensor(
-        [token for prompt, response in rows for token in (*prompt, *response)], dtype=torch.long
-    )
-    return Tokens(ids, attended, attended & (column >= start))
-
-
-def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Places of texts of similar length, batch by batch, the longest first.
-
-    Args:
-        lengths: Tokens of each text, at least one.
-        most: Most tokens of a batch, padding included; a text that has more is alone.
-
-    >>> list(batches_by_length([2, 4, 3, 1], 6))
-    [[1], [2, 0], [3]]
-    """
-    order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
-    start = 0
-    while start < len(order):
-        batch = order[start : start + max(1, most // lengths[order[start]])]
-        yield batch
-        start += len(batch)
 
 
 def _four_bit(dtype: str) -> Any:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from plm.backbones.backbone import Backbone, Key, device
-from plm.backbones.causal_lm import CausalLM, Completion, TooLong, batches_by_length, completion_tokens
+from plm.backbones.causal_lm import CausalLM
 from plm.backbones.policy import Policy
+from plm.backbones.tokens import Completion, TooLong, batches_by_length, completion_tokens
 
 BATCH_TOKENS = 4096
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plm.arrays import BoolArray, Float64Array, IntArray
-from plm.backbones import Backbone, CausalLM, ReferenceLogps, RemoteEncoder
+from plm.backbones import Backbone, CausalLM, ReferenceLogps, RemoteEncoder, TokenBackbone
 from plm.data.agreement import Repeats, majority, repeated_comparisons
 from plm.data.collate import (
     EpochPlace,
@@ -139,13 +139,12 @@ class PreferenceDataModule(L.LightningDataModule):
         problems.choices(group_by=(self.group_by, get_args(GroupBy)), shot_unit=(self.shot_unit, get_args(ShotUnit)))
         if self.shot_unit == "dialogue" and self.max_support is not None:
             problems.add("max_support", "null with shot_unit dialogue, which it would cut", self.max_support)
-        if self.view != "tokens":
-            for name, value in {**grouped, "reference_logps": self.reference_logps}.items():
-                problems.say(
-                    f"data.{name}: has an effect on tokens only, and {type(self.backbone).__name__} gives {self.view}; "
-                    "remove it, or set data.backbone to a plm.backbones.CausalLM",
-                    when=bool(value),
-                )
+        given = f"{type(self.backbone).__name__} gives {self.view}; remove it, or set data.backbone to a CausalLM"
+        for name, value in grouped.items():
+            if self.view != "tokens":
+                problems.say(f"data.{name}: has an effect on tokens only, and {given}", when=bool(value))
+        if not isinstance(self.backbone, CausalLM):
+            problems.say(f"data.reference_logps: a CausalLM has some, and {given}", when=self.reference_logps)
         problems.say(
             "data.pairs_per_user, data.prompts_per_batch: expected one of them at most, got both",
             when=None not in grouped.values(),
@@ -156,7 +155,7 @@ class PreferenceDataModule(L.LightningDataModule):
     @cached_property
     def _split_table(self) -> tuple[PairTable, Splits]:
         table = self.source.load()
-        if isinstance(self.backbone, CausalLM):
+        if isinstance(self.backbone, TokenBackbone):
             self.backbone.prepare(prompt + text for prompt, text in table.texts())
         table, self._tokens = drop_unreadable(table, self.backbone)
         splits = self._split(table, self.split_seed)

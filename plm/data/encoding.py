@@ -22,6 +22,7 @@ from plm.backbones import (
     LatentBackbone,
     ReferenceLogps,
     RemoteEncoder,
+    TokenBackbone,
     TooLong,
 )
 from plm.data.collate import FeaturedPairs
@@ -96,7 +97,7 @@ def drop_unreadable(table: PairTable, backbone: Backbone) -> tuple[PairTable, To
     Raises:
         ValueError: If no pair fits.
     """
-    if isinstance(backbone, CausalLM):
+    if isinstance(backbone, TokenBackbone):
         return token_rows(table, backbone)
     if isinstance(backbone, LatentBackbone):
         return token_rows(table, backbone.causal_lm, ADVICE)
@@ -119,7 +120,7 @@ def encode_pairs(
     Args:
         table: The pairs.
         backbone: What reads the texts, or cuts them into tokens; its weights are freed once a cache holds the features.
-        reader: What gives features; None = the method reads tokens, of a `CausalLM`.
+        reader: What gives features; None = the method reads tokens, of a `TokenBackbone`.
         user_index: ``(U,)`` row of every user in the training table, -1 if unseen; None = all users are new.
         prompt_features: Whether prompts alone are wanted, too.
         tokens: The tokens of the table, where `drop_unreadable` has been called already.
@@ -133,7 +134,7 @@ def encode_pairs(
         user_index = np.full(table.num_users, -1, dtype=np.int64)
     if reader is None:
         if tokens is None:
-            raise ValueError(f"expected a CausalLM, which gives tokens, got {type(backbone).__name__}")
+            raise ValueError(f"expected a backbone that gives tokens, got {type(backbone).__name__}")
         return FeaturedPairs(table, tokens, tokens.prompts_alone() if prompt_features else None, user_index)
     items, prompt, prompts, responses = _texts_of_pairs(table)
     if isinstance(reader, CachedReader):
@@ -142,7 +143,7 @@ def encode_pairs(
         of_items = _feature_rows(_read(reader, prompts, responses), items, len(table.items))
     _warn_of_equal_features(table, of_items)
     of_prompts: BatchRows | None = None
-    if prompt_features and tokens is not None and isinstance(backbone.prompt_backbone, CausalLM):
+    if prompt_features and tokens is not None and isinstance(backbone.prompt_backbone, TokenBackbone):
         of_prompts = tokens.prompts_alone()
     elif prompt_features:
         rows, count = np.unique(prompt), len(table.prompts)
@@ -193,10 +194,10 @@ def fill_cache(
             f"{backbone.view} no server of embeddings gives"
         )
     parts: dict[str, tuple[Backbone, list[tuple[str, str]]]] = {}
-    if not isinstance(backbone, CausalLM):
+    if not isinstance(backbone, TokenBackbone):
         _, prompt, prompts, responses = _texts_of_pairs(table)
         parts["responses"] = backbone, list(zip(prompts, responses, strict=True))
-        if prompt_features and not isinstance(backbone.prompt_backbone, CausalLM):
+        if prompt_features and not isinstance(backbone.prompt_backbone, TokenBackbone):
             rows = np.unique(prompt).tolist()
             parts["prompts"] = backbone.prompt_backbone, _alone([table.prompts[row] for row in rows])
     elif reference_logps:
@@ -298,14 +299,14 @@ def with_reference_logps(tokens: TokenRows, table: PairTable, causal_lm: CausalL
 
 def token_rows(
     table: PairTable,
-    tokenizer: CausalLM,
+    tokenizer: TokenBackbone,
     advice: str = "raise data.backbone.init_args.max_length or set max_prompt_length",
 ) -> tuple[PairTable, TokenRows]:
     """Tokenise the items of a table and leave out pairs that do not fit; responses that were cut are warned about.
 
     Args:
         table: The pairs.
-        tokenizer: The language model whose tokens they are.
+        tokenizer: What cuts them into tokens.
         advice: What to do about texts that do not fit.
 
     Returns:
