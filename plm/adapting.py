@@ -428,5 +428,7 @@ def _encoded(method: PersonalizationMethod, table: PairTable, is_remembered: boo
     if isinstance(method, PolicyMethod):
         return encode_pairs(table, method.causal_lm)
     encoder = method.text_encoder
+    if method.view == "tokens" and not method.has_features:
+        return encode_pairs(table, encoder.backbone)
     reader = encoder.recent if is_remembered else encoder
     return encode_pairs(table, encoder.backbone, reader, prompt_features=method.reads_prompts)

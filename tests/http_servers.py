@@ -7,13 +7,22 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 
 from plm.backbones import Backbone
+
+
+@contextmanager
+def answering(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Have a server answer while the block lasts."""
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield
+    server.shutdown()
+    server.server_close()
 
 
 class LocalServer(ThreadingHTTPServer):
@@ -29,13 +38,9 @@ class LocalServer(ThreadingHTTPServer):
         """Where the paths of OpenAI's interface begin."""
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self) -> AbstractContextManager[None]:
         """Answer while the block lasts."""
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield
-        self.shutdown()
-        self.server_close()
+        return answering(self)
 
 
 class PolicyServer(LocalServer):

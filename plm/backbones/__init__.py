@@ -5,6 +5,7 @@ from __future__ import annotations
 from plm.backbones.attention import Prefix
 from plm.backbones.backbone import Backbone, Key, device
 from plm.backbones.causal_lm import CausalLM
+from plm.backbones.chat import Answer, Chat, LocalChat, Messages, RemoteChat, is_loopback
 from plm.backbones.files import FeatureFiles
 from plm.backbones.fresh import FreshCausalLM
 from plm.backbones.hashing import HashingBackbone
@@ -25,8 +26,10 @@ from plm.backbones.warpers import Warpers, draw, gumbel_noise
 
 __all__ = [
     "GOLDEN",
+    "Answer",
     "Backbone",
     "CausalLM",
+    "Chat",
     "Completion",
     "EncoderError",
     "FeatureFiles",
@@ -37,6 +40,8 @@ __all__ = [
     "KeyValueMaker",
     "LatentBackbone",
     "LoRA",
+    "LocalChat",
+    "Messages",
     "MixedWriting",
     "Patience",
     "PlainText",
@@ -45,6 +50,7 @@ __all__ = [
     "PrefixShape",
     "Reading",
     "ReferenceLogps",
+    "RemoteChat",
     "RemoteEncoder",
     "RemoteError",
     "RemotePolicy",
@@ -61,6 +67,7 @@ __all__ = [
     "draw",
     "first_layers",
     "gumbel_noise",
+    "is_loopback",
     "mixed_logits",
     "split_texts",
     "text_key",

@@ -12,6 +12,8 @@ import yaml
 from plm.cli import main
 from plm.methods.clap import CLaP
 from plm.testing import saved, tiny_causal_lm
+from plm.testing.judge import ChatServer, count_words
+from tests.http_servers import answering
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [
@@ -53,6 +55,17 @@ def trains_tokens(path):
 
 def reads_latents(path):
     return "ClapLatents" in path.read_text()
+
+
+def asks_a_judge(path):
+    return "PLM_JUDGE_URL" in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def judge():
+    server = ChatServer(count_words)
+    with answering(server):
+        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +116,7 @@ def test_recipe_fits_together(path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:posterior collapse|a latent without use")  # of two epochs on stand-in data
 @pytest.mark.filterwarnings("ignore:.* pairs have the same features on both sides")  # in an untrained latent space
 @pytest.mark.parametrize("path", RUNS)
-def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch, clap):
+def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch, clap, judge):
     monkeypatch.chdir(tmp_path)
     over = tmp_path / "over.yaml"
     data = {key.removeprefix("data."): value for key, value in STAND_IN.items()}
@@ -113,6 +126,9 @@ def test_recipe_runs_two_epochs(path, tmp_path, monkeypatch, clap):
         backbone = {**TOKEN_STAND_IN["init_args"], "model": str(tmp_path / "fresh")}
         data |= {"backbone": {**TOKEN_STAND_IN, "init_args": backbone}, "val_rows": 0.15, "unseen_users": 0.2}
         data["source"] = {**data["source"], "init_args": {"num_users": 8, "pairs_per_user": 8}}
+    if asks_a_judge(path):
+        monkeypatch.setenv("PLM_JUDGE_URL", judge)
+        data |= {"backbone": {"class_path": "plm.backbones.PlainText"}, "unseen_users": 0.2}
     if reads_latents(path):
         backbone = {"class_path": "plm.methods.clap.latents.ClapLatents", "init_args": {"checkpoint": str(clap)}}
         data |= {"backbone": backbone, "val_rows": 0.15, "unseen_users": 0.2}

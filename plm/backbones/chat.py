@@ -1,0 +1,172 @@
+"""A language model that is asked questions: one behind an OpenAI-compatible server, or one in this process."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import torch
+
+from plm.backbones.backbone import device
+from plm.backbones.causal_lm import CausalLM
+from plm.backbones.remote import KEY_VARIABLE, Patience, RemotePolicy, ask
+
+NUM_LOGPROBS = 20
+"""How many likely tokens are asked for at each place; the most that OpenAI's interface gives."""
+Messages = Sequence[Mapping[str, str]]
+
+
+class Answer(NamedTuple):
+    """What a model says."""
+
+    text: str
+    tokens: list[tuple[str, dict[str, float]]]
+    """Each token written, with log-probabilities of the likely ones at its place; empty where none were given."""
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+
+
+class Chat(Protocol):
+    """Answers conversations; called by several threads at once."""
+
+    def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
+        """One answer.
+
+        Args:
+            messages: ``{role, content}`` each.
+            max_tokens: Most tokens of the answer.
+            temperature: 0 = the likeliest token each time.
+            seed: Of what is random in it.
+            begin: How the answer begins, for a model that can be told; it is no part of the answer.
+        """
+
+
+class RemoteChat:
+    """A model behind an OpenAI-compatible server; its key is the environment variable ``PLM_POLICY_KEY``.
+
+    Args:
+        url: Where the server's paths begin, such as ``http://localhost:8000/v1``.
+        model: Name of the model there; None = the only one.
+        patience: How long an answer is waited for.
+
+    Raises:
+        ValueError: If the server cannot be asked, or does not serve the model.
+    """
+
+    def __init__(self, url: str, model: str | None, patience: Patience) -> None:
+        served = RemotePolicy(url, model, "chat")
+        self.url, self.model, self.patience = served.url, served.model, patience
+
+    def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
+        """One answer; how it begins is left to the model.
+
+        Raises:
+            ValueError: If the server refuses the request, keeps failing, or gives no text.
+        """
+        request = {
+            "model": self.model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "logprobs": True,
+            "top_logprobs": NUM_LOGPROBS,
+        }
+        answer = ask(f"{self.url}/chat/completions", request, KEY_VARIABLE, self.patience)
+        choice = (answer.get("choices") or [{}])[0]
+        text = (choice.get("message") or {}).get("content")
+        if not isinstance(text, str):
+            raise ValueError(f"expected a text from {self.url}, got none to {str(messages[-1]['content'])[:60]!r}")
+        usage = answer.get("usage") or {}
+        return Answer(
+            text,
+            [
+                (entry["token"], {other["token"]: float(other["logprob"]) for other in entry.get("top_logprobs", [])})
+                for entry in (choice.get("logprobs") or {}).get("content") or []
+            ],
+            int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or 0),
+        )
+
+
+class LocalChat:
+    """A model of this process, which answers one conversation at a time.
+
+    A model without a chat template reads messages headed by their roles, and goes on.
+
+    Args:
+        model: Folder of a causal language model, or its id on the Hugging Face hub.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+
+    def __init__(self, model: str) -> None:
+        plain = CausalLM(model)
+        self.lm = plain if plain.tokenizer.chat_template is None else CausalLM(model, template="chat")
+        self._lock = threading.Lock()
+
+    @cached_property
+    def network(self) -> Any:
+        """The language model on its device."""
+        return self.lm.load().to(device())
+
+    def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
+        """One answer, which follows ``begin``.
+
+        Raises:
+            ValueError: If the conversation leaves no room for it.
+        """
+        tokenizer = self.lm.tokenizer
+        ids = self.lm.prompt_tokens(json.dumps(list(messages)))
+        ids += tokenizer(begin, add_special_tokens=False)["input_ids"]
+        ends = [end for end in (self.lm.closing_token, tokenizer.eos_token_id) if end is not None]
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        with self._lock, torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            given = torch.tensor([ids], device=self.network.device)
+            written = self.network.generate(
+                given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=max(1, min(max_tokens, self.lm.max_tokens - len(ids))),
+                use_cache=True,
+                output_logits=True,
+                return_dict_in_generate=True,
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else 0,
+                **sampling,
+            )
+        new = written.sequences[0, len(ids) :].tolist()
+        likely = [torch.log_softmax(logits[0].float(), -1).topk(NUM_LOGPROBS) for logits in written.logits]
+        tokens = [
+            (tokenizer.decode([token]), self._by_text(top.indices.tolist(), top.values.tolist()))
+            for token, top in zip(new, likely, strict=True)
+        ]
+        return Answer(tokenizer.decode(new, skip_special_tokens=True), tokens, len(ids), len(new))
+
+    def _by_text(self, ids: list[int], logprobs: list[float]) -> dict[str, float]:
+        """Log-probabilities of tokens by their texts; of two with one text the likelier."""
+        found: dict[str, float] = {}
+        for token, logprob in zip(ids, logprobs, strict=True):
+            found.setdefault(self.lm.tokenizer.decode([token]), logprob)
+        return found
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is one of this machine.
+
+    >>> is_loopback("http://localhost:8000/v1"), is_loopback("http://[::1]/v1"), is_loopback("https://example.org/v1")
+    (True, True, False)
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

@@ -1,0 +1,280 @@
+"""The judge: questions to a language model, what they cost, and what comes of the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from plm.backbones import Answer, Chat, Messages
+from plm.methods.persona_judge.prompts import (
+    BEGIN,
+    BEST,
+    Persona,
+    ask_pair,
+    ask_score,
+    digest,
+    probability,
+    score,
+)
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+REASON_TOKENS = 256
+"""Most tokens of an answer with a reason, or of a persona."""
+LINE_TOKENS = 12
+"""Most tokens of an answer without one."""
+
+
+class Question(NamedTuple):
+    """What a language model is asked."""
+
+    messages: Messages
+    max_tokens: int
+    temperature: float = 0.0
+    number: int = 0
+    """Which of several answers to the same messages."""
+    begin: str = ""
+    """How the answer begins, for a model that can be told."""
+
+    def key(self, model: str) -> bytes:
+        """Hash of all that decides the answer."""
+        content = json.dumps([model, list(self.messages), *self[1:]], sort_keys=True)
+        return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+class Duel(NamedTuple):
+    """Two responses to a prompt, judged with what is known about a person."""
+
+    persona: Persona
+    prompt: str
+    first: str
+    second: str
+
+
+@dataclass
+class Costs:
+    """What a judge has been asked so far, and how it answered."""
+
+    calls: int = 0
+    """Answers of the model; the others had been given before."""
+    known_answers: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Waited for answers, summed over those waited for at once."""
+    verdicts: int = 0
+    unparsed: int = 0
+    """Answers whose last line was no verdict."""
+    duels: int = 0
+    consistent: int = 0
+    """Duels whose winner was the same in both orders, or that had none in either."""
+    first: float = 0.0
+    """Sum over the duels of the mean probability of the response that was shown first."""
+
+    def report(self) -> dict[str, float]:
+        """Numbers for ``metrics.json``; nan where nothing was asked."""
+        duels, verdicts = self.duels or float("nan"), self.verdicts or float("nan")
+        return {
+            "judge_calls": self.calls,
+            "judge_known_answers": self.known_answers,
+            "judge_prompt_tokens": self.prompt_tokens,
+            "judge_tokens": self.tokens,
+            "judge_seconds": self.seconds,
+            "judge_unparsed": self.unparsed / verdicts,
+            "judge_order_consistency": self.consistent / duels,
+            "judge_position_bias": self.first / duels - 0.5,
+        }
+
+
+class BudgetError(ValueError):
+    """More would have to be asked than is allowed."""
+
+
+class Judge:
+    """Asks a language model, several questions at once, and none twice.
+
+    Args:
+        chat: Makes the model when it is first needed.
+        name: What the model is called, for the file of answers.
+        concurrency: Questions under way at once.
+        votes: Answers to each question about responses, drawn at temperature 1 where there are several.
+        with_reason: Whether a verdict comes with a reason, before it.
+        max_calls: Most answers of the model; None = any number.
+        answers: SQLite file in which answers are kept; None = as long as the judge lives.
+    """
+
+    def __init__(
+        self,
+        chat: Callable[[], Chat],
+        name: str,
+        *,
+        concurrency: int,
+        votes: int,
+        with_reason: bool,
+        max_calls: int | None,
+        answers: str | None,
+    ) -> None:
+        self._make, self.name = chat, name
+        self._chat: Chat | None = None
+        self.concurrency, self.votes, self.with_reason, self.max_calls = concurrency, votes, with_reason, max_calls
+        self.costs = Costs()
+        self._known: dict[bytes, Answer] = {}
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._file = None if answers is None else _AnswerFile(Path(answers).expanduser())
+
+    # ------------------------------------------------------------------ asking
+    def each(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+        """What ``work`` makes of each item; several of them ask the judge at the same time."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(work, items))
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """An answer to each question, from those that are known or from the model.
+
+        Raises:
+            ValueError: If more would be asked than is allowed (then nothing is asked), or the model fails.
+        """
+        keys = [question.key(self.name) for question in questions]
+        with self._lock:
+            new = {key: question for key, question in zip(keys, questions, strict=True) if not self._is_known(key)}
+            if self.max_calls is not None and self.costs.calls + len(new) > self.max_calls:
+                raise BudgetError(
+                    f"model.max_calls: {self.costs.calls:,} questions have been asked and {len(new):,} more are needed "
+                    f"now, {self.max_calls:,} are allowed; raise it, or name a file in model.answers and go on later"
+                )
+            self.costs.calls += len(new)
+            self.costs.known_answers += len(questions) - len(new)
+            if new and self._chat is None:
+                self._chat = self._make()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.concurrency)
+        futures = [self._pool.submit(self._answer, key, question) for key, question in new.items()]
+        for future in futures:
+            future.result()
+        return [self._known[key] for key in keys]
+
+    def _is_known(self, key: bytes) -> bool:
+        if key in self._known:
+            return True
+        found = None if self._file is None else self._file.get(key)
+        if found is not None:
+            self._known[key] = found
+        return found is not None
+
+    def _answer(self, key: bytes, question: Question) -> None:
+        assert self._chat is not None
+        start = time.perf_counter()
+        seed = digest(question.number, key.hex()) % 2**31
+        messages, max_tokens, temperature, _, begin = question
+        answer = self._chat(messages, max_tokens, temperature, seed, begin)
+        with self._lock:
+            self.costs.seconds += time.perf_counter() - start
+            self.costs.prompt_tokens += answer.num_prompt_tokens
+            self.costs.tokens += answer.num_tokens
+            self._known[key] = answer
+        if self._file is not None:
+            self._file.put(key, answer)
+
+    def _questions(self, messages: Messages, begin: str) -> list[Question]:
+        """The votes on one question about responses."""
+        temperature = 1.0 if self.votes > 1 else 0.0
+        max_tokens = REASON_TOKENS if self.with_reason else LINE_TOKENS
+        told = "" if self.with_reason else begin
+        return [Question(messages, max_tokens, temperature, number, told) for number in range(self.votes)]
+
+    # ------------------------------------------------------------------ judging
+    def preferences(self, duels: Sequence[Duel], is_counted: bool = False) -> list[float]:
+        """Probability that the first response of each duel is preferred: the mean over both orders of showing them.
+
+        ``is_counted``: Whether consistency and position bias are those of these duels, too.
+        """
+        orders = [
+            ask_pair(duel.persona, duel.prompt, *sides, self.with_reason)
+            for duel in duels
+            for sides in ((duel.first, duel.second), (duel.second, duel.first))
+        ]
+        shown_first = self._shares(orders)
+        out = []
+        for forward, backward in zip(shown_first[::2], shown_first[1::2], strict=True):
+            out.append((forward + 1 - backward) / 2)
+            if is_counted:
+                with self._lock:
+                    self.costs.duels += 1
+                    self.costs.consistent += (forward - 0.5) * (0.5 - backward) > 0 or forward == backward == 0.5
+                    self.costs.first += (forward + backward) / 2
+        return out
+
+    def _shares(self, asked: Sequence[Messages]) -> list[float]:
+        """Probability of the response shown first, each.
+
+        The mean over the answers where these bring log-probabilities; else v of n votes count ``(v + 1/2) / (n + 1)``.
+        """
+        answers = self.ask([question for messages in asked for question in self._questions(messages, BEGIN[True])])
+        shares = []
+        for start in range(0, len(answers), self.votes):
+            votes = answers[start : start + self.votes]
+            read, is_graded = self._read([probability(answer) for answer in votes]), any(vote.tokens for vote in votes)
+            added = 0 if is_graded and read else 1
+            shares.append((sum(read) + added / 2) / (len(read) + added))
+        return shares
+
+    def scores(self, asked: Sequence[tuple[Persona, str, str]]) -> list[float]:
+        """The mark of each response to a prompt, 1 to `BEST`; the middle where no answer gives one."""
+        questions = [
+            question
+            for persona, prompt, response in asked
+            for question in self._questions(ask_score(persona, prompt, response, self.with_reason), BEGIN[False])
+        ]
+        answers = self.ask(questions)
+        found = []
+        for start in range(0, len(answers), self.votes):
+            read = self._read([score(answer) for answer in answers[start : start + self.votes]])
+            found.append(sum(read) / len(read) if read else (1 + BEST) / 2)
+        return found
+
+    def _read(self, values: Sequence[float | None]) -> list[float]:
+        """Those that are there; the others are counted."""
+        read = [value for value in values if value is not None]
+        with self._lock:
+            self.costs.verdicts += len(values)
+            self.costs.unparsed += len(values) - len(read)
+        return read
+
+
+class _AnswerFile:
+    """Answers by the hash of their question, in a file that processes may share."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
+        self._lock = threading.Lock()
+        try:
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT) WITHOUT ROWID"
+            )
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"model.answers: expected an SQLite file, got {str(path)!r}: {error}") from error
+
+    def get(self, key: bytes) -> Answer | None:
+        """The answer, if there is one."""
+        with self._lock:
+            row = self._connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        text, tokens, num_prompt_tokens, num_tokens = json.loads(row[0])
+        return Answer(text, [(token, likely) for token, likely in tokens], num_prompt_tokens, num_tokens)
+
+    def put(self, key: bytes, answer: Answer) -> None:
+        """Keep an answer."""
+        with self._lock:
+            self._connection.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
