@@ -11,9 +11,10 @@ all seen users and tests, few-shot curve and controls included; what it found of
 solves all seen users at every candidate spread: once per validation of a fit. "open" reads and checks the pairs as
 JSONL and as CSV, beside the time that Arrow alone takes to read the file. Every size is a process of its own; its peak
 is what the operating system says of it (``ru_maxrss``), 0.5 GB of libraries included. "score" is timed beside "encode",
-the time that the same texts take to become features. "features" is a cache of so many texts, of width 384, and batches
-of 4,096 in random order until all are read: from memory, where a fit holds features up to 1 GiB, and from files that
-are mapped into memory, where it finds more. The operating system counts what it keeps of such files, and gives it up
+the time that the same texts take to become features. "features" is a cache of so many texts, of width 384, in both
+precisions, and batches of 4,096 in random order until all are read: from memory, where a fit holds features up to 1
+GiB, and from files that are mapped into memory, where it finds more. The operating system counts what it keeps of such
+files, and gives it up
 when memory is short; "own" is what a process holds without them.
 """
 
@@ -225,7 +226,7 @@ def refresh(users: str, bases: str) -> None:
     print(time.perf_counter() - began)
 
 
-def fill(folder: str, texts: str) -> None:
+def fill(folder: str, texts: str, dtype: str) -> None:
     """A cache of random features."""
     import torch
 
@@ -237,10 +238,11 @@ def fill(folder: str, texts: str) -> None:
             return torch.randn(len(texts), CACHED_DIM)
 
     features.SHARD_TEXTS = (SHARD, SHARD)
-    features.FeatureCache(Random(dim=CACHED_DIM), folder).fill([("", f"text {number}") for number in range(int(texts))])
+    cache = features.FeatureCache(Random(dim=CACHED_DIM), folder, dtype=dtype)
+    cache.fill([("", f"text {number}") for number in range(int(texts))])
 
 
-def epoch(folder: str, texts: str, kind: str) -> None:
+def epoch(folder: str, texts: str, dtype: str, kind: str) -> None:
     """Find features and read them all; the seconds of both, and GB that no file backs."""
     from pathlib import Path
 
@@ -251,7 +253,7 @@ def epoch(folder: str, texts: str, kind: str) -> None:
     from plm.data.rows import FeatureRows, MappedRows
 
     pairs = [("", f"text {number}") for number in range(int(texts))]
-    cache = FeatureCache(HashingBackbone(dim=CACHED_DIM), folder)
+    cache = FeatureCache(HashingBackbone(dim=CACHED_DIM), folder, dtype=dtype)
     began = time.perf_counter()
     rows = MappedRows(*cache.mapped(pairs)) if kind == "mapped" else FeatureRows(cache.features(pairs).numpy())
     found = time.perf_counter()
@@ -289,13 +291,15 @@ def measured(what: str, users: int, bases: int, folder: Path) -> list[tuple[str,
             path.unlink()
         return rows
     if what == "features":
-        child("fill", folder, users)
         rows = []
-        for kind in ("held", "mapped"):
-            found = child("epoch", folder, users, kind)
-            seconds = [float(number) for number in found.output.split()[-3:]]
-            rows.append(row(f"features, {kind}: found", f"{users:,} texts", found, seconds[0]))
-            rows.append(row(f"features, {kind}: read, own {seconds[2]:.2f} GB", f"{users:,} texts", found, seconds[1]))
+        for dtype in ("float32", "float16"):
+            child("fill", folder, users, dtype)
+            for kind in ("held", "mapped"):
+                found = child("epoch", folder, users, dtype, kind)
+                seconds = [float(number) for number in found.output.split()[-3:]]
+                name, size = f"features, {dtype}, {kind}", f"{users:,} texts"
+                rows.append(row(f"{name}: found", size, found, seconds[0]))
+                rows.append(row(f"{name}: read, own {seconds[2]:.2f} GB", size, found, seconds[1]))
         return rows
     path, checkpoint = folder / "file.parquet", folder / f"{what}-{users}.ckpt"
     child("file", path, {"fit": "pairs", "adapt": "pairs", "skewed": "skewed", "score": "responses"}[what], users)

@@ -189,9 +189,11 @@ def _encoder_rows(backbone: Backbone, table: PairTable | None, keys: Mapping[str
     if found is None or is_trained:
         rows.append(("texts", f"{len(texts):,} distinct responses to prompts"))
     else:
-        cache = FeatureCache(backbone, (keys.get("data") or {}).get("cache_dir", "~/.cache/plm"))
+        data = keys.get("data") or {}
+        dtype = data.get("feature_dtype", "float32")
+        cache = FeatureCache(backbone, data.get("cache_dir", "~/.cache/plm"), dtype=dtype)
         num_texts, num_missing = cache.count(texts)
-        on_disk = _short(num_texts * backbone.feature_dim * 4, _BYTES)
+        on_disk = _short(num_texts * backbone.feature_dim * BYTES[dtype], _BYTES)
         rows.append(("texts", f"{num_texts:,} distinct ones, {num_missing:,} of them to encode; features: {on_disk}"))
         share = num_missing / max(num_texts, 1)
     characters = sum(len(text) + (len(prompt) if backbone.template != "response" else 0) for prompt, text in texts)

@@ -88,7 +88,7 @@ ARROWS: dict[str, set[str]] = {
     "plm.data.sources": of_plm(
         "data.rewards", "data.schema", "data.files", "data.values", "data.keys", "data.conversations", "hub"
     ),
-    "plm.data.features": of_plm("backbones", "data.cache", "data.keys"),
+    "plm.data.features": of_plm("backbones", "data.cache", "data.keys", "data.shards"),
     "plm.data.encoding": of_plm("backbones", "data"),
     "plm.data.datamodule": of_plm("backbones", "data"),
     "plm.adapting": of_plm("data", "functional", "method", "metrics"),

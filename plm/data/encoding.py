@@ -29,6 +29,7 @@ from plm.data.collate import FeaturedPairs
 from plm.data.features import FeatureCache, Filled
 from plm.data.rows import BatchRows, FeatureRows, MappedRows, TokenRows
 from plm.data.schema import PairTable
+from plm.data.shards import FeatureDtype
 from plm.data.values import plain_prompt
 from plm.types import Tokens
 
@@ -58,11 +59,12 @@ class CachedReader:
     Args:
         backbone: What turns texts into features.
         cache_dir: Folder of the feature cache.
+        dtype: Precision in which features are cached.
     """
 
-    def __init__(self, backbone: Backbone, cache_dir: str) -> None:
+    def __init__(self, backbone: Backbone, cache_dir: str, dtype: FeatureDtype = "float32") -> None:
         self.backbone, self.cache_dir = backbone, cache_dir
-        self.cache = FeatureCache(backbone, cache_dir)
+        self.cache = FeatureCache(backbone, cache_dir, dtype=dtype)
 
     def responses(self, prompts: Sequence[str], texts: Sequence[str], items: IntArray, num_items: int) -> BatchRows:
         """Features of n responses to n prompts as rows ``items`` ``(n,)`` of ``num_items``."""
@@ -71,7 +73,9 @@ class CachedReader:
     def prompts(self, prompts: Sequence[str], rows: IntArray, num_prompts: int) -> BatchRows:
         """Features of n prompts alone as ``rows`` ``(n,)`` of ``num_prompts``."""
         backbone = self.backbone.prompt_backbone
-        cache = self.cache if backbone is self.backbone else FeatureCache(backbone, self.cache_dir)
+        cache = (
+            self.cache if backbone is self.backbone else FeatureCache(backbone, self.cache_dir, dtype=self.cache.dtype)
+        )
         found = _cached_rows(cache, _alone(prompts), rows, num_prompts)
         backbone.release()
         return found
@@ -169,6 +173,7 @@ def fill_cache(
     reference_logps: bool,
     server: RemoteEncoder | None,
     engine: Engine | None,
+    dtype: FeatureDtype,
 ) -> dict[str, Filled]:
     """Encode what `encode_pairs` and `with_reference_logps` read through caches and is not there yet.
 
@@ -181,6 +186,7 @@ def fill_cache(
         reference_logps: Whether log-probabilities under the untrained model are.
         server: What encodes in the place of the backbone.
         engine: What has other processes encode.
+        dtype: Precision in which features are cached; log-probabilities are in float32.
 
     Returns:
         ``responses``, ``prompts`` and ``reference``, those that are read -> what was done.
@@ -210,7 +216,8 @@ def fill_cache(
     filled = {}
     for name, (encoder, texts) in parts.items():
         try:
-            filled[name] = FeatureCache(encoder, cache_dir, server).fill(texts, share, engine)
+            kept_in: FeatureDtype = "float32" if name == "reference" else dtype
+            filled[name] = FeatureCache(encoder, cache_dir, server, kept_in).fill(texts, share, engine)
         except EncoderError as error:
             raise ValueError(f"--encoder_url: {error}; what was encoded is kept") from error
         encoder.release()

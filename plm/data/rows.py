@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plm.arrays import Float32Array, IntArray
+from plm.data.shards import FeatureArray
 from plm.types import Tokens
 
 MAX_FLOATS = 2**26
@@ -62,7 +63,7 @@ class FeatureRows(BatchRows):
 class MappedRows(BatchRows):
     """Features in files that are mapped into memory: read when they are gathered, and shared by processes."""
 
-    files: Sequence[Float32Array]
+    files: Sequence[FeatureArray]
     """``(n, D)`` each; at least one."""
     place: npt.NDArray[np.int32]
     """``(I, 2)`` the file of each item and its row there; -1 for an item without features, which are nan."""

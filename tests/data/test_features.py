@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from plm.backbones import Backbone, HashingBackbone
 from plm.data import features as module
 from plm.data.features import FeatureCache, MappedFeatures
 from plm.data.keys import found_digests
+from plm.data.rows import MappedRows
 
 FAKE = '''
 import hashlib, time, torch
@@ -243,6 +245,44 @@ def test_features_that_must_not_be_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 4\) from Bad.encode, got \(1, 3\)"):
         FeatureCache(Bad(1.0, 3), tmp_path).features([("", "tea")])
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+class Scaled(Fake):
+    """Features times a number, and not exactly one in any precision."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        return super().encode(texts) * self.scale
+
+
+def test_half_precision_takes_half_of_the_disk_and_rounds_once(tmp_path: Path) -> None:
+    """The same numbers from the call that encodes, from files and from mapped ones: numpy's nearest half."""
+    whole, half = (FeatureCache(Scaled(1 / 3), tmp_path, dtype=dtype) for dtype in ("float32", "float16"))
+    assert whole.folder != half.folder
+    truth = whole.features(PAIRS)
+    rounded = torch.from_numpy(truth.numpy().astype(np.float16).astype(np.float32))
+    assert not torch.equal(rounded, truth) and torch.equal(half.features(PAIRS), rounded)
+    again = FeatureCache(backbone := Scaled(1 / 3), tmp_path, dtype="float16")
+    assert torch.equal(again.features(PAIRS), rounded) and not backbone.encoded
+    mapped = again.mapped(PAIRS)
+    assert torch.equal(MappedRows(*mapped).gather(np.arange(200)), rounded)
+    assert {shard.dtype for shard in mapped.shards} == {np.dtype(np.float16)}
+    saved = sum(path.stat().st_size for path in shards(whole)) - sum(path.stat().st_size for path in shards(half))
+    assert saved >= 200 * 16 * 2
+    sent = FeatureCache(HashingBackbone(dim=8), tmp_path, dtype="float16")
+    copy = pickle.loads(pickle.dumps(sent))
+    assert copy.dtype == "float16" and copy.folder == sent.folder
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-9])
+def test_features_that_half_precision_cannot_hold_are_refused(tmp_path: Path, scale: float) -> None:
+    with pytest.raises(ValueError, match=r"data.feature_dtype: expected features between 6e-5 and 65504 .* float32"):
+        FeatureCache(Scaled(scale), tmp_path, dtype="float16").features(PAIRS)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    FeatureCache(Scaled(scale), tmp_path).features(PAIRS)
 
 
 def test_a_cached_row_equals_the_recomputed_row(tmp_path: Path) -> None:
