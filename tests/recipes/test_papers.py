@@ -65,6 +65,7 @@ def stand_in(path: Path, folder: Path) -> Path:
         data["backbone"] = {"class_path": "plm.backbones.HFBackbone", "init_args": arguments}
     if recipe["data"]["backbone"]["class_path"].endswith("CausalLM"):
         sizes = {"vocab_size": 300, "width": 16, "num_layers": 2, "num_heads": 2, "max_positions": 128}
+        sizes |= {"max_prompt_length": 64, "max_length": 112}
         arguments = {"model": str(folder / "lm"), **sizes, "append_eos": False}
         data["backbone"] = {"class_path": "plm.backbones.FreshCausalLM", "init_args": arguments}
         data["prompts_per_batch"] = 2
