@@ -98,7 +98,7 @@ ARROWS: dict[str, set[str]] = {
     ),
     "plm.exporting": of_plm("backbones", "method"),
     "plm.querying": of_plm("data.encoding", "data.files", "data.values", "method"),
-    "plm.sampling": of_plm("backbones", "generation", "recipe"),
+    "plm.sampling": of_plm("backbones", "generation", "method", "recipe", "users"),
     "plm.generation": of_plm("method", "functional", "backbones"),
     "plm.checkpoint": of_plm("adapting", "method", "backbones", "users", "data.values"),
     "plm.serving": {

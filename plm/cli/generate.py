@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plm.cli.options import OptionParser, add_policy, add_settings, check_best_of, check_policy, settings_of
+from plm.messages import counted
 
 _SHOWN = 200
 
@@ -25,7 +26,8 @@ def run(args: list[str]) -> None:
         "chooses the best of N that --policy writes. An unknown user, or nobody, gets the policy, or the reward, of\n"
         "the population: of a portfolio the one member whose largest regret is smallest if it alone serves everybody.\n"
         "Output rows: the prompt's with user_id, user_known and responses (chosen ones with rewards). A text depends\n"
-        "on policy, prompt and seed, not on its batch.",
+        "on policy, prompt and seed, not on its batch. The file appears when all is written; the same command goes on\n"
+        "where it was killed.",
     )
     parser.add_shared("--ckpt_path", required=True)
     parser.add_shared("--prompts", required=True)
@@ -54,58 +56,35 @@ def run(args: list[str]) -> None:
     if options.output and Path(options.output).is_dir():
         parser.error(f"--output: expected a file, got the folder {options.output!r}")
 
-    import torch
-
     from plm.backbones import device
     from plm.checkpoint import load_method
     from plm.cli.writing import policy_of, progress_bar, write_rows
-    from plm.generation import best_of_n, mixture, sample
-    from plm.messages import no_writer
-    from plm.method.abilities import Writer
     from plm.recipe.prompts import read_prompts, with_users
+    from plm.sampling import UserTexts, write_texts
 
     mix = mix_weights(options.mix or [])
     writers = [" ".join(options.mix)] if options.mix else options.user
     prompts, users = with_users(read_prompts(options.prompts, per_user=writers is None), writers, options.prompts)
-    texts = [prompt.text for prompt in prompts]
-    method = load_method(options.ckpt_path, device(), options.users)
-    settings = settings_of(options)
-    if options.best_of is not None:
-        with progress_bar("writing", options.best_of * len(set(texts))) as on_progress:
-            chosen = best_of_n(
-                policy_of(options),
-                method,
-                texts,
-                n=options.best_of,
-                user_id=users,
-                progress=on_progress,
-                **settings,
-            )
-        responses: list[dict[str, Any]] = [{"responses": [best.text], "rewards": [best.reward]} for best in chosen]
-    elif isinstance(method, Writer):
-        writer_args: dict[str, Any] = {"user_id": users}
-        if options.mix:
-            writer_args = {"users": mixture(method, mix), "rows": torch.zeros(len(texts), dtype=torch.long)}
-        with progress_bar("writing", options.num_samples * len(texts)) as on_progress:
-            samples = sample(
-                method, texts, num_samples=options.num_samples, progress=on_progress, **writer_args, **settings
-            )
-        responses = [{"responses": [response.text for response in row]} for row in samples]
-    else:
-        raise ValueError(no_writer(type(method).__name__))
-    user_ids: list[str | None] = [None] * len(prompts) if users is None else [*users]
-    known = method.known_users.store.get(user_ids)[1].tolist()
-    rows = [
-        {
-            **prompt.record,
-            "prompt": prompt.value,
-            "user_id": user,
-            "user_known": bool(options.mix) or is_known,
-            **columns,
-        }
-        for prompt, user, is_known, columns in zip(prompts, user_ids, known, responses, strict=True)
-    ]
-    if options.output:
+    texts = UserTexts(
+        load_method(options.ckpt_path, device(), options.users),
+        prompts,
+        users,
+        settings=settings_of(options),
+        num_samples=options.num_samples,
+        mix=mix,
+        policy=None if options.best_of is None else policy_of(options),
+        best_of=options.best_of or 1,
+    )
+    is_file = options.output and (Path(options.output).is_file() or not Path(options.output).exists())
+    with progress_bar("writing", texts.num_texts) as on_progress:
+        if is_file:
+            write_texts(texts, Path(options.output), on_progress)
+            rows = []
+        else:
+            rows = texts.rows(0, len(prompts), on_progress)
+    if is_file:
+        print(f"{counted(len(prompts), 'row')} written to {options.output}", file=sys.stderr)
+    elif options.output:  # a pipe
         write_rows(rows, options.output)
     else:
         sys.stdout.write("\n".join(_readable(prompt.text, row) for prompt, row in zip(prompts, rows, strict=True)))

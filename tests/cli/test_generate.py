@@ -118,6 +118,54 @@ def test_generate_writes_for_users_of_a_policy(
     assert "hello there\n[population] " in shown and zoe[1][0].text.strip() in shown
 
 
+@pytest.mark.filterwarnings("ignore:unknown users are treated as the population")
+def test_generate_goes_on_where_it_was_killed(
+    causal_lm: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The former file stays until the new one is whole; what is done is not done again, unless users have changed."""
+    monkeypatch.setattr("plm.sampling.CHUNK", 4)  # two users at a time, of whom each prompt has three
+    asked: list[str] = []
+    deadly = [4]
+
+    def mortal(method: Any, prompts: list[str], **settings: Any) -> Any:
+        asked.extend(settings["user_id"])
+        if len(asked) >= deadly[0]:
+            raise KeyboardInterrupt
+        return sample(method, prompts, **settings)
+
+    monkeypatch.setattr("plm.sampling.sample", mortal)
+    prompts = jsonl(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in PROMPTS[:2]])
+    output = tmp_path / "out.jsonl"
+    output.write_text("before")
+    with saved(adapted(causal_lm)) as path:
+        command = ["generate", "--ckpt_path", str(path), "--prompts", prompts, *OPTIONS, "--num_samples", "2"]
+        command += ["--user", "ben", "zoe", "anna", "--output"]
+        with pytest.raises(KeyboardInterrupt):
+            main([*command, str(output)])
+        (part,) = tmp_path.glob(".out.jsonl.*.part")
+        assert output.read_text() == "before" and [row["user_id"] for row in rows_of(part)] == ["ben", "zoe", "anna"]
+        part.write_text(part.read_text()[:-20])  # and a torn line
+        asked.clear()
+        deadly[0] = 99
+        assert main([*command, str(output)]) == 0
+        assert asked == ["anna", "ben", "zoe", "anna"] and not list(tmp_path.glob(".*.part"))
+        assert main([*command, str(tmp_path / "whole.jsonl")]) == 0
+        assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        asked.clear()
+        deadly[0] = 4
+        with pytest.raises(KeyboardInterrupt):
+            main([*command, str(output)])
+        load_method(path).forget("ben")  # who writes otherwise from now on
+        asked.clear()
+        deadly[0] = 99
+        assert main([*command, str(output)]) == 0
+        assert len(asked) == 6 and not list(tmp_path.glob(".*.part"))
+        assert rows_of(output)[0]["user_known"] is False
+    with FileLock(tmp_path / ".out.jsonl.lock"), saved(adapted(causal_lm)) as path:
+        command[2] = str(path)
+        assert main([*command, str(output)]) == 1
+
+
 def test_rows_may_say_who_is_written_for(causal_lm: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "a", "user_id": "anna"}, {"prompt": "a", "user_id": "cleo"}]
     method = adapted(causal_lm)
