@@ -237,15 +237,37 @@ class PersonaJudge(PersonalizationMethod):
     # ------------------------------------------------------------------ judging
     def _margin(self, batch: PreferenceBatch, users: UserState) -> Tensor:
         """Log-odds ``(B,)`` that chosen is preferred, asked in both orders."""
-        duels = [Duel(persona, *pair) for persona, pair in zip(self.personas(users), _pairs(batch), strict=True)]
+        return self._margins(_pairs(batch), self.personas(users))
+
+    def _margins(self, pairs: Sequence[Pair], personas: Sequence[Persona]) -> Tensor:
+        duels = [Duel(persona, *pair) for persona, pair in zip(personas, pairs, strict=True)]
         chances = torch.tensor(self.judge.preferences(duels, is_counted=True), dtype=torch.float64)
         return torch.logit(chances, LEAST_CHANCE).to(self.reference)
 
+    @torch.no_grad()
+    def evaluate(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Compute margins as every method does, but copy no state for every pair."""
+        if batch.context is not None and batch.context_row is not None:
+            users, rows, other_rows = self.adapt(batch.context), batch.context_row, batch.other_row
+        else:
+            users = UserState({"text": self.text, "length": self.length}, self.num_pairs)
+            rows, other_rows = batch.user_index, batch.other_index
+        personas, pairs = self.personas(users), _pairs(batch)
+        facts = {"margin": self._margins(pairs, [personas[row] for row in rows.tolist()])}
+        if other_rows is not None:
+            facts["other_margin"] = self._margins(pairs, [personas[row] for row in other_rows.tolist()])
+        if batch.num_shots is None:
+            facts["population_margin"] = self._margins(pairs, [NOBODY] * len(pairs))
+        return facts
+
     def _score(self, responses: Tensor | Tokens, users: UserState) -> Tensor:
         """The mark from 1 to 9 of each response."""
+        return self._score_rows(responses, users, torch.arange(users.num_users))
+
+    def _score_rows(self, responses: Tensor | Tokens, users: UserState, rows: Tensor, **prompts: Any) -> Tensor:
         assert isinstance(responses, Tokens)
-        texts = PlainText.texts(responses)
-        asked = [(persona, *text) for persona, text in zip(self.personas(users), texts, strict=True)]
+        personas, texts = self.personas(users), PlainText.texts(responses)
+        asked = [(personas[row], *text) for row, text in zip(rows.tolist(), texts, strict=True)]
         return torch.tensor(self.judge.scores(asked)).to(self.reference)
 
     def report(self) -> dict[str, float]:
