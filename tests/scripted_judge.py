@@ -23,6 +23,8 @@ class Script:
         ignores: Whether it never heeds what it is told of a person.
     """
 
+    name = "script"
+
     def __init__(
         self, bias: float = 0.0, junk: int = 0, logprobs: bool = True, default: str = "long", ignores: bool = False
     ) -> None:

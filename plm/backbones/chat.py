@@ -34,6 +34,10 @@ class Answer(NamedTuple):
 class Chat(Protocol):
     """Answers conversations; called by several threads at once."""
 
+    @property
+    def name(self) -> str:
+        """The model, wherever it is: what decides answers besides the arguments."""
+
     def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
         """One answer.
 
@@ -60,7 +64,7 @@ class RemoteChat:
 
     def __init__(self, url: str, model: str | None, patience: Patience) -> None:
         served = RemotePolicy(url, model, "chat")
-        self.url, self.model, self.patience = served.url, served.model, patience
+        self.url, self.name, self.patience = served.url, served.model, patience
 
     def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
         """One answer; how it begins is left to the model.
@@ -69,7 +73,7 @@ class RemoteChat:
             ValueError: If the server refuses the request, keeps failing, or gives no text.
         """
         request = {
-            "model": self.model,
+            "model": self.name,
             "messages": list(messages),
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -110,6 +114,11 @@ class LocalChat:
         plain = CausalLM(model)
         self.lm = plain if plain.tokenizer.chat_template is None else CausalLM(model, template="chat")
         self._lock = threading.Lock()
+
+    @cached_property
+    def name(self) -> str:
+        """Hash of weights and tokenizer."""
+        return self.lm.fingerprint()
 
     @cached_property
     def network(self) -> Any:

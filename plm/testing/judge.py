@@ -12,10 +12,11 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from plm.backbones import Answer, Chat, Messages
+from plm.backbones import Answer, Messages
 
 HEADINGS = "Response A|Response B|Response|Preferred response|Other response"
 BLOCK = re.compile(rf"^({HEADINGS}):\n(=== \w+ ===)\n(.*?)\n\2$", re.M | re.S)
@@ -82,7 +83,7 @@ class ChatServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, chat: Chat, port: int = 0) -> None:
+    def __init__(self, chat: Callable[[Messages, int, float, int], Answer], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.chat = chat
 

@@ -30,6 +30,7 @@ PLAIN = PlainText().spec()
 def method_of(script: Callable[..., Answer], **options: Any) -> PersonaJudge:
     """A method that asks a script."""
     method = PersonaJudge(2, 1, PLAIN, **{"policy": "script", "concurrency": 2, **options})
+    vars(script).setdefault("name", "script")
     method.judge._make = lambda: script
     return method.eval()
 

@@ -105,10 +105,8 @@ class PersonaJudge(PersonalizationMethod):
         problems.check()
         self.policy, self.policy_url, self.patience = policy, policy_url, Patience(retries=4, timeout=timeout)
         self.search, self.max_bytes = Search(num_demos, bootstraps, max_pairs, seed), max_bytes
-        name = f"{policy_url or 'local'} {policy or ''}"
         self.judge = Judge(
             self._chat,
-            name,
             concurrency=concurrency,
             votes=votes,
             with_reason=with_reason,

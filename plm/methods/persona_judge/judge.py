@@ -103,7 +103,6 @@ class Judge:
 
     Args:
         chat: Makes the model when it is first needed.
-        name: What the model is called, for the file of answers.
         concurrency: Questions under way at once.
         votes: Answers to each question about responses, drawn at temperature 1 where there are several.
         with_reason: Whether a verdict comes with a reason, before it.
@@ -114,7 +113,6 @@ class Judge:
     def __init__(
         self,
         chat: Callable[[], Chat],
-        name: str,
         *,
         concurrency: int,
         votes: int,
@@ -122,7 +120,7 @@ class Judge:
         max_calls: int | None,
         answers: str | None,
     ) -> None:
-        self._make, self.name = chat, name
+        self._make = chat
         self._chat: Chat | None = None
         self.concurrency, self.votes, self.with_reason, self.max_calls = concurrency, votes, with_reason, max_calls
         self.costs = Costs()
@@ -143,8 +141,10 @@ class Judge:
         Raises:
             ValueError: If more would be asked than is allowed (then nothing is asked), or the model fails.
         """
-        keys = [question.key(self.name) for question in questions]
         with self._lock:
+            if self._chat is None:
+                self._chat = self._make()
+            keys = [question.key(self._chat.name) for question in questions]
             new = {key: question for key, question in zip(keys, questions, strict=True) if not self._is_known(key)}
             if self.max_calls is not None and self.costs.calls + len(new) > self.max_calls:
                 raise BudgetError(
@@ -153,8 +153,6 @@ class Judge:
                 )
             self.costs.calls += len(new)
             self.costs.known_answers += len(questions) - len(new)
-            if new and self._chat is None:
-                self._chat = self._make()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self.concurrency)
         futures = [self._pool.submit(self._answer, key, question) for key, question in new.items()]
