@@ -32,7 +32,15 @@ class Script:
         self.asked: list[Messages] = []
         self.lock = threading.Lock()
 
-    def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
+    def __call__(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        begin: str = "",
+        with_logprobs: bool = True,
+    ) -> Answer:
         with self.lock:
             self.asked.append(messages)
             number = len(self.asked)

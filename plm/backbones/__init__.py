@@ -5,7 +5,7 @@ from __future__ import annotations
 from plm.backbones.attention import Prefix
 from plm.backbones.backbone import Backbone, Key, device
 from plm.backbones.causal_lm import CausalLM
-from plm.backbones.chat import Answer, Chat, LocalChat, Messages, RemoteChat, is_loopback
+from plm.backbones.chat import Answer, Chat, LocalChat, Messages, RemoteChat
 from plm.backbones.files import FeatureFiles
 from plm.backbones.fresh import FreshCausalLM
 from plm.backbones.hashing import HashingBackbone
@@ -19,7 +19,7 @@ from plm.backbones.policy import Policy, TextWriter, Writing
 from plm.backbones.prefix import PrefixShape
 from plm.backbones.reading import Reading, split_texts
 from plm.backbones.reference import ReferenceLogps
-from plm.backbones.remote import Patience, RemoteError, RemotePolicy, text_key
+from plm.backbones.remote import Patience, RemoteError, RemotePolicy, is_loopback, text_key
 from plm.backbones.remote_encoder import GOLDEN, EncoderError, RemoteEncoder
 from plm.backbones.tokens import Completion, PlainText, TokenBackbone, TooLong, batches_by_length, completion_tokens
 from plm.backbones.warpers import Warpers, draw, gumbel_noise

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 import torch
 
 from plm.backbones.backbone import device
 from plm.backbones.causal_lm import CausalLM
-from plm.backbones.remote import KEY_VARIABLE, Patience, RemotePolicy, ask
+from plm.backbones.remote import KEY_VARIABLE, Patience, RemoteError, RemotePolicy, ask
 
 NUM_LOGPROBS = 20
 """How many likely tokens are asked for at each place; the most that OpenAI's interface gives."""
@@ -38,7 +36,15 @@ class Chat(Protocol):
     def name(self) -> str:
         """The model, wherever it is: what decides answers besides the arguments."""
 
-    def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
+    def __call__(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        begin: str = "",
+        with_logprobs: bool = True,
+    ) -> Answer:
         """One answer.
 
         Args:
@@ -47,6 +53,7 @@ class Chat(Protocol):
             temperature: 0 = the likeliest token each time.
             seed: Of what is random in it.
             begin: How the answer begins, for a model that can be told; it is no part of the answer.
+            with_logprobs: Whether log-probabilities are wanted; not every server gives them.
         """
 
 
@@ -63,39 +70,61 @@ class RemoteChat:
     """
 
     def __init__(self, url: str, model: str | None, patience: Patience) -> None:
-        served = RemotePolicy(url, model, "chat")
+        try:
+            served = RemotePolicy(url, model, "chat")
+        except ValueError as error:
+            said = str(error).replace("--policy", "model.policy").removesuffix("; what was written is kept")
+            raise ValueError(said) from error
         self.url, self.name, self.patience = served.url, served.model, patience
+        self._gives_logprobs = True
 
-    def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
-        """One answer; how it begins is left to the model.
+    def __call__(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        begin: str = "",
+        with_logprobs: bool = True,
+    ) -> Answer:
+        """One answer, empty where the server gives none; how it begins is left to the model.
 
         Raises:
-            ValueError: If the server refuses the request, keeps failing, or gives no text.
+            ValueError: If the server refuses the request, keeps failing, or answers in other words than OpenAI's.
         """
-        request = {
-            "model": self.name,
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-            "logprobs": True,
-            "top_logprobs": NUM_LOGPROBS,
-        }
-        answer = ask(f"{self.url}/chat/completions", request, KEY_VARIABLE, self.patience)
-        choice = (answer.get("choices") or [{}])[0]
-        text = (choice.get("message") or {}).get("content")
-        if not isinstance(text, str):
-            raise ValueError(f"expected a text from {self.url}, got none to {str(messages[-1]['content'])[:60]!r}")
-        usage = answer.get("usage") or {}
-        return Answer(
-            text,
-            [
-                (entry["token"], {other["token"]: float(other["logprob"]) for other in entry.get("top_logprobs", [])})
+        request: dict[str, Any] = {"model": self.name, "messages": list(messages), "max_tokens": max_tokens}
+        request |= {"temperature": temperature, "seed": seed}
+        if with_logprobs and self._gives_logprobs:
+            try:
+                return self._read(self._ask({**request, "logprobs": True, "top_logprobs": NUM_LOGPROBS}))
+            except RemoteError as error:
+                if error.status not in (400, 422) or "logprobs" not in str(error):
+                    raise
+                self._gives_logprobs = False
+        return self._read(self._ask(request))
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        return ask(f"{self.url}/chat/completions", request, KEY_VARIABLE, self.patience)
+
+    def _read(self, answer: dict[str, Any]) -> Answer:
+        try:
+            choice, usage = answer["choices"][0], answer.get("usage") or {}
+            tokens = [
+                (str(entry["token"]), _likely(entry.get("top_logprobs") or []))
                 for entry in (choice.get("logprobs") or {}).get("content") or []
-            ],
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or 0),
-        )
+            ]
+            counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            return Answer(str(choice["message"].get("content") or ""), tokens, *counts)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected an answer in OpenAI's words from {self.url}, got {str(answer)[:200]!r}"
+            ) from error
+
+
+def _likely(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Log-probabilities by token, those that are there."""
+    found = [(str(entry["token"]), entry.get("logprob")) for entry in entries]
+    return {token: float(logprob) for token, logprob in found if logprob is not None}
 
 
 class LocalChat:
@@ -125,7 +154,15 @@ class LocalChat:
         """The language model on its device."""
         return self.lm.load().to(device())
 
-    def __call__(self, messages: Messages, max_tokens: int, temperature: float, seed: int, begin: str = "") -> Answer:
+    def __call__(
+        self,
+        messages: Messages,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        begin: str = "",
+        with_logprobs: bool = True,
+    ) -> Answer:
         """One answer, which follows ``begin``.
 
         Raises:
@@ -146,17 +183,17 @@ class LocalChat:
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=max(1, min(max_tokens, self.lm.max_tokens - len(ids))),
                 use_cache=True,
-                output_logits=True,
+                output_logits=with_logprobs,
                 return_dict_in_generate=True,
                 eos_token_id=ends or None,
                 pad_token_id=ends[0] if ends else 0,
                 **sampling,
             )
         new = written.sequences[0, len(ids) :].tolist()
-        likely = [torch.log_softmax(logits[0].float(), -1).topk(NUM_LOGPROBS) for logits in written.logits]
+        likely = [torch.log_softmax(logits[0].float(), -1).topk(NUM_LOGPROBS) for logits in written.logits or ()]
         tokens = [
             (tokenizer.decode([token]), self._by_text(top.indices.tolist(), top.values.tolist()))
-            for token, top in zip(new, likely, strict=True)
+            for token, top in zip(new, likely, strict=with_logprobs)
         ]
         return Answer(tokenizer.decode(new, skip_special_tokens=True), tokens, len(ids), len(new))
 
@@ -166,16 +203,3 @@ class LocalChat:
         for token, logprob in zip(ids, logprobs, strict=True):
             found.setdefault(self.lm.tokenizer.decode([token]), logprob)
         return found
-
-
-def is_loopback(url: str) -> bool:
-    """Whether an address is one of this machine.
-
-    >>> is_loopback("http://localhost:8000/v1"), is_loopback("http://[::1]/v1"), is_loopback("https://example.org/v1")
-    (True, True, False)
-    """
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from plm.backbones.backbone import Key, chat_messages, choose, plain_text
 
@@ -189,12 +191,14 @@ def ask(url: str, body: Mapping[str, Any] | None, key_variable: str, patience: P
         headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
+    no_proxy = [urllib.request.ProxyHandler({})] if is_loopback(url) else []  # what is for this machine stays on it
+    opener = urllib.request.build_opener(*no_proxy)
     wait = _FIRST_WAIT
     for tries_left in range(patience.retries, -1, -1):
         asked_to_wait, status = None, None
         try:
             try:
-                with urllib.request.urlopen(request, timeout=patience.timeout) as response:
+                with opener.open(request, timeout=patience.timeout) as response:
                     answer = json.loads(_body(response, patience.timeout))
             except urllib.error.HTTPError as error:
                 status, asked_to_wait = error.code, error.headers.get("Retry-After")
@@ -214,3 +218,18 @@ def ask(url: str, body: Mapping[str, Any] | None, key_variable: str, patience: P
         time.sleep(min(seconds, patience.longest_wait) * (1 + 0.25 * random.random()))
         wait *= 2
     raise AssertionError
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is one of this machine.
+
+    >>> is_loopback("http://localhost:8000/v1"), is_loopback("http://[::1]/v1"), is_loopback("https://example.org/v1")
+    (True, True, False)
+    """
+    try:
+        host = urlsplit(url).hostname or ""
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

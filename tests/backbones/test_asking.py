@@ -83,13 +83,42 @@ def test_a_server_may_give_no_log_probabilities(body: dict[str, Any], monkeypatc
     assert key == "Bearer secret" and sent["logprobs"] is True and sent["top_logprobs"] == 20
 
 
-def test_a_server_without_a_text_or_the_model_is_an_error() -> None:
-    server = Bare({"choices": [{"message": {"content": None}}]})
+def test_a_server_may_refuse_log_probabilities() -> None:
+    class Refusing(BareHandler):
+        def do_POST(self) -> None:
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.sent.append(sent)
+            if "logprobs" in sent:
+                self.answer(400, {"error": "logprobs is not supported"}, {})
+            else:
+                self.answer(200, {"choices": [{"message": {"content": "A"}}]}, {})
+
+    server = Bare({})
+    server.RequestHandlerClass = Refusing
     with server.running():
-        with pytest.raises(ValueError, match=r"expected a text from http://.*got none to 'Tea or coffee\?'"):
+        chat = RemoteChat(server.url, None, Patience())
+        assert [chat(MESSAGES, 7, 0.0, 0).text for _ in range(2)] == ["A", "A"]
+    assert ["logprobs" in sent for sent in server.sent] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "entry", [{"token": "A", "top_logprobs": None}, {"token": "A", "top_logprobs": [{"token": "A", "logprob": None}]}]
+)
+def test_log_probabilities_may_be_missing(entry: dict[str, Any]) -> None:
+    server = Bare({"choices": [{"message": {"content": None}, "logprobs": {"content": [entry]}}]})
+    with server.running():
+        assert RemoteChat(server.url, None, Patience())(MESSAGES, 7, 0.0, 0) == Answer("", [("A", {})], 0, 0)
+
+
+def test_a_server_that_speaks_otherwise_or_has_not_the_model_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Bare({"choices": ["x"]})
+    with server.running():
+        with pytest.raises(ValueError, match=r"expected an answer in OpenAI's words from http://.*\['x'\]"):
             RemoteChat(server.url, None, Patience())(MESSAGES, 7, 0.0, 0)
-        with pytest.raises(ValueError, match=r"expected one of the models.*'bare'.*got 'other'"):
+        with pytest.raises(ValueError, match=r"model.policy: expected one of the models.*'bare'.*got 'other'"):
             RemoteChat(server.url, "other", Patience())
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # what is for this machine goes through no other
+        assert RemoteChat(server.url, None, Patience()).name == "bare"
     with pytest.raises((ValueError, RemoteError), match="failed"):
         RemoteChat("http://127.0.0.1:9/v1", None, Patience(retries=0))
 
@@ -136,7 +165,7 @@ def test_the_stand_in_prefers_the_words_that_were_preferred() -> None:
     assert written.splitlines()[0].startswith("Likes: tea") and "coffee" in written.splitlines()[1]
     persona = Persona(written)
     [nobody, by_persona, by_demos] = [
-        probability(count_words(ask_pair(told, "", "a cup of tea", "a cup of coffee", False), 9, 0.0, 0))
+        probability(count_words(ask_pair(told, "", "a cup of tea", "a cup of coffee", False), 9, 0.0, 0)).value  # type: ignore[union-attr]
         for told in (Persona(), persona, Persona("", demos))
     ]
     assert nobody == pytest.approx(0.5)

@@ -22,7 +22,9 @@ def server() -> Iterator[None]:
     judge = ChatServer(Script())
     with answering(judge):
         URL[:] = [judge.url]
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PLM_JUDGE_URL", judge.url)  # for what is loaded
+            yield
 
 
 class TestPersonaJudge(TokenContract):

@@ -13,6 +13,8 @@ Axes: B pairs or responses, U users, S support pairs of one user (padded), L byt
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -45,9 +47,9 @@ class PersonaJudge(PersonalizationMethod):
         feature_dim: Linked from the data, not read.
         backbone: `plm.backbones.PlainText`, as ``{class_path, init_args}``; linked from the data.
         policy: The model: a folder or an id on the hub, read in this process; with ``policy_url`` the name it has
-            there, null = the only one.
+            there, null = the only one. Without both, the environment says: ``PLM_JUDGE`` and ``PLM_JUDGE_URL``.
         policy_url: An OpenAI-compatible server, such as ``http://localhost:8000/v1``; its key is ``PLM_POLICY_KEY``.
-        allow_remote: Whether pairs of users may be sent to a server that is not on this machine.
+        allow_remote: Whether pairs of users may be sent to the server where ``policy_url`` is not this machine.
         num_demos: Most worked examples in a state.
         bootstraps: Sets of examples with reasons that are tried, besides pairs without reasons.
         max_pairs: Most pairs of a user that are read.
@@ -60,6 +62,8 @@ class PersonaJudge(PersonalizationMethod):
         concurrency: Questions under way at once.
         timeout: Seconds after which a server has not answered.
         seed: Of what is random: sides, order and number of examples.
+
+    No checkpoint says whom to ask, or where answers are kept: a loaded method reads the environment.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "tokens"
@@ -91,12 +95,13 @@ class PersonaJudge(PersonalizationMethod):
         seed: int = 0,
     ) -> None:
         super().__init__(num_users, feature_dim, backbone)
+        for name in ("policy", "policy_url", "allow_remote", "answers", "max_calls"):  # of this process alone
+            self.hparams.pop(name, None)
         problems = Problems("model.")
-        problems.at_least(0, num_demos=num_demos, bootstraps=bootstraps)
+        problems.integers(0, num_demos=num_demos, bootstraps=bootstraps)
         problems.integers(1, max_pairs=max_pairs, votes=votes, max_bytes=max_bytes, concurrency=concurrency)
         problems.at_least(0, max_calls=max_calls)
         problems.positive(timeout=timeout)
-        problems.say("model.policy: expected a model or model.policy_url, got none", when=not (policy or policy_url))
         problems.say(
             f"model.policy_url: {policy_url} is not this machine, and pairs of users would be sent there; set "
             "model.allow_remote to true if they may be",
@@ -104,7 +109,7 @@ class PersonaJudge(PersonalizationMethod):
         )
         problems.check()
         self.policy, self.policy_url, self.patience = policy, policy_url, Patience(retries=4, timeout=timeout)
-        self.search, self.max_bytes = Search(num_demos, bootstraps, max_pairs, seed), max_bytes
+        self.search, self.max_bytes = Search(num_demos, bootstraps, max_pairs, seed, max_bytes), max_bytes
         self.judge = Judge(
             self._chat,
             concurrency=concurrency,
@@ -119,11 +124,22 @@ class PersonaJudge(PersonalizationMethod):
         self._is_learned = False
 
     def _chat(self) -> Chat:
-        """The language model."""
-        if self.policy_url is not None:
-            return RemoteChat(self.policy_url, self.policy, self.patience)
-        assert self.policy is not None
-        return LocalChat(self.policy)
+        """The language model.
+
+        Raises:
+            ValueError: If nobody says which, or it cannot be asked.
+        """
+        policy, url = self.policy, self.policy_url
+        if policy is None and url is None:
+            policy, url = os.environ.get("PLM_JUDGE"), os.environ.get("PLM_JUDGE_URL")
+        if url is not None:
+            return RemoteChat(url, policy, self.patience)
+        if policy is None:
+            raise ValueError(
+                "model.policy: expected a language model to ask, got none; set model.policy_url or model.policy, or "
+                "for a checkpoint the environment variables PLM_JUDGE_URL or PLM_JUDGE"
+            )
+        return LocalChat(policy)
 
     # ------------------------------------------------------------------ states are texts
     def states(self, personas: Sequence[Persona], num_pairs: Tensor) -> UserState:
@@ -219,6 +235,7 @@ class PersonaJudge(PersonalizationMethod):
         """The personas of users with such pairs, learned at once."""
         most = sum(most_questions(len(set(some)), self.search) for some in pairs)
         left = math.inf if self.judge.max_calls is None else self.judge.max_calls - self.judge.costs.calls
+        left = math.inf if self.judge.keeps_answers else left  # most may be known
         if most > left:
             raise BudgetError(
                 f"model.max_calls: learning {len(pairs):,} users takes up to {most:,} questions, {left:,} are left; "
@@ -270,7 +287,13 @@ class PersonaJudge(PersonalizationMethod):
 
     def report(self) -> dict[str, float]:
         """What was asked, how often the answer was none, and whether the order of the responses mattered."""
-        return self.judge.costs.report()
+        found = self.judge.costs.report()
+        if found["judge_unparsed"] > 0.1:
+            warnings.warn(
+                f"{100 * found['judge_unparsed']:.0f} % of the judge's answers were no verdict and count as ties",
+                stacklevel=2,
+            )
+        return found
 
 
 def _pairs(batch: PreferenceBatch) -> list[Pair]:

@@ -8,12 +8,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from plm.backbones import Answer, Chat, Messages
+from plm.backbones import Answer, Chat, Messages, RemoteError, TooLong
 from plm.methods.persona_judge.prompts import (
     BEGIN,
     BEST,
@@ -31,6 +31,10 @@ REASON_TOKENS = 256
 """Most tokens of an answer with a reason, or of a persona."""
 LINE_TOKENS = 12
 """Most tokens of an answer without one."""
+KEPT_TOKENS = 16
+"""Tokens of an answer, from its end, whose log-probabilities are kept: the verdict is among them."""
+HOPELESS = 20
+"""Answers after which a model that has given no verdict is given up."""
 
 
 class Question(NamedTuple):
@@ -43,6 +47,8 @@ class Question(NamedTuple):
     """Which of several answers to the same messages."""
     begin: str = ""
     """How the answer begins, for a model that can be told."""
+    is_graded: bool = False
+    """Whether log-probabilities are asked for."""
 
     def key(self, model: str) -> bytes:
         """Hash of all that decides the answer."""
@@ -73,6 +79,8 @@ class Costs:
     verdicts: int = 0
     unparsed: int = 0
     """Answers whose last line was no verdict."""
+    refused: int = 0
+    """Questions that the model did not take, such as too long ones."""
     duels: int = 0
     consistent: int = 0
     """Duels whose winner was the same in both orders, or that had none in either."""
@@ -89,6 +97,7 @@ class Costs:
             "judge_tokens": self.tokens,
             "judge_seconds": self.seconds,
             "judge_unparsed": self.unparsed / verdicts,
+            "judge_refused": self.refused,
             "judge_order_consistency": self.consistent / duels,
             "judge_position_bias": self.first / duels - 0.5,
         }
@@ -125,9 +134,17 @@ class Judge:
         self.concurrency, self.votes, self.with_reason, self.max_calls = concurrency, votes, with_reason, max_calls
         self.costs = Costs()
         self._known: dict[bytes, Answer] = {}
+        self._pending: dict[bytes, Future[Answer]] = {}
+        self._failure: BaseException | None = None
+        """Why questions that were under way together were given up."""
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._file = None if answers is None else _AnswerFile(Path(answers).expanduser())
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether there is a file of answers."""
+        return self._file is not None
 
     # ------------------------------------------------------------------ asking
     def each(self, work: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
@@ -144,8 +161,12 @@ class Judge:
         with self._lock:
             if self._chat is None:
                 self._chat = self._make()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.concurrency)
             keys = [question.key(self._chat.name) for question in questions]
-            new = {key: question for key, question in zip(keys, questions, strict=True) if not self._is_known(key)}
+            self._failure = self._failure if self._pending else None
+            asked = {key: question for key, question in zip(keys, questions, strict=True) if not self._is_known(key)}
+            new = {key: question for key, question in asked.items() if key not in self._pending}
             if self.max_calls is not None and self.costs.calls + len(new) > self.max_calls:
                 raise BudgetError(
                     f"model.max_calls: {self.costs.calls:,} questions have been asked and {len(new):,} more are needed "
@@ -153,12 +174,21 @@ class Judge:
                 )
             self.costs.calls += len(new)
             self.costs.known_answers += len(questions) - len(new)
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.concurrency)
-        futures = [self._pool.submit(self._answer, key, question) for key, question in new.items()]
-        for future in futures:
-            future.result()
-        return [self._known[key] for key in keys]
+            for key, question in new.items():
+                self._pending[key] = self._pool.submit(self._answer, self._chat, key, question)
+            futures = {key: self._pending[key] for key in asked}
+        try:
+            found = {key: future.result() for key, future in futures.items()}
+        except BaseException as error:
+            with self._lock:
+                self.costs.calls -= sum(future.cancel() for future in futures.values())
+                self._failure = self._failure or error
+            raise self._failure from None
+        finally:
+            with self._lock:
+                for key in new:
+                    self._pending.pop(key, None)
+        return [found[key] if key in found else self._known[key] for key in keys]
 
     def _is_known(self, key: bytes) -> bool:
         if key in self._known:
@@ -168,26 +198,42 @@ class Judge:
             self._known[key] = found
         return found is not None
 
-    def _answer(self, key: bytes, question: Question) -> None:
-        assert self._chat is not None
+    def _answer(self, chat: Chat, key: bytes, question: Question) -> Answer:
+        """Ask; a question that is not taken has an empty answer, which is not kept in the file."""
         start = time.perf_counter()
         seed = digest(question.number, key.hex()) % 2**31
-        messages, max_tokens, temperature, _, begin = question
-        answer = self._chat(messages, max_tokens, temperature, seed, begin)
+        messages, max_tokens, temperature, _, begin, is_graded = question
+        with self._lock:
+            if self._failure is not None:
+                self.costs.calls -= 1
+                raise self._failure
+        try:
+            answer, is_taken = chat(messages, max_tokens, temperature, seed, begin, is_graded), True
+        except TooLong:
+            answer, is_taken = Answer("", []), False
+        except Exception as error:
+            if not (isinstance(error, RemoteError) and error.status in (400, 413, 422)):
+                self._failure = error  # the others need not be asked
+                raise
+            answer, is_taken = Answer("", []), False
+        text = answer.text.encode(errors="replace").decode()  # half of a character cannot be stored
+        answer = answer._replace(text=text, tokens=answer.tokens[-KEPT_TOKENS:] if is_graded else [])
         with self._lock:
             self.costs.seconds += time.perf_counter() - start
             self.costs.prompt_tokens += answer.num_prompt_tokens
             self.costs.tokens += answer.num_tokens
+            self.costs.refused += not is_taken
             self._known[key] = answer
-        if self._file is not None:
+        if self._file is not None and is_taken:
             self._file.put(key, answer)
+        return answer
 
     def _questions(self, messages: Messages, begin: str) -> list[Question]:
         """The votes on one question about responses."""
         temperature = 1.0 if self.votes > 1 else 0.0
         max_tokens = REASON_TOKENS if self.with_reason else LINE_TOKENS
         told = "" if self.with_reason else begin
-        return [Question(messages, max_tokens, temperature, number, told) for number in range(self.votes)]
+        return [Question(messages, max_tokens, temperature, number, told, True) for number in range(self.votes)]
 
     # ------------------------------------------------------------------ judging
     def preferences(self, duels: Sequence[Duel], is_counted: bool = False) -> list[float]:
@@ -219,10 +265,9 @@ class Judge:
         answers = self.ask([question for messages in asked for question in self._questions(messages, BEGIN[True])])
         shares = []
         for start in range(0, len(answers), self.votes):
-            votes = answers[start : start + self.votes]
-            read, is_graded = self._read([probability(answer) for answer in votes]), any(vote.tokens for vote in votes)
-            added = 0 if is_graded and read else 1
-            shares.append((sum(read) + added / 2) / (len(read) + added))
+            read = self._read([probability(answer) for answer in answers[start : start + self.votes]])
+            added = 0 if read and all(chance.is_graded for chance in read) else 1
+            shares.append((sum(chance.value for chance in read) + added / 2) / (len(read) + added))
         return shares
 
     def scores(self, asked: Sequence[tuple[Persona, str, str]]) -> list[float]:
@@ -239,12 +284,22 @@ class Judge:
             found.append(sum(read) / len(read) if read else (1 + BEST) / 2)
         return found
 
-    def _read(self, values: Sequence[float | None]) -> list[float]:
-        """Those that are there; the others are counted."""
+    def _read(self, values: Sequence[_In | None]) -> list[_In]:
+        """Those that are there; the others are counted.
+
+        Raises:
+            ValueError: If none of the first answers is a verdict: this model will give none.
+        """
         read = [value for value in values if value is not None]
         with self._lock:
             self.costs.verdicts += len(values)
             self.costs.unparsed += len(values) - len(read)
+            verdicts, unparsed, refused = self.costs.verdicts, self.costs.unparsed, self.costs.refused
+        if verdicts >= HOPELESS and unparsed == verdicts:
+            raise ValueError(
+                f"expected answers that end with PREFERENCE: A or B, got none in {verdicts} ({refused} questions were "
+                "refused); take a model that follows instructions, or give it room for a reason (model.with_reason)"
+            )
         return read
 
 
@@ -252,15 +307,14 @@ class _AnswerFile:
     """Answers by the hash of their question, in a file that processes may share."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
         self._lock = threading.Lock()
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT) WITHOUT ROWID"
-            )
-        except sqlite3.DatabaseError as error:
+            columns = "key BLOB PRIMARY KEY, answer TEXT"
+            self._connection.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns}) WITHOUT ROWID")
+        except (OSError, sqlite3.Error) as error:
             raise ValueError(f"model.answers: expected an SQLite file, got {str(path)!r}: {error}") from error
 
     def get(self, key: bytes) -> Answer | None:

@@ -5,7 +5,6 @@ After SynthesizeMe (arXiv 2506.05598), with a real early stop and a comparison w
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,6 +41,8 @@ class Search(NamedTuple):
     max_pairs: int
     """Most pairs of a user that are read."""
     seed: int
+    max_bytes: int
+    """Width of a state, into which candidates must fit."""
 
 
 def split(pairs: Sequence[Pair], search: Search) -> tuple[list[Pair], list[Pair]]:
@@ -69,41 +70,43 @@ def most_questions(num_pairs: int, search: Search) -> int:
 def learn(judge: Judge, pairs: Sequence[Pair], search: Search) -> Persona:
     """The persona of a user without ties: of nobody where there are no pairs."""
     train, held = split(pairs, search)
-    labelled = tuple(ordered(pair, search.seed) for pair in train[: search.num_demos])
+    shown = [ordered(pair, search.seed) for pair in train]
+
+    def candidate(text: str, demos: Sequence[Demo]) -> Persona:
+        return Persona(text, tuple(demos)).fitted(search.max_bytes)
+
+    labelled = shown[: search.num_demos]
     if not held:
-        return Persona("", labelled)
+        return candidate("", labelled)
     sets = [labelled, *(_bootstrap(judge, train, search, number) for number in range(search.bootstraps))]
-    shown = _first_good(judge, [Persona("", demos) for demos in sets], held)
-    [answer] = judge.ask([Question(ask_persona(shown.demos or labelled), REASON_TOKENS)])
+    told = _first_good(judge, [candidate("", demos) for demos in sets], held).demos
+    others = [demo for demo in shown if all({*demo[:3]} != {*one[:3]} for one in told)]
+    [answer] = judge.ask([Question(ask_persona((*told, *others)), REASON_TOKENS)])
     text = answer.text.strip()[:MAX_PERSONA]
-    found = _first_good(judge, [Persona(text, demos) for demos in ((), *sets)], held)
-    return NOBODY if _loss(judge, NOBODY, held) < _loss(judge, found, held) else found
+    return _first_good(judge, [candidate(text, demos) for demos in ([], *sets)], held, NOBODY)
 
 
-def _first_good(judge: Judge, candidates: Sequence[Persona], held: Sequence[Pair]) -> Persona:
-    """The first candidate that is right often enough, else the first of the best."""
+def _first_good(
+    judge: Judge, candidates: Sequence[Persona], held: Sequence[Pair], otherwise: Persona | None = None
+) -> Persona:
+    """The first candidate that is right often enough, else the first of the best; ``otherwise``, if that is better."""
     best, best_accuracy = candidates[0], -1.0
     for candidate in candidates:
-        chances = _chances(judge, candidate, held)
-        accuracy = sum((chance > 0.5) + 0.5 * (chance == 0.5) for chance in chances) / len(held)
+        accuracy = _accuracy(judge, candidate, held)
         if accuracy > best_accuracy:
             best, best_accuracy = candidate, accuracy
         if accuracy >= ENOUGH:
             break
-    return best
+    return otherwise if otherwise is not None and _accuracy(judge, otherwise, held) > best_accuracy else best
 
 
-def _chances(judge: Judge, persona: Persona, pairs: Sequence[Pair]) -> list[float]:
-    """Probability of the preferred response of each pair."""
-    return judge.preferences([Duel(persona, *pair) for pair in pairs])
+def _accuracy(judge: Judge, persona: Persona, pairs: Sequence[Pair]) -> float:
+    """Share of pairs whose preferred response is likelier; the half of ties."""
+    chances = judge.preferences([Duel(persona, *pair) for pair in pairs])
+    return sum((chance > 0.5) + 0.5 * (chance == 0.5) for chance in chances) / len(pairs)
 
 
-def _loss(judge: Judge, persona: Persona, pairs: Sequence[Pair]) -> float:
-    """Mean negative log-likelihood in nats, a certain error at most that of a chance of 1 %."""
-    return -sum(math.log(max(0.01, chance)) for chance in _chances(judge, persona, pairs)) / len(pairs)
-
-
-def _bootstrap(judge: Judge, train: Sequence[Pair], search: Search, number: int) -> tuple[Demo, ...]:
+def _bootstrap(judge: Judge, train: Sequence[Pair], search: Search, number: int) -> list[Demo]:
     """Pairs on which a judge with other pairs as examples agreed with the user, with its reasons.
 
     The first draw takes pairs in order and as many as there may be, later ones in another order and some of them.
@@ -124,4 +127,4 @@ def _bootstrap(judge: Judge, train: Sequence[Pair], search: Search, number: int)
         for demo, answer in zip(demos, answers, strict=True)
         if verdict(answer) == demo.preference
     ]
-    return tuple(kept[:most])
+    return kept[:most]
