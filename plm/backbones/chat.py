@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,13 +30,15 @@ class Answer(NamedTuple):
     num_tokens: int = 0
 
 
-class Chat(Protocol):
+class Chat(ABC):
     """Answers conversations; called by several threads at once."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """The model, wherever it is: what decides answers besides the arguments."""
 
+    @abstractmethod
     def __call__(
         self,
         messages: Messages,
@@ -57,7 +60,7 @@ class Chat(Protocol):
         """
 
 
-class RemoteChat:
+class RemoteChat(Chat):
     """A model behind an OpenAI-compatible server; its key is the environment variable ``PLM_POLICY_KEY``.
 
     Args:
@@ -75,8 +78,13 @@ class RemoteChat:
         except ValueError as error:
             said = str(error).replace("--policy", "model.policy").removesuffix("; what was written is kept")
             raise ValueError(said) from error
-        self.url, self.name, self.patience = served.url, served.model, patience
+        self.url, self.patience, self._model = served.url, patience, served.model
         self._gives_logprobs = True
+
+    @property
+    def name(self) -> str:
+        """Name of the model, wherever it is served."""
+        return self._model
 
     def __call__(
         self,
@@ -127,7 +135,7 @@ def _likely(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {token: float(logprob) for token, logprob in found if logprob is not None}
 
 
-class LocalChat:
+class LocalChat(Chat):
     """A model of this process, which answers one conversation at a time.
 
     A model without a chat template reads messages headed by their roles, and goes on.
@@ -142,12 +150,12 @@ class LocalChat:
     def __init__(self, model: str) -> None:
         plain = CausalLM(model)
         self.lm = plain if plain.tokenizer.chat_template is None else CausalLM(model, template="chat")
-        self._lock = threading.Lock()
+        self._lock, self._fingerprint = threading.Lock(), self.lm.fingerprint()
 
-    @cached_property
+    @property
     def name(self) -> str:
         """Hash of weights and tokenizer."""
-        return self.lm.fingerprint()
+        return self._fingerprint
 
     @cached_property
     def network(self) -> Any:
