@@ -337,6 +337,18 @@ def test_what_fails_stops_the_others_and_is_not_paid_for() -> None:
     assert len(asked) <= 10 and method.judge.costs.calls == len(asked)
 
 
+def test_after_a_failure_no_other_user_is_begun() -> None:
+    asked: list[int] = []
+
+    def script(*told: Any) -> Answer:
+        asked.append(1)
+        raise ValueError("the server is gone")
+
+    with pytest.raises(ValueError, match="the server is gone"):
+        method_of(script).adapt(context_of(*(pairs_of("short", 5, seed=user) for user in range(40))))
+    assert len(asked) <= 12
+
+
 def test_a_question_that_is_too_long_is_a_tie_and_the_others_go_on() -> None:
     script = Script(default="short")
 

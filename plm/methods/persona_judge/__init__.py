@@ -42,6 +42,8 @@ class PersonaJudge(PersonalizationMethod):
     The margin of a pair is the log-odds of the answers to the pair, shown in both orders. `score` cannot compare, so it
     asks for a mark from 1 to 9: its differences are no margins.
 
+    No checkpoint says whom to ask, or where answers are kept: a loaded method reads the environment.
+
     Args:
         num_users: Number of seen users; linked from the data in recipes.
         feature_dim: Linked from the data, not read.
@@ -62,8 +64,6 @@ class PersonaJudge(PersonalizationMethod):
         concurrency: Questions under way at once.
         timeout: Seconds after which a server has not answered.
         seed: Of what is random: sides, order and number of examples.
-
-    No checkpoint says whom to ask, or where answers are kept: a loaded method reads the environment.
     """
 
     view: ClassVar[Literal["features", "tokens", "latents"]] = "tokens"
