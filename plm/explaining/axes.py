@@ -144,7 +144,7 @@ def cluster_users(points: Float64Array) -> Clusters:
     while len(reference) < NUM_DRAWS and as_good.min() < _ENOUGH:
         box = _scores(draw.uniform(-1.0, 1.0, shape) * width)
         reference = np.vstack([reference, [_k_means(box, count)[1] for count in counts]])
-        as_good = (reference <= left).sum(0)
+        as_good = (reference <= left).sum(0, dtype=np.float64)
     p_values = (1 + as_good) / (1 + len(reference))
     gap, error = reference.mean(0) - left, reference.std(0) * np.sqrt(1 + 1 / NUM_DRAWS)
     for index, (label, _) in enumerate(found):
