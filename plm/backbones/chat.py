@@ -77,6 +77,8 @@ class RemoteChat(Chat):
             served = RemotePolicy(url, model, "chat")
         except ValueError as error:
             said = str(error).replace("--policy", "model.policy").removesuffix("; what was written is kept")
+            if isinstance(cause := error.__cause__, RemoteError):
+                raise RemoteError(said, cause.status, cause.is_passing) from error
             raise ValueError(said) from error
         self.url, self.patience, self._model = served.url, patience, served.model
         self._gives_logprobs = True

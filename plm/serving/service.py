@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from plm.backbones import EncoderError, device
+from plm.backbones import EncoderError, RemoteError, device
 from plm.checkpoint import PairsNotKeptError, load_method
 from plm.method import PersonalizationMethod
 from plm.method.abilities import Writer
@@ -110,6 +110,11 @@ class _Rewards(NamedTuple):
     is_known: list[bool]
     spread: Tensor | None
     """``(B,)`` standard deviation over the posterior of the first row's user."""
+
+
+def _unreachable(error: RemoteError) -> EncoderError:
+    """What clients are told where a method asks a server that does not answer."""
+    return EncoderError(503 if error.is_passing else 502, str(error))
 
 
 class RewardService:
@@ -313,6 +318,8 @@ class RewardService:
                 raise RequestError("ConflictError", str(error)) from error
             except StoreError:
                 raise
+            except RemoteError as error:
+                raise _unreachable(error) from error
             except ValueError as error:
                 raise RequestError("UnprocessableError", str(error), param) from error
 
@@ -342,6 +349,8 @@ class RewardService:
             return list(self._together(jobs))
         except EncoderError as error:  # one by one they would wait for it, one after the other
             return [error] * len(jobs)
+        except RemoteError as error:
+            return [_unreachable(error)] * len(jobs)
         except Exception:
             return [self._alone(job) for job in jobs]
 
