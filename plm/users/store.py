@@ -63,7 +63,9 @@ def shared_hash(state_dict: Mapping[str, Tensor], user_tables: Iterable[str] = (
     for name in sorted(set(state_dict) - set(user_tables)):
         value = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = value.reshape(-1)
+        flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)  # one expanded number
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

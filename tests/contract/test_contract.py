@@ -21,7 +21,7 @@ from plm.methods.pref import PReF
 from plm.methods.user_embedding import UserEmbedding
 from plm.methods.vpl import VPL
 from plm.testing import MethodContract, PlantedData
-from tests.contract import test_latent_dpo, test_token_methods
+from tests.contract import test_latent_dpo, test_persona_judge, test_token_methods
 from tests.groups import method_options
 
 
@@ -241,7 +241,8 @@ def test_every_registered_method_has_a_tiny_factory(entry: Any) -> None:
     """A method without a contract class in this module, or in that of methods that read tokens, fails here."""
     if not entry.value.startswith("plm."):
         pytest.skip("a method of another package, tested there")
-    found = [*globals().values(), *vars(test_token_methods).values(), *vars(test_latent_dpo).values()]
+    others = (test_token_methods, test_latent_dpo, test_persona_judge)
+    found = [*globals().values(), *(value for module in others for value in vars(module).values())]
     contracts = [value for value in found if isinstance(value, type) and value.__name__.startswith("Test")]
     made = {type(contract().make(2, 3)) for contract in contracts}
     assert entry.load() in made, f"add a MethodContract subclass for {entry.name} to {__name__}"

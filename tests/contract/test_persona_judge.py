@@ -14,17 +14,13 @@ from plm.testing.judge import ChatServer
 from tests.http_servers import answering
 from tests.scripted_judge import Script
 
-URL: list[str] = []
-
 
 @pytest.fixture(autouse=True, scope="module")
 def server() -> Iterator[None]:
     judge = ChatServer(Script())
-    with answering(judge):
-        URL[:] = [judge.url]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PLM_JUDGE_URL", judge.url)  # for what is loaded
-            yield
+    with answering(judge), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLM_JUDGE_URL", judge.url)
+        yield
 
 
 class TestPersonaJudge(TokenContract):
@@ -33,4 +29,4 @@ class TestPersonaJudge(TokenContract):
 
     def make(self, num_users: int, feature_dim: int) -> PersonalizationMethod:
         few = {"num_demos": 2, "bootstraps": 1, "max_pairs": 5, "max_bytes": 4096, "concurrency": 1}
-        return PersonaJudge(num_users, feature_dim, PlainText().spec(), policy_url=URL[0], **few)
+        return PersonaJudge(num_users, feature_dim, PlainText().spec(), **few)

@@ -453,6 +453,7 @@ def test_a_damaged_folder_of_an_earlier_version_is_kept_and_named(tmp_path: Path
 
 def test_shared_hash_ignores_user_rows_and_nothing_else() -> None:
     shared, users = torch.tensor([1.0, 2.0]), torch.zeros(3, 2)
+    assert shared_hash({"v": torch.zeros(()).expand(1)}) == shared_hash({"v": torch.zeros(1)})
     base = shared_hash({"v": shared, "w": users}, ["w"])
     assert base == shared_hash({"w": users + 1, "v": shared.clone()}, ["w"])
     assert base != shared_hash({"v": shared, "w": users})
