@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -174,6 +175,12 @@ def _body(response: http.client.HTTPResponse, seconds: float) -> bytes:
     return b"".join(parts)
 
 
+@cache
+def _direct() -> urllib.request.OpenerDirector:
+    """Sends what is for this machine past any proxy; made once, for it reads certificates."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def ask(url: str, body: Mapping[str, Any] | None, key_variable: str, patience: Patience) -> dict[str, Any]:
     """Ask an OpenAI-compatible server for a JSON object, and again while it fails in passing.
 
@@ -191,14 +198,13 @@ def ask(url: str, body: Mapping[str, Any] | None, key_variable: str, patience: P
         headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
-    no_proxy = [urllib.request.ProxyHandler({})] if is_loopback(url) else []  # what is for this machine stays on it
-    opener = urllib.request.build_opener(*no_proxy)
+    send = _direct().open if is_loopback(url) else urllib.request.urlopen
     wait = _FIRST_WAIT
     for tries_left in range(patience.retries, -1, -1):
         asked_to_wait, status = None, None
         try:
             try:
-                with opener.open(request, timeout=patience.timeout) as response:
+                with send(request, timeout=patience.timeout) as response:
                     answer = json.loads(_body(response, patience.timeout))
             except urllib.error.HTTPError as error:
                 status, asked_to_wait = error.code, error.headers.get("Retry-After")

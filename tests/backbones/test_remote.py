@@ -96,7 +96,7 @@ def test_an_error_whose_words_do_not_come_is_tried_again(monkeypatch: pytest.Mon
 
 
 def test_only_so_many_requests_are_under_way(server: PolicyServer) -> None:
-    server.pause = 0.02
+    server.pause = 0.1
     RemotePolicy(server.url, concurrency=3).texts([f"p{row}" for row in range(12)], 1)
     assert server.most_busy == 3
 
