@@ -14,8 +14,7 @@ is what the operating system says of it (``ru_maxrss``), 0.5 GB of libraries inc
 the time that the same texts take to become features. "features" is a cache of so many texts, of width 384, in both
 precisions, and batches of 4,096 in random order until all are read: from memory, where a fit holds features up to 1
 GiB, and from files that are mapped into memory, where it finds more. The operating system counts what it keeps of such
-files, and gives it up
-when memory is short; "own" is what a process holds without them.
+files, and gives it up when memory is short; "own" is what a process holds without them.
 """
 
 from __future__ import annotations

@@ -361,6 +361,8 @@ class FeatureCache:
 
     def _rounded(self, features: Float32Array) -> FeatureArray:
         """Features as they are kept; refuses what half precision loses, by its range rather than its digits."""
+        if self.dtype == "float32":
+            return np.ascontiguousarray(features)
         with np.errstate(over="ignore"):
             kept = np.ascontiguousarray(features, dtype=self.dtype)
         lost = float(np.linalg.norm((kept - features).ravel()))

@@ -228,13 +228,6 @@ class Judge:
             self._file.put(key, answer)
         return answer
 
-    def _questions(self, messages: Messages, begin: str) -> list[Question]:
-        """The votes on one question about responses."""
-        temperature = 1.0 if self.votes > 1 else 0.0
-        max_tokens = REASON_TOKENS if self.with_reason else LINE_TOKENS
-        told = "" if self.with_reason else begin
-        return [Question(messages, max_tokens, temperature, number, told, True) for number in range(self.votes)]
-
     # ------------------------------------------------------------------ judging
     def preferences(self, duels: Sequence[Duel], is_counted: bool = False) -> list[float]:
         """Probability that the first response of each duel is preferred: the mean over both orders of showing them.
@@ -262,27 +255,31 @@ class Judge:
 
         The mean over the answers where these bring log-probabilities; else v of n votes count ``(v + 1/2) / (n + 1)``.
         """
-        answers = self.ask([question for messages in asked for question in self._questions(messages, BEGIN[True])])
         shares = []
-        for start in range(0, len(answers), self.votes):
-            read = self._read([probability(answer) for answer in answers[start : start + self.votes]])
+        for read in self._votes(asked, BEGIN[True], probability):
             added = 0 if read and all(chance.is_graded for chance in read) else 1
             shares.append((sum(chance.value for chance in read) + added / 2) / (len(read) + added))
         return shares
 
     def scores(self, asked: Sequence[tuple[Persona, str, str]]) -> list[float]:
         """The mark of each response to a prompt, 1 to `BEST`; the middle where no answer gives one."""
-        questions = [
-            question
-            for persona, prompt, response in asked
-            for question in self._questions(ask_score(persona, prompt, response, self.with_reason), BEGIN[False])
-        ]
-        answers = self.ask(questions)
-        found = []
-        for start in range(0, len(answers), self.votes):
-            read = self._read([score(answer) for answer in answers[start : start + self.votes]])
-            found.append(sum(read) / len(read) if read else (1 + BEST) / 2)
-        return found
+        messages = [ask_score(*one, self.with_reason) for one in asked]
+        votes = self._votes(messages, BEGIN[False], score)
+        return [sum(read) / len(read) if read else (1 + BEST) / 2 for read in votes]
+
+    def _votes(self, asked: Sequence[Messages], begin: str, read: Callable[[Answer], _Out | None]) -> list[list[_Out]]:
+        """What ``read`` makes of the answers to each question about responses, without those it makes nothing of."""
+        temperature = 1.0 if self.votes > 1 else 0.0
+        max_tokens, told = (REASON_TOKENS, "") if self.with_reason else (LINE_TOKENS, begin)
+        answers = self.ask(
+            [
+                Question(messages, max_tokens, temperature, number, told, True)
+                for messages in asked
+                for number in range(self.votes)
+            ]
+        )
+        starts = range(0, len(answers), self.votes)
+        return [self._read([read(answer) for answer in answers[start : start + self.votes]]) for start in starts]
 
     def _read(self, values: Sequence[_In | None]) -> list[_In]:
         """Those that are there; the others are counted.

@@ -45,12 +45,17 @@ class Search(NamedTuple):
     """Width of a state, into which candidates must fit."""
 
 
+def _num_train(num_pairs: int) -> int:
+    """How many of a user's pairs are learned from; at least one is, and one chooses."""
+    return min(max(1, round(TRAIN_SHARE * num_pairs)), num_pairs - 1)
+
+
 def split(pairs: Sequence[Pair], search: Search) -> tuple[list[Pair], list[Pair]]:
     """The pairs to learn from and those to choose on; who and when says nothing of a pair's place, its texts do."""
     texts = sorted(set(pairs), key=lambda pair: (digest(search.seed, *pair), pair))[: search.max_pairs]
     if len(texts) < LEAST_PAIRS:
         return texts, []
-    num_train = min(max(1, round(TRAIN_SHARE * len(texts))), len(texts) - 1)
+    num_train = _num_train(len(texts))
     return texts[:num_train], texts[num_train:]
 
 
@@ -63,7 +68,7 @@ def most_questions(num_pairs: int, search: Search) -> int:
     num_pairs = min(num_pairs, search.max_pairs)
     if num_pairs < LEAST_PAIRS:
         return 0
-    num_train = min(max(1, round(TRAIN_SHARE * num_pairs)), num_pairs - 1)
+    num_train = _num_train(num_pairs)
     return search.bootstraps * num_train + 1 + 2 * (num_pairs - num_train) * (4 + 2 * search.bootstraps)
 
 
